@@ -1,0 +1,62 @@
+package lab
+
+import (
+	"net/netip"
+	"sync"
+)
+
+// Host is one host of the lab.
+type Host struct {
+	Name      string       `json:"name"`      // h1, h2 …
+	Netns     string       `json:"netns"`     // path of its network namespace
+	Subnet    int          `json:"subnet"`    // 1, 2 …
+	Underlay  []netip.Addr `json:"underlay"`  // addresses of its eth0, IPv4 first
+	Dir       string       `json:"dir"`       // everything of its agent: configuration, state, socket, log
+	Socket    string       `json:"socket"`    // of its agent
+	Log       string       `json:"log"`       // of its agent
+	Config    string       `json:"config"`    // of its agent
+	PID       int          `json:"pid"`       // of its agent; 0 if it was never started
+	StartTime uint64       `json:"starttime"` // of that process, in clock ticks since boot: tells a reused PID
+}
+
+// Pod is one pod of the lab.
+type Pod struct {
+	Name      string       `json:"name"` // p1a, p1b … on h1
+	Host      string       `json:"host"`
+	Netns     string       `json:"netns"`
+	ID        string       `json:"id"`        // under which its agent holds its addresses
+	Addresses []netip.Addr `json:"addresses"` // IPv4 first
+	MTU       int          `json:"mtu"`
+}
+
+// Addr returns the pod's address of the wanted family, or the zero Addr.
+func (p *Pod) Addr(v6 bool) netip.Addr { return pick(p.Addresses, v6) }
+
+// Addr returns the host's underlay address of the wanted family, or the zero Addr.
+func (h *Host) Addr(v6 bool) netip.Addr { return pick(h.Underlay, v6) }
+
+func pick(addrs []netip.Addr, v6 bool) netip.Addr {
+	for _, a := range addrs {
+		if a.Is6() == v6 {
+			return a
+		}
+	}
+	return netip.Addr{}
+}
+
+// Lab is a lab that exists.
+type Lab struct {
+	mu sync.Mutex // held while the topology or the record of it changes
+	st state
+	// waits has a channel for each agent that this process started; it is closed once that agent is reaped.
+	waits map[int]chan struct{}
+}
+
+// Name is the lab's name.
+func (l *Lab) Name() string { return l.st.Options.Name }
+
+// Options returns the options that the lab was made with, defaults filled in.
+func (l *Lab) Options() Options { return l.st.Options }
+
+// Router is the name of the router among the targets of Exec, Do, Ping and so on.
+const Router = "r"

@@ -1,0 +1,135 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"time"
+)
+
+// DefaultName is the lab that `tulle lab` works on unless --name says otherwise.
+const DefaultName = "tulle"
+
+// Families says which IP families a network carries.
+type Families struct {
+	V4 bool `json:"v4"`
+	V6 bool `json:"v6"`
+}
+
+// The three useful values of Families.
+var (
+	IPv4Only  = Families{V4: true}
+	IPv6Only  = Families{V6: true}
+	DualStack = Families{V4: true, V6: true}
+)
+
+// Options describe a lab. The zero value of each field means its default.
+type Options struct {
+	// Name prefixes everything that the lab makes. At most 20 characters a-z, 0-9 and "-". Default: DefaultName.
+	Name string `json:"name"`
+	// Nodes is the number of hosts, spread round-robin over the subnets. Default 3.
+	Nodes int `json:"nodes"`
+	// Subnets is the number of underlay subnets, each a bridge of the router. Default 2.
+	Subnets int `json:"subnets"`
+	// Pods is the number of pods on each host. Default 1; negative for none.
+	Pods int `json:"pods"`
+	// Underlay is the families between the hosts. Default: both; agents then use what they prefer.
+	Underlay Families `json:"underlay"`
+	// Overlay is the families of the pods. Default: both.
+	Overlay Families `json:"overlay"`
+	// ClusterCIDRs default to 10.244.0.0/16 and fd00:10:244::/48, as far as Overlay has the family.
+	ClusterCIDRs []netip.Prefix `json:"cluster_cidrs"`
+	// MTU of the underlay's links in bytes. Default 1500.
+	MTU int `json:"mtu"`
+	// Paths is the agents' --paths. Default: the agent's own.
+	Paths string `json:"paths"`
+	// ExtraAgentArgs are appended to the arguments of every agent.
+	ExtraAgentArgs []string `json:"extra_agent_args"`
+	// Binary is the tulle program. Default: the running one.
+	Binary string `json:"binary"`
+	// Bare builds the network without agents: pods get static addresses, and no host knows a way to another host's pods
+	// until DirectRoutes or KernelVXLAN is called.
+	Bare bool `json:"bare"`
+	// Timeout bounds the wait for agents and for all pods to reach each other. Default 60 s.
+	Timeout time.Duration `json:"timeout"`
+}
+
+var nameRule = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?$`)
+
+const (
+	maxNodes   = 250 // host part of an underlay /24, less the router's and some room
+	maxSubnets = 250
+	maxPods    = 250 // of one host
+)
+
+// withDefaults fills in what is zero and checks the rest.
+func (o Options) withDefaults() (Options, error) {
+	o.Name = cmpOr(o.Name, DefaultName)
+	o.Nodes = cmpOr(o.Nodes, 3)
+	o.Subnets = cmpOr(o.Subnets, min(2, max(o.Nodes, 1)))
+	o.Pods = max(cmpOr(o.Pods, 1), 0)
+	o.MTU = cmpOr(o.MTU, 1500)
+	o.Timeout = cmpOr(o.Timeout, 60*time.Second)
+	o.Underlay = cmpOr(o.Underlay, DualStack)
+	o.Overlay = cmpOr(o.Overlay, DualStack)
+	if len(o.ClusterCIDRs) == 0 {
+		if o.Overlay.V4 {
+			o.ClusterCIDRs = append(o.ClusterCIDRs, netip.MustParsePrefix("10.244.0.0/16"))
+		}
+		if o.Overlay.V6 {
+			o.ClusterCIDRs = append(o.ClusterCIDRs, netip.MustParsePrefix("fd00:10:244::/48"))
+		}
+	}
+	return o, o.validate()
+}
+
+func (o *Options) validate() error {
+	switch {
+	case !nameRule.MatchString(o.Name):
+		return fmt.Errorf("lab name %q: use 1 to 20 of a-z, 0-9 and \"-\", not beginning or ending with \"-\"", o.Name)
+	case o.Nodes < 1 || o.Nodes > maxNodes:
+		return fmt.Errorf("%d nodes: a lab has 1 to %d", o.Nodes, maxNodes)
+	case o.Subnets < 1 || o.Subnets > maxSubnets:
+		return fmt.Errorf("%d subnets: a lab has 1 to %d", o.Subnets, maxSubnets)
+	case o.Pods > maxPods:
+		return fmt.Errorf("%d pods on a host: at most %d", o.Pods, maxPods)
+	case o.MTU < 1280 || o.MTU > 65535:
+		return fmt.Errorf("MTU %d: an underlay link has 1280 to 65535 bytes", o.MTU)
+	}
+	for _, f := range []struct {
+		has bool
+		is  func(netip.Prefix) bool
+		as  string
+	}{
+		{o.Overlay.V4, func(p netip.Prefix) bool { return p.Addr().Is4() }, "IPv4"},
+		{o.Overlay.V6, func(p netip.Prefix) bool { return p.Addr().Is6() }, "IPv6"},
+	} {
+		if f.has != slices.ContainsFunc(o.ClusterCIDRs, f.is) {
+			return fmt.Errorf("cluster CIDRs %v do not fit the overlay families: %s is in one and not in the other", o.ClusterCIDRs, f.as)
+		}
+	}
+	for _, p := range o.ClusterCIDRs {
+		if p != p.Masked() {
+			return fmt.Errorf("cluster CIDR %v has host bits set: use %v", p, p.Masked())
+		}
+		for _, u := range []netip.Prefix{underlay4All, underlay6All} {
+			if p.Overlaps(u) {
+				return fmt.Errorf("cluster CIDR %v overlaps %v, which the lab's hosts use: choose another", p, u)
+			}
+		}
+	}
+	return nil
+}
+
+// cmpOr is cmp.Or for a value and its default.
+func cmpOr[T comparable](v, def T) T {
+	var zero T
+	if v == zero {
+		return def
+	}
+	return v
+}
+
+var errNoAgent = errors.New("the lab was made without agents")

@@ -1,0 +1,118 @@
+package membership
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// MaxVersion is the highest version that an entry may carry. A version rises by
+// one with each change of hands, so nothing honest ever comes near it; the bound
+// keeps a hostile or damaged entry from pinning a prefix for ever by a version
+// that nobody can exceed. It leaves room for 2^47 transfers above any accepted
+// entry's version.
+const MaxVersion = 1 << 48
+
+// An Entry says that every address of Prefix belongs to Owner since Version.
+//
+// Versions count the changes of hands of an address, from 1 at bootstrap. Only
+// the present owner may raise a version (and forget, which takes the place of an
+// owner that is gone).
+type Entry struct {
+	Prefix  netip.Prefix // masked
+	Owner   NodeID
+	Version uint64 // 1…MaxVersion
+	// External is set when the prefix is used by a peer without an agent;
+	// Owner is then the node that keeps the entry. It is never changed in place.
+	External *External
+}
+
+// External tells how a peer without an agent is reached.
+type External struct {
+	Endpoint netip.Addr // underlay address
+	Encap    string     // an encapsulation's name: "udp", "ipip", "vxlan", "direct"
+}
+
+// maxEncapLen bounds External.Encap in bytes.
+const maxEncapLen = 16
+
+// String returns the entry in one line, for messages and tests.
+func (e Entry) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%v@%d→%s", e.Prefix, e.Version, e.Owner.Short())
+	if e.External != nil {
+		fmt.Fprintf(&b, " via %v %s", e.External.Endpoint, e.External.Encap)
+	}
+	return b.String()
+}
+
+// Equal reports whether both entries say the same of the same prefix.
+func (e Entry) Equal(o Entry) bool { return e.Prefix == o.Prefix && e.sameValue(o) }
+
+// Check returns an error when the entry cannot be part of a table.
+func (e Entry) Check() error {
+	switch {
+	case !e.Prefix.IsValid() || e.Prefix.Addr().Zone() != "" || e.Prefix.Addr().Is4In6():
+		return fmt.Errorf("entry %v: not a plain IPv4 or IPv6 prefix", e.Prefix)
+	case e.Prefix != e.Prefix.Masked():
+		return fmt.Errorf("entry %v: host bits are set", e.Prefix)
+	case e.Owner.IsZero():
+		return fmt.Errorf("entry %v: no owner", e.Prefix)
+	case e.Version == 0 || e.Version > MaxVersion:
+		return fmt.Errorf("entry %v: version %d is outside 1…%d", e.Prefix, e.Version, uint64(MaxVersion))
+	}
+	if x := e.External; x != nil {
+		if !x.Endpoint.IsValid() || x.Endpoint.Zone() != "" || x.Endpoint.Is4In6() {
+			return fmt.Errorf("entry %v: external endpoint %v is not a plain address", e.Prefix, x.Endpoint)
+		}
+		if len(x.Encap) > maxEncapLen {
+			return fmt.Errorf("entry %v: encapsulation name of %d bytes, at most %d", e.Prefix, len(x.Encap), maxEncapLen)
+		}
+	}
+	return nil
+}
+
+// sameValue reports whether both entries map their addresses to the same value.
+func (e Entry) sameValue(o Entry) bool {
+	return e.Version == o.Version && e.Owner == o.Owner && sameExternal(e.External, o.External)
+}
+
+func sameExternal(a, b *External) bool {
+	return a == b || a != nil && b != nil && *a == *b
+}
+
+// beats is the order of the pointwise maximum: the higher version, then the
+// lower owner. One owner never gives two values one version, unless its disk
+// was rolled back; the last two keys make the order total for that case too.
+func (e Entry) beats(o Entry) bool {
+	if e.Version != o.Version {
+		return e.Version > o.Version
+	}
+	if c := e.Owner.Compare(o.Owner); c != 0 {
+		return c < 0
+	}
+	if e.External == nil || o.External == nil {
+		return e.External == nil && o.External != nil
+	}
+	if c := e.External.Endpoint.Compare(o.External.Endpoint); c != 0 {
+		return c < 0
+	}
+	return cmp.Less(e.External.Encap, o.External.Encap)
+}
+
+// A Conflict is a tie between two owners over the same addresses at the same
+// version. It can only come from a forget of a node that was alive, or from two
+// forced ones, and it is always worth telling the operator.
+type Conflict struct {
+	Prefix  netip.Prefix // what both claim
+	Version uint64
+	Winner  NodeID // the lower ID
+	Loser   NodeID
+}
+
+// String names both claimants.
+func (c Conflict) String() string {
+	return fmt.Sprintf("%v at version %d is claimed by %s and %s; %s keeps it",
+		c.Prefix, c.Version, c.Winner.Short(), c.Loser.Short(), c.Winner.Short())
+}

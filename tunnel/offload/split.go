@@ -1,0 +1,227 @@
+package offload
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/tulle-net/tulle/tunnel/header"
+)
+
+// ErrArenaFull reports that the segments of a packet do not fit beside those that the
+// Splitter already holds. Send those, Reset and split the packet again.
+var ErrArenaFull = errors.New("offload: header arena full")
+
+// maxArena bounds in bytes the arena that one packet may ask for. A kernel's
+// super-packet needs a few KiB; only a forged one with a tiny GSOSize needs more.
+const maxArena = 1 << 20
+
+// minHeaders is the length of the shortest headers there are: IPv4 and UDP.
+const minHeaders = ipv4MinLen + udpLen
+
+// Segment is one packet in two pieces.
+type Segment struct {
+	Header  []byte // IP and transport headers, in the Splitter's arena
+	Payload []byte // a piece of the super-packet; empty when that has no payload
+}
+
+// Splitter cuts super-packets into segments. It keeps the segments of several
+// packets until Reset.
+type Splitter struct {
+	arena []byte    // headers; the length is what is used
+	segs  []Segment // never more than cap(arena)/minHeaders
+}
+
+// NewSplitter returns a Splitter whose headers have arenaBytes of room. A 64 KiB
+// TCP super-packet at 1,400 bytes a segment takes about 2.5 KiB.
+func NewSplitter(arenaBytes int) *Splitter {
+	s := new(Splitter)
+	s.grow(arenaBytes)
+	return s
+}
+
+func (s *Splitter) grow(arenaBytes int) {
+	s.arena = make([]byte, 0, arenaBytes)
+	s.segs = make([]Segment, 0, arenaBytes/minHeaders)
+}
+
+// Reset forgets all segments; those returned before are no longer valid.
+func (s *Splitter) Reset() {
+	s.arena = s.arena[:0]
+	s.segs = s.segs[:0]
+}
+
+// Split cuts pkt, a TCP or UDP super-packet described by h, into segments with
+// complete checksums. All headers have the same length; all payloads but the last have
+// h.GSOSize bytes. Segments stay valid until Reset and as long as pkt is not changed.
+//
+// It makes what the kernel's software segmentation makes: FIN and PSH on the last
+// segment only, CWR on the first only, IPv4 IDs counting up. Bytes after the IP
+// length are cut. Errors are ErrHeader, wrapped, and ErrArenaFull.
+func (s *Splitter) Split(pkt []byte, h VnetHdr) ([]Segment, error) {
+	var l layout
+	if err := l.checkGSO(pkt, &h); err != nil {
+		return nil, err
+	}
+	payload := pkt[l.hdr:l.total]
+	mss := int(h.GSOSize)
+	n := max(1, (len(payload)+mss-1)/mss)
+	if need := n * l.hdr; need > cap(s.arena)-len(s.arena) {
+		if len(s.arena) > 0 {
+			return nil, ErrArenaFull
+		}
+		if need > maxArena {
+			return nil, fmt.Errorf("%w: %d segments of %d bytes", ErrHeader, n, mss)
+		}
+		s.grow(need)
+	}
+	if l.proto == protoTCP {
+		return s.splitTCP(pkt, payload, &l, n, mss), nil
+	}
+	return s.splitUDP(pkt, payload, &l, n, mss), nil
+}
+
+// checkGSO parses pkt and holds it against h. h.HdrLen is not looked at: what
+// kernels write there differs.
+func (l *layout) checkGSO(pkt []byte, h *VnetHdr) error {
+	if !l.parse(pkt) {
+		return fmt.Errorf("%w: not a whole TCP or UDP packet", ErrHeader)
+	}
+	var ok bool
+	switch h.GSOType &^ GSOECN {
+	case GSOTCPv4:
+		ok = !l.v6 && l.proto == protoTCP
+	case GSOTCPv6:
+		ok = l.v6 && l.proto == protoTCP
+	case GSOUDPL4:
+		ok = l.proto == protoUDP
+	}
+	switch {
+	case !ok:
+		return fmt.Errorf("%w: GSO type %#x over protocol %d", ErrHeader, h.GSOType, l.proto)
+	case h.GSOSize == 0:
+		return fmt.Errorf("%w: GSO size 0", ErrHeader)
+	case h.Flags&NeedsCsum == 0:
+		return fmt.Errorf("%w: GSO without NEEDS_CSUM", ErrHeader)
+	case int(h.CsumStart) != l.l4 || int(h.CsumStart)+int(h.CsumOffset) != l.csumField():
+		return fmt.Errorf("%w: checksum at %d+%d, transport header at %d", ErrHeader, h.CsumStart, h.CsumOffset, l.l4)
+	}
+	return nil
+}
+
+// ipTemplate is what of an IP header's fields differs from segment to segment.
+type ipTemplate struct {
+	v6  bool
+	id  uint16 // IPv4: ID of the next segment
+	sum uint32 // IPv4: sum of the header without length, ID and checksum, folded
+}
+
+func newIPTemplate(pkt []byte, l *layout) ipTemplate {
+	if l.v6 {
+		return ipTemplate{v6: true}
+	}
+	return ipTemplate{id: binary.BigEndian.Uint16(pkt[4:]), sum: sumIPv4(pkt[:l.l4])}
+}
+
+// sumIPv4 sums an IPv4 header without its length, ID and checksum, and folds it.
+func sumIPv4(h []byte) uint32 {
+	s := uint32(binary.BigEndian.Uint16(h)) + uint32(binary.BigEndian.Uint16(h[6:])) +
+		uint32(binary.BigEndian.Uint16(h[8:]))
+	return uint32(header.Fold(header.Sum(h[12:], s)))
+}
+
+// splitTCP writes the headers of n TCP segments.
+func (s *Splitter) splitTCP(pkt, payload []byte, l *layout, n, mss int) []Segment {
+	first := len(s.segs)
+	src, dst := l.addrs(pkt)
+	hdr, l4 := l.hdr, l.l4
+	flags := pkt[l4+13]
+	middle := flags &^ (tcpFIN | tcpPSH | tcpCWR)
+	seq := binary.BigEndian.Uint32(pkt[l4+4:])
+
+	// The sum of everything that all segments share: pseudo-header without
+	// length, TCP header without sequence number, flags and checksum.
+	base := header.PseudoSum(protoTCP, src, dst, 0) + uint32(pkt[l4+12])<<8
+	base = header.Sum(pkt[l4:l4+4], base)
+	base = header.Sum(pkt[l4+8:l4+12], base)
+	base = header.Sum(pkt[l4+14:l4+16], base)
+	base = header.Sum(pkt[l4+18:hdr], base)
+	base = uint32(header.Fold(base))
+
+	ip := newIPTemplate(pkt, l)
+	for i := range n {
+		last := i == n-1
+		p := payload
+		if !last {
+			p, payload = payload[:mss:mss], payload[mss:]
+		}
+		f := middle
+		if i == 0 {
+			f |= flags & tcpCWR
+		}
+		if last {
+			f |= flags & (tcpFIN | tcpPSH)
+		}
+		h := s.header(pkt[:hdr])
+		ip.write(h, hdr+len(p))
+		t := h[l4 : l4+tcpMinLen]
+		binary.BigEndian.PutUint32(t[4:], seq)
+		t[13] = f
+		sum := base + uint32(hdr-l4+len(p)) + seq>>16 + seq&0xffff + uint32(f)
+		binary.BigEndian.PutUint16(t[16:], ^header.Fold(header.Sum(p, sum)))
+		seq += uint32(mss)
+		s.segs = append(s.segs, Segment{h, p})
+	}
+	return s.segs[first:]
+}
+
+// splitUDP writes the headers of n UDP datagrams.
+func (s *Splitter) splitUDP(pkt, payload []byte, l *layout, n, mss int) []Segment {
+	first := len(s.segs)
+	src, dst := l.addrs(pkt)
+	hdr, l4 := l.hdr, l.l4
+	base := header.PseudoSum(protoUDP, src, dst, 0)
+	base = uint32(header.Fold(header.Sum(pkt[l4:l4+4], base)))
+
+	ip := newIPTemplate(pkt, l)
+	for i := range n {
+		p := payload
+		if i < n-1 {
+			p, payload = payload[:mss:mss], payload[mss:]
+		}
+		h := s.header(pkt[:hdr])
+		ip.write(h, hdr+len(p))
+		u := h[l4 : l4+udpLen]
+		length := uint32(udpLen + len(p))
+		binary.BigEndian.PutUint16(u[4:], uint16(length))
+		// The length counts twice: in the pseudo-header and in the header.
+		c := ^header.Fold(header.Sum(p, base+2*length))
+		if c == 0 {
+			c = 0xffff // RFC 768: zero says that there is no checksum
+		}
+		binary.BigEndian.PutUint16(u[6:], c)
+		s.segs = append(s.segs, Segment{h, p})
+	}
+	return s.segs[first:]
+}
+
+// header appends a copy of from to the arena, which has room for it.
+func (s *Splitter) header(from []byte) []byte {
+	at := len(s.arena)
+	s.arena = append(s.arena, from...)
+	return s.arena[at:len(s.arena):len(s.arena)]
+}
+
+// write fills in the fields of the next segment's IP header, whose packet is total
+// bytes long, and steps the ID.
+func (t *ipTemplate) write(h []byte, total int) {
+	if t.v6 {
+		binary.BigEndian.PutUint16(h[4:], uint16(total-ipv6Len))
+		return
+	}
+	b := h[:ipv4MinLen]
+	binary.BigEndian.PutUint16(b[2:], uint16(total))
+	binary.BigEndian.PutUint16(b[4:], t.id)
+	binary.BigEndian.PutUint16(b[10:], ^header.Fold(t.sum+uint32(total)+uint32(t.id)))
+	t.id++
+}

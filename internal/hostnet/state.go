@@ -1,0 +1,215 @@
+package hostnet
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+)
+
+// Protocol is the routing protocol number (rtm_protocol, rtnetlink(7)) that marks
+// Tulle's routes: 84 is 'T', free in iproute2's rt_protos. `ip route show proto 84`
+// lists them.
+const Protocol = 84
+
+// Table is the name of Tulle's own nftables table, of family inet.
+const Table = "tulle"
+
+// Default ports of the encapsulations (wire.md, Encapsulations).
+const (
+	DefaultUDPPort   = 6080
+	DefaultVXLANPort = 4789
+)
+
+// PeerRoute is a prefix that another node owns. It is routed into the TUN
+// device, with the node's own TUN address of that family as preferred source.
+type PeerRoute struct {
+	Prefix netip.Prefix
+	// MTU in bytes, of the inner packet: the peer's proven path MTU. The kernel
+	// itself then answers oversize packets. 0 leaves the device's MTU.
+	MTU int
+}
+
+// State is what the host's network should look like. The zero value of a field
+// asks for nothing of its kind; both address families may be used at once.
+type State struct {
+	// Tun is the TUN device's name. Empty means Options.Tun.
+	Tun string
+	// MTU of the TUN device in bytes; 0 leaves the device as it is.
+	MTU int
+	// TunAddrs are the device's addresses, at most one a family, as /32 and /128.
+	TunAddrs []netip.Addr
+	// ClusterCIDRs are routed into the TUN device as a whole, so that the agent
+	// answers for addresses that nobody owns.
+	ClusterCIDRs []netip.Prefix
+	// Peers are the other nodes' prefixes.
+	Peers []PeerRoute
+	// Own is this node's space. It is unreachable, with the highest metric, so
+	// that any real route to the same prefix wins. It is also where masquerading
+	// applies as the source.
+	Own []netip.Prefix
+	// Masquerade asks for source NAT from Own to what lies outside the cluster.
+	Masquerade bool
+	// Members are the underlay addresses of all members and external peers, this
+	// node's too: never masqueraded towards, and the ends of untracked tunnel packets.
+	Members []netip.Addr
+	// TunnelPorts are the UDP destination ports of the tunnel's outer packets.
+	// Empty means DefaultUDPPort and DefaultVXLANPort.
+	TunnelPorts []uint16
+}
+
+// Report says what one Reconcile did, a line for each object, for example
+// "route 10.244.1.0/24 dev tun0 mtu 1472".
+type Report struct {
+	// Added were missing because they are new in the State (or at a first run).
+	Added []string
+	// Changed were there as an earlier State of this Reconciler wanted them.
+	Changed []string
+	// Removed were ours and are no longer wanted.
+	Removed []string
+	// Repaired were as wanted before and somebody else took or changed them, or
+	// an earlier run left them behind with wrong attributes.
+	Repaired []string
+	// Conflicts are what stands in the way and is not ours, so was left alone.
+	// The agent shows them to the operator until they are gone.
+	Conflicts []Problem
+}
+
+// Empty reports whether nothing was changed on the host (conflicts aside).
+func (r *Report) Empty() bool {
+	return len(r.Added)+len(r.Changed)+len(r.Removed)+len(r.Repaired) == 0
+}
+
+// Problem is something wrong with the host that an operator has to mend.
+type Problem struct {
+	What   string
+	Remedy string
+}
+
+func (p Problem) String() string { return p.What + "; " + p.Remedy }
+
+// validate refuses a State that can only come from an error in the caller, and
+// returns a canonical copy: prefixes masked, sorted and unique.
+func (s State) validate() (State, error) {
+	var errs []error
+	if s.Tun == "" || len(s.Tun) > 15 {
+		errs = append(errs, fmt.Errorf("hostnet: TUN device name %q must have 1 to 15 bytes", s.Tun))
+	}
+	if s.MTU != 0 && (s.MTU < minMTU || s.MTU > maxMTU) {
+		errs = append(errs, fmt.Errorf("hostnet: TUN MTU %d is outside %d–%d", s.MTU, minMTU, maxMTU))
+	}
+	s.TunAddrs = slices.Clone(s.TunAddrs)
+	seen := map[bool]netip.Addr{}
+	for i, a := range s.TunAddrs {
+		a = a.Unmap()
+		s.TunAddrs[i] = a
+		if !a.IsValid() || a.IsUnspecified() || a.IsLoopback() || a.IsMulticast() || a.IsLinkLocalUnicast() {
+			errs = append(errs, fmt.Errorf("hostnet: %v cannot be a TUN address", a))
+			continue
+		}
+		if b, ok := seen[a.Is4()]; ok {
+			errs = append(errs, fmt.Errorf("hostnet: two TUN addresses of one family: %v and %v", b, a))
+		}
+		seen[a.Is4()] = a
+	}
+	var err error
+	if s.ClusterCIDRs, err = canonical("cluster CIDR", s.ClusterCIDRs); err != nil {
+		errs = append(errs, err)
+	}
+	if s.Own, err = canonical("own prefix", s.Own); err != nil {
+		errs = append(errs, err)
+	}
+	s.Peers = slices.Clone(s.Peers)
+	prefixes := make(map[netip.Prefix]bool, len(s.Peers))
+	for i := range s.Peers {
+		p := &s.Peers[i]
+		if p.Prefix, err = canonicalPrefix("peer prefix", p.Prefix); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if prefixes[p.Prefix] {
+			errs = append(errs, fmt.Errorf("hostnet: peer prefix %v twice", p.Prefix))
+		}
+		prefixes[p.Prefix] = true
+		if p.MTU != 0 && (p.MTU < minMTU || p.MTU > maxMTU) {
+			errs = append(errs, fmt.Errorf("hostnet: MTU %d of peer prefix %v is outside %d–%d", p.MTU, p.Prefix, minMTU, maxMTU))
+		}
+	}
+	members := make([]netip.Addr, 0, len(s.Members))
+	for _, a := range s.Members {
+		if a = a.Unmap().WithZone(""); a.IsValid() {
+			members = append(members, a)
+		}
+	}
+	slices.SortFunc(members, netip.Addr.Compare)
+	s.Members = slices.Compact(members)
+	s.TunnelPorts = slices.Clone(s.TunnelPorts)
+	if len(s.TunnelPorts) == 0 {
+		s.TunnelPorts = []uint16{DefaultUDPPort, DefaultVXLANPort}
+	}
+	slices.Sort(s.TunnelPorts)
+	s.TunnelPorts = slices.Compact(s.TunnelPorts)
+	return s, errors.Join(errs...)
+}
+
+// Bounds of a route's or device's MTU in bytes: RFC 791's 68 and the IPv4 total
+// length.
+const (
+	minMTU = 68
+	maxMTU = 65535
+)
+
+func canonicalPrefix(what string, p netip.Prefix) (netip.Prefix, error) {
+	if !p.IsValid() || p.Addr().Is4In6() || p.Bits() == 0 {
+		return p, fmt.Errorf("hostnet: %s %v is not a prefix of one family longer than /0", what, p)
+	}
+	return p.Masked(), nil
+}
+
+func canonical(what string, in []netip.Prefix) ([]netip.Prefix, error) {
+	out := make([]netip.Prefix, 0, len(in))
+	for _, p := range in {
+		p, err := canonicalPrefix(what, p)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, p)
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return slices.Compact(out), nil
+}
+
+// uses reports whether the state has anything of the family.
+func (s *State) uses(v4 bool) bool {
+	for _, a := range s.TunAddrs {
+		if a.Is4() == v4 {
+			return true
+		}
+	}
+	for _, p := range s.ClusterCIDRs {
+		if p.Addr().Is4() == v4 {
+			return true
+		}
+	}
+	for _, p := range s.Own {
+		if p.Addr().Is4() == v4 {
+			return true
+		}
+	}
+	for _, p := range s.Peers {
+		if p.Prefix.Addr().Is4() == v4 {
+			return true
+		}
+	}
+	return false
+}
+
+// tunAddr is the TUN address of the family; the zero Addr when there is none.
+func (s *State) tunAddr(v4 bool) netip.Addr {
+	for _, a := range s.TunAddrs {
+		if a.Is4() == v4 {
+			return a
+		}
+	}
+	return netip.Addr{}
+}

@@ -15,6 +15,7 @@ const (
 	CodeNotFound  Code = "not_found" // no such node, address, key
 	CodeRefused   Code = "refused"   // a guard holds: forget of a live node, release of an address in use
 	CodeUnhealthy Code = "unhealthy" // the agent cannot do it now: isolated, no space, not ready
+	CodeNoAgent   Code = "no_agent"  // nobody answers on the socket (made by Client, never sent)
 	CodeFailed    Code = "failed"    // anything else
 )
 

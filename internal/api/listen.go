@@ -1,0 +1,119 @@
+package api
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"path/filepath"
+	"strconv"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// maxSocketPath leaves room in sun_path (108 bytes, unix(7)) for the terminating zero and for the name under which the
+// socket is made.
+const maxSocketPath = 96
+
+// Listen makes the control socket, mode 0660, and its directory, mode 0755, where that is missing. A socket that a dead
+// agent left behind is replaced; the socket of a live one is left alone and named in the error. Closing the listener
+// removes the socket.
+func Listen(path string) (net.Listener, error) {
+	if len(path) > maxSocketPath {
+		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the limit is %d; name a shorter one with --socket",
+			path, len(path), maxSocketPath)
+	}
+	dir := filepath.Dir(path)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, fmt.Errorf("control socket: %w; run as root, or name another place with --socket", err)
+	}
+	// One starter at a time: between the look at the old socket and the making of the new one nobody else may come.
+	lock, err := os.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("control socket: %w", err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		return nil, fmt.Errorf("control socket: lock %s: %w", dir, err)
+	}
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	l, err := listenAt(path)
+	if err != nil {
+		return nil, fmt.Errorf("control socket %s: %w; run as root, or name another place with --socket", path, err)
+	}
+	return l, nil
+}
+
+// removeStale removes the socket at path if nobody listens on it.
+func removeStale(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("control socket: %w", err)
+	}
+	if info.Mode().Type() != fs.ModeSocket {
+		return fmt.Errorf("control socket %s: the path is taken by something that is not a socket (%s); remove it or name another path with --socket",
+			path, info.Mode())
+	}
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	if err == nil {
+		conn.Close()
+	}
+	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("control socket %s: another agent listens there; stop it (systemctl stop tulle), or give this one its own --socket, --state-dir and --tun", path)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("control socket: remove what a dead agent left: %w", err)
+	}
+	return nil
+}
+
+// listenAt binds under a name of its own, sets the mode, and only then gives the socket its real name: nobody can connect
+// to it while its mode is what the umask made of it.
+func listenAt(path string) (net.Listener, error) {
+	birth := path + "." + strconv.Itoa(os.Getpid())
+	if err := os.Remove(birth); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: birth, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	defer os.Remove(birth)
+	made := &listener{UnixListener: l, path: path}
+	if err = os.Chmod(birth, 0o660); err == nil {
+		if made.info, err = os.Lstat(birth); err == nil {
+			err = os.Link(birth, path) // unlike a rename, never replaces
+		}
+	}
+	if err != nil {
+		l.Close()
+		return nil, err
+	}
+	return made, nil
+}
+
+// listener removes the socket on Close if it is still its own.
+type listener struct {
+	*net.UnixListener
+	path string
+	info fs.FileInfo
+}
+
+// Addr is the socket's real name.
+func (l *listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
+
+// Close stops listening and removes the socket.
+func (l *listener) Close() error {
+	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.info) {
+		os.Remove(l.path)
+	}
+	return l.UnixListener.Close()
+}

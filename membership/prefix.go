@@ -1,0 +1,53 @@
+package membership
+
+import "net/netip"
+
+// comparePrefix orders prefixes as a table does: IPv4 first, then by first
+// address, then the wider one.
+func comparePrefix(a, b netip.Prefix) int {
+	if c := a.Addr().Compare(b.Addr()); c != 0 { // Compare puts IPv4 before IPv6
+		return c
+	}
+	return a.Bits() - b.Bits()
+}
+
+// covers reports whether every address of b is in a.
+func covers(a, b netip.Prefix) bool {
+	return a.Bits() <= b.Bits() && a.Contains(b.Addr())
+}
+
+// halves splits p, which must be wider than one address.
+func halves(p netip.Prefix) (lo, hi netip.Prefix) {
+	bits := p.Bits() + 1
+	lo = netip.PrefixFrom(p.Addr(), bits)
+	return lo, netip.PrefixFrom(setBit(p.Addr(), bits-1), bits)
+}
+
+// parent returns the union of lo and hi when they are the two halves of one
+// prefix, in that order.
+func parent(lo, hi netip.Prefix) (netip.Prefix, bool) {
+	bits := lo.Bits()
+	if bits != hi.Bits() || bits <= 0 || lo.Addr().BitLen() != hi.Addr().BitLen() {
+		return netip.Prefix{}, false
+	}
+	p := netip.PrefixFrom(lo.Addr(), bits-1)
+	if p.Masked() != p { // lo is an upper half
+		return netip.Prefix{}, false
+	}
+	if setBit(lo.Addr(), bits-1) != hi.Addr() {
+		return netip.Prefix{}, false
+	}
+	return p, true
+}
+
+// setBit returns a with bit i (0 is the highest) set.
+func setBit(a netip.Addr, i int) netip.Addr {
+	if a.Is4() {
+		b := a.As4()
+		b[i/8] |= 0x80 >> (i % 8)
+		return netip.AddrFrom4(b)
+	}
+	b := a.As16()
+	b[i/8] |= 0x80 >> (i % 8)
+	return netip.AddrFrom16(b)
+}

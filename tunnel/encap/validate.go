@@ -1,0 +1,85 @@
+package encap
+
+import (
+	"net/netip"
+
+	"github.com/tulle-net/tulle/tunnel/header"
+)
+
+// Validator is what [Validate] asks of the engine's tables about one sending peer.
+// Its methods run for every packet: they must not allocate, block or keep
+// anything. IPv4-mapped IPv6 addresses arrive as such and belong to nobody.
+type Validator interface {
+	// OwnPort reports a UDP port of our own encapsulations, and Underlay a member's
+	// (or external peer's) underlay address: together, a tunnel in the tunnel.
+	OwnPort(port uint16) bool
+	Underlay(dst netip.Addr) bool
+	// Ours reports a source that only this node may send from.
+	Ours(src netip.Addr) bool
+	// MaySend reports whether src is the sending peer's: its prefixes, its tun address.
+	MaySend(src netip.Addr) bool
+	// Accepts reports whether we deliver to dst.
+	Accepts(dst netip.Addr) bool
+}
+
+// Validate makes the checks 3 to 9 of the decapsulation on an inner packet, in this
+// order, and reports the first that fails:
+//
+//	DropMalformed            it does not parse; trailing bytes are cut
+//	DropNested               inner protocol 4 or 41, or our own port toward an underlay address
+//	DropTTLZero              TTL 0
+//	DropSourceInvalid        source multicast, loopback, unspecified, reserved or ours
+//	DropSourceNotSenders     source is not the sending peer's
+//	DropDestinationNotOurs   destination is not ours
+//	DropECN                  RFC 6040's drop cell
+//
+// pkt is b cut to the packet's length, its ECN field combined with the outer one and
+// its IPv4 header checksum mended; in describes it. b is untouched on a drop.
+func Validate[V Validator](b []byte, in *header.Inner, outerTOS byte, v V) (pkt []byte, d Drop) {
+	if header.ParseInner(b, in) != nil {
+		return nil, DropMalformed
+	}
+	if nestedProto(in.Proto) ||
+		in.Proto == header.ProtoUDP && in.HasPorts && v.OwnPort(in.DstPort) && v.Underlay(in.Dst) {
+		return nil, DropNested
+	}
+	if in.TTL == 0 {
+		return nil, DropTTLZero
+	}
+	if header.SourceInvalid(in.Src) || v.Ours(in.Src) {
+		return nil, DropSourceInvalid
+	}
+	if !v.MaySend(in.Src) {
+		return nil, DropSourceNotSenders
+	}
+	if !v.Accepts(in.Dst) {
+		return nil, DropDestinationNotOurs
+	}
+	pkt = b[:in.Length:in.Length]
+	if d := ApplyECN(pkt, in, outerTOS); d != DropNone {
+		return nil, d
+	}
+	return pkt, DropNone
+}
+
+// Shape makes those of [Validate]'s checks that need no table: malformed, nested by
+// protocol, TTL 0, the source's class. After DropNone, in describes the packet
+// b[:in.Length].
+func Shape(b []byte, in *header.Inner) Drop {
+	if header.ParseInner(b, in) != nil {
+		return DropMalformed
+	}
+	if nestedProto(in.Proto) {
+		return DropNested
+	}
+	if in.TTL == 0 {
+		return DropTTLZero
+	}
+	if header.SourceInvalid(in.Src) {
+		return DropSourceInvalid
+	}
+	return DropNone
+}
+
+// nestedProto reports IP in IP. In a later fragment the protocol is known as well.
+func nestedProto(proto uint8) bool { return proto == header.ProtoIPv4 || proto == header.ProtoIPv6 }

@@ -50,14 +50,11 @@ func add32(a, b uint32) uint32 {
 	return s + c // cannot carry again: s is at most 2^32-2 when c is 1
 }
 
-// sum returns the folded one's-complement sum of b. One's-complement addition
-// does not care for byte order (RFC 1071 §2B), so words are added as the
-// machine's own (little-endian) 64 bits, carries held, and swapped at the end.
-func sum(b []byte) uint16 {
-	return sumGo(b)
-}
-
-// sumGo is sum in plain Go.
+// sumGo is sum in plain Go: the fastest there is without vector instructions, and the
+// oracle of what has them. One's-complement addition does not care for byte order (RFC 1071
+// §2B), so it adds little-endian 64-bit words and swaps bytes at the end. A run of Add64
+// becomes one chain of add-with-carry. (acc += c cannot wrap: a carry out of an
+// addition leaves all ones only when a carry came in too, and the first has none.)
 func sumGo(b []byte) uint16 {
 	var acc, c uint64
 	for len(b) >= 128 {
@@ -94,7 +91,29 @@ func sumGo(b []byte) uint16 {
 		acc += c
 		b = b[64:]
 	}
-	for len(b) >= 8 {
+	if len(b) >= 32 {
+		p := (*[32]byte)(b)
+		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(p[0:]), 0)
+		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(p[8:]), c)
+		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(p[16:]), c)
+		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(p[24:]), c)
+		acc += c
+		b = b[32:]
+	}
+	return sumTail(acc, b)
+}
+
+// sumTail adds b, of less than 32 bytes, to a little-endian sum and folds it.
+func sumTail(acc uint64, b []byte) uint16 {
+	var c uint64
+	if len(b) >= 16 {
+		p := (*[16]byte)(b)
+		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(p[0:]), 0)
+		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(p[8:]), c)
+		acc += c
+		b = b[16:]
+	}
+	if len(b) >= 8 {
 		acc, c = bits.Add64(acc, binary.LittleEndian.Uint64(b), 0)
 		acc += c
 		b = b[8:]
@@ -115,12 +134,11 @@ func sumGo(b []byte) uint16 {
 		tail |= uint64(b[0]) << shift
 	}
 	acc, c = bits.Add64(acc, tail, 0)
-	acc += c
-	return bits.ReverseBytes16(fold64(acc))
+	return bits.ReverseBytes16(foldWide(acc + c))
 }
 
-// fold64 folds a 64-bit one's-complement sum into 16 bits.
-func fold64(s uint64) uint16 {
+// foldWide folds a 64-bit one's-complement sum into 16 bits.
+func foldWide(s uint64) uint16 {
 	s = s>>32 + s&0xffffffff
 	s = s>>32 + s&0xffffffff
 	return Fold(uint32(s))

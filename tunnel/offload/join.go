@@ -77,7 +77,7 @@ func (j *Joiner) start(pkt []byte) {
 	j.parts = append(j.parts, pkt)
 	j.open = false
 	l := &j.l
-	if !l.parse(pkt) || l.total != len(pkt) || l.hdr == len(pkt) || len(pkt) > maxPacket {
+	if !l.parse(pkt) || l.total != len(pkt) || l.hdr == len(pkt) || len(pkt) > maxTotal {
 		return
 	}
 	if l.v6 && l.l4 != ipv6Len || !l.v6 && l.l4 != ipv4MinLen {
@@ -110,7 +110,7 @@ func udpLength(pkt []byte, l4 int) int {
 func (j *Joiner) join(pkt []byte) bool {
 	l := &j.l
 	n := len(pkt) - l.hdr // payload
-	if n <= 0 || n > j.mss || j.total+n > maxPacket || !j.cmp.same(pkt) {
+	if n <= 0 || n > j.mss || j.total+n > maxTotal || !j.cmp.same(pkt) {
 		return false
 	}
 	// From here on pkt has the same versions, protocol, header lengths and ports.

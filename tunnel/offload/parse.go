@@ -20,7 +20,7 @@ const (
 	tcpCsumOffset = 16
 	udpCsumOffset = 6
 
-	maxPacket = 65535 // bytes, network header included
+	maxTotal = 65535 // bytes, network header included
 )
 
 // TCP flags, byte 13 of the header (RFC 9293 §3.1).

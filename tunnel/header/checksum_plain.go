@@ -1,0 +1,4 @@
+package header
+
+// sum returns the folded one's-complement sum of b.
+func sum(b []byte) uint16 { return sumGo(b) }

@@ -1,0 +1,356 @@
+package ipam
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+)
+
+// An Allocation is one pod's address of one family.
+type Allocation struct {
+	Addr  netip.Addr `json:"addr"`
+	Key   string     `json:"key"`             // container ID (and interface): whose it is
+	Pod   string     `json:"pod,omitempty"`   // for people
+	Netns string     `json:"netns,omitempty"` // path, for checks against the host
+	Since time.Time  `json:"since"`
+}
+
+// A Block is an open block, as status shows it.
+type Block struct {
+	Prefix netip.Prefix `json:"prefix"`
+	Used   uint64       `json:"used"` // addresses that pods have
+	Size   uint64       `json:"size"` // addresses that pods can have; saturates at 2^63
+}
+
+// Errors that callers branch on.
+var (
+	// ErrFull says that no open block has an address to give right now.
+	ErrFull = errors.New("no free pod address")
+	// ErrUnavailable is wrapped when a requested address cannot be had.
+	ErrUnavailable = errors.New("address not available")
+)
+
+// A Pool is the open blocks of a node and who has which address in them.
+//
+// Allocations may lie outside the blocks: pods whose space was lost keep their
+// addresses, and these are never handed out again while they last.
+type Pool struct {
+	cooldown time.Duration
+	blocks   []*block
+	byAddr   map[netip.Addr]Allocation
+	byKey    map[string][]netip.Addr // a key has one address in each family
+	cooling  map[netip.Addr]time.Time
+}
+
+type block struct {
+	prefix     netip.Prefix
+	used       uint64
+	low        netip.Addr // nothing below is free
+	first, end netip.Addr // the range that pods may have, both included
+}
+
+// NewPool returns an empty pool whose released addresses rest for cooldown.
+func NewPool(cooldown time.Duration) *Pool {
+	return &Pool{
+		cooldown: cooldown,
+		byAddr:   make(map[netip.Addr]Allocation),
+		byKey:    make(map[string][]netip.Addr),
+		cooling:  make(map[netip.Addr]time.Time),
+	}
+}
+
+// Open adds a block. The first open block of a family lends its first address to
+// the tunnel device, see [Pool.TunAddr].
+func (p *Pool) Open(prefix netip.Prefix) {
+	if slices.ContainsFunc(p.blocks, func(b *block) bool { return b.prefix == prefix }) {
+		return
+	}
+	b := &block{prefix: prefix, first: prefix.Addr(), end: Last(prefix)}
+	b.low = b.first
+	for a := range p.byAddr {
+		if prefix.Contains(a) {
+			b.used++
+		}
+	}
+	p.blocks = append(p.blocks, b)
+}
+
+// Close removes a block; allocations in it stay.
+func (p *Pool) Close(prefix netip.Prefix) {
+	p.blocks = slices.DeleteFunc(p.blocks, func(b *block) bool { return b.prefix == prefix })
+	for _, b := range p.blocks { // another block may have become the first
+		b.low = b.first
+	}
+}
+
+// Prefixes returns the open blocks in order of opening.
+func (p *Pool) Prefixes() []netip.Prefix {
+	out := make([]netip.Prefix, len(p.blocks))
+	for i, b := range p.blocks {
+		out[i] = b.prefix
+	}
+	return out
+}
+
+// Blocks returns the open blocks with their use.
+func (p *Pool) Blocks() []Block {
+	out := make([]Block, len(p.blocks))
+	for i, b := range p.blocks {
+		out[i] = Block{Prefix: b.prefix, Used: b.used, Size: p.size(b)}
+	}
+	return out
+}
+
+// size counts the addresses of b that pods can have.
+func (p *Pool) size(b *block) uint64 {
+	n := b.prefix.Addr().BitLen() - b.prefix.Bits()
+	if n >= 63 {
+		return 1 << 63
+	}
+	size := uint64(1) << n
+	if p.reserved(b, b.first) {
+		size--
+	}
+	if b.end != b.first && p.reserved(b, b.end) {
+		size--
+	}
+	return size
+}
+
+// TunAddr returns the tunnel device's address: the first one of the first open
+// block of the family.
+func (p *Pool) TunAddr(v6 bool) (netip.Addr, bool) {
+	for _, b := range p.blocks {
+		if b.prefix.Addr().Is6() == v6 {
+			return b.first, true
+		}
+	}
+	return netip.Addr{}, false
+}
+
+// reserved reports whether a pod never gets a: the tunnel device's address, the
+// addresses that look like a network or a broadcast address to IPv4 tools, and
+// IPv6's subnet-router anycast address (RFC 4291 §2.6.1). In a block of one or
+// two IPv4 addresses every address counts (RFC 3021).
+func (p *Pool) reserved(b *block, a netip.Addr) bool {
+	if tun, ok := p.TunAddr(a.Is6()); ok && a == tun {
+		return true
+	}
+	if a.Is6() {
+		return a == b.first && b.prefix.Bits() < 127
+	}
+	return b.prefix.Bits() < 31 && (a == b.first || a == b.end)
+}
+
+// Allocate gives key an address of the family: the one that it already has, else
+// want when it is valid, else the lowest free one. A new allocation takes Pod and
+// Netns from a, whose Addr is want.
+func (p *Pool) Allocate(now time.Time, a Allocation, v6 bool) (Allocation, error) {
+	if old, ok := p.Lookup(a.Key, v6); ok {
+		if a.Addr.IsValid() && a.Addr != old.Addr {
+			return Allocation{}, fmt.Errorf("%w: %v was asked for, but %s already has %v", ErrUnavailable, a.Addr, a.Key, old.Addr)
+		}
+		return old, nil
+	}
+	a.Since = now
+	if a.Addr.IsValid() {
+		if err := p.available(now, a.Addr); err != nil {
+			return Allocation{}, err
+		}
+		p.add(a)
+		return a, nil
+	}
+	for _, b := range p.blocks {
+		if b.prefix.Addr().Is6() != v6 {
+			continue
+		}
+		if addr, ok := p.lowest(now, b); ok {
+			a.Addr = addr
+			p.add(a)
+			return a, nil
+		}
+	}
+	return Allocation{}, ErrFull
+}
+
+// lowest finds the lowest free address of b. Addresses below b.low are taken or
+// cooling until something is released, or has cooled, below it.
+func (p *Pool) lowest(now time.Time, b *block) (netip.Addr, bool) {
+	p.thaw(now)
+	for a := b.low; a.IsValid() && a.Compare(b.end) <= 0; a = a.Next() {
+		_, taken := p.byAddr[a]
+		_, cool := p.cooling[a]
+		if !taken && !cool && !p.reserved(b, a) {
+			b.low = a
+			return a, true
+		}
+	}
+	b.low = b.end
+	return netip.Addr{}, false
+}
+
+// thaw forgets the cool-downs that are over.
+func (p *Pool) thaw(now time.Time) {
+	for a, until := range p.cooling {
+		if !now.Before(until) {
+			delete(p.cooling, a)
+			p.lower(a)
+		}
+	}
+}
+
+func (p *Pool) lower(a netip.Addr) {
+	if b := p.blockOf(a); b != nil && a.Less(b.low) {
+		b.low = a
+	}
+}
+
+func (p *Pool) blockOf(a netip.Addr) *block {
+	for _, b := range p.blocks {
+		if b.prefix.Contains(a) {
+			return b
+		}
+	}
+	return nil
+}
+
+// available explains why a requested address cannot be had.
+func (p *Pool) available(now time.Time, a netip.Addr) error {
+	b := p.blockOf(a)
+	if b == nil {
+		return fmt.Errorf("%w: %v is in no open block of this node", ErrUnavailable, a)
+	}
+	if old, ok := p.byAddr[a]; ok {
+		return fmt.Errorf("%w: %s has %v", ErrUnavailable, old.Key, a)
+	}
+	if p.reserved(b, a) {
+		return fmt.Errorf("%w: %v is reserved (the first or last address of block %v)", ErrUnavailable, a, b.prefix)
+	}
+	if until, ok := p.cooling[a]; ok && now.Before(until) {
+		return fmt.Errorf("%w: %v was released lately and rests for another %v", ErrUnavailable, a, until.Sub(now).Round(time.Second))
+	}
+	return nil
+}
+
+func (p *Pool) add(a Allocation) {
+	delete(p.cooling, a.Addr)
+	p.byAddr[a.Addr] = a
+	p.byKey[a.Key] = append(p.byKey[a.Key], a.Addr)
+	if b := p.blockOf(a.Addr); b != nil {
+		b.used++
+	}
+}
+
+// Adopt records an address that a pod already has, wherever it lies. It reports
+// false when another key has it, or the key has another address of the family.
+func (p *Pool) Adopt(a Allocation) bool {
+	if old, ok := p.byAddr[a.Addr]; ok {
+		return old.Key == a.Key
+	}
+	if _, ok := p.Lookup(a.Key, a.Addr.Is6()); ok {
+		return false
+	}
+	p.add(a)
+	return true
+}
+
+// Release takes back what key has; the addresses rest before they are used again.
+// Releasing what is not there is fine.
+func (p *Pool) Release(now time.Time, key string) []Allocation {
+	var out []Allocation
+	for _, a := range slices.Clone(p.byKey[key]) {
+		out = append(out, p.byAddr[a])
+		p.Drop(a)
+		p.Rest(now, a, now.Add(p.cooldown))
+	}
+	return out
+}
+
+// Drop removes an allocation as if it had never been: no cool-down. It undoes an
+// Allocate that could not be made durable.
+func (p *Pool) Drop(addr netip.Addr) {
+	a, ok := p.byAddr[addr]
+	if !ok {
+		return
+	}
+	delete(p.byAddr, addr)
+	rest := slices.DeleteFunc(p.byKey[a.Key], func(x netip.Addr) bool { return x == addr })
+	if len(rest) == 0 {
+		delete(p.byKey, a.Key)
+	} else {
+		p.byKey[a.Key] = rest
+	}
+	if b := p.blockOf(addr); b != nil {
+		b.used--
+	}
+	p.lower(addr)
+}
+
+// Rest keeps a free address from being handed out before until. A longer rest
+// stays.
+func (p *Pool) Rest(now time.Time, addr netip.Addr, until time.Time) {
+	if old, ok := p.cooling[addr]; !until.After(now) || ok && old.After(until) {
+		return
+	}
+	p.cooling[addr] = until
+}
+
+// Lookup returns what key has in the family.
+func (p *Pool) Lookup(key string, v6 bool) (Allocation, bool) {
+	for _, a := range p.byKey[key] {
+		if a.Is6() == v6 {
+			return p.byAddr[a], true
+		}
+	}
+	return Allocation{}, false
+}
+
+// At returns who has the address.
+func (p *Pool) At(addr netip.Addr) (Allocation, bool) {
+	a, ok := p.byAddr[addr]
+	return a, ok
+}
+
+// Allocations returns all allocations in address order.
+func (p *Pool) Allocations() []Allocation {
+	out := make([]Allocation, 0, len(p.byAddr))
+	for _, a := range p.byAddr {
+		out = append(out, a)
+	}
+	slices.SortFunc(out, func(a, b Allocation) int { return a.Addr.Compare(b.Addr) })
+	return out
+}
+
+// Resting returns the addresses that cool down at now, in order.
+func (p *Pool) Resting(now time.Time) []Cooling {
+	p.thaw(now)
+	out := make([]Cooling, 0, len(p.cooling))
+	for a, until := range p.cooling {
+		out = append(out, Cooling{Addr: a, Until: until})
+	}
+	slices.SortFunc(out, func(a, b Cooling) int { return a.Addr.Compare(b.Addr) })
+	return out
+}
+
+// Spare returns how many addresses of the family are free now, at most limit.
+func (p *Pool) Spare(now time.Time, v6 bool, limit uint64) uint64 {
+	p.thaw(now)
+	var n uint64
+	for _, b := range p.blocks {
+		if b.prefix.Addr().Is6() != v6 {
+			continue
+		}
+		busy := b.used
+		for a := range p.cooling {
+			if b.prefix.Contains(a) {
+				busy++
+			}
+		}
+		if size := p.size(b); size > busy {
+			n = min(limit, n+min(limit, size-busy))
+		}
+	}
+	return n
+}

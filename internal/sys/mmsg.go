@@ -1,0 +1,205 @@
+package sys
+
+import (
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// mmsghdr is struct mmsghdr of recvmmsg(2). Go pads it to a multiple of the
+// pointer size as C does.
+type mmsghdr struct {
+	hdr unix.Msghdr
+	n   uint32
+}
+
+// sockaddrSpace is room for a sockaddr_in6, the larger of our two families.
+const sockaddrSpace = unix.SizeofSockaddrInet6
+
+// RecvMsgs is the memory of one recvmmsg(2): slots of equal size, each with
+// room for the sender's address and for control messages. All is allocated by
+// NewRecvMsgs; Recv allocates nothing.
+type RecvMsgs struct {
+	hdrs    []mmsghdr
+	iovs    []unix.Iovec
+	data    []byte
+	names   []byte
+	control []byte
+	slot    int
+	ctl     int
+	used    int // slots that the last Recv filled, whose lengths need resetting
+}
+
+// NewRecvMsgs allocates slots of slotSize bytes, with controlSize bytes of
+// control messages each.
+func NewRecvMsgs(slots, slotSize, controlSize int) *RecvMsgs {
+	controlSize = (controlSize + 7) &^ 7
+	m := &RecvMsgs{
+		hdrs:    make([]mmsghdr, slots),
+		iovs:    make([]unix.Iovec, slots),
+		data:    make([]byte, slots*slotSize),
+		names:   make([]byte, slots*sockaddrSpace),
+		control: make([]byte, slots*controlSize),
+		slot:    slotSize,
+		ctl:     controlSize,
+		used:    slots,
+	}
+	for i := range m.hdrs {
+		m.iovs[i].Base = &m.data[i*slotSize]
+		m.iovs[i].SetLen(slotSize)
+		h := &m.hdrs[i].hdr
+		h.Iov = &m.iovs[i]
+		h.SetIovlen(1)
+		h.Name = &m.names[i*sockaddrSpace]
+		if controlSize > 0 {
+			h.Control = &m.control[i*controlSize]
+		}
+	}
+	return m
+}
+
+// Slots is the number of messages one Recv can take.
+func (m *RecvMsgs) Slots() int { return len(m.hdrs) }
+
+// Recv fills up to Slots() messages from the non-blocking socket fd and
+// returns how many; ErrAgain when there is none. What an earlier Recv gave out
+// is overwritten.
+func (m *RecvMsgs) Recv(fd int, flags int) (int, error) {
+	for i := range m.hdrs[:m.used] {
+		h := &m.hdrs[i].hdr
+		h.Namelen = sockaddrSpace
+		h.SetControllen(m.ctl)
+		h.Flags = 0
+	}
+	m.used = 0
+	for {
+		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[0])),
+			uintptr(len(m.hdrs)), uintptr(flags|unix.MSG_DONTWAIT), 0, 0)
+		switch errno {
+		case 0:
+			m.used = int(n)
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			m.used = 1 // the kernel may have touched the first header
+			return 0, errno
+		}
+	}
+}
+
+// Data is the payload of message i, valid until the next Recv.
+func (m *RecvMsgs) Data(i int) []byte {
+	off := i * m.slot
+	return m.data[off : off+min(int(m.hdrs[i].n), m.slot) : off+m.slot]
+}
+
+// Name is the raw sockaddr of message i's sender.
+func (m *RecvMsgs) Name(i int) []byte {
+	off := i * sockaddrSpace
+	return m.names[off : off+min(int(m.hdrs[i].hdr.Namelen), sockaddrSpace)]
+}
+
+// Control is message i's raw control messages; see NextControl.
+func (m *RecvMsgs) Control(i int) []byte {
+	off := i * m.ctl
+	return m.control[off : off+min(int(m.hdrs[i].hdr.Controllen), m.ctl)]
+}
+
+// Truncated reports that message i was longer than its slot.
+func (m *RecvMsgs) Truncated(i int) bool {
+	return m.hdrs[i].hdr.Flags&unix.MSG_TRUNC != 0
+}
+
+// ControlTruncated reports that message i had more control messages than room.
+func (m *RecvMsgs) ControlTruncated(i int) bool {
+	return m.hdrs[i].hdr.Flags&unix.MSG_CTRUNC != 0
+}
+
+// SendMsgs is the memory of one sendmmsg(2): up to a fixed number of messages
+// gathered from up to a fixed number of slices. Names, payloads and control
+// bytes handed in are referenced, not copied, until Reset: the caller keeps
+// them unchanged until then.
+type SendMsgs struct {
+	hdrs []mmsghdr
+	iovs []unix.Iovec
+	msgs int
+	used int // iovecs
+}
+
+// NewSendMsgs allocates room for messages and iovecs.
+func NewSendMsgs(messages, iovecs int) *SendMsgs {
+	return &SendMsgs{hdrs: make([]mmsghdr, messages), iovs: make([]unix.Iovec, iovecs)}
+}
+
+// Begin starts a message to the raw sockaddr name. There must be room for it.
+func (m *SendMsgs) Begin(name []byte) {
+	h := &m.hdrs[m.msgs].hdr
+	m.msgs++
+	h.Name = unsafe.SliceData(name)
+	h.Namelen = uint32(len(name))
+	h.Iov = nil
+	h.SetIovlen(0)
+	h.Control = nil
+	h.SetControllen(0)
+	h.Flags = 0
+}
+
+// Append adds a slice to the message begun last. An empty slice adds nothing.
+func (m *SendMsgs) Append(p []byte) {
+	if len(p) == 0 {
+		return
+	}
+	h := &m.hdrs[m.msgs-1].hdr
+	v := &m.iovs[m.used]
+	m.used++
+	v.Base = unsafe.SliceData(p)
+	v.SetLen(len(p))
+	if h.Iov == nil {
+		h.Iov = v
+	}
+	h.Iovlen++
+}
+
+// SetControl gives the message begun last its control messages.
+func (m *SendMsgs) SetControl(c []byte) {
+	h := &m.hdrs[m.msgs-1].hdr
+	h.Control = unsafe.SliceData(c)
+	h.SetControllen(len(c))
+}
+
+// Messages and Iovecs are the room in use; MaxMessages and MaxIovecs all of it.
+func (m *SendMsgs) Messages() int    { return m.msgs }
+func (m *SendMsgs) Iovecs() int      { return m.used }
+func (m *SendMsgs) MaxMessages() int { return len(m.hdrs) }
+func (m *SendMsgs) MaxIovecs() int   { return len(m.iovs) }
+
+// MessageIovecs is the number of slices of message i.
+func (m *SendMsgs) MessageIovecs(i int) int { return int(m.hdrs[i].hdr.Iovlen) }
+
+// Slice is the k-th slice of message i.
+func (m *SendMsgs) Slice(i, k int) []byte {
+	h := &m.hdrs[i].hdr
+	v := unsafe.Slice(h.Iov, h.Iovlen)[k]
+	return unsafe.Slice(v.Base, v.Len)
+}
+
+// Reset forgets all messages. The slices are still referenced until they are
+// overwritten by later messages, which only delays their collection.
+func (m *SendMsgs) Reset() { m.msgs, m.used = 0, 0 }
+
+// Send hands messages [from, to) to the non-blocking socket fd. It returns how
+// many the kernel took: at least one, or an error about message from. The
+// kernel reports no error for a later message, only that it stopped.
+func (m *SendMsgs) Send(fd, from, to int) (int, error) {
+	for {
+		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[from])),
+			uintptr(to-from), unix.MSG_DONTWAIT, 0, 0)
+		switch errno {
+		case 0:
+			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}

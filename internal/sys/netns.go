@@ -1,0 +1,138 @@
+package sys
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// NetnsDir is where named network namespaces live, as for ip-netns(8).
+const NetnsDir = "/run/netns"
+
+// NetnsPath is the path of the namespace called name.
+func NetnsPath(name string) string { return filepath.Join(NetnsDir, name) }
+
+func checkNetnsName(name string) error {
+	if name == "" || name == "." || name == ".." || strings.ContainsRune(name, '/') {
+		return fmt.Errorf("network namespace name %q: must be a plain file name", name)
+	}
+	return nil
+}
+
+// NewNetns makes a named network namespace, as `ip netns add` does, with its
+// loopback interface down. It fails with an error that wraps fs.ErrExist if the
+// name is taken. The caller's thread keeps its own namespace.
+func NewNetns(name string) error {
+	if err := checkNetnsName(name); err != nil {
+		return err
+	}
+	if err := prepareNetnsDir(); err != nil {
+		return fmt.Errorf("network namespace %s: %w", name, err)
+	}
+	path := NetnsPath(name)
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE|os.O_EXCL, 0o444)
+	if err != nil {
+		return fmt.Errorf("network namespace %s: %w", name, err)
+	}
+	f.Close()
+	err = onThread(func() (bool, error) {
+		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
+			return true, fmt.Errorf("unshare: %w", err)
+		}
+		self := fmt.Sprintf("/proc/self/task/%d/ns/net", unix.Gettid())
+		return false, unix.Mount(self, path, "", unix.MS_BIND, "")
+	})
+	if err != nil {
+		os.Remove(path)
+		return fmt.Errorf("network namespace %s: %w", name, err)
+	}
+	return nil
+}
+
+// prepareNetnsDir makes NetnsDir a shared mount, so that other mount
+// namespaces see what is added to it and removed from it (as ip-netns(8)).
+func prepareNetnsDir() error {
+	if err := os.MkdirAll(NetnsDir, 0o755); err != nil {
+		return err
+	}
+	shared := func() error { return unix.Mount("", NetnsDir, "none", unix.MS_SHARED|unix.MS_REC, "") }
+	err := shared()
+	if errors.Is(err, unix.EINVAL) { // not a mount point yet
+		if err := unix.Mount(NetnsDir, NetnsDir, "none", unix.MS_BIND|unix.MS_REC, ""); err != nil {
+			return fmt.Errorf("bind %s: %w", NetnsDir, err)
+		}
+		err = shared()
+	}
+	if err != nil {
+		return fmt.Errorf("share %s: %w", NetnsDir, err)
+	}
+	return nil
+}
+
+// DeleteNetns removes a named network namespace. It lives on as long as a
+// process or a descriptor is in it. Deleting a missing one is no error.
+func DeleteNetns(name string) error {
+	if err := checkNetnsName(name); err != nil {
+		return err
+	}
+	path := NetnsPath(name)
+	if err := unix.Unmount(path, unix.MNT_DETACH); err != nil && err != unix.EINVAL && err != unix.ENOENT {
+		return fmt.Errorf("network namespace %s: unmount: %w", name, err)
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("network namespace %s: %w", name, err)
+	}
+	return nil
+}
+
+// WithNetns runs f on a thread which is in the network namespace at path (see
+// NetnsPath, or /proc/PID/ns/net), and waits for it. Goroutines that f starts
+// are not in that namespace; sockets that f opens stay in it. A thread that
+// could not be brought back to its own namespace is discarded, never reused.
+func WithNetns(path string, f func() error) error {
+	target, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("network namespace: %w", err)
+	}
+	defer target.Close()
+	return WithNetnsFD(int(target.Fd()), f)
+}
+
+// WithNetnsFD is WithNetns for an open descriptor of a namespace.
+func WithNetnsFD(fd int, f func() error) error {
+	return onThread(func() (bool, error) {
+		home, err := unix.Open("/proc/thread-self/ns/net", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		if err != nil {
+			return true, fmt.Errorf("open own network namespace: %w", err)
+		}
+		defer unix.Close(home)
+		if err := unix.Setns(fd, unix.CLONE_NEWNET); err != nil {
+			return true, fmt.Errorf("enter network namespace: %w", err)
+		}
+		err = f()
+		return unix.Setns(home, unix.CLONE_NEWNET) == nil, err
+	})
+}
+
+// onThread runs f on a goroutine locked to its thread. Only if f reports true,
+// the thread is clean and may go back to the scheduler; otherwise – and when f
+// panics or calls runtime.Goexit – it ends with the goroutine.
+func onThread(f func() (clean bool, err error)) error {
+	done := make(chan error, 1)
+	go func() {
+		err := errors.New("function ended its goroutine")
+		defer func() { done <- err }()
+		runtime.LockOSThread()
+		clean, e := f()
+		err = e
+		if clean {
+			runtime.UnlockOSThread()
+		}
+	}()
+	return <-done
+}

@@ -1,0 +1,72 @@
+package sys
+
+import (
+	"fmt"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Poller waits for one descriptor, or for Wake. One goroutine waits at a time;
+// Wake may be called from any.
+type Poller struct {
+	fds  [2]unix.PollFd
+	wake *Event
+}
+
+// NewPoller makes a Poller for fd, which stays the caller's.
+func NewPoller(fd int) (*Poller, error) {
+	wake, err := NewEvent()
+	if err != nil {
+		return nil, err
+	}
+	p := &Poller{wake: wake}
+	p.fds[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
+	p.fds[1] = unix.PollFd{Fd: int32(wake.FD()), Events: unix.POLLIN}
+	return p, nil
+}
+
+// WaitRead blocks until fd is readable (nil), has an error to collect
+// (ErrErrQueue), or Wake was called since the last wait that said so
+// (ErrWoken). Wake comes first, errors second, so that neither is starved by a
+// busy descriptor.
+func (p *Poller) WaitRead() error {
+	for {
+		_, _, errno := unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 2, 0, 0, 0, 0)
+		switch errno {
+		case 0:
+		case unix.EINTR, unix.EAGAIN:
+			continue
+		default:
+			return fmt.Errorf("poll: %w", errno)
+		}
+		switch r := p.fds[0].Revents; {
+		case p.fds[1].Revents != 0 && p.wake.Clear():
+			return ErrWoken
+		case r&unix.POLLNVAL != 0:
+			return fmt.Errorf("poll: %w", unix.EBADF)
+		case r&unix.POLLERR != 0:
+			return ErrErrQueue
+		case r != 0:
+			return nil
+		}
+	}
+}
+
+// Wake ends the present WaitRead, or else the next one, with ErrWoken.
+func (p *Poller) Wake() { p.wake.Signal() }
+
+// Close releases the Poller; nobody may be waiting. The descriptor it waited
+// for is not touched.
+func (p *Poller) Close() error { return p.wake.Close() }
+
+// WaitWrite blocks until fd takes data again, or has an error, or the timeout
+// in milliseconds has passed.
+func WaitWrite(fd int, timeoutMillis int) error {
+	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+	_, err := unix.Poll(fds, timeoutMillis)
+	if err != nil && err != unix.EINTR {
+		return fmt.Errorf("poll: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,159 @@
+package sys
+
+import (
+	"fmt"
+	"net/netip"
+	"runtime"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// Socket opens a non-blocking, close-on-exec socket.
+func Socket(domain, typ, proto int) (int, error) {
+	return unix.Socket(domain, typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, proto)
+}
+
+// Close closes a descriptor.
+func Close(fd int) error { return unix.Close(fd) }
+
+// SetInt sets an integer socket option; the name is for the error.
+func SetInt(fd, level, opt, value int, name string) error {
+	if err := unix.SetsockoptInt(fd, level, opt, value); err != nil {
+		return fmt.Errorf("setsockopt %s=%d: %w", name, value, err)
+	}
+	return nil
+}
+
+// GetInt reads an integer socket option; the name is for the error.
+func GetInt(fd, level, opt int, name string) (int, error) {
+	v, err := unix.GetsockoptInt(fd, level, opt)
+	if err != nil {
+		return 0, fmt.Errorf("getsockopt %s: %w", name, err)
+	}
+	return v, nil
+}
+
+// SetBuffers asks for socket buffers of the given sizes in bytes (0 leaves the
+// kernel's default): past net.core.{r,w}mem_max where we may, up to it where we
+// may not. It returns the sizes in force, as the kernel counts them: twice what
+// was asked, because it charges its own overhead too (socket(7)).
+func SetBuffers(fd, recv, send int) (gotRecv, gotSend int, err error) {
+	set := func(size, force, plain int, name string) error {
+		if size <= 0 {
+			return nil
+		}
+		if unix.SetsockoptInt(fd, unix.SOL_SOCKET, force, size) == nil {
+			return nil
+		}
+		return SetInt(fd, unix.SOL_SOCKET, plain, size, name)
+	}
+	if err := set(recv, unix.SO_RCVBUFFORCE, unix.SO_RCVBUF, "SO_RCVBUF"); err != nil {
+		return 0, 0, err
+	}
+	if err := set(send, unix.SO_SNDBUFFORCE, unix.SO_SNDBUF, "SO_SNDBUF"); err != nil {
+		return 0, 0, err
+	}
+	if gotRecv, err = GetInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUF, "SO_RCVBUF"); err != nil {
+		return 0, 0, err
+	}
+	if gotSend, err = GetInt(fd, unix.SOL_SOCKET, unix.SO_SNDBUF, "SO_SNDBUF"); err != nil {
+		return 0, 0, err
+	}
+	return gotRecv, gotSend, nil
+}
+
+// Drops reads how many messages the socket has dropped since it was opened for
+// want of room in its buffer or for a bad checksum, modulo 2³²
+// (SO_MEMINFO, SK_MEMINFO_DROPS).
+func Drops(fd int) (uint32, error) {
+	var info [9]uint32 // SK_MEMINFO_VARS
+	const drops = 8    // SK_MEMINFO_DROPS
+	size := uint32(unsafe.Sizeof(info))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_MEMINFO,
+		uintptr(unsafe.Pointer(&info)), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return 0, fmt.Errorf("getsockopt SO_MEMINFO: %w", errno)
+	}
+	return info[drops], nil
+}
+
+// DropAllInput makes a socket refuse everything that arrives, before it takes
+// any buffer: a classic BPF program of one instruction, "return 0". The error
+// queue still works.
+func DropAllInput(fd int) error {
+	prog := unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
+	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
+		return fmt.Errorf("setsockopt SO_ATTACH_FILTER: %w", err)
+	}
+	runtime.KeepAlive(prog.Filter)
+	return nil
+}
+
+// Bind binds a socket of addr's family. For raw sockets the port is zero.
+func Bind(fd int, addr netip.AddrPort) error {
+	return unix.Bind(fd, sockaddr(addr))
+}
+
+func sockaddr(addr netip.AddrPort) unix.Sockaddr {
+	if addr.Addr().Is4() {
+		return &unix.SockaddrInet4{Port: int(addr.Port()), Addr: addr.Addr().As4()}
+	}
+	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16(), ZoneId: zoneID(addr.Addr())}
+}
+
+// LocalAddr is the address that the socket is bound to.
+func LocalAddr(fd int) (netip.AddrPort, error) {
+	sa, err := unix.Getsockname(fd)
+	if err != nil {
+		return netip.AddrPort{}, fmt.Errorf("getsockname: %w", err)
+	}
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return netip.AddrPortFrom(netip.AddrFrom4(sa.Addr), uint16(sa.Port)), nil
+	case *unix.SockaddrInet6:
+		return netip.AddrPortFrom(netip.AddrFrom16(sa.Addr), uint16(sa.Port)), nil
+	}
+	return netip.AddrPort{}, fmt.Errorf("getsockname: family of %T is not IP", sa)
+}
+
+// ErrMsg is one message of a socket's error queue (ip(7), IP_RECVERR).
+type ErrMsg struct {
+	Err      unix.SockExtendedErr
+	Offender netip.AddrPort // who reported it; invalid for local errors
+	Dest     netip.AddrPort // where the offending packet was sent; invalid if unknown
+	Data     []byte         // the offending packet's payload as far as it was quoted
+}
+
+// RecvErr takes one message off the error queue of fd, using buf for its
+// payload; ErrAgain when the queue is empty.
+func RecvErr(fd int, buf []byte) (ErrMsg, error) {
+	var control [256]byte
+	for {
+		n, cn, _, from, err := unix.Recvmsg(fd, buf, control[:], unix.MSG_ERRQUEUE|unix.MSG_DONTWAIT)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			return ErrMsg{}, err
+		}
+		m := ErrMsg{Data: buf[:n]}
+		switch from := from.(type) {
+		case *unix.SockaddrInet4:
+			m.Dest = netip.AddrPortFrom(netip.AddrFrom4(from.Addr), uint16(from.Port))
+		case *unix.SockaddrInet6:
+			m.Dest = netip.AddrPortFrom(netip.AddrFrom16(from.Addr), uint16(from.Port))
+		}
+		const size = int(unsafe.Sizeof(unix.SockExtendedErr{}))
+		for c, rest, ok := NextControl(control[:cn]); ok; c, rest, ok = NextControl(rest) {
+			is4 := c.Level == unix.SOL_IP && c.Type == unix.IP_RECVERR
+			is6 := c.Level == unix.SOL_IPV6 && c.Type == unix.IPV6_RECVERR
+			if !is4 && !is6 || len(c.Data) < size {
+				continue
+			}
+			copy(unsafe.Slice((*byte)(unsafe.Pointer(&m.Err)), size), c.Data)
+			m.Offender, _ = ParseSockaddr(c.Data[size:])
+		}
+		return m, nil
+	}
+}

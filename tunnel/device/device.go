@@ -1,0 +1,205 @@
+package device
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+	"golang.zx2c4.com/wireguard/tun"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Sizes and defaults.
+const (
+	// VnetHdrLen is the length in bytes of the virtio-net header before each
+	// packet.
+	VnetHdrLen = 10
+	// MaxPacket is the largest IP packet that a read gives or a write takes, in
+	// bytes, without the virtio-net header.
+	MaxPacket = 65535
+	// DefaultTxQueueLen is how many packets the device holds for a reader that
+	// is late.
+	DefaultTxQueueLen = 4096
+	// MaxQueues is the kernel's limit (MAX_TAP_QUEUES).
+	MaxQueues = 256
+)
+
+// Options of Open. The zero value of a field means its default.
+type Options struct {
+	Name       string // required, at most 15 bytes
+	MTU        int    // bytes; the kernel's default of a new device (1500), or what the device has
+	Queues     int    // 1
+	TxQueueLen int    // packets; DefaultTxQueueLen
+}
+
+func (o Options) validate() error {
+	switch {
+	case o.Name == "" || len(o.Name) >= unix.IFNAMSIZ:
+		return fmt.Errorf("TUN device name %q: must have 1 to %d bytes", o.Name, unix.IFNAMSIZ-1)
+	case o.MTU != 0 && (o.MTU < 68 || o.MTU > MaxPacket):
+		return fmt.Errorf("TUN device %s: MTU %d is not within 68 and %d bytes", o.Name, o.MTU, MaxPacket)
+	case o.Queues < 0 || o.Queues > MaxQueues:
+		return fmt.Errorf("TUN device %s: %d queues are not within 1 and %d", o.Name, o.Queues, MaxQueues)
+	case o.TxQueueLen < 0:
+		return fmt.Errorf("TUN device %s: negative queue length %d", o.Name, o.TxQueueLen)
+	}
+	return nil
+}
+
+// Offloads are the super-packets that pass between the kernel and us.
+type Offloads struct {
+	CSUM bool // packets without complete checksums (NEEDS_CSUM)
+	TSO  bool // TCP super-packets, IPv4 and IPv6
+	USO  bool // UDP super-packets, IPv4 and IPv6 (Linux 6.2)
+}
+
+// String lists what is on, "none" if nothing.
+func (o Offloads) String() string {
+	s := ""
+	for _, p := range []struct {
+		on   bool
+		name string
+	}{{o.CSUM, "csum"}, {o.TSO, "tso"}, {o.USO, "uso"}} {
+		if p.on {
+			if s != "" {
+				s += "+"
+			}
+			s += p.name
+		}
+	}
+	if s == "" {
+		return "none"
+	}
+	return s
+}
+
+// A Device is an open TUN device.
+type Device struct {
+	index  int
+	queues []*Queue
+	kept   bool // attached to a device that was there before
+
+	mu       sync.Mutex // guards name, offloads' changes, and nl
+	name     string
+	nl       *sys.Netlink
+	closed   bool
+	offloads atomic.Uint32 // TUN_F_… in force
+}
+
+// Name is the device's name.
+func (d *Device) Name() string { return d.name }
+
+// Index is the device's interface index.
+func (d *Device) Index() int { return d.index }
+
+// Queues are the device's queues, at least one.
+func (d *Device) Queues() []*Queue { return d.queues }
+
+// Kept reports that the device was there before: by an earlier run with
+// Persist, or handed over by FromFD.
+func (d *Device) Kept() bool { return d.kept }
+
+// Offloads are the super-packets in force now.
+func (d *Device) Offloads() Offloads { return offloadsOf(int(d.offloads.Load())) }
+
+// Persist makes the device outlive the process, or not.
+func (d *Device) Persist(on bool) error {
+	if err := sys.TunPersist(d.queues[0].fd, on); err != nil {
+		return fmt.Errorf("TUN device %s: TUNSETPERSIST: %w", d.name, err)
+	}
+	return nil
+}
+
+// FD is the descriptor of the first queue, for handing it to the service
+// manager. It stays the Device's.
+func (d *Device) FD() int { return d.queues[0].fd }
+
+// SetMTU sets the device's MTU in bytes.
+func (d *Device) SetMTU(mtu int) error {
+	return d.link(func(l netlink.Link) error {
+		if l.Attrs().MTU == mtu {
+			return nil
+		}
+		if err := d.nl.LinkSetMTU(l, mtu); err != nil {
+			return fmt.Errorf("TUN device %s: set MTU %d: %w", d.name, mtu, err)
+		}
+		return nil
+	})
+}
+
+// SetTxQueueLen sets how many packets the device holds for a late reader.
+func (d *Device) SetTxQueueLen(packets int) error {
+	return d.link(func(l netlink.Link) error {
+		if l.Attrs().TxQLen == packets {
+			return nil
+		}
+		if err := d.nl.LinkSetTxQLen(l, packets); err != nil {
+			return fmt.Errorf("TUN device %s: set queue length %d: %w", d.name, packets, err)
+		}
+		return nil
+	})
+}
+
+// Stats are the kernel's counters of the device, seen from the host's side.
+type Stats struct {
+	TxDropped uint64 // packets to us that found the queue full, or the device without reader
+	RxDropped uint64 // packets from us that the host refused
+	RxErrors  uint64 // malformed packets from us
+}
+
+// Stats reads the kernel's counters.
+func (d *Device) Stats() (Stats, error) {
+	var s Stats
+	err := d.link(func(l netlink.Link) error {
+		if st := l.Attrs().Statistics; st != nil {
+			s = Stats{TxDropped: st.TxDropped, RxDropped: st.RxDropped, RxErrors: st.RxErrors + st.RxFrameErrors}
+		}
+		return nil
+	})
+	return s, err
+}
+
+// link runs f with the device's present attributes, by index, so that a rename
+// does not matter. The netlink socket stays in the namespace that the device was
+// opened in.
+func (d *Device) link(f func(netlink.Link) error) error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return fmt.Errorf("TUN device %s: is closed", d.name)
+	}
+	l, err := sys.RetryDump(func() (netlink.Link, error) { return d.nl.LinkByIndex(d.index) })
+	if err != nil {
+		return fmt.Errorf("TUN device %s: %w", d.name, err)
+	}
+	return f(l)
+}
+
+// Close closes all queues. Unless Persist was asked for, that removes the
+// device. The queues' readers must have returned: Wake ends their waits.
+func (d *Device) Close() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.closed {
+		return nil
+	}
+	d.closed = true
+	var errs []error
+	for _, q := range d.queues {
+		errs = append(errs, q.close())
+	}
+	d.nl.Close()
+	return errors.Join(errs...)
+}
+
+// adopt hands an attached descriptor to wireguard/tun, which owns it from then
+// on, also when adopt fails.
+func adopt(fd int) (tun.Device, string, error) {
+	// On error wireguard/tun has made an os.File of fd, whose finalizer closes it:
+	// closing it here as well might hit another descriptor of the same number.
+	return tun.CreateUnmonitoredTUNFromFD(fd)
+}

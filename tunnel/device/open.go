@@ -1,0 +1,201 @@
+package device
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// ErrBusy is wrapped by Open when another process holds the device.
+var ErrBusy = errors.New("device is held by another process")
+
+// Open opens the TUN device o.Name in the calling thread's network namespace,
+// and makes it if it is not there. A TUN device of that name which nobody
+// holds, left by an earlier run with Persist, is taken up again with its
+// addresses and routes; one left with another number of queues (one against
+// several) is removed first, because the kernel cannot change that.
+func Open(o Options) (*Device, error) {
+	if err := o.validate(); err != nil {
+		return nil, err
+	}
+	o.Queues = max(o.Queues, 1)
+	nl, err := sys.NewNetlink(-1)
+	if err != nil {
+		return nil, err
+	}
+	d := &Device{name: o.Name, nl: nl}
+	if err := d.open(o); err != nil {
+		d.abandon()
+		return nil, err
+	}
+	return d, nil
+}
+
+// FromFD takes over descriptors of a device that the service manager kept for
+// us, one a queue, all of one device, opened by an earlier run with Open in this
+// network namespace. They are the Device's from then on, and closed on error.
+// o.Name, if given, must be the device's; o.Queues is not looked at.
+func FromFD(fds []int, o Options) (*Device, error) {
+	nl, err := sys.NewNetlink(-1)
+	if err != nil {
+		closeAll(fds)
+		return nil, err
+	}
+	d := &Device{nl: nl, kept: true}
+	if err := d.fromFD(fds, o); err != nil {
+		d.abandon()
+		return nil, err
+	}
+	return d, nil
+}
+
+func closeAll(fds []int) {
+	for _, fd := range fds {
+		sys.Close(fd)
+	}
+}
+
+func (d *Device) fromFD(fds []int, o Options) error {
+	if len(fds) == 0 {
+		return errors.New("kept TUN device: no descriptor")
+	}
+	for i, fd := range fds {
+		name, err := checkKept(fd, o.Name)
+		if err != nil {
+			closeAll(fds[i:])
+			return err
+		}
+		o.Name, d.name = name, name
+		if err := d.addQueue(fd); err != nil {
+			closeAll(fds[i+1:])
+			return err
+		}
+	}
+	if err := o.validate(); err != nil {
+		return err
+	}
+	return d.setUp(o)
+}
+
+// checkKept returns the name of the device that fd is attached to, which must be
+// want unless that is empty.
+func checkKept(fd int, want string) (string, error) {
+	name, flags, err := sys.TunInfo(fd)
+	if err != nil {
+		return "", fmt.Errorf("kept descriptor %d is not that of a TUN device: %w", fd, err)
+	}
+	if want != "" && name != want {
+		return "", fmt.Errorf("kept descriptor %d is that of TUN device %s, not of %s", fd, name, want)
+	}
+	const need, never = sys.TunFlags, unix.IFF_TAP
+	if flags&need != need || flags&never != 0 {
+		return "", fmt.Errorf("kept TUN device %s has flags %#x, of which we need %#x: it was not opened by us; remove it with `ip link del %s`", name, flags, need, name)
+	}
+	return name, nil
+}
+
+// abandon undoes what was done of opening.
+func (d *Device) abandon() {
+	for _, q := range d.queues {
+		q.close()
+	}
+	d.nl.Close()
+}
+
+func (d *Device) open(o Options) error {
+	before, err := d.nl.LinkByName(o.Name)
+	d.kept = err == nil
+	if d.kept && before.Type() != "tuntap" {
+		return fmt.Errorf("TUN device %s: an interface of type %s has this name: remove or rename it (`ip link set %s name NEW`), or choose another name", o.Name, before.Type(), o.Name)
+	}
+	flags := uint16(sys.TunFlags)
+	if o.Queues > 1 {
+		flags |= sys.TunMultiQueue
+	}
+	for range o.Queues {
+		fd, err := sys.TunOpen()
+		if err != nil {
+			return explainOpen(err)
+		}
+		if err := sys.TunAttach(fd, o.Name, flags); err != nil {
+			sys.Close(fd)
+			return explainAttach(o.Name, err)
+		}
+		if err := d.addQueue(fd); err != nil {
+			return err
+		}
+	}
+	return d.setUp(o)
+}
+
+func explainOpen(err error) error {
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("%s is missing: load the driver (`modprobe tun`), or make the node (`mkdir -p /dev/net && mknod %s c 10 200`): %w", sys.TunPath, sys.TunPath, err)
+	case errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("%s has no driver behind it: load it (`modprobe tun`), or use a kernel with CONFIG_TUN: %w", sys.TunPath, err)
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%s may not be opened: run as root, or with the capability CAP_NET_ADMIN and access to the node: %w", sys.TunPath, err)
+	}
+	return fmt.Errorf("open %s: %w", sys.TunPath, err)
+}
+
+func explainAttach(name string, err error) error {
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return fmt.Errorf("TUN device %s: not permitted: run as root, or with the capability CAP_NET_ADMIN: %w", name, err)
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("TUN device %s: %w: see which with `fuser -v %s`, stop it, or choose another device name", name, errors.Join(ErrBusy, err), sys.TunPath)
+	}
+	return fmt.Errorf("TUN device %s: TUNSETIFF: %w", name, err)
+}
+
+func (d *Device) addQueue(fd int) error {
+	if err := sys.TunSetVnetHdr(fd); err != nil {
+		sys.Close(fd)
+		return fmt.Errorf("TUN device %s: %w", d.name, err)
+	}
+	t, _, err := adopt(fd)
+	if err != nil {
+		return fmt.Errorf("TUN device %s: %w", d.name, err)
+	}
+	p, err := sys.NewPoller(fd)
+	if err != nil {
+		t.Close()
+		return err
+	}
+	d.queues = append(d.queues, &Queue{fd: fd, dev: d, tun: t, poller: p})
+	return nil
+}
+
+// setUp brings an attached device into the state that we want, and up.
+func (d *Device) setUp(o Options) error {
+	link, err := d.nl.LinkByName(d.name)
+	if err != nil {
+		return fmt.Errorf("TUN device %s: %w", d.name, err)
+	}
+	d.index = link.Attrs().Index
+	if err := d.negotiate(); err != nil {
+		return err
+	}
+	if o.TxQueueLen == 0 {
+		o.TxQueueLen = DefaultTxQueueLen
+	}
+	if err := d.SetTxQueueLen(o.TxQueueLen); err != nil {
+		return err
+	}
+	if o.MTU != 0 {
+		if err := d.SetMTU(o.MTU); err != nil {
+			return err
+		}
+	}
+	if err := d.nl.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.index, Name: d.name}}); err != nil {
+		return fmt.Errorf("TUN device %s: set up: %w", d.name, err)
+	}
+	return nil
+}

@@ -1,0 +1,135 @@
+package underlay
+
+import (
+	"encoding/binary"
+	"net/netip"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// A RecvBatch is the memory of one Recv.
+type RecvBatch struct {
+	msgs *sys.RecvMsgs
+	meta []recvMeta
+}
+
+type recvMeta struct {
+	segment int
+	tos     byte
+}
+
+// MaxMessage is the slot size that holds every message: a train or a joined
+// IPIP packet of 64 KiB.
+const MaxMessage = 1 << 16
+
+// recvControl is room for all control messages that our options ask for: TOS,
+// segment size, overflow counter.
+var recvControl = 3 * sys.ControlSpace(4)
+
+// NewRecvBatch allocates slots of slotSize bytes. Trains need slots of
+// MaxMessage bytes.
+func NewRecvBatch(slots, slotSize int) *RecvBatch {
+	return &RecvBatch{msgs: sys.NewRecvMsgs(slots, slotSize, recvControl), meta: make([]recvMeta, slots)}
+}
+
+// Received is one message: a datagram, a train of datagrams, or a raw packet.
+type Received struct {
+	// Data is valid until the batch's next Recv; the caller may write to it. On a
+	// raw IPv4 socket it begins with the outer IP header.
+	Data []byte
+	From netip.AddrPort // without zone; port 0 on raw sockets
+	// SegmentSize is the length in bytes of each datagram of a train but the
+	// last, which may be shorter; 0 for a single one.
+	SegmentSize int
+	TOS         byte // outer TOS or traffic class, of every datagram of a train
+	Truncated   bool // longer than the slot: the rest is lost
+}
+
+// Recv takes what has arrived, up to the batch's slots, without blocking. It
+// returns how many messages; sys.ErrAgain when there is none. A pending ICMP
+// error of the socket is not reported here but by DrainErrors.
+func (s *Socket) Recv(b *RecvBatch) (n int, err error) {
+	for {
+		n, err = b.msgs.Recv(s.fd, 0)
+		if err == nil {
+			break
+		}
+		if !isPending(err) {
+			return 0, err
+		}
+	}
+	for i := range n {
+		b.meta[i] = s.control(b.msgs.Control(i))
+		if b.msgs.Truncated(i) {
+			s.truncated.Add(1)
+		}
+	}
+	return n, nil
+}
+
+// control reads the control messages of one message, which come in any order.
+func (s *Socket) control(c []byte) (m recvMeta) {
+	for len(c) > 0 {
+		msg, rest, ok := sys.NextControl(c)
+		if !ok {
+			break
+		}
+		c = rest
+		switch {
+		case msg.Level == unix.SOL_UDP && msg.Type == unix.UDP_GRO && len(msg.Data) >= 4:
+			m.segment = int(int32(binary.NativeEndian.Uint32(msg.Data)))
+		case msg.Level == unix.SOL_IP && msg.Type == unix.IP_TOS && len(msg.Data) >= 1:
+			m.tos = msg.Data[0]
+		case msg.Level == unix.SOL_IPV6 && msg.Type == unix.IPV6_TCLASS && len(msg.Data) >= 4:
+			m.tos = byte(binary.NativeEndian.Uint32(msg.Data))
+		case msg.Level == unix.SOL_SOCKET && msg.Type == unix.SO_RXQ_OVFL && len(msg.Data) >= 4:
+			s.overflowed(binary.NativeEndian.Uint32(msg.Data))
+		}
+	}
+	return m
+}
+
+// At is message i of the last Recv's n.
+func (b *RecvBatch) At(i int) Received {
+	r := Received{
+		Data:      b.msgs.Data(i),
+		TOS:       b.meta[i].tos,
+		Truncated: b.msgs.Truncated(i),
+	}
+	r.From, _ = sys.ParseSockaddr(b.msgs.Name(i))
+	if seg := b.meta[i].segment; seg > 0 && seg < len(r.Data) {
+		r.SegmentSize = seg
+	}
+	return r
+}
+
+// overflowed takes the kernel's 32-bit count of drops, which wraps and, coming
+// from several messages, may be older than what is known.
+func (s *Socket) overflowed(now uint32) {
+	for {
+		old := s.overflows.Load()
+		ahead := now - uint32(old)
+		if ahead == 0 || ahead >= 1<<31 {
+			return
+		}
+		if s.overflows.CompareAndSwap(old, old+uint64(ahead)) {
+			return
+		}
+	}
+}
+
+// Overflows is how many messages the kernel has dropped because the socket's
+// receive buffer was full, or their checksum was wrong, since it was opened.
+func (s *Socket) Overflows() uint64 {
+	if !s.closed.Load() {
+		if n, err := sys.Drops(s.fd); err == nil {
+			s.overflowed(n)
+		}
+	}
+	return s.overflows.Load()
+}
+
+// Truncated is how many messages were longer than their slot.
+func (s *Socket) Truncated() uint64 { return s.truncated.Load() }

@@ -1,0 +1,193 @@
+package underlay
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Bounds of one Send.
+const (
+	// maxRetries is how often one message is handed in again because of errors
+	// that may be about another packet: each attempt takes one such error off
+	// the socket, and a new one can arrive meanwhile.
+	maxRetries = 3
+	// writeWaitMillis is how long one wait for room in the send buffer may take
+	// before the kernel is asked again.
+	writeWaitMillis = 100
+	// maxWriteWaits bounds those waits for one message: a device that takes
+	// nothing for this long loses packets rather than stopping the agent.
+	maxWriteWaits = 10
+)
+
+// isPending reports an error that may be an ICMP error about an earlier packet,
+// to this peer or another, which the kernel reports on the next call (ip(7)).
+func isPending(err error) bool {
+	switch err {
+	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENONET,
+		unix.ENOPROTOOPT, unix.EPROTO, unix.EMSGSIZE, unix.EACCES, unix.EOPNOTSUPP:
+		return true
+	}
+	return false
+}
+
+// isGSORefusal reports the errors with which kernels turn trains down: EIO where
+// the device does no checksums, EINVAL for a segment size or count that it does
+// not like and under xfrm, EMSGSIZE for a train above its limit.
+func isGSORefusal(err error) bool {
+	return err == unix.EIO || err == unix.EINVAL || err == unix.EMSGSIZE || err == unix.EOPNOTSUPP
+}
+
+// Send hands all messages of b to the kernel, in order, and resets b. It blocks
+// only while the send buffer is full. The error is about the socket, after which
+// it is of no more use; what happened to single messages is in the result.
+func (s *Socket) Send(b *SendBatch) (SendResult, error) {
+	var r SendResult
+	defer b.Reset()
+	waits, retries := 0, 0
+	for i := 0; i < b.msgs.Messages(); {
+		m := &b.meta[i]
+		if m.segment > 0 && !m.to.tryGSO() {
+			r.GSOFallbacks++
+			if err := s.sendSingles(b, i, &r); err != nil {
+				return r, err
+			}
+			i, waits, retries = i+1, 0, 0
+			continue
+		}
+		n, err := b.msgs.Send(s.fd, i, b.upTo(i))
+		if err == nil {
+			for ; n > 0; n-- {
+				r.took(&b.meta[i])
+				i++
+			}
+			waits, retries = 0, 0
+			continue
+		}
+		switch {
+		case err == sys.ErrAgain && waits < maxWriteWaits:
+			waits++
+			if err := sys.WaitWrite(s.fd, writeWaitMillis); err != nil {
+				return r, err
+			}
+			continue
+		case isPending(err) && retries < maxRetries:
+			retries++
+			r.Retried++
+			continue
+		case m.segment > 0 && isGSORefusal(err):
+			if err := s.sendRefused(b, i, &r); err != nil {
+				return r, err
+			}
+		case isFatal(err):
+			return r, fmt.Errorf("send on %v: %w", s.local, err)
+		default:
+			r.dropped(m, err)
+		}
+		i, waits, retries = i+1, 0, 0
+	}
+	return r, nil
+}
+
+// upTo is the end of the run of messages from i on which may be sent together:
+// it stops before a train whose destination has trains off.
+func (b *SendBatch) upTo(i int) int {
+	end := i + 1
+	for ; end < b.msgs.Messages(); end++ {
+		if m := &b.meta[end]; m.segment > 0 && !m.to.tryGSO() {
+			break
+		}
+	}
+	return end
+}
+
+// isFatal reports errors that say something about the socket, not the message.
+func isFatal(err error) bool {
+	return err == unix.EBADF || err == unix.ENOTSOCK || err == unix.EFAULT
+}
+
+func (r *SendResult) took(m *sendMeta) {
+	r.Messages++
+	r.Sent += m.datagrams()
+	if m.segment > 0 {
+		m.to.acceptedGSO()
+	}
+}
+
+func (r *SendResult) dropped(m *sendMeta, err error) {
+	r.Dropped += m.datagrams()
+	if err == unix.EMSGSIZE {
+		r.TooBig += m.datagrams()
+	}
+	r.LastErr = err
+}
+
+// sendRefused sends a train that the kernel has just refused as single
+// datagrams. Only if it takes those, the refusal was about the train, and
+// trains to that destination are off for a while: datagrams above the link's MTU
+// are refused either way.
+func (s *Socket) sendRefused(b *SendBatch, i int, r *SendResult) error {
+	before := r.Sent
+	r.GSOFallbacks++
+	err := s.sendSingles(b, i, r)
+	if r.Sent > before {
+		b.meta[i].to.refusedGSO()
+	}
+	return err
+}
+
+// singles is the memory for sending one train as single datagrams.
+type singles struct {
+	batch *SendBatch
+}
+
+// sendSingles sends message i, a train, datagram by datagram.
+func (s *Socket) sendSingles(b *SendBatch, i int, r *SendResult) error {
+	if b.single == nil {
+		b.single = &singles{NewSendBatch(MaxSegments, MaxIovecs+MaxSegments)}
+	}
+	out, m := b.single.batch, &b.meta[i]
+	open, left := false, 0
+	flush := func() error {
+		sr, err := s.Send(out)
+		r.add(sr)
+		return err
+	}
+	for k := range b.msgs.MessageIovecs(i) {
+		for p := b.msgs.Slice(i, k); len(p) > 0; {
+			if !open {
+				if out.Len() == MaxSegments { // the caller exceeded MaxSegments
+					if err := flush(); err != nil {
+						return err
+					}
+				}
+				out.Begin(m.to, m.tos)
+				open, left = true, m.segment
+			}
+			n := min(left, len(p))
+			out.Append(p[:n])
+			p, left = p[n:], left-n
+			if left == 0 {
+				out.End(0)
+				open = false
+			}
+		}
+	}
+	if open {
+		out.End(0)
+	}
+	return flush()
+}
+
+func (r *SendResult) add(o SendResult) {
+	r.Messages += o.Messages
+	r.Sent += o.Sent
+	r.Dropped += o.Dropped
+	r.TooBig += o.TooBig
+	r.Retried += o.Retried
+	if o.LastErr != nil {
+		r.LastErr = o.LastErr
+	}
+}

@@ -7,7 +7,8 @@ import (
 
 // Host is one host of the lab.
 type Host struct {
-	Name      string       `json:"name"`      // h1, h2 …
+	Name      string       `json:"name"` // h1, h2 …
+	Number    int          `json:"number"`
 	Netns     string       `json:"netns"`     // path of its network namespace
 	Subnet    int          `json:"subnet"`    // 1, 2 …
 	Underlay  []netip.Addr `json:"underlay"`  // addresses of its eth0, IPv4 first
@@ -21,7 +22,8 @@ type Host struct {
 
 // Pod is one pod of the lab.
 type Pod struct {
-	Name      string       `json:"name"` // p1a, p1b … on h1
+	Name      string       `json:"name"`   // p1a, p1b … on h1
+	Number    int          `json:"number"` // among the pods of its host, from 1
 	Host      string       `json:"host"`
 	Netns     string       `json:"netns"`
 	ID        string       `json:"id"`        // under which its agent holds its addresses
@@ -49,7 +51,7 @@ type Lab struct {
 	mu sync.Mutex // held while the topology or the record of it changes
 	st state
 	// waits has a channel for each agent that this process started; it is closed once that agent is reaped.
-	waits map[int]chan struct{}
+	waits map[process]chan struct{}
 }
 
 // Name is the lab's name.

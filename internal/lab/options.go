@@ -52,6 +52,10 @@ type Options struct {
 	// Bare builds the network without agents: pods get static addresses, and no host knows a way to another host's pods
 	// until DirectRoutes or KernelVXLAN is called.
 	Bare bool `json:"bare"`
+	// Replace lets Up remove a whole lab of the name if the process that made it is gone.
+	Replace bool `json:"replace"`
+	// KeepFailed lets what was made stand if Up fails, for somebody to look at.
+	KeepFailed bool `json:"keep_failed"`
 	// Timeout bounds the wait for agents and for all pods to reach each other. Default 60 s.
 	Timeout time.Duration `json:"timeout"`
 }
@@ -59,8 +63,8 @@ type Options struct {
 var nameRule = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,18}[a-z0-9])?$`)
 
 const (
-	maxNodes   = 250 // host part of an underlay /24, less the router's and some room
-	maxSubnets = 250
+	maxNodes   = 240 // host parts of an underlay /24 from 11
+	maxSubnets = 240
 	maxPods    = 250 // of one host
 )
 

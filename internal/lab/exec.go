@@ -1,0 +1,95 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Stdio is where a command of Exec reads and writes. Files are handed over as they are.
+type Stdio struct {
+	In       io.Reader
+	Out, Err io.Writer
+}
+
+// Exec runs a command in the network namespace of a host, a pod or the router and returns its exit code, 128 plus the
+// signal if one ended it. The command sees the namespace's devices in /sys and, on a host and its pods, that host's agent at
+// the socket where the command line looks for it.
+func (l *Lab) Exec(ctx context.Context, target string, argv []string, stdio Stdio) (int, error) {
+	path, err := l.netnsOf(target)
+	if err != nil {
+		return 0, err
+	}
+	if len(argv) == 0 {
+		return 0, errors.New("no command to run")
+	}
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdio.In, stdio.Out, stdio.Err
+	cmd.Env = append(os.Environ(), labEnv+"="+l.Name())
+	dir := l.socketDir(target)
+	err = sys.WithNetns(path, func() error {
+		runtime.LockOSThread() // never unlocked: this thread's mounts change for good, so it must end with its goroutine
+		if err := privateMounts(dir); err != nil {
+			return err
+		}
+		return cmd.Start()
+	})
+	if err != nil {
+		return 0, fmt.Errorf("run %s in %s: %w", argv[0], target, err)
+	}
+	err = cmd.Wait()
+	if exit, ok := errors.AsType[*exec.ExitError](err); ok && ctx.Err() == nil {
+		if ws, ok := exit.Sys().(syscall.WaitStatus); ok && ws.Signaled() {
+			return 128 + int(ws.Signal()), nil
+		}
+		return exit.ExitCode(), nil
+	}
+	return 0, err
+}
+
+// socketDir is the folder with the socket of the agent that a target belongs to; "" for the router.
+func (l *Lab) socketDir(target string) string {
+	if p, err := l.Pod(target); err == nil {
+		target = p.Host
+	}
+	if h, err := l.Host(target); err == nil && !l.st.Options.Bare {
+		return h.Dir
+	}
+	return ""
+}
+
+// privateMounts gives the calling thread mounts of its own: /sys of its network namespace, and dir in place of the folder
+// of the agent's default socket.
+func privateMounts(dir string) error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("unshare mounts: %w", err)
+	}
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
+		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
+		return fmt.Errorf("mount /sys: %w", err)
+	}
+	if dir == "" {
+		return nil
+	}
+	at := filepath.Dir(api.DefaultSocket)
+	if err := os.MkdirAll(at, 0o755); err != nil {
+		return err
+	}
+	if err := unix.Mount(dir, at, "", unix.MS_BIND, ""); err != nil {
+		return fmt.Errorf("mount %s at %s: %w", dir, at, err)
+	}
+	return nil
+}

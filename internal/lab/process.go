@@ -1,0 +1,123 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// process names a process for good: a PID is reused, a PID with its start time is not.
+type process struct {
+	PID   int    `json:"pid"`
+	Start uint64 `json:"start"` // clock ticks since boot
+}
+
+func thisProcess() process {
+	pid := os.Getpid()
+	start, _, _ := procStat(pid)
+	return process{pid, start}
+}
+
+// procStat reads the state letter and start time of a process (proc(5), fields 3 and 22).
+func procStat(pid int) (start uint64, letter byte, err error) {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return 0, 0, err
+	}
+	// The second field is the command in parentheses, and may itself hold anything.
+	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	if len(f) < 20 {
+		return 0, 0, fmt.Errorf("/proc/%d/stat: %d fields", pid, len(f))
+	}
+	start, err = strconv.ParseUint(string(f[19]), 10, 64)
+	return start, f[0][0], err
+}
+
+// alive reports whether that very process still runs; a zombie does not.
+func (p process) alive() bool {
+	if p.PID <= 0 {
+		return false
+	}
+	start, letter, err := procStat(p.PID)
+	return err == nil && start == p.Start && letter != 'Z' && letter != 'X'
+}
+
+// signal sends sig to that very process: os.FindProcess takes a handle on whatever has the PID now, then the start time
+// tells whether that is the one.
+func (p process) signal(sig syscall.Signal) error {
+	h, err := os.FindProcess(p.PID)
+	if err != nil {
+		return err
+	}
+	defer h.Release()
+	if !p.alive() {
+		return os.ErrProcessDone
+	}
+	return h.Signal(sig)
+}
+
+// end sends sig and waits until the process is gone.
+func (p process) end(ctx context.Context, sig syscall.Signal) error {
+	if err := p.signal(sig); errors.Is(err, os.ErrProcessDone) {
+		return nil
+	} else if err != nil {
+		return fmt.Errorf("signal process %d: %w", p.PID, err)
+	}
+	return poll(ctx, 2*time.Millisecond, func() (bool, error) { return !p.alive(), nil })
+}
+
+// poll calls done until it says so, fails, or ctx ends.
+func poll(ctx context.Context, every time.Duration, done func() (bool, error)) error {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		if ok, err := done(); ok || err != nil {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-t.C:
+		}
+	}
+}
+
+// labEnv marks each process that a lab starts.
+const labEnv = "TULLE_LAB"
+
+// processesIn finds the processes that live in one of the namespaces and carry the lab's mark: its agents, including
+// one that was started just before its maker was killed, and commands of Exec.
+func processesIn(name string, namespaces []string) []process {
+	ours := map[uint64]bool{}
+	for _, ns := range namespaces {
+		var st syscall.Stat_t
+		if syscall.Stat(sys.NetnsPath(ns), &st) == nil {
+			ours[st.Ino] = true
+		}
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	var found []process
+	for _, dir := range dirs {
+		var st syscall.Stat_t
+		if syscall.Stat(filepath.Join(dir, "ns/net"), &st) != nil || !ours[st.Ino] {
+			continue
+		}
+		env, _ := os.ReadFile(filepath.Join(dir, "environ"))
+		if !bytes.Contains(append([]byte{0}, env...), []byte("\x00"+labEnv+"="+name+"\x00")) {
+			continue
+		}
+		pid, _ := strconv.Atoi(filepath.Base(dir))
+		if start, _, err := procStat(pid); err == nil {
+			found = append(found, process{pid, start})
+		}
+	}
+	return found
+}

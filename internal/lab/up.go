@@ -1,0 +1,231 @@
+package lab
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Progress is told what Up does, one short line a step. It may be nil.
+type Progress func(step string)
+
+func (p Progress) say(format string, args ...any) {
+	if p != nil {
+		p(fmt.Sprintf(format, args...))
+	}
+}
+
+// Up builds a lab and, unless it is bare, waits until all pods reach each other. What is left of an earlier lab of that
+// name whose maker died halfway is removed first; a whole one is an error, or replaced if Options.Replace says so and its
+// maker is gone. If Up fails it removes what it made, unless Options.KeepFailed.
+func Up(ctx context.Context, o Options, progress Progress) (*Lab, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if os.Geteuid() != 0 {
+		return nil, errors.New("a lab needs root: it makes network namespaces; run it with sudo")
+	}
+	if !o.Bare && o.Binary == "" {
+		if o.Binary, err = os.Executable(); err != nil {
+			return nil, err
+		}
+	}
+	unlock, err := lock(o.Name)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	if err := clearEarlier(ctx, &o, progress); err != nil {
+		return nil, err
+	}
+	l := &Lab{waits: map[process]chan struct{}{}}
+	l.st = state{Version: stateVersion, Maker: thisProcess(), Options: o}
+	if err := l.build(ctx, progress); err != nil {
+		if o.KeepFailed {
+			return nil, fmt.Errorf("%w\nthe lab is left as it is, for you to look at; `tulle lab down%s` removes it", err, nameFlag(o.Name))
+		}
+		if derr := remove(context.WithoutCancel(ctx), o.Name); derr != nil {
+			err = errors.Join(err, fmt.Errorf("and removing what was made: %w", derr))
+		}
+		return nil, err
+	}
+	return l, nil
+}
+
+// clearEarlier removes the remains of an earlier lab of the name.
+func clearEarlier(ctx context.Context, o *Options, progress Progress) error {
+	old, err := loadState(o.Name)
+	switch {
+	case err != nil: // none, or not readable: only its remains matter
+	case old.Whole && !o.Replace:
+		return fmt.Errorf("lab %s is up already: `tulle lab down%s` removes it, --name makes another beside it", o.Name, nameFlag(o.Name))
+	case old.Whole && old.Maker.alive():
+		return fmt.Errorf("lab %s is in use by process %d: wait for that, or choose another --name", o.Name, old.Maker.PID)
+	}
+	left, err := leftovers(o.Name)
+	if err != nil {
+		return err
+	}
+	if left > 0 {
+		progress.say("removing what is left of an earlier lab %s", o.Name)
+	}
+	return clean(ctx, o.Name)
+}
+
+// build does the work of Up; the lab's folder is locked.
+func (l *Lab) build(ctx context.Context, progress Progress) error {
+	o := &l.st.Options
+	for n := 1; n <= o.Nodes; n++ {
+		l.st.Hosts = append(l.st.Hosts, l.planHost(n, (n-1)%o.Subnets+1))
+	}
+	slices.SortStableFunc(l.st.Hosts, func(a, b Host) int { return a.Number - b.Number })
+	if err := l.st.save(); err != nil {
+		return err
+	}
+	progress.say("a router and %s in %s", count(o.Nodes, "host"), count(o.Subnets, "subnet"))
+	if err := l.buildRouter(); err != nil {
+		return err
+	}
+	for i := range l.st.Hosts {
+		if err := errors.Join(ctx.Err(), l.buildHost(&l.st.Hosts[i])); err != nil {
+			return err
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, o.Timeout, errTimeout{o.Timeout})
+	defer cancel()
+	if !o.Bare {
+		progress.say("an agent on each host")
+		for _, h := range l.st.Hosts {
+			if err := l.startAgent(h.Name); err != nil {
+				return err
+			}
+		}
+		for _, h := range l.st.Hosts {
+			if err := l.WaitReady(ctx, h.Name); err != nil {
+				return err
+			}
+		}
+	}
+	if o.Pods > 0 {
+		progress.say("%s on each host", count(o.Pods, "pod"))
+	}
+	for _, h := range l.st.Hosts {
+		for range o.Pods {
+			if _, err := l.addPod(ctx, h.Name); err != nil {
+				return err
+			}
+		}
+	}
+	if !o.Bare && o.Pods > 0 {
+		progress.say("waiting until all pods reach each other")
+		if err := l.WaitPods(ctx); err != nil {
+			return err
+		}
+	}
+	l.st.Whole = true
+	return l.st.save()
+}
+
+func count(n int, what string) string {
+	if n == 1 {
+		return "one " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// Open returns a lab that exists. Labs whose maker died halfway can only be removed, with Down.
+func Open(name string) (*Lab, error) {
+	st, err := loadState(name)
+	if err != nil {
+		return nil, err
+	}
+	if !st.Whole && !st.Maker.alive() {
+		return nil, fmt.Errorf("lab %s was not finished by its maker: `tulle lab down%s` removes it, `tulle lab up%[2]s` makes it anew", name, nameFlag(name))
+	}
+	return &Lab{st: *st, waits: map[process]chan struct{}{}}, nil
+}
+
+// Down removes the lab: agents, namespaces with all that is in them, files. It is no error if some or all of it is gone.
+func (l *Lab) Down(ctx context.Context) error { return Down(ctx, l.Name()) }
+
+// Down removes the lab of that name, whole or not.
+func Down(ctx context.Context, name string) error {
+	if !nameRule.MatchString(name) {
+		_, err := loadState(name)
+		return err
+	}
+	unlock, err := lock(name)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return remove(ctx, name)
+}
+
+// remove removes the lab and its folder, which is locked.
+func remove(ctx context.Context, name string) error {
+	if err := clean(ctx, name); err != nil {
+		return err
+	}
+	if err := os.Remove(labDir(name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	_ = os.Remove(runDir) // if this was the last lab
+	return nil
+}
+
+// namespaces lists the namespaces that the lab of that name has.
+func namespaces(name string) ([]string, error) {
+	entries, err := os.ReadDir(sys.NetnsDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	var out []string
+	for _, e := range entries {
+		if isOurs(name, e.Name()) {
+			out = append(out, e.Name())
+		}
+	}
+	return out, nil
+}
+
+// leftovers counts what clean would remove.
+func leftovers(name string) (int, error) {
+	ns, err := namespaces(name)
+	if err != nil {
+		return 0, err
+	}
+	files, err := os.ReadDir(labDir(name))
+	return len(ns) + len(files), err
+}
+
+// clean removes everything of a lab but its folder itself. All of it is found by name, so it needs no lab.json.
+func clean(ctx context.Context, name string) error {
+	ns, err := namespaces(name)
+	if err != nil {
+		return err
+	}
+	for _, p := range processesIn(name, ns) {
+		err = errors.Join(err, p.end(ctx, sigKill))
+	}
+	if err != nil {
+		return err
+	}
+	for _, n := range ns {
+		err = errors.Join(err, sys.DeleteNetns(n))
+	}
+	if err != nil {
+		return err
+	}
+	files, err := os.ReadDir(labDir(name))
+	for _, f := range files {
+		err = errors.Join(err, os.RemoveAll(filepath.Join(labDir(name), f.Name())))
+	}
+	return err
+}

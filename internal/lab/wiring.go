@@ -1,0 +1,288 @@
+package lab
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// The pod's next hop, the same for every pod (as Calico does): a link-local address that the pod finds in a permanent
+// neighbour entry, so that no ARP and no neighbour discovery is ever needed.
+var (
+	podGateway4 = netip.MustParseAddr("169.254.1.1")
+	podGateway6 = netip.MustParseAddr("fe80::1")
+	hostVethMAC = net.HardwareAddr{0xee, 0xee, 0xee, 0xee, 0xee, 0xee}
+)
+
+func (p *Pod) mac(h *Host) net.HardwareAddr {
+	return net.HardwareAddr{0x02, 0x74, 0x00, byte(h.Number), 0x00, byte(p.Number)}
+}
+
+func (p *Pod) hostVeth() string { return "veth-" + p.Name }
+
+func bridgeName(subnet int) string { return fmt.Sprintf("br%d", subnet) }
+
+func linkAttrs(name string) netlink.LinkAttrs {
+	a := netlink.NewLinkAttrs()
+	a.Name = name
+	return a
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+
+// addAddr gives a link an address that is usable at once: no duplicate address detection.
+func addAddr(h *sys.Netlink, link netlink.Link, p netip.Prefix) error {
+	a := &netlink.Addr{IPNet: ipNet(p)}
+	if p.Addr().Is6() {
+		a.Flags = unix.IFA_F_NODAD
+	}
+	if err := h.AddrAdd(link, a); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add address %v to %s: %w", p, link.Attrs().Name, err)
+	}
+	return nil
+}
+
+func defaultRoute(link netlink.Link, via netip.Addr) *netlink.Route {
+	return &netlink.Route{
+		LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC,
+		Dst: ipNet(netip.PrefixFrom(zeroOf(via), 0)), Gw: via.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+	}
+}
+
+func zeroOf(a netip.Addr) netip.Addr {
+	if a.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+func permanentNeigh(link netlink.Link, a netip.Addr, mac net.HardwareAddr) *netlink.Neigh {
+	n := &netlink.Neigh{LinkIndex: link.Attrs().Index, State: unix.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac, Family: unix.AF_INET}
+	if a.Is6() {
+		n.Family = unix.AF_INET6
+	}
+	return n
+}
+
+func linkUp(h *sys.Netlink, name string) (netlink.Link, error) {
+	link, err := h.LinkByName(name)
+	if err != nil {
+		return nil, fmt.Errorf("find %s: %w", name, err)
+	}
+	if err := h.LinkSetUp(link); err != nil {
+		return nil, fmt.Errorf("set %s up: %w", name, err)
+	}
+	return link, nil
+}
+
+// veth makes a pair: name in the namespace of h, peer in the one at peerNS.
+func veth(h *sys.Netlink, name, peer, peerNS string, mtu int, mac, peerMAC net.HardwareAddr) error {
+	ns, err := os.Open(peerNS)
+	if err != nil {
+		return fmt.Errorf("network namespace: %w", err)
+	}
+	defer ns.Close()
+	v := &netlink.Veth{LinkAttrs: linkAttrs(name), PeerName: peer, PeerNamespace: netlink.NsFd(ns.Fd()), PeerTxQLen: -1, PeerHardwareAddr: peerMAC}
+	v.MTU, v.HardwareAddr = mtu, mac
+	if err := h.LinkAdd(v); err != nil {
+		return fmt.Errorf("make veth %s with peer %s: %w", name, peer, err)
+	}
+	return nil
+}
+
+var forwarding = [][2]string{{"ipv4/ip_forward", "1"}, {"ipv6/conf/all/forwarding", "1"}}
+
+// buildRouter makes the router's namespace with a bridge for each subnet.
+func (l *Lab) buildRouter() error {
+	o := &l.st.Options
+	path := sys.NetnsPath(l.netnsName(Router))
+	if err := sys.NewNetns(l.netnsName(Router)); err != nil {
+		return err
+	}
+	// The bridges are wires: what crosses them is no business of a packet filter.
+	settings := append([][2]string{
+		{"bridge/bridge-nf-call-iptables", "0"}, {"bridge/bridge-nf-call-ip6tables", "0"}, {"bridge/bridge-nf-call-arptables", "0"},
+		{"ipv4/conf/all/send_redirects", "0"}, {"ipv4/conf/default/send_redirects", "0"},
+	}, forwarding...)
+	if err := sysctl(path, settings...); err != nil {
+		return err
+	}
+	h, err := netlinkIn(path)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if _, err := linkUp(h, "lo"); err != nil {
+		return err
+	}
+	for s := 1; s <= o.Subnets; s++ {
+		br := &netlink.Bridge{LinkAttrs: linkAttrs(bridgeName(s))}
+		br.MTU = o.MTU
+		// A multicast snooping bridge without a querier may drop neighbour solicitations for a while.
+		br.MulticastSnooping = new(bool)
+		if err := h.LinkAdd(br); err != nil {
+			return fmt.Errorf("make bridge %s: %w", br.Name, err)
+		}
+		link, err := linkUp(h, br.Name)
+		if err != nil {
+			return err
+		}
+		for _, a := range underlayAddrs(s, routerHost, o.Underlay) {
+			if err := addAddr(h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// buildHost makes a host's namespace and plugs it into its subnet.
+func (l *Lab) buildHost(host *Host) error {
+	o := &l.st.Options
+	if err := os.MkdirAll(host.Dir, 0o755); err != nil {
+		return err
+	}
+	if err := sys.NewNetns(l.netnsName(host.Name)); err != nil {
+		return err
+	}
+	router, err := netlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	if err != nil {
+		return err
+	}
+	defer router.Close()
+	if err := veth(router, host.Name, "eth0", host.Netns, o.MTU, nil, nil); err != nil {
+		return err
+	}
+	port, err := linkUp(router, host.Name)
+	if err != nil {
+		return err
+	}
+	bridge, err := router.LinkByName(bridgeName(host.Subnet))
+	if err != nil {
+		return fmt.Errorf("find %s: %w", bridgeName(host.Subnet), err)
+	}
+	if err := router.LinkSetMaster(port, bridge); err != nil {
+		return fmt.Errorf("plug %s into %s: %w", host.Name, bridgeName(host.Subnet), err)
+	}
+	// With agents the forwarding of a host is theirs to switch on.
+	settings := [][2]string{{"ipv6/conf/eth0/accept_ra", "0"}}
+	if o.Bare {
+		settings = append(settings, forwarding...)
+	}
+	if err := sysctl(host.Netns, settings...); err != nil {
+		return err
+	}
+	h, err := netlinkIn(host.Netns)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	if _, err := linkUp(h, "lo"); err != nil {
+		return err
+	}
+	return l.addressHost(h, host)
+}
+
+// addressHost brings eth0 up with its addresses and default routes. A link that was down has lost its IPv6 addresses and
+// all routes, so Plug needs this again.
+func (l *Lab) addressHost(h *sys.Netlink, host *Host) error {
+	link, err := linkUp(h, "eth0")
+	if err != nil {
+		return err
+	}
+	for _, a := range host.Underlay {
+		if err := addAddr(h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
+			return err
+		}
+	}
+	for _, gw := range underlayAddrs(host.Subnet, routerHost, l.st.Options.Underlay) {
+		if err := h.RouteReplace(defaultRoute(link, gw)); err != nil {
+			return fmt.Errorf("default route of %s via %v: %w", host.Name, gw, err)
+		}
+	}
+	return nil
+}
+
+// buildPod makes a pod's namespace and joins it to its host as a CNI plugin would.
+func (l *Lab) buildPod(host *Host, pod *Pod) error {
+	if err := sys.NewNetns(l.netnsName(pod.Name)); err != nil {
+		return err
+	}
+	hh, err := netlinkIn(host.Netns)
+	if err != nil {
+		return err
+	}
+	defer hh.Close()
+	ph, err := netlinkIn(pod.Netns)
+	if err != nil {
+		return err
+	}
+	defer ph.Close()
+	if err := veth(hh, pod.hostVeth(), "eth0", pod.Netns, pod.MTU, hostVethMAC, pod.mac(host)); err != nil {
+		return err
+	}
+	if err := podSide(ph, pod); err != nil {
+		return fmt.Errorf("pod %s: %w", pod.Name, err)
+	}
+	if err := hostSide(hh, host, pod); err != nil {
+		return fmt.Errorf("pod %s on %s: %w", pod.Name, host.Name, err)
+	}
+	return nil
+}
+
+func podSide(h *sys.Netlink, pod *Pod) error {
+	if _, err := linkUp(h, "lo"); err != nil {
+		return err
+	}
+	link, err := linkUp(h, "eth0")
+	if err != nil {
+		return err
+	}
+	for _, a := range pod.Addresses {
+		if err := addAddr(h, link, hostPrefix(a)); err != nil {
+			return err
+		}
+		gw := podGateway4
+		if a.Is6() {
+			gw = podGateway6
+		}
+		if err := h.NeighSet(permanentNeigh(link, gw, hostVethMAC)); err != nil {
+			return fmt.Errorf("neighbour %v: %w", gw, err)
+		}
+		if err := h.RouteReplace(defaultRoute(link, gw)); err != nil {
+			return fmt.Errorf("default route via %v: %w", gw, err)
+		}
+	}
+	return nil
+}
+
+func hostSide(h *sys.Netlink, host *Host, pod *Pod) error {
+	link, err := linkUp(h, pod.hostVeth())
+	if err != nil {
+		return err
+	}
+	if err := addAddr(h, link, netip.PrefixFrom(podGateway6, 64)); err != nil {
+		return err
+	}
+	for _, a := range pod.Addresses {
+		if err := h.NeighSet(permanentNeigh(link, a, pod.mac(host))); err != nil {
+			return fmt.Errorf("neighbour %v: %w", a, err)
+		}
+		r := &netlink.Route{LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC, Scope: netlink.SCOPE_LINK, Dst: ipNet(hostPrefix(a))}
+		if err := h.RouteReplace(r); err != nil {
+			return fmt.Errorf("route to %v: %w", a, err)
+		}
+	}
+	return nil
+}

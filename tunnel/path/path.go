@@ -1,0 +1,384 @@
+// Package path keeps, for one peer and one encapsulation, what probes say about the
+// way there: whether it is up and since when and why, its round trip time (RFC
+// 6298), its loss, and the largest packet proven to pass (RFC 8899).
+//
+// It does no I/O and reads no clock: the owner asks [State.Due] at [State.Next] what
+// to send, and reports answers. A State belongs to one goroutine.
+//
+// Sizes are those of the inner packet, in bytes: a probe is an inner UDP packet that
+// travels like any other.
+//
+// Sources: RFC 6298 (RTT), RFC 8899 (packetization layer path MTU discovery), RFC 1191
+// §6.3 and 8201 §4 (how long to believe ICMP).
+package path
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+// Config of a path. Zero values stand for the defaults that are named.
+type Config struct {
+	Max  mtu.TUN // largest packet worth probing: underlay MTU − overhead. Required
+	Base mtu.TUN // size that is expected to pass nearly everywhere: 1200 (RFC 8899 §5.1.2)
+	Min  mtu.TUN // smallest size that is of any use: 576
+	// Small is the size of a liveness probe: 64.
+	Small mtu.TUN
+
+	Busy      time.Duration // between probes of a path that carries traffic: 1 s
+	Idle      time.Duration // between probes of one that does not: 30 s
+	Jitter    float64       // fraction of Idle by which it varies either way: 0.2
+	Retry     time.Duration // after an unanswered probe, and least time-out: 1 s
+	MaxRetry  time.Duration // to which Retry grows, by doubling, on a path that is down: 10 s
+	BusyFor   time.Duration // a path counts as busy so long after Used: 5 s
+	DownAfter int           // unanswered probes in a row that bring the path down: 3
+
+	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2)
+	Raise     time.Duration // until a larger size is tried again: 600 s (RFC 8899 §5.1.1)
+	Confirm   time.Duration // between proofs of the size in use, on a busy path: 15 s
+}
+
+func (c *Config) setDefaults() {
+	def(&c.Base, 1200)
+	def(&c.Min, mtu.Min4)
+	def(&c.Small, 64)
+	def(&c.Busy, time.Second)
+	def(&c.Idle, 30*time.Second)
+	def(&c.Jitter, 0.2)
+	def(&c.Retry, time.Second)
+	def(&c.MaxRetry, 10*time.Second)
+	def(&c.BusyFor, 5*time.Second)
+	def(&c.DownAfter, 3)
+	def(&c.MaxProbes, 3)
+	def(&c.Raise, 600*time.Second)
+	def(&c.Confirm, 15*time.Second)
+}
+
+// limited is c with Max, and with the smaller sizes no larger than that.
+func (c Config) limited(limit mtu.TUN) Config {
+	c.Max = max(limit, c.Small)
+	c.Base = min(c.Base, c.Max)
+	c.Min = min(c.Min, c.Base)
+	return c
+}
+
+func def[T int | mtu.TUN | time.Duration | float64](p *T, v T) {
+	if *p <= 0 {
+		*p = v
+	}
+}
+
+// Probe is a packet to send now.
+type Probe struct {
+	Nonce uint64
+	Size  int // of the whole inner packet, in bytes
+}
+
+// Info is what a path is known to be.
+type Info struct {
+	Up     bool
+	Since  time.Time     // of the last change of Up
+	Reason string        // of that change
+	RTT    time.Duration // smoothed; 0 before the first answer
+	RTTVar time.Duration // its variation
+	Loss   float64       // 0–1, of the last 64 liveness probes that were answered or given up
+	MTU    mtu.TUN       // largest inner packet proven to pass; 0 before the first proof
+	Probed int           // probes sent, of both kinds
+	Search string        // what the search for the MTU does: disabled, base, search, complete, error
+}
+
+// Reasons in Info, beside "N probes unanswered".
+const (
+	ReasonNew      = "not answered yet"
+	ReasonAnswered = "probe answered"
+)
+
+const (
+	window     = 64               // liveness probes in the loss figure
+	maxPending = 64               // probes remembered, so that a late answer is understood
+	maxRTO     = 60 * time.Second // RFC 6298 §2.5
+)
+
+// pending is a probe that was sent. It stays after its time-out, for a late answer.
+type pending struct {
+	nonce    uint64
+	seq      uint64 // of liveness probes: index into the window
+	sent     time.Time
+	deadline time.Time
+	size     mtu.TUN
+	epoch    uint32 // of the MTU search
+	forMTU   bool
+	lost     bool
+}
+
+type outcome uint8
+
+const (
+	unknown outcome = iota
+	answered
+	lost
+)
+
+// State is one path. Use [New].
+//
+//	          any answer                          any answer
+//	┌──────┐ ───────────▶ ┌──────┐ ◀──────────────────────── ┌────────┐
+//	│ new  │              │  up  │                           │  down  │
+//	└──────┘              └──────┘ ────────────────────────▶ └────────┘
+//	 probe each Retry      probe each Busy or Idle,            probe each Retry,
+//	                       after a loss each Retry             doubling to MaxRetry
+//	                                DownAfter losses in a row
+type State struct {
+	want Config // with defaults
+	cfg  Config // want, limited by its Max
+	rand *rand.Rand
+	pmtu plpmtu
+
+	up     bool
+	since  time.Time
+	reason string
+
+	srtt, rttvar time.Duration
+	misses       int // liveness probes given up since the last answer
+	nextLive     time.Time
+	lastLive     time.Time // when the last liveness probe was sent
+	lastUsed     time.Time
+
+	pending  []pending // oldest first
+	outcomes [window]outcome
+	seq      uint64
+	probed   int
+}
+
+// New returns a path that is down because nothing is known of it; its first probe is
+// due at once. Nonces and jitter come from r: seed it so that a stranger cannot
+// guess the nonces.
+func New(cfg Config, now time.Time, r *rand.Rand) *State {
+	cfg.setDefaults()
+	s := &State{
+		want: cfg, cfg: cfg.limited(cfg.Max), rand: r, since: now, reason: ReasonNew, nextLive: now,
+		pending: make([]pending, 0, maxPending),
+	}
+	s.pmtu = plpmtu{cfg: &s.cfg}
+	return s
+}
+
+// Due accounts for time-outs up to now and returns the next probe to send, if one is
+// due. Call it until it says no.
+func (s *State) Due(now time.Time) (Probe, bool) {
+	s.expire(now)
+	if !now.Before(s.nextLive) {
+		s.lastLive = now
+		s.nextLive = now.Add(s.interval(now))
+		s.seq++
+		s.outcomes[s.seq%window] = unknown
+		return s.send(now, pending{size: s.cfg.Small, seq: s.seq}), true
+	}
+	if size, ok := s.pmtu.due(now, s.lastUsed.Add(s.cfg.BusyFor)); ok {
+		p := s.send(now, pending{size: size, epoch: s.pmtu.epoch, forMTU: true})
+		s.pmtu.sent(p.Nonce, now.Add(s.timeout()))
+		return p, true
+	}
+	return Probe{}, false
+}
+
+func (s *State) send(now time.Time, p pending) Probe {
+	p.nonce, p.sent, p.deadline = s.rand.Uint64(), now, now.Add(s.timeout())
+	if len(s.pending) == maxPending { // the oldest is long lost, or was flooded out
+		s.giveUp(now, &s.pending[0])
+		s.pending = append(s.pending[:0], s.pending[1:]...)
+	}
+	s.pending = append(s.pending, p)
+	s.probed++
+	return Probe{Nonce: p.nonce, Size: int(p.size)}
+}
+
+// interval is the time to the liveness probe after the one that is sent at now.
+func (s *State) interval(now time.Time) time.Duration {
+	switch {
+	case !s.up:
+		over := min(max(s.misses-s.cfg.DownAfter, 0), 16)
+		return min(s.cfg.Retry<<over, max(s.cfg.MaxRetry, s.cfg.Retry))
+	case s.misses > 0:
+		return s.cfg.Retry
+	case s.busy(now):
+		return s.cfg.Busy
+	}
+	f := 1 + s.cfg.Jitter*(2*s.rand.Float64()-1)
+	return time.Duration(float64(s.cfg.Idle) * f)
+}
+
+// timeout is RFC 6298's RTO without its back-off: nonces tell answers apart.
+func (s *State) timeout() time.Duration {
+	if s.srtt == 0 {
+		return s.cfg.Retry
+	}
+	return min(max(s.srtt+4*s.rttvar, s.cfg.Retry), maxRTO)
+}
+
+func (s *State) busy(now time.Time) bool {
+	return now.Before(s.lastUsed.Add(s.cfg.BusyFor))
+}
+
+// expire gives up the probes whose time is over.
+func (s *State) expire(now time.Time) {
+	for i := range s.pending {
+		if p := &s.pending[i]; !p.lost && !now.Before(p.deadline) {
+			s.giveUp(now, p)
+		}
+	}
+}
+
+func (s *State) giveUp(now time.Time, p *pending) {
+	if p.lost {
+		return
+	}
+	p.lost = true
+	if p.forMTU {
+		s.pmtu.lost(now, p.nonce)
+		return
+	}
+	s.setOutcome(p.seq, lost)
+	s.misses++
+	s.soon(now)
+	if s.up && s.misses >= s.cfg.DownAfter {
+		s.change(now, false, fmt.Sprintf("%d probes unanswered", s.misses))
+		s.pmtu.stop()
+	}
+}
+
+// soon draws the next liveness probe to one retry after the last.
+func (s *State) soon(now time.Time) {
+	if at := s.lastLive.Add(s.interval(now)); at.Before(s.nextLive) {
+		s.nextLive = at
+	}
+}
+
+func (s *State) setOutcome(seq uint64, o outcome) {
+	if s.seq-seq < window {
+		s.outcomes[seq%window] = o
+	}
+}
+
+func (s *State) change(now time.Time, up bool, reason string) {
+	s.up, s.since, s.reason = up, now, reason
+}
+
+// Answered reports that the peer answered the probe with this nonce and saw size
+// bytes of it. Answers that come late count as well, up to a minute; unknown nonces
+// and repeated answers do nothing.
+func (s *State) Answered(now time.Time, nonce uint64, size int) {
+	i := s.find(nonce)
+	if i < 0 {
+		return
+	}
+	p := s.pending[i]
+	s.pending = append(s.pending[:i], s.pending[i+1:]...)
+	if now.Sub(p.sent) > maxRTO {
+		return // says nothing about the present
+	}
+	s.sample(now.Sub(p.sent))
+	s.misses = 0
+	if !p.forMTU {
+		s.setOutcome(p.seq, answered)
+	}
+	if !s.up {
+		s.change(now, true, ReasonAnswered)
+		s.pmtu.start(now)
+		s.nextLive = now.Add(s.interval(now))
+	}
+	if p.forMTU && p.epoch == s.pmtu.epoch {
+		s.pmtu.answered(now, nonce, min(p.size, mtu.TUN(size)))
+	}
+}
+
+func (s *State) find(nonce uint64) int {
+	for i := range s.pending {
+		if s.pending[i].nonce == nonce {
+			return i
+		}
+	}
+	return -1
+}
+
+// sample is RFC 6298 §2.2 and §2.3.
+func (s *State) sample(r time.Duration) {
+	r = max(r, 1)
+	if s.srtt == 0 {
+		s.srtt, s.rttvar = r, r/2
+		return
+	}
+	s.rttvar += (max(s.srtt-r, r-s.srtt) - s.rttvar) / 4
+	s.srtt = max(s.srtt+(r-s.srtt)/8, 1)
+}
+
+// Used says that the path carries traffic: it is probed each Busy for a while.
+func (s *State) Used(now time.Time) {
+	s.lastUsed = now
+	if s.up && s.misses == 0 {
+		s.soon(now)
+	}
+}
+
+// Poke makes a liveness probe due at once, for instance because the peer has been
+// heard of again. It cannot make probes come closer together than Retry/10.
+func (s *State) Poke(now time.Time) {
+	if at := s.lastLive.Add(s.cfg.Retry / 10); at.Before(s.nextLive) {
+		s.nextLive = at
+	}
+}
+
+// TooBig says that a router on the way (ICMP that quotes a packet of ours) or the
+// local kernel (EMSGSIZE) takes inner packets of at most limit bytes. It only lowers,
+// and is forgotten after Config.Raise. Whether to believe the sender is for the
+// caller to judge.
+func (s *State) TooBig(now time.Time, limit mtu.TUN) { s.pmtu.tooBig(now, limit) }
+
+// SetMax says that the underlay's MTU has changed.
+func (s *State) SetMax(now time.Time, limit mtu.TUN) {
+	s.cfg = s.want.limited(limit)
+	s.pmtu.setMax(now)
+}
+
+// Next is when Due has to be called again. It is never zero.
+func (s *State) Next() time.Time {
+	next := s.nextLive
+	for i := range s.pending {
+		if p := &s.pending[i]; !p.lost && p.deadline.Before(next) {
+			next = p.deadline
+		}
+	}
+	if at, ok := s.pmtu.next(s.lastUsed.Add(s.cfg.BusyFor)); ok && at.Before(next) {
+		next = at
+	}
+	return next
+}
+
+// Snapshot is what is known now.
+func (s *State) Snapshot() Info {
+	return Info{
+		Up: s.up, Since: s.since, Reason: s.reason,
+		RTT: s.srtt, RTTVar: s.rttvar, Loss: s.loss(),
+		MTU: s.pmtu.proven, Probed: s.probed, Search: s.pmtu.state.String(),
+	}
+}
+
+func (s *State) loss() float64 {
+	var n, all int
+	for _, o := range s.outcomes {
+		switch o {
+		case lost:
+			n++
+			all++
+		case answered:
+			all++
+		}
+	}
+	if all == 0 {
+		return 0
+	}
+	return float64(n) / float64(all)
+}

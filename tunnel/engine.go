@@ -1,0 +1,294 @@
+package tunnel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/tunnel/device"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/underlay"
+)
+
+// Config is what an Engine needs to start. The engine takes the device over, and closes it when Run returns.
+type Config struct {
+	Device    *device.Device
+	Underlay  []netip.Addr // this node's underlay addresses, at most one of each family: sockets are bound to them
+	UDPPort   uint16       // of the udp encapsulation, here
+	VXLANPort uint16       // of the vxlan encapsulation, here: only to recognise nested packets
+	CopyDSCP  bool         // outer DSCP is the inner one's copy, else 0
+	Senders   int          // UDP source ports in use at once, of each queue; 0 means defaultSenders
+
+	// Probed is called for each probe packet from a peer, on a receiving goroutine: it must not block, and payload is
+	// valid only during the call. size is the inner packet's, in bytes.
+	Probed func(peer string, mode encap.Mode, payload []byte, size int)
+	// PathMTU is called when a router on the way to a peer says that packets of more than link bytes do not pass. It is a
+	// hint by whoever can send ICMP, already held against the addresses of members; it must not block.
+	PathMTU func(peer string, link mtu.Link)
+
+	Logger *slog.Logger
+}
+
+// defaultSenders is how many UDP source ports spread the flows of one TUN queue over equal-cost paths and NIC queues.
+const defaultSenders = 16
+
+// Engine moves packets. Make one with New, feed it with Update, run it with Run.
+type Engine struct {
+	cfg      Config
+	copyDSCP bool
+	log      *slog.Logger
+
+	fwd      atomic.Pointer[forwarding]
+	mu       sync.Mutex // of Update
+	counters map[string]*peerCounters
+
+	drops    [encap.NumDrops]atomic.Uint64
+	stats    stats
+	stopping atomic.Bool
+
+	tx     []*txWorker
+	rx     []*rxWorker
+	socks  []*underlay.Socket // all of them, to close
+	out    []*underlay.Socket // those that only send: their error queues are drained by a timer
+	prober prober
+}
+
+// New opens the sockets. On an error nothing stays open but the device, which is still the caller's.
+func New(cfg Config) (*Engine, error) {
+	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, counters: make(map[string]*peerCounters)}
+	if cfg.Senders <= 0 {
+		e.cfg.Senders = defaultSenders
+	}
+	e.fwd.Store(newForwarding(Local{Underlay: cfg.Underlay}, nil, nil))
+	if err := e.open(); err != nil {
+		e.closeSockets()
+		return nil, err
+	}
+	return e, nil
+}
+
+// open makes the workers and their sockets.
+func (e *Engine) open() error {
+	queues := e.cfg.Device.Queues()
+	for _, q := range queues {
+		e.tx = append(e.tx, e.newTxWorker(q))
+	}
+	for _, a := range e.cfg.Underlay {
+		if err := e.openFamily(a); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// openFamily opens everything that is bound to one underlay address.
+func (e *Engine) openFamily(a netip.Addr) error {
+	f := family(a)
+	udp, err := underlay.ListenUDP(underlay.Options{Bind: netip.AddrPortFrom(a, e.cfg.UDPPort)})
+	if err != nil {
+		return err
+	}
+	e.receive(udp, overUDP, encap.UDP)
+	e.prober.out[f].udp = &sender{sock: udp, batch: underlay.NewSendBatch(1, 1)}
+	raw := [2]*underlay.Socket{}
+	for i, proto := range [2]int{header.ProtoIPv4, header.ProtoIPv6} {
+		s, err := underlay.ListenRaw(a, proto, underlay.Options{})
+		if err != nil {
+			return err
+		}
+		c := overRaw4
+		if a.Is6() {
+			c = overRaw6
+		}
+		e.receive(s, c, encap.IPIP).proto = uint8(proto)
+		raw[i] = s
+		e.prober.out[f].raw[i] = &sender{sock: s, batch: underlay.NewSendBatch(1, 1)}
+	}
+	for _, w := range e.tx {
+		o := &outlet{}
+		for range e.cfg.Senders {
+			s, err := openSender(a)
+			if err != nil {
+				return err
+			}
+			e.socks, e.out = append(e.socks, s), append(e.out, s)
+			o.udp = append(o.udp, &sender{sock: s, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: true})
+		}
+		for i := range raw {
+			o.raw[i] = &sender{sock: raw[i], batch: underlay.NewSendBatch(txMessages, txIovecs)}
+		}
+		w.out[f] = o
+	}
+	return nil
+}
+
+// openSender opens a socket with a free source port of the range that is a flow hash's.
+func openSender(a netip.Addr) (s *underlay.Socket, err error) {
+	for range 100 {
+		port := encap.SourcePort(rand.Uint32())
+		s, err = underlay.OpenSender(underlay.Options{Bind: netip.AddrPortFrom(a, port)})
+		if !errors.Is(err, unix.EADDRINUSE) {
+			break
+		}
+	}
+	return s, err
+}
+
+const (
+	// txMessages and txIovecs are one sender's room: a few super-packets of 47 segments, or 64 single packets.
+	txMessages = 64
+	txIovecs   = 512
+)
+
+func (e *Engine) newTxWorker(q *device.Queue) *txWorker {
+	return &txWorker{
+		e:     e,
+		queue: q,
+		icmp:  &icmpWriter{e: e, tun: newTunWriter(q)},
+		split: offload.NewSplitter(headerArena),
+		arena: make([]byte, arenaSize),
+	}
+}
+
+// receive adds a worker for a socket that receives.
+func (e *Engine) receive(s *underlay.Socket, c carrier, m encap.Mode) *rxWorker {
+	off := e.cfg.Device.Offloads()
+	e.socks = append(e.socks, s)
+	w := &rxWorker{
+		e:       e,
+		sock:    s,
+		carrier: c,
+		mode:    m,
+		batch:   underlay.NewRecvBatch(rxSlots, rxSlotSize),
+		tun:     newTunWriter(e.cfg.Device.Queues()[0]),
+		join:    offload.NewJoiner(off.TSO, off.USO),
+	}
+	e.rx = append(e.rx, w)
+	return w
+}
+
+// Run moves packets until ctx is done, then closes the sockets and the device and returns. It may be called once.
+func (e *Engine) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	run := func(f func() error) {
+		wg.Go(func() {
+			if err := f(); err != nil {
+				cancel(fmt.Errorf("tunnel: %w", err))
+			}
+		})
+	}
+	for _, w := range e.tx {
+		run(w.run)
+	}
+	for _, w := range e.rx {
+		run(w.run)
+	}
+	run(func() error { e.watchErrors(ctx); return nil })
+	<-ctx.Done()
+	e.stopping.Store(true)
+	for _, w := range e.tx {
+		w.queue.Wake()
+	}
+	for _, w := range e.rx {
+		w.sock.Wake()
+	}
+	wg.Wait()
+	err := errors.Join(e.closeSockets(), e.cfg.Device.Close())
+	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
+		return errors.Join(cause, err)
+	}
+	return err
+}
+
+func (e *Engine) closeSockets() error {
+	var errs []error
+	for _, s := range e.socks {
+		errs = append(errs, s.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Update replaces everything that packets are looked up in. Counters of peers that are still there go on.
+func (e *Engine) Update(local Local, peers []Peer) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	keep := make(map[string]*peerCounters, len(peers))
+	e.fwd.Store(newForwarding(local, peers, func(id string) *peerCounters {
+		c := e.counters[id]
+		if c == nil {
+			c = new(peerCounters)
+		}
+		keep[id] = c
+		return c
+	}))
+	e.counters = keep
+	// Workers load the tables when they wake; those that sleep now have nothing looked up in the old ones.
+}
+
+// errorsEvery is how often the error queues of sockets that only send are looked into.
+const errorsEvery = time.Second
+
+// watchErrors drains the error queues of the sending sockets, where ICMP errors about what they sent arrive.
+func (e *Engine) watchErrors(ctx context.Context) {
+	tick := time.NewTicker(errorsEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			for _, s := range e.out {
+				e.drainErrors(s)
+			}
+		}
+	}
+}
+
+// drainErrors takes the ICMP errors off a socket. Only "too big" is of use: it may lower a peer's path MTU. Nothing else
+// is believed: anybody may send an ICMP error, and a peer is down only when its probes stay unanswered.
+func (e *Engine) drainErrors(s *underlay.Socket) {
+	f := e.fwd.Load()
+	_, err := s.DrainErrors(func(u underlay.Err) {
+		e.stats.icmpReceived.Add(1)
+		if u.Errno != unix.EMSGSIZE || u.Local || e.cfg.PathMTU == nil {
+			return
+		}
+		if t := f.sources[u.Dest.Addr()]; t != nil {
+			e.cfg.PathMTU(t.id, mtu.Link(u.Info))
+		}
+	})
+	if err != nil {
+		e.stats.noteSendError(err)
+	}
+}
+
+// sent accounts for one batch. err is about the socket itself.
+func (e *Engine) sent(s *underlay.Socket, r underlay.SendResult, err error) {
+	e.stats.txSends.Add(uint64(r.Messages))
+	if r.GSOFallbacks > 0 {
+		e.stats.gsoFallbacks.Add(uint64(r.GSOFallbacks))
+	}
+	if r.Dropped > 0 {
+		e.dropN(encap.DropSendError, uint64(r.Dropped))
+		e.stats.noteSendError(r.LastErr)
+	}
+	if r.Retried > 0 || r.TooBig > 0 {
+		e.drainErrors(s)
+	}
+	if err != nil {
+		e.stats.noteSendError(err)
+	}
+}

@@ -1,0 +1,137 @@
+package tunnel
+
+import (
+	"iter"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+	"github.com/tulle-net/tulle/tunnel/route"
+	"github.com/tulle-net/tulle/tunnel/underlay"
+)
+
+// Peer is what the engine knows of another node or an external peer. Engine.Update replaces all peers at once.
+type Peer struct {
+	ID          string         // identifies the peer across updates; its counters live as long as its ID is present
+	Endpoint    netip.Addr     // where outer packets go
+	Accept      []netip.Addr   // underlay addresses whose packets are the peer's; Endpoint is one of them
+	UDPPort     uint16         // of its udp encapsulation
+	Prefixes    []netip.Prefix // its space, of both families, its tun addresses included
+	TunAddrs    []netip.Addr   // its own addresses inside Prefixes, at most one of each family: where probes go
+	Mode        encap.Mode     // encapsulation of what is sent to it
+	MTU         mtu.TUN        // largest inner packet that the path to it takes
+	Unreachable bool           // gossip and data path agree that it is gone: answer ICMP host unreachable
+}
+
+// Local is what the engine knows of its own node.
+type Local struct {
+	TunAddrs []netip.Addr   // at most one of each family; source of ICMP errors and of probes
+	Prefixes []netip.Prefix // space that is this node's
+	Underlay []netip.Addr   // this node's underlay addresses
+}
+
+// target is what a lookup ends in: a peer, ready to be sent to, or this node itself.
+type target struct {
+	local       bool
+	unreachable bool
+	six         bool // the endpoint is an IPv6 address
+	mode        encap.Mode
+	mtu         int
+	id          string
+	endpoint    netip.Addr
+	udp         *underlay.Dest // endpoint and its udp port
+	raw         *underlay.Dest // endpoint, for protocols 4 and 41
+	tunAddrs    [2]netip.Addr  // the peer's, where known: IPv4, IPv6
+	count       *peerCounters
+}
+
+// peerCounters are one peer's totals; inner packets and bytes.
+type peerCounters struct {
+	txPackets, txBytes, rxPackets, rxBytes atomic.Uint64
+}
+
+// forwarding is everything that the packet loops look up. It is never changed after newForwarding, only replaced.
+type forwarding struct {
+	table    *route.Table[*target]
+	sources  map[netip.Addr]*target // by the underlay address of an outer source
+	peers    map[string]*target
+	underlay map[netip.Addr]struct{} // of members and of this node: where a nested tunnel packet would go
+	tun      [2]netip.Addr           // our own addresses: IPv4, IPv6; invalid if there is none
+}
+
+// newForwarding builds the tables. counters finds or makes the counters of a peer.
+func newForwarding(local Local, peers []Peer, counters func(id string) *peerCounters) *forwarding {
+	f := &forwarding{
+		sources:  make(map[netip.Addr]*target, len(peers)),
+		peers:    make(map[string]*target, len(peers)),
+		underlay: make(map[netip.Addr]struct{}, len(peers)+len(local.Underlay)),
+	}
+	for _, a := range local.Underlay {
+		f.underlay[a] = struct{}{}
+	}
+	for _, a := range local.TunAddrs {
+		f.tun[family(a)] = a
+	}
+	for _, p := range peers {
+		t := &target{
+			unreachable: p.Unreachable,
+			six:         p.Endpoint.Is6(),
+			mode:        p.Mode,
+			mtu:         int(p.MTU),
+			id:          p.ID,
+			endpoint:    p.Endpoint,
+			count:       counters(p.ID),
+		}
+		if p.Endpoint.IsValid() {
+			t.udp = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, p.UDPPort))
+			t.raw = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, 0))
+		}
+		for _, a := range p.TunAddrs {
+			t.tunAddrs[family(a)] = a
+		}
+		for _, a := range p.Accept {
+			f.sources[a] = t
+			f.underlay[a] = struct{}{}
+		}
+		f.peers[p.ID] = t
+	}
+	f.table = route.Build(f.routes(local, peers))
+	return f
+}
+
+// routes yields every prefix with its target; this node's own space comes last, so that no peer can hold the same prefix.
+func (f *forwarding) routes(local Local, peers []Peer) iter.Seq2[netip.Prefix, *target] {
+	return func(yield func(netip.Prefix, *target) bool) {
+		for _, p := range peers {
+			for _, prefix := range p.Prefixes {
+				if !yield(prefix, f.peers[p.ID]) {
+					return
+				}
+			}
+		}
+		own := &target{local: true}
+		for _, prefix := range local.Prefixes {
+			if !yield(prefix, own) {
+				return
+			}
+		}
+		for _, a := range local.TunAddrs {
+			if !yield(netip.PrefixFrom(a, a.BitLen()), own) {
+				return
+			}
+		}
+	}
+}
+
+// isTun reports whether a is one of this node's own tun addresses.
+func (f *forwarding) isTun(a netip.Addr) bool { return slices.Contains(f.tun[:], a) }
+
+// family is 0 for IPv4, 1 for IPv6: the index of per-family pairs.
+func family(a netip.Addr) int {
+	if a.Is4() {
+		return 0
+	}
+	return 1
+}

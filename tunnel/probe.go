@@ -1,0 +1,113 @@
+package tunnel
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
+)
+
+// ProbePort is the inner UDP port, source and destination, of probes between tun addresses. The engine takes such packets
+// out of the stream: no process can bind the port for them.
+const ProbePort = 6080
+
+// Errors of Probe.
+var (
+	ErrNoPeer    = errors.New("no such peer")
+	ErrNoAddress = errors.New("no tun address of one family on both sides")
+	ErrNoSocket  = errors.New("this node has no socket for that encapsulation")
+)
+
+// prober sends probes, one at a time, through sockets of the receiving side.
+type prober struct {
+	mu  sync.Mutex
+	buf []byte
+	out [2]struct { // by the outer family
+		udp *sender
+		raw [2]*sender // by the inner family
+	}
+}
+
+// Probe sends payload to a peer's tun address in an ordinary inner UDP packet of size bytes (or as few as payload needs),
+// through the given encapsulation, whatever the peer's Mode is. The packet is padded with zeros behind payload.
+func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) error {
+	f := e.fwd.Load()
+	t := f.peers[peer]
+	if t == nil {
+		return fmt.Errorf("probe %s: %w", peer, ErrNoPeer)
+	}
+	src, dst, ok := f.probeAddrs(t)
+	if !ok {
+		return fmt.Errorf("probe %s: %w", peer, ErrNoAddress)
+	}
+	p := &e.prober
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	out := &p.out[outer(t.six)]
+	s, dest := out.udp, t.udp
+	switch mode {
+	case encap.UDP:
+	case encap.IPIP:
+		s, dest = out.raw[family(dst)], t.raw
+	default:
+		s = nil
+	}
+	if s == nil || !t.endpoint.IsValid() {
+		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)
+	}
+	p.buf = appendProbe(p.buf[:0], src, dst, payload, size)
+	s.batch.Begin(dest, 0)
+	s.batch.Append(p.buf)
+	s.batch.End(0)
+	r, err := s.sock.Send(s.batch)
+	if err == nil && r.Dropped > 0 {
+		err = r.LastErr
+	}
+	if err != nil {
+		return fmt.Errorf("probe %s by %s, %d bytes: %w", peer, mode, len(p.buf), err)
+	}
+	e.stats.probesSent.Add(1)
+	return nil
+}
+
+// probeAddrs chooses the family that both sides have, IPv4 first.
+func (f *forwarding) probeAddrs(t *target) (src, dst netip.Addr, ok bool) {
+	for i := range f.tun {
+		if f.tun[i].IsValid() && t.tunAddrs[i].IsValid() {
+			return f.tun[i], t.tunAddrs[i], true
+		}
+	}
+	return src, dst, false
+}
+
+// appendProbe writes the inner packet.
+func appendProbe(b []byte, src, dst netip.Addr, payload []byte, size int) []byte {
+	ipLen := header.IPv4MinLen
+	if src.Is6() {
+		ipLen = header.IPv6Len
+	}
+	body := make([]byte, max(len(payload), min(size, 65535)-ipLen-header.UDPLen))
+	copy(body, payload)
+	if src.Is4() {
+		b = header.AppendIPv4(b, header.IPv4Fields{
+			Src: src, Dst: dst, PayloadLen: header.UDPLen + len(body), FlagsFrag: header.IPv4FlagDF, TTL: 64, Proto: header.ProtoUDP,
+		})
+	} else {
+		b = header.AppendIPv6(b, header.IPv6Fields{
+			Src: src, Dst: dst, PayloadLen: header.UDPLen + len(body), HopLimit: 64, NextHeader: header.ProtoUDP,
+		})
+	}
+	return header.AppendUDP(b, netip.AddrPortFrom(src, ProbePort), netip.AddrPortFrom(dst, ProbePort), body)
+}
+
+// probed hands a probe from a peer to the agent.
+func (e *Engine) probed(from *target, mode encap.Mode, inner []byte, in *header.Inner) {
+	e.stats.probesReceived.Add(1)
+	body := in.Payload(inner)
+	if e.cfg.Probed != nil && len(body) > header.UDPLen {
+		e.cfg.Probed(from.id, mode, body[header.UDPLen:], in.Length)
+	}
+}

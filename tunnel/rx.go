@@ -1,0 +1,233 @@
+package tunnel
+
+import (
+	"errors"
+	"net/netip"
+
+	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
+	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/underlay"
+)
+
+// carrier is what a receiving socket carries: how its payload becomes an inner packet.
+type carrier uint8
+
+const (
+	overUDP  carrier = iota // a datagram of the udp encapsulation
+	overRaw4                // an IPv4 packet with its header: IPv4 raw sockets hand that out
+	overRaw6                // the payload of an IPv6 packet: IPv6 raw sockets keep the header
+)
+
+const (
+	// rxSlots and rxSlotSize shape a receive: few slots, each of which takes a train that UDP_GRO joined.
+	rxSlots    = 4
+	rxSlotSize = 65536
+)
+
+// rxWorker moves packets from one socket to the TUN. One goroutine owns it and all its memory.
+type rxWorker struct {
+	e       *Engine
+	sock    *underlay.Socket
+	carrier carrier
+	proto   uint8 // 4 or 41, of a raw socket
+	mode    encap.Mode
+	batch   *underlay.RecvBatch
+	tun     *tunWriter
+	join    *offload.Joiner
+
+	fwd *forwarding
+	// What the last packets looked up, and in which tables.
+	lastOuter netip.Addr
+	from      *target
+	lastSrc   netip.Addr // an inner source that from may use
+	owner     *target    // of the inner source that Ours was asked about
+	lastDst   netip.Addr // an inner destination that is ours
+
+	in    header.Inner
+	tally tally
+}
+
+// run receives until Wake is called on the socket.
+func (w *rxWorker) run() error {
+	for {
+		switch err := w.sock.Wait(); {
+		case errors.Is(err, sys.ErrWoken):
+			if w.e.stopping.Load() {
+				return nil
+			}
+			continue
+		case errors.Is(err, sys.ErrErrQueue):
+			w.e.drainErrors(w.sock)
+		case err != nil:
+			return err
+		}
+		if err := w.drain(); err != nil {
+			return err
+		}
+	}
+}
+
+// drain receives until the socket is empty.
+func (w *rxWorker) drain() error {
+	if f := w.e.fwd.Load(); f != w.fwd {
+		w.fwd, w.from = f, nil
+		w.lastOuter, w.lastSrc, w.lastDst = netip.Addr{}, netip.Addr{}, netip.Addr{}
+	}
+	for {
+		n, err := w.sock.Recv(w.batch)
+		if err != nil {
+			if errors.Is(err, sys.ErrAgain) {
+				return nil
+			}
+			return err
+		}
+		for i := range n {
+			w.datagram(w.batch.At(i))
+		}
+		w.flush()
+		w.tally.flush(w.e)
+		if n < rxSlots {
+			return nil
+		}
+	}
+}
+
+// datagram takes what one receive slot holds: one packet, or a train that UDP_GRO joined.
+func (w *rxWorker) datagram(r underlay.Received) {
+	w.tally.receives++
+	if src := r.From.Addr(); src != w.lastOuter || w.from == nil {
+		t, ok := w.fwd.sources[src]
+		if !ok {
+			// Nothing is ever answered to a non-member, and each of its packets counts.
+			w.e.dropN(encap.DropNotMember, segments(len(r.Data), r.SegmentSize))
+			return
+		}
+		w.lastOuter, w.from = src, t
+		w.lastSrc = netip.Addr{}
+	}
+	if r.Truncated {
+		w.e.drop(encap.DropMalformed)
+		return
+	}
+	if r.SegmentSize <= 0 {
+		w.packet(r.Data, r.TOS)
+		return
+	}
+	for data := r.Data; len(data) > 0; {
+		n := min(r.SegmentSize, len(data))
+		w.packet(data[:n:n], r.TOS)
+		data = data[n:]
+	}
+}
+
+// segments is how many packets of size make n bytes.
+func segments(n, size int) uint64 {
+	if size <= 0 {
+		return 1
+	}
+	return uint64((n + size - 1) / size)
+}
+
+// packet unwraps and checks one outer payload, in the order of docs/wire.md, and hands its inner packet on.
+func (w *rxWorker) packet(payload []byte, tos byte) {
+	inner, d := payload, encap.DropNone
+	switch w.carrier {
+	case overUDP:
+		inner, d = encap.UnwrapUDP(payload)
+	case overRaw4:
+		inner, tos, d = encap.UnwrapRaw4(payload)
+	case overRaw6:
+		inner, d = encap.UnwrapRaw6(payload, w.proto)
+	}
+	if d == encap.DropNone {
+		inner, d = encap.Validate(inner, &w.in, tos, w)
+	}
+	if d != encap.DropNone {
+		w.e.drop(d)
+		return
+	}
+	in := &w.in
+	w.tally.rx(&w.e.stats, w.from, len(inner))
+	if in.DstPort == ProbePort && in.Proto == header.ProtoUDP && !in.Fragment && w.fwd.isTun(in.Dst) {
+		w.e.probed(w.from, w.mode, inner, in)
+		return
+	}
+	w.deliver(inner)
+}
+
+var _ encap.Validator = (*rxWorker)(nil)
+
+// OwnPort and the methods below answer encap.Validate out of the tables, remembering the last addresses that passed.
+func (w *rxWorker) OwnPort(port uint16) bool {
+	return port == w.e.cfg.UDPPort || port == w.e.cfg.VXLANPort
+}
+
+// Underlay reports a member's underlay address, this node's included.
+func (w *rxWorker) Underlay(dst netip.Addr) bool {
+	_, ok := w.fwd.underlay[dst]
+	return ok
+}
+
+// Ours reports a source in this node's own space.
+func (w *rxWorker) Ours(src netip.Addr) bool {
+	if src == w.lastSrc {
+		return false
+	}
+	w.owner, _ = w.fwd.table.Lookup(src)
+	return w.owner != nil && w.owner.local
+}
+
+// MaySend reports whether src is in the sending peer's space. Ours was asked just before.
+func (w *rxWorker) MaySend(src netip.Addr) bool {
+	if src == w.lastSrc {
+		return true
+	}
+	if w.owner != w.from {
+		return false
+	}
+	w.lastSrc = src
+	return true
+}
+
+// Accepts reports whether dst is in this node's own space.
+func (w *rxWorker) Accepts(dst netip.Addr) bool {
+	if dst == w.lastDst {
+		return true
+	}
+	if t, ok := w.fwd.table.Lookup(dst); !ok || !t.local {
+		return false
+	}
+	w.lastDst = dst
+	return true
+}
+
+// deliver joins the packet to those before it, or writes them and starts anew.
+func (w *rxWorker) deliver(inner []byte) {
+	if w.carrier != overUDP {
+		// The kernel's own GRO may have joined packets of protocol 4 or 41 before the socket saw them.
+		if h, joined := offload.RawVnetHdr(inner, w.from.mtu); joined {
+			w.flush()
+			w.tally.writes++
+			w.tun.write(w.e, h, inner)
+			return
+		}
+	}
+	if w.join.Add(inner) {
+		return
+	}
+	w.flush()
+	if !w.join.Add(inner) {
+		w.tally.writes++
+		w.tun.write(w.e, offload.VnetHdr{}, inner)
+	}
+}
+
+// flush writes what is joined.
+func (w *rxWorker) flush() {
+	if h, parts, ok := w.join.Flush(); ok {
+		w.tally.writes++
+		w.tun.writev(w.e, h, parts)
+	}
+}

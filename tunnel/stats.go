@@ -1,0 +1,132 @@
+package tunnel
+
+import (
+	"sync/atomic"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// stats are the engine's totals, beside the drops and the peers' own.
+type stats struct {
+	txPackets, txBytes, txSends atomic.Uint64
+	rxPackets, rxBytes          atomic.Uint64
+	rxReceives, rxWrites        atomic.Uint64
+	gsoFallbacks, tunFallbacks  atomic.Uint64
+	icmpSent, icmpReceived      atomic.Uint64
+	probesSent, probesReceived  atomic.Uint64
+	lastSendError               atomic.Pointer[string]
+}
+
+func (s *stats) noteSendError(err error) {
+	text := err.Error()
+	s.lastSendError.Store(&text)
+}
+
+// Stats is a copy of the engine's totals. Tx is from the TUN to the underlay, Rx the other way; packets and bytes are
+// those of inner packets and super-packets as the TUN has them (Tx) or as they arrived (Rx).
+type Stats struct {
+	TxPackets, TxBytes, TxSends uint64 // sends: messages that the kernel took
+	RxPackets, RxBytes          uint64
+	RxReceives, RxWrites        uint64 // receives: slots filled; writes: packets and super-packets to the TUN
+	GSOFallbacks, TunFallbacks  uint64 // super-packets that the kernel refused and that went as single packets
+	ICMPSent, ICMPReceived      uint64
+	ProbesSent, ProbesReceived  uint64
+	SocketOverflows             uint64 // datagrams that found a socket's buffer full
+	LastSendError               string
+	Drops                       map[string]uint64 // by the reason's name; all of them
+}
+
+// Stats copies the totals.
+func (e *Engine) Stats() Stats {
+	s := Stats{
+		TxPackets: e.stats.txPackets.Load(), TxBytes: e.stats.txBytes.Load(), TxSends: e.stats.txSends.Load(),
+		RxPackets: e.stats.rxPackets.Load(), RxBytes: e.stats.rxBytes.Load(),
+		RxReceives: e.stats.rxReceives.Load(), RxWrites: e.stats.rxWrites.Load(),
+		GSOFallbacks: e.stats.gsoFallbacks.Load(), TunFallbacks: e.stats.tunFallbacks.Load(),
+		ICMPSent: e.stats.icmpSent.Load(), ICMPReceived: e.stats.icmpReceived.Load(),
+		ProbesSent: e.stats.probesSent.Load(), ProbesReceived: e.stats.probesReceived.Load(),
+		Drops: make(map[string]uint64, encap.NumDrops),
+	}
+	for d := range encap.Drops() {
+		s.Drops[d.String()] = e.drops[d].Load()
+	}
+	for _, w := range e.rx {
+		s.SocketOverflows += w.sock.Overflows()
+	}
+	s.Drops[encap.DropSocketOverflow.String()] += s.SocketOverflows
+	if p := e.stats.lastSendError.Load(); p != nil {
+		s.LastSendError = *p
+	}
+	return s
+}
+
+// PeerStats are the totals of one peer; inner packets and bytes.
+type PeerStats struct{ TxPackets, TxBytes, RxPackets, RxBytes uint64 }
+
+// PeerStats returns the totals of a peer, zero if there is none of that ID.
+func (e *Engine) PeerStats(id string) PeerStats {
+	t := e.fwd.Load().peers[id]
+	if t == nil {
+		return PeerStats{}
+	}
+	c := t.count
+	return PeerStats{c.txPackets.Load(), c.txBytes.Load(), c.rxPackets.Load(), c.rxBytes.Load()}
+}
+
+func (e *Engine) drop(d encap.Drop)            { e.drops[d].Add(1) }
+func (e *Engine) dropN(d encap.Drop, n uint64) { e.drops[d].Add(n) }
+
+// tally gathers one worker's counts over a batch, so that the shared counters are touched once a batch and peer.
+type tally struct {
+	txTo, rxFrom     *target // whom the counts below belong to
+	txPkts, txBytes  uint64
+	rxPkts, rxBytes  uint64
+	receives, writes uint64
+}
+
+func (y *tally) tx(s *stats, t *target, n int) {
+	if y.txTo != t {
+		y.settle(s)
+		y.txTo = t
+	}
+	y.txPkts++
+	y.txBytes += uint64(n)
+}
+
+func (y *tally) rx(s *stats, t *target, n int) {
+	if y.rxFrom != t {
+		y.settle(s)
+		y.rxFrom = t
+	}
+	y.rxPkts++
+	y.rxBytes += uint64(n)
+}
+
+// settle adds the counts to the totals: the engine's and the peers'.
+func (y *tally) settle(s *stats) {
+	if y.txPkts > 0 {
+		s.txPackets.Add(y.txPkts)
+		s.txBytes.Add(y.txBytes)
+		y.txTo.count.txPackets.Add(y.txPkts)
+		y.txTo.count.txBytes.Add(y.txBytes)
+		y.txPkts, y.txBytes = 0, 0
+	}
+	if y.rxPkts > 0 {
+		s.rxPackets.Add(y.rxPkts)
+		s.rxBytes.Add(y.rxBytes)
+		y.rxFrom.count.rxPackets.Add(y.rxPkts)
+		y.rxFrom.count.rxBytes.Add(y.rxBytes)
+		y.rxPkts, y.rxBytes = 0, 0
+	}
+}
+
+// flush adds everything to the shared totals.
+func (y *tally) flush(e *Engine) {
+	y.settle(&e.stats)
+	if y.receives > 0 {
+		e.stats.rxReceives.Add(y.receives)
+		e.stats.rxWrites.Add(y.writes)
+		y.receives, y.writes = 0, 0
+	}
+	y.txTo, y.rxFrom = nil, nil
+}

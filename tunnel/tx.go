@@ -1,0 +1,357 @@
+package tunnel
+
+import (
+	"errors"
+	"net/netip"
+
+	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/tunnel/device"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
+	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/underlay"
+)
+
+const (
+	// maxRead is the largest answer of one TUN read: a virtio-net header and a 64 KiB super-packet.
+	maxRead = offload.VnetHdrLen + 65535
+	// arenaSize holds what one worker has read and not yet sent: a few super-packets, or some thousand small packets.
+	// It stays near the second-level cache's size on purpose.
+	arenaSize = 4 * (maxRead + 64)
+	// headerArena holds the headers that the splitter wrote for the super-packets in the arena.
+	headerArena = 128 << 10
+	// maxSegments is the most segments that one UDP_SEGMENT send may have (UDP_MAX_SEGMENTS of older kernels).
+	maxSegments = 64
+	// maxGSOBytes is the most bytes of UDP payload that one UDP_SEGMENT send may have: what an IPv4 datagram holds.
+	maxGSOBytes = 65507
+)
+
+// txWorker moves packets from one queue of the TUN to the underlay. It reads until the queue is empty, then sends all;
+// nothing waits for a timer. One goroutine owns it and all its memory.
+type txWorker struct {
+	e     *Engine
+	queue *device.Queue
+	icmp  *icmpWriter
+	split *offload.Splitter
+	out   [2]*outlet // by the outer family, IPv4 first; nil where this node has no underlay address of it
+
+	arena []byte
+	used  int // of arena, by packets not yet sent
+
+	// What the last packet looked up, and in which tables.
+	fwd     *forwarding
+	lastDst netip.Addr
+	last    *target
+
+	vnet  offload.VnetHdr
+	in    header.Inner
+	tally tally
+}
+
+// run reads and sends until Wake is called on the queue.
+func (w *txWorker) run() error {
+	for {
+		switch err := w.queue.Wait(); {
+		case errors.Is(err, sys.ErrWoken):
+			if w.e.stopping.Load() {
+				return nil
+			}
+			continue
+		case err != nil:
+			return err
+		}
+		if err := w.drain(); err != nil {
+			return err
+		}
+	}
+}
+
+// drain reads until the queue is empty and sends what it read.
+func (w *txWorker) drain() error {
+	if f := w.e.fwd.Load(); f != w.fwd {
+		w.fwd, w.last, w.lastDst = f, nil, netip.Addr{}
+	}
+	for {
+		n, err := w.queue.Read(w.arena[w.used : w.used+maxRead])
+		if err != nil {
+			w.flush()
+			if errors.Is(err, sys.ErrAgain) {
+				return nil
+			}
+			return err
+		}
+		if n < offload.VnetHdrLen {
+			w.e.drop(encap.DropTxMalformed)
+			continue
+		}
+		buf := w.arena[w.used : w.used+n]
+		w.vnet.Decode(buf)
+		if w.packet(buf[offload.VnetHdrLen:], w.vnet) {
+			w.used += n
+		}
+		if w.used+maxRead > len(w.arena) {
+			w.flush()
+		}
+	}
+}
+
+// packet takes one packet or super-packet off the TUN. It reports whether pkt is now referenced until the next flush.
+func (w *txWorker) packet(pkt []byte, h offload.VnetHdr) bool {
+	if err := header.ParseInner(pkt, &w.in); err != nil {
+		w.e.drop(encap.DropTxMalformed)
+		return false
+	}
+	in := &w.in
+	pkt = pkt[:in.Length]
+	t, d := w.lookup(in)
+	if d != encap.DropNone {
+		w.refuse(pkt, d)
+		return false
+	}
+	size, segmented := len(pkt), h.GSOType != offload.GSONone
+	if segmented {
+		size = min(size, segmentLen(pkt, in, h))
+	}
+	if size > t.mtu {
+		w.e.drop(encap.DropTooBig)
+		w.icmp.answer(w.fwd, pkt, header.TooBig, t.mtu)
+		return false
+	}
+	o := w.out[outer(t.six)]
+	if o == nil {
+		w.e.drop(encap.DropNoEncapSocket)
+		return false
+	}
+	tos := encap.OuterTOS(in.TOS, w.e.copyDSCP)
+	s := o.sender(t.mode, in, pkt)
+	if s == nil {
+		w.e.drop(encap.DropNoPath)
+		return false
+	}
+	w.tally.tx(&w.e.stats, t, len(pkt))
+	if !segmented {
+		if err := offload.CompleteChecksum(pkt, h); err != nil {
+			w.e.drop(encap.DropTxMalformed)
+			return false
+		}
+		header.ClampMSS(pkt, in, t.mtu)
+		s.packet(w, t, pkt, tos)
+		return true
+	}
+	segs, err := w.split.Split(pkt, h)
+	if errors.Is(err, offload.ErrArenaFull) {
+		// The headers of earlier super-packets fill the arena: send those, keep this one.
+		w.send()
+		segs, err = w.split.Split(pkt, h)
+	}
+	if err != nil {
+		w.e.drop(encap.DropTxMalformed)
+		return false
+	}
+	s.segments(w, t, segs, tos)
+	return true
+}
+
+// segmentLen is the length of the packets that a super-packet stands for, in bytes. The kernel does not always set the
+// virtio-net header's hdr_len, so the transport header is looked at.
+func segmentLen(pkt []byte, in *header.Inner, h offload.VnetHdr) int {
+	transport := header.UDPLen
+	if in.Proto == header.ProtoTCP && len(pkt) > in.HeaderLen+12 {
+		transport = int(pkt[in.HeaderLen+12]>>4) * 4
+	}
+	return in.HeaderLen + transport + int(h.GSOSize)
+}
+
+// lookup finds whom the packet is for, or why it goes nowhere.
+func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
+	dst := in.Dst
+	t := w.last
+	if dst != w.lastDst || t == nil {
+		// Link-local and multicast packets are the kernel's own noise (router solicitations, MLD): nobody asked.
+		if dst.IsMulticast() || dst.IsLinkLocalUnicast() || dst == broadcast4 {
+			return nil, encap.DropLocalMulticast
+		}
+		var ok bool
+		if t, ok = w.fwd.table.Lookup(dst); !ok {
+			return nil, encap.DropNoOwner
+		}
+		w.last, w.lastDst = t, dst
+	}
+	switch {
+	case in.TTL == 0:
+		return nil, encap.DropTxTTLZero
+	case t.local, t.endpoint == dst:
+		return nil, encap.DropLoop
+	case t.unreachable:
+		return nil, encap.DropPeerDown
+	case !t.endpoint.IsValid():
+		return nil, encap.DropNoPath
+	}
+	if _, loop := w.fwd.underlay[in.Src]; loop && t.endpoint == in.Src {
+		return nil, encap.DropLoop
+	}
+	return t, encap.DropNone
+}
+
+var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
+
+// refuse counts a packet that goes nowhere and tells its source.
+func (w *txWorker) refuse(pkt []byte, d encap.Drop) {
+	w.e.drop(d)
+	switch d {
+	case encap.DropNoOwner:
+		w.icmp.answer(w.fwd, pkt, header.NetUnreachable, 0)
+	case encap.DropPeerDown, encap.DropNoPath:
+		w.icmp.answer(w.fwd, pkt, header.HostUnreachable, 0)
+	}
+}
+
+// flush sends everything and frees the arena.
+func (w *txWorker) flush() {
+	w.send()
+	w.used = 0
+}
+
+// send sends everything; the arena's packets are no longer referenced.
+func (w *txWorker) send() {
+	for _, o := range w.out {
+		if o == nil {
+			continue
+		}
+		for _, s := range o.dirty {
+			s.flush(w)
+			s.dirty = false
+		}
+		o.dirty = o.dirty[:0]
+	}
+	w.split.Reset()
+	w.tally.flush(w.e)
+}
+
+// outer is the index of the outer family.
+func outer(six bool) int {
+	if six {
+		return 1
+	}
+	return 0
+}
+
+// outlet is a worker's senders of one outer family. The UDP senders differ in their source port, which a flow keeps: so
+// that fabrics which hash ports (ECMP, NIC queues) spread flows and never reorder one.
+type outlet struct {
+	udp   []*sender
+	raw   [2]*sender // protocols 4 and 41, by the inner family
+	dirty []*sender
+}
+
+// sender chooses the socket for a packet; nil if the mode cannot send.
+func (o *outlet) sender(m encap.Mode, in *header.Inner, pkt []byte) *sender {
+	var s *sender
+	switch m {
+	case encap.UDP:
+		s = o.udp[0]
+		if len(o.udp) > 1 {
+			s = o.udp[header.FlowHash(pkt, in)%uint32(len(o.udp))]
+		}
+	case encap.IPIP:
+		s = o.raw[outer(in.Version == 6)]
+	default:
+		return nil
+	}
+	if !s.dirty {
+		s.dirty = true
+		o.dirty = append(o.dirty, s)
+	}
+	return s
+}
+
+// sender collects messages for one socket. For a UDP socket, consecutive packets of one length to one peer (whatever
+// their inner flows) become a train: one message that the kernel cuts by UDP_SEGMENT.
+type sender struct {
+	sock  *underlay.Socket
+	batch *underlay.SendBatch
+	gso   bool // trains and super-packets go out as one message
+	dirty bool // holds something
+
+	// The open train. count 0: none is open.
+	to     *target
+	size   int // of each packet but perhaps the last
+	tos    byte
+	count  int
+	bytes  int
+	closed bool // a shorter packet ended it
+}
+
+// packet adds one packet, which stays referenced until flush.
+func (s *sender) packet(w *txWorker, t *target, pkt []byte, tos byte) {
+	if s.count > 0 && s.gso && s.to == t && s.tos == tos && !s.closed && len(pkt) <= s.size &&
+		s.count < maxSegments && s.bytes+len(pkt) <= maxGSOBytes && !s.batch.Full(1) {
+		s.batch.Append(pkt)
+		s.count++
+		s.bytes += len(pkt)
+		s.closed = len(pkt) < s.size
+		return
+	}
+	s.begin(w, t, tos, 1)
+	s.to, s.size, s.tos, s.closed = t, len(pkt), tos, false
+	s.count, s.bytes = 1, len(pkt)
+	s.batch.Append(pkt)
+}
+
+// segments adds the segments of a super-packet.
+func (s *sender) segments(w *txWorker, t *target, segs []offload.Segment, tos byte) {
+	s.end()
+	for len(segs) > 0 {
+		n := 1
+		size := len(segs[0].Header) + len(segs[0].Payload)
+		if s.gso {
+			n = min(len(segs), maxSegments, maxGSOBytes/size)
+		}
+		s.begin(w, t, tos, 2*n)
+		for _, seg := range segs[:n] {
+			s.batch.Append(seg.Header)
+			s.batch.Append(seg.Payload)
+		}
+		if n > 1 {
+			s.batch.End(size)
+		} else {
+			s.batch.End(0)
+		}
+		segs = segs[n:]
+	}
+}
+
+// begin ends the open train and starts a message of up to iovecs slices; it sends first if there is no room.
+func (s *sender) begin(w *txWorker, t *target, tos byte, iovecs int) {
+	s.end()
+	if s.batch.Full(iovecs) {
+		s.transmit(w)
+	}
+	dest := t.udp
+	if !s.gso {
+		dest = t.raw
+	}
+	s.batch.Begin(dest, tos)
+}
+
+// end closes the open train.
+func (s *sender) end() {
+	switch {
+	case s.count > 1:
+		s.batch.End(s.size)
+	case s.count == 1:
+		s.batch.End(0)
+	}
+	s.count = 0
+}
+
+func (s *sender) flush(w *txWorker) {
+	s.end()
+	s.transmit(w)
+}
+
+// transmit hands the batch to the kernel.
+func (s *sender) transmit(w *txWorker) {
+	r, err := s.sock.Send(s.batch)
+	w.e.sent(s.sock, r, err)
+}

@@ -1,0 +1,261 @@
+// Package config is the agent's configuration: flags and a strict YAML file with the same keys, their defaults, their
+// checks, and the reference page docs/configuration.md, all out of one table (keys.go).
+//
+// A key is written with "-" as a flag and with "_" in the file; a flag replaces what the file says. Nothing is guessed:
+// unknown keys, second mentions and values of the wrong shape are refused with their line. Every error is one line that
+// names where the value was given, the value, the limit and the remedy.
+//
+// A Config is a value; it may be read by any number of goroutines and is changed by none. No type of this package travels
+// below internal/agent.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"strings"
+
+	"github.com/spf13/pflag"
+)
+
+// DefaultFile is read unless --config names another file; it may be missing.
+const DefaultFile = "/etc/tulle/tulle.yaml"
+
+// Config is a checked configuration with its defaults filled in.
+type Config struct {
+	NodeName  string
+	Join      []string // HOST:PORT, each once, IPv6 in brackets
+	Bootstrap bool     // this node starts the cluster if no seed answers
+	// ClusterCIDRs is what was asked for, at most one prefix a family; empty means "the cluster's, or BootstrapCIDRs".
+	ClusterCIDRs   []netip.Prefix
+	NodePrefixLen4 int // length of an IPv4 block, bits
+	NodePrefixLen6 int // length of an IPv6 block, bits
+	PodCIDRs       []netip.Prefix
+	Underlay       Underlay
+	GossipPort     uint16
+	GossipKeyFile  string // empty: gossip is not encrypted
+	UDPPort        uint16
+	VXLANPort      uint16
+	VNI            uint32
+	Paths          []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
+	Tun            string
+	MTU            int // of the TUN, bytes; 0: found out of the underlay's
+	Masquerade     bool
+	StateDir       string
+	Socket         string
+	Metrics        string // HOST:PORT; empty: not served
+	LogLevel       slog.Level
+	LogFormat      string // text or json
+
+	file  string // that was read, or would have been
+	given given
+	level *slog.LevelVar
+}
+
+// Underlay says which address of this host carries the tunnel: that of an interface, or given addresses (at most one a
+// family), or, if both are empty, the source of the route to the seeds.
+type Underlay struct {
+	Interface string
+	Addresses []netip.Addr
+}
+
+// given is what the command line says, by key; a key that is missing was not given.
+type given map[string][]string
+
+// AddFlags gives flags every key of the table, and --config.
+func AddFlags(flags *pflag.FlagSet) {
+	flags.SortFlags = false
+	flags.String("config", DefaultFile, "`FILE` with the same keys, written with \"_\"; flags win")
+	for i := range keys {
+		k := &keys[i]
+		f := flags.VarPF(&value{key: k}, k.flag(), "", k.usage())
+		if k.kind == kindBool || k.kind == kindBootstrap {
+			f.NoOptDefVal = "true"
+		}
+	}
+}
+
+// Load reads file and flags, which AddFlags has prepared and which have been parsed. An empty file means --config's, which
+// may be missing as long as nobody named it.
+func Load(flags *pflag.FlagSet, file string) (Config, error) {
+	named := file != ""
+	if f := flags.Lookup("config"); !named && f != nil {
+		file, named = f.Value.String(), f.Changed
+	}
+	g := given{}
+	flags.Visit(func(f *pflag.Flag) {
+		if v, ok := f.Value.(*value); ok {
+			g[v.key.name] = v.texts
+		}
+	})
+	c, err := load(g, file, named)
+	if err != nil {
+		return Config{}, err
+	}
+	c.level.Set(c.LogLevel)
+	return c, nil
+}
+
+// Reread reads the file again, under the same flags as before. The result shares its LevelVar with c, which it does not set.
+func (c Config) Reread() (Config, error) {
+	n, err := load(c.given, c.file, false)
+	if err != nil {
+		return Config{}, err
+	}
+	n.level = c.level
+	return n, nil
+}
+
+// File is the path of the configuration file, which need not exist.
+func (c Config) File() string { return c.file }
+
+// LevelVar is the level that the program's logger follows: Load sets it, a reload may set it again.
+func (c Config) LevelVar() *slog.LevelVar { return c.level }
+
+// BootstrapCIDRs is the address space of a cluster that this node starts.
+func (c Config) BootstrapCIDRs() []netip.Prefix {
+	if len(c.ClusterCIDRs) > 0 {
+		return c.ClusterCIDRs
+	}
+	return []netip.Prefix{defaultClusterCIDR}
+}
+
+func load(g given, file string, named bool) (Config, error) {
+	c := Config{file: file, given: g, level: new(slog.LevelVar)}
+	fromFile, err := readFile(file, named)
+	if err != nil {
+		return c, err
+	}
+	at := origins{}
+	for i := range keys {
+		k := &keys[i]
+		texts, where := k.defaults(), ""
+		if e, ok := fromFile[k.name]; ok {
+			texts, where = e.texts, fmt.Sprintf("%s:%d: %s", file, e.line, k.name)
+		}
+		if t, ok := g[k.name]; ok {
+			texts, where = t, "--"+k.flag()
+		}
+		at[k.name] = where
+		if k.list {
+			texts = split(texts)
+		}
+		if k.kind == kindBootstrap {
+			_, byFlag := g[k.name]
+			err = c.setBootstrap(texts, byFlag)
+		} else {
+			err = k.set(&c, texts)
+		}
+		if err != nil {
+			return c, at.wrap(k.name, err)
+		}
+	}
+	return c, c.validate(at)
+}
+
+// split takes lists apart at their commas and leaves out what is empty: `--join=` takes back what the file says.
+func split(texts []string) []string {
+	var out []string
+	for _, t := range texts {
+		for s := range strings.SplitSeq(t, ",") {
+			if s = strings.TrimSpace(s); s != "" {
+				out = append(out, s)
+			}
+		}
+	}
+	return out
+}
+
+// origins says for each key where its value was given; "" for a default.
+type origins map[string]string
+
+// wrap puts the place before the error.
+func (o origins) wrap(name string, err error) error {
+	where := o[name]
+	if where == "" {
+		where = "--" + flagName(name) + " (default)"
+	}
+	return fmt.Errorf("%s %w", where, err)
+}
+
+// Change is one key whose value differs between two configurations.
+type Change struct {
+	Key      string
+	Old, New string
+	Live     bool // may change while the agent runs
+}
+
+// Diff lists the keys that differ, in the order of the table.
+func Diff(before, after Config) []Change {
+	var out []Change
+	for _, k := range keys {
+		if o, n := k.show(&before), k.show(&after); o != n {
+			out = append(out, Change{Key: k.name, Old: o, New: n, Live: k.live})
+		}
+	}
+	return out
+}
+
+// maxFile bounds the configuration file, bytes.
+const maxFile = 64 << 10
+
+func readFile(path string, named bool) (map[string]entry, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) && !named {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w; name the file with --config", err)
+	}
+	defer f.Close()
+	buf := make([]byte, maxFile+1)
+	n := 0
+	for n < len(buf) {
+		m, err := f.Read(buf[n:])
+		n += m
+		if m == 0 {
+			break
+		}
+		if err != nil {
+			return nil, fmt.Errorf("configuration: %w", err)
+		}
+	}
+	if n > maxFile {
+		return nil, fmt.Errorf("configuration: %s is larger than %d bytes; name the right file with --config", path, maxFile)
+	}
+	return parseFile(path, buf[:n])
+}
+
+// value is a flag: it keeps the texts, which Load checks together with the file's.
+type value struct {
+	key   *key
+	texts []string
+}
+
+// Set implements pflag.Value.
+func (v *value) Set(s string) error {
+	if !v.key.list {
+		v.texts = nil
+	}
+	v.texts = append(v.texts, s)
+	return nil
+}
+
+// String implements pflag.Value; it is the default in the help text until something was given.
+func (v *value) String() string {
+	if v.key == nil || v.texts == nil {
+		return ""
+	}
+	return strings.Join(v.texts, ",")
+}
+
+// Type implements pflag.Value: the placeholder in the help text.
+func (v *value) Type() string {
+	if v.key.kind == kindBool || v.key.kind == kindBootstrap {
+		return "bool"
+	}
+	return v.key.arg
+}

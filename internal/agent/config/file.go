@@ -1,0 +1,167 @@
+package config
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	yaml "github.com/goccy/go-yaml"
+	"github.com/goccy/go-yaml/ast"
+	"github.com/goccy/go-yaml/parser"
+	"github.com/goccy/go-yaml/token"
+)
+
+// entry is a key of the file: its texts and its line.
+type entry struct {
+	texts []string
+	line  int
+}
+
+// parseFile reads a flat mapping of known keys to scalars or lists of scalars. Scalars are taken as written; anchors,
+// aliases, tags and merges have no place here, so nothing in a file can grow while it is read.
+func parseFile(path string, data []byte) (map[string]entry, error) {
+	f, err := parser.ParseBytes(data, 0)
+	if err != nil {
+		return nil, syntaxError(path, err)
+	}
+	out := map[string]entry{}
+	docs := 0
+	for _, doc := range f.Docs {
+		if doc == nil || doc.Body == nil {
+			continue
+		}
+		if docs++; docs > 1 {
+			return nil, fmt.Errorf("%s:%d: a second YAML document; one is wanted", path, line(doc.Body))
+		}
+		var pairs []*ast.MappingValueNode
+		switch n := doc.Body.(type) {
+		case *ast.MappingNode:
+			pairs = n.Values
+		case *ast.MappingValueNode:
+			pairs = []*ast.MappingValueNode{n}
+		case *ast.CommentGroupNode, *ast.NullNode:
+			continue
+		default:
+			return nil, fmt.Errorf("%s:%d: want lines of the form \"key: value\"", path, line(doc.Body))
+		}
+		for _, p := range pairs {
+			if err := addPair(path, out, p); err != nil {
+				return nil, err
+			}
+		}
+	}
+	return out, nil
+}
+
+func addPair(path string, out map[string]entry, p *ast.MappingValueNode) error {
+	at := line(p.Key)
+	name := ""
+	if tk := p.Key.GetToken(); tk != nil {
+		name = tk.Value
+	}
+	k := find(name)
+	if k == nil {
+		return fmt.Errorf("%s:%d: unknown key %q; %s", path, at, name, suggest(name))
+	}
+	if old, twice := out[name]; twice {
+		return fmt.Errorf("%s:%d: %s is already set in line %d; keep one of them", path, at, name, old.line)
+	}
+	texts, err := texts(p.Value, k.list)
+	if err != nil {
+		return fmt.Errorf("%s:%d: %s %w", path, at, name, err)
+	}
+	out[name] = entry{texts: texts, line: at}
+	return nil
+}
+
+// texts reads a scalar or, where list is true, a sequence of scalars.
+func texts(n ast.Node, list bool) ([]string, error) {
+	seq, ok := n.(*ast.SequenceNode)
+	if !ok {
+		s, err := scalar(n)
+		return []string{s}, err
+	}
+	if !list {
+		return nil, fmt.Errorf("wants one value, not a list")
+	}
+	out := []string{}
+	for _, v := range seq.Values {
+		s, err := scalar(v)
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, s)
+	}
+	return out, nil
+}
+
+func scalar(n ast.Node) (string, error) {
+	switch n := n.(type) {
+	case *ast.StringNode:
+		return n.Value, nil
+	case *ast.IntegerNode, *ast.FloatNode, *ast.BoolNode, *ast.InfinityNode, *ast.NanNode:
+		return strings.TrimSpace(n.GetToken().Value), nil
+	case *ast.NullNode, nil:
+		return "", fmt.Errorf("has no value; give it one, or delete the line")
+	}
+	return "", fmt.Errorf("wants plain values, not a %s (text in brackets or with \": \" needs quotes: \"[fd00::1]:7946\")", strings.ToLower(n.Type().String()))
+}
+
+func line(n ast.Node) int {
+	if tk := n.GetToken(); tk != nil && tk.Position != nil {
+		return tk.Position.Line
+	}
+	return 1
+}
+
+// syntaxError puts the parser's message, which has several lines with an excerpt, into one.
+func syntaxError(path string, err error) error {
+	var tk *token.Token
+	msg := err.Error()
+	if y, ok := errors.AsType[yaml.Error](err); ok {
+		tk, msg = y.GetToken(), y.GetMessage()
+	}
+	msg, _, _ = strings.Cut(msg, "\n")
+	if tk != nil && tk.Position != nil {
+		return fmt.Errorf("%s:%d: %s; want lines of the form \"key: value\"", path, tk.Position.Line, msg)
+	}
+	return fmt.Errorf("%s: %s; want lines of the form \"key: value\"", path, msg)
+}
+
+// suggest names the key that was probably meant.
+func suggest(name string) string {
+	best, dist := "", 4
+	norm := strings.ToLower(strings.ReplaceAll(name, "-", "_"))
+	for _, k := range keys {
+		if d := distance(norm, k.name); d < dist && d < len(k.name) {
+			best, dist = k.name, d
+		}
+	}
+	if best == "" {
+		return "docs/configuration.md lists the keys, `tulle agent --help` too"
+	}
+	return fmt.Sprintf("did you mean %s?", best)
+}
+
+// distance is Levenshtein's, over bytes, of names that are short (longer ones are far from every key).
+func distance(a, b string) int {
+	if len(a) > 64 {
+		return len(a)
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diag := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := diag
+			if a[i] != b[j] {
+				cost = 1 + min(diag, row[j], row[j+1])
+			}
+			diag, row[j+1] = row[j+1], cost
+		}
+	}
+	return row[len(b)]
+}

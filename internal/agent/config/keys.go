@@ -1,0 +1,194 @@
+package config
+
+import (
+	"cmp"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strconv"
+	"strings"
+)
+
+// kind decides how a key is written; the values themselves are all texts until set has read them.
+type kind uint8
+
+const (
+	kindValue kind = iota
+	kindBool
+	kindBootstrap // a switch as a flag, a node's name in the file
+)
+
+// key is one row of the table.
+type key struct {
+	name string // as in the file
+	arg  string // placeholder in help and reference
+	kind kind
+	list bool   // may be given several times, or separated by commas
+	live bool   // a reload changes it
+	def  string // as it would be written; empty: see doc
+	help string // one line
+	doc  string // the rest, for the reference; Markdown
+	set  func(*Config, []string) error
+	show func(*Config) string
+}
+
+var defaultClusterCIDR = netip.MustParsePrefix("10.244.0.0/16")
+
+// The table. Order is that of help text and reference.
+var keys = []key{
+	{name: "node_name", arg: "NAME",
+		help: "name of this node (default: the host's name)",
+		doc:  "Letters, digits, `-`, `_` and `.`, at most 63 characters. It is for people: nodes are told apart by a random ID that they keep in `state_dir`.",
+		set:  text(func(c *Config, s string) (err error) { c.NodeName, err = parseNodeName(s); return }),
+		show: func(c *Config) string { return c.NodeName }},
+	{name: "join", arg: "HOST[:PORT]", list: true, live: true,
+		help: "a node of the cluster to join; repeatable",
+		doc: "A name or an address, IPv6 in brackets; the port is `gossip_port` if it is left out. All hosts can share one list: a node passes over " +
+			"its own entry. The agent keeps trying until one of them answers.",
+		set:  func(c *Config, v []string) error { c.Join = v; return nil }, // read by validate, which knows the gossip port
+		show: func(c *Config) string { return strings.Join(c.Join, ",") }},
+	{name: "bootstrap", arg: "NODE-NAME", kind: kindBootstrap,
+		help: "start a new cluster if no seed answers; on one node only",
+		doc: "As a flag it is a switch: `--bootstrap` on the one node that starts the cluster. In the file it names that node, so that all hosts can " +
+			"share the file. The node first tries the addresses of `join`, and joins if one of them answers; once it has state it never bootstraps again.",
+		show: func(c *Config) string { return strconv.FormatBool(c.Bootstrap) }},
+	{name: "cluster_cidr", arg: "PREFIX", list: true,
+		help: "address space of all pods, one prefix a family; repeatable (default of a new cluster: " + defaultClusterCIDR.String() + ")",
+		doc: "Only the node that starts the cluster needs it. On others it may be left out; if it is there, it must be the cluster's. It must not overlap " +
+			"the hosts' own addresses, nor loopback, link-local, multicast or reserved space.",
+		set:  func(c *Config, v []string) (err error) { c.ClusterCIDRs, err = parsePrefixes(v); return },
+		show: func(c *Config) string { return join(c.ClusterCIDRs) }},
+	{name: "node_prefix_len", arg: "LEN[,LEN6]", def: "24,64", list: true,
+		help: "length of the blocks out of which a node gives its pods addresses: IPv4, IPv6",
+		doc: "One number means IPv4 if it is at most 32, else IPv6; the other family keeps its default. Longer than the `cluster_cidr` of that family, " +
+			"at most 30 for IPv4 and 126 for IPv6. A node that has filled its block opens another one.",
+		set: func(c *Config, v []string) (err error) {
+			c.NodePrefixLen4, c.NodePrefixLen6, err = parseLens(v)
+			return
+		},
+		show: func(c *Config) string { return fmt.Sprintf("%d,%d", c.NodePrefixLen4, c.NodePrefixLen6) }},
+	{name: "pod_cidr", arg: "PREFIX", list: true,
+		help: "ask for this very prefix for the pods of this node, one a family; repeatable",
+		doc:  "Inside the cluster's address space. Its present owner gives it up unless pods live in it. Left out, a node takes what it is given.",
+		set:  func(c *Config, v []string) (err error) { c.PodCIDRs, err = parsePrefixes(v); return },
+		show: func(c *Config) string { return join(c.PodCIDRs) }},
+	{name: "underlay", arg: "IFACE|ADDRESS", list: true,
+		help: "interface or address that carries the tunnel (default: the source address of the route to the seeds)",
+		doc:  "One interface, or at most one address of each family.",
+		set:  func(c *Config, v []string) (err error) { c.Underlay, err = parseUnderlay(v); return },
+		show: func(c *Config) string { return c.Underlay.String() }},
+	{name: "gossip_port", arg: "PORT", def: "7946",
+		help: "UDP and TCP port of gossip; the same on all nodes",
+		set:  text(func(c *Config, s string) (err error) { c.GossipPort, err = parsePort(s); return }),
+		show: func(c *Config) string { return strconv.Itoa(int(c.GossipPort)) }},
+	{name: "gossip_key_file", arg: "FILE",
+		help: "file with the AES-256 keys of gossip (default: not encrypted)",
+		doc: "One key a line, 32 bytes in base64, the first one encrypts; `tulle keys generate` makes one. Rotate keys with `tulle keys install|use|remove`, " +
+			"which also writes this file.",
+		set:  text(func(c *Config, s string) (err error) { c.GossipKeyFile, err = parsePath(s); return }),
+		show: func(c *Config) string { return c.GossipKeyFile }},
+	{name: "udp_port", arg: "PORT", def: "6080",
+		help: "UDP port of the udp encapsulation (GUE)",
+		doc:  "It is part of what a node tells the others about itself, so that nodes may differ.",
+		set:  text(func(c *Config, s string) (err error) { c.UDPPort, err = parsePort(s); return }),
+		show: func(c *Config) string { return strconv.Itoa(int(c.UDPPort)) }},
+	{name: "vxlan_port", arg: "PORT", def: "4789",
+		help: "UDP port of the vxlan encapsulation",
+		set:  text(func(c *Config, s string) (err error) { c.VXLANPort, err = parsePort(s); return }),
+		show: func(c *Config) string { return strconv.Itoa(int(c.VXLANPort)) }},
+	{name: "vni", arg: "NUMBER", def: "1",
+		help: "VXLAN network identifier, 0 to 16777215; the same on all nodes",
+		set:  text(func(c *Config, s string) (err error) { c.VNI, err = parseVNI(s); return }),
+		show: func(c *Config) string { return strconv.FormatUint(uint64(c.VNI), 10) }},
+	{name: "paths", arg: "MODE[,MODE…]", def: "direct,udp,ipip,vxlan", list: true, live: true,
+		help: "encapsulations to send with, in order of preference; one name pins it",
+		doc:  "`direct` (the host's own route, no encapsulation), `udp`, `ipip`, `vxlan`. Whatever is chosen here, all of them are accepted from members.",
+		set:  func(c *Config, v []string) (err error) { c.Paths, err = parsePaths(v); return },
+		show: func(c *Config) string { return strings.Join(c.Paths, ",") }},
+	{name: "tun", arg: "NAME", def: "tun0",
+		help: "name of the TUN device",
+		set:  text(func(c *Config, s string) (err error) { c.Tun, err = parseIfname(s); return }),
+		show: func(c *Config) string { return c.Tun }},
+	{name: "mtu", arg: "BYTES|auto", def: "auto",
+		help: "MTU of the TUN device; auto: the underlay's less the largest overhead in use",
+		doc:  "576 to 65535, at least 1280 where the cluster has IPv6. Paths to single peers that carry less get a smaller MTU of their own.",
+		set:  text(func(c *Config, s string) (err error) { c.MTU, err = parseMTU(s); return }),
+		show: func(c *Config) string { return showMTU(c.MTU) }},
+	{name: "masquerade", arg: "true|false", kind: kindBool, def: "true", live: true,
+		help: "pods reach the outside under this host's address; between pods and nodes nothing is ever translated",
+		set:  text(func(c *Config, s string) (err error) { c.Masquerade, err = parseBool(s); return }),
+		show: func(c *Config) string { return strconv.FormatBool(c.Masquerade) }},
+	{name: "state_dir", arg: "DIR", def: "/var/lib/tulle",
+		help: "where identity, address table and allocations are kept",
+		set:  text(func(c *Config, s string) (err error) { c.StateDir, err = parsePath(s); return }),
+		show: func(c *Config) string { return c.StateDir }},
+	{name: "socket", arg: "FILE", def: "/run/tulle/tulle.sock",
+		help: "control socket; all other commands talk to it",
+		set:  text(func(c *Config, s string) (err error) { c.Socket, err = parsePath(s); return }),
+		show: func(c *Config) string { return c.Socket }},
+	{name: "metrics", arg: "ADDRESS:PORT|off", def: "127.0.0.1:9646",
+		help: "where to serve Prometheus metrics, /healthz and /readyz",
+		set:  text(func(c *Config, s string) (err error) { c.Metrics, err = parseMetrics(s); return }),
+		show: func(c *Config) string { return cmp.Or(c.Metrics, "off") }},
+	{name: "log_level", arg: "LEVEL", def: "info", live: true,
+		help: "debug, info, warn or error",
+		set:  text(func(c *Config, s string) (err error) { c.LogLevel, err = parseLevel(s); return }),
+		show: func(c *Config) string { return levelName(c.LogLevel) }},
+	{name: "log_format", arg: "text|json", def: "text",
+		help: "form of the log on standard error",
+		set:  text(func(c *Config, s string) (err error) { c.LogFormat, err = oneOf(s, "text", "json"); return }),
+		show: func(c *Config) string { return c.LogFormat }},
+}
+
+// text adapts a setter of one value. A default of "" arrives as no value at all, and then as "".
+func text(set func(*Config, string) error) func(*Config, []string) error {
+	return func(c *Config, v []string) error {
+		if len(v) > 1 {
+			return fmt.Errorf("%v: wants one value, not %d", v, len(v))
+		}
+		return set(c, strings.Join(v, ""))
+	}
+}
+
+func flagName(name string) string { return strings.ReplaceAll(name, "_", "-") }
+
+func (k *key) flag() string { return flagName(k.name) }
+
+// defaults is the default as if it had been given.
+func (k *key) defaults() []string {
+	if k.def == "" {
+		return nil
+	}
+	return []string{k.def}
+}
+
+// usage is the help text of the flag.
+func (k *key) usage() string {
+	if k.def == "" {
+		return k.help
+	}
+	return fmt.Sprintf("%s (default %s)", k.help, k.def)
+}
+
+// find returns the row of that name.
+func find(name string) *key {
+	for i := range keys {
+		if keys[i].name == name {
+			return &keys[i]
+		}
+	}
+	return nil
+}
+
+func join[T fmt.Stringer](v []T) string {
+	s := make([]string, len(v))
+	for i := range v {
+		s[i] = v[i].String()
+	}
+	return strings.Join(s, ",")
+}
+
+func levelName(l slog.Level) string { return strings.ToLower(l.String()) }
+
+// String is the value as it would be written.
+func (u Underlay) String() string { return cmp.Or(u.Interface, join(u.Addresses)) }

@@ -1,0 +1,101 @@
+package membership
+
+import (
+	"fmt"
+	"net/netip"
+)
+
+// Everything that Tulle hands to memberlist begins with an envelope:
+//
+//	0  format version (1)
+//	1  kind
+//	2  cluster of the sender (16), zero if it is in none yet
+//
+// and, except for broadcasts, which may come from anybody's mouth,
+//
+//	18  node ID of the sender (16)
+//
+// State also says from where it comes, so that a clone can be told from the
+// member whose ID it carries:
+//
+//	34  gossip address of the sender: length (1), netip.AddrPort binary form
+const envelopeVersion = 1
+
+type envelopeKind byte
+
+const (
+	kindBroadcast envelopeKind = iota + 1
+	kindMessage
+	kindState
+	kindKeyRequest
+	kindKeyAnswer
+	kindEnd
+)
+
+const (
+	broadcastHead = 2 + 16
+	messageHead   = broadcastHead + 16
+)
+
+// Bounds of what one member takes from another, in bytes.
+const (
+	MaxMessage = 1 << 20  // of [Gossip.Send]
+	MaxState   = 16 << 20 // of [Handler.LocalState]; memberlist refuses 20 MiB
+)
+
+type envelope struct {
+	kind    envelopeKind
+	cluster ClusterID
+	from    NodeID         // not for broadcasts
+	addr    netip.AddrPort // state only
+	body    []byte         // shares memory with the message
+}
+
+func (e envelope) encode() []byte {
+	b := make([]byte, 0, messageHead+24+len(e.body))
+	b = append(b, envelopeVersion, byte(e.kind))
+	b = append(b, e.cluster[:]...)
+	if e.kind != kindBroadcast {
+		b = append(b, e.from[:]...)
+	}
+	if e.kind == kindState {
+		addr, _ := e.addr.MarshalBinary() // never fails
+		b = append(b, byte(len(addr)))
+		b = append(b, addr...)
+	}
+	return append(b, e.body...)
+}
+
+func decodeEnvelope(b []byte) (envelope, error) {
+	if len(b) < broadcastHead {
+		return envelope{}, fmt.Errorf("message of %d bytes", len(b))
+	}
+	if b[0] != envelopeVersion {
+		return envelope{}, fmt.Errorf("message of format %d, this agent reads format %d", b[0], envelopeVersion)
+	}
+	e := envelope{kind: envelopeKind(b[1]), cluster: ClusterID(b[2:])}
+	if e.kind < kindBroadcast || e.kind >= kindEnd {
+		return envelope{}, fmt.Errorf("message of unknown kind %d", b[1])
+	}
+	b = b[broadcastHead:]
+	if e.kind != kindBroadcast {
+		if len(b) < len(e.from) {
+			return envelope{}, fmt.Errorf("message without a sender")
+		}
+		e.from, b = NodeID(b), b[len(e.from):]
+	}
+	if e.kind == kindState {
+		if len(b) < 1 || b[0] > 18 || len(b) < 1+int(b[0]) {
+			return envelope{}, fmt.Errorf("state without the sender's address")
+		}
+		if err := e.addr.UnmarshalBinary(b[1 : 1+b[0]]); err != nil {
+			return envelope{}, fmt.Errorf("state with a bad address: %w", err)
+		}
+		b = b[1+b[0]:]
+	}
+	if e.kind == kindMessage && len(b) > MaxMessage {
+		return envelope{}, fmt.Errorf("message of %d bytes, the limit is %d", len(b), MaxMessage)
+	}
+	e.body = b
+	return e, nil
+}

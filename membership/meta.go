@@ -1,0 +1,165 @@
+package membership
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net/netip"
+)
+
+// Limits of the metadata, chosen so that their sum stays below memberlist's 512
+// bytes (memberlist.MetaMaxSize; it panics above).
+const (
+	MaxMeta      = 512 // bytes, encoded
+	MaxName      = 128 // bytes
+	maxMetaAddrs = 8   // of each kind
+)
+
+// Meta is what every member knows of every other: it travels in memberlist's
+// alive messages.
+type Meta struct {
+	ID           NodeID
+	Cluster      ClusterID // zero: in no cluster yet
+	Name         string
+	Underlay     []netip.Addr // at most 8, best first
+	TunAddrs     []netip.Addr // at most 8: addresses of the TUN device
+	UDPPort      uint16       // of the UDP encapsulation
+	VXLANPort    uint16
+	Capabilities uint32
+	VTEPMAC      [6]byte
+	Started      int64 // unix seconds of this run's start; settles who is the newcomer of two clones
+	Leaving      bool  // set while the node leaves for good
+}
+
+// The encoding: fixed part, then lists. Later versions may append fields: a
+// decoder passes over bytes that it does not know.
+//
+//	 0  version (1)
+//	 1  flags: bit 0 leaving
+//	 2  ID (16)
+//	18  cluster (16)
+//	34  UDP port, VXLAN port (2 each, big endian, as all numbers)
+//	38  capabilities (4)
+//	42  VTEP MAC (6)
+//	48  started (8)
+//	56  name: length (1), bytes
+//	 …  underlay: count (1), each: length 4 or 16 (1), bytes
+//	 …  TUN addresses: the same
+const (
+	metaVersion   = 1
+	metaFixed     = 56
+	metaOffID     = 2
+	metaOffClust  = 18
+	metaOffPorts  = 34
+	metaOffCaps   = 38
+	metaOffMAC    = 42
+	metaOffStart  = 48
+	metaFlagLeave = 1
+)
+
+// encode appends the metadata's wire form. It fails when a field passes its
+// limit, never by truncating.
+func (m Meta) encode(b []byte) ([]byte, error) {
+	switch {
+	case len(m.Name) > MaxName:
+		return nil, fmt.Errorf("node name %.20q… has %d bytes, the limit is %d: choose a shorter --node-name", m.Name, len(m.Name), MaxName)
+	case len(m.Underlay) > maxMetaAddrs:
+		return nil, fmt.Errorf("%d underlay addresses, the limit is %d: name the interface or address with --underlay", len(m.Underlay), maxMetaAddrs)
+	case len(m.TunAddrs) > maxMetaAddrs:
+		return nil, fmt.Errorf("%d TUN addresses, the limit is %d", len(m.TunAddrs), maxMetaAddrs)
+	}
+	start := len(b)
+	var flags byte
+	if m.Leaving {
+		flags |= metaFlagLeave
+	}
+	b = append(b, metaVersion, flags)
+	b = append(b, m.ID[:]...)
+	b = append(b, m.Cluster[:]...)
+	b = binary.BigEndian.AppendUint16(b, m.UDPPort)
+	b = binary.BigEndian.AppendUint16(b, m.VXLANPort)
+	b = binary.BigEndian.AppendUint32(b, m.Capabilities)
+	b = append(b, m.VTEPMAC[:]...)
+	b = binary.BigEndian.AppendUint64(b, uint64(m.Started))
+	b = append(b, byte(len(m.Name)))
+	b = append(b, m.Name...)
+	for _, list := range [][]netip.Addr{m.Underlay, m.TunAddrs} {
+		b = append(b, byte(len(list)))
+		for _, a := range list {
+			if !a.IsValid() || a.Zone() != "" {
+				return nil, fmt.Errorf("metadata: %q is no address that other hosts can use", a)
+			}
+			s := a.Unmap().AsSlice()
+			b = append(b, byte(len(s)))
+			b = append(b, s...)
+		}
+	}
+	if n := len(b) - start; n > MaxMeta {
+		return nil, fmt.Errorf("metadata of %d bytes, the limit is %d", n, MaxMeta)
+	}
+	return b, nil
+}
+
+// metaHead reads the two identities without looking at the rest, which is all
+// that the guards need for each of the many alive messages.
+func metaHead(b []byte) (NodeID, ClusterID, error) {
+	if len(b) < metaFixed || len(b) > MaxMeta {
+		return NodeID{}, ClusterID{}, fmt.Errorf("metadata of %d bytes", len(b))
+	}
+	if b[0] != metaVersion {
+		return NodeID{}, ClusterID{}, fmt.Errorf("metadata version %d, this agent reads version %d", b[0], metaVersion)
+	}
+	return NodeID(b[metaOffID:]), ClusterID(b[metaOffClust:]), nil
+}
+
+var errMetaShort = errors.New("metadata is cut short")
+
+// decodeMeta reads what encode wrote. The result shares nothing with b.
+func decodeMeta(b []byte) (Meta, error) {
+	var m Meta
+	var err error
+	if m.ID, m.Cluster, err = metaHead(b); err != nil {
+		return Meta{}, err
+	}
+	m.Leaving = b[1]&metaFlagLeave != 0
+	m.UDPPort = binary.BigEndian.Uint16(b[metaOffPorts:])
+	m.VXLANPort = binary.BigEndian.Uint16(b[metaOffPorts+2:])
+	m.Capabilities = binary.BigEndian.Uint32(b[metaOffCaps:])
+	copy(m.VTEPMAC[:], b[metaOffMAC:])
+	m.Started = int64(binary.BigEndian.Uint64(b[metaOffStart:]))
+	b = b[metaFixed:]
+
+	if len(b) < 1 || int(b[0]) > MaxName || len(b) < 1+int(b[0]) {
+		return Meta{}, errMetaShort
+	}
+	m.Name, b = string(b[1:1+b[0]]), b[1+b[0]:]
+	for _, list := range []*[]netip.Addr{&m.Underlay, &m.TunAddrs} {
+		if *list, b, err = decodeAddrs(b); err != nil {
+			return Meta{}, err
+		}
+	}
+	return m, nil
+}
+
+func decodeAddrs(b []byte) ([]netip.Addr, []byte, error) {
+	if len(b) < 1 {
+		return nil, nil, errMetaShort
+	}
+	n := int(b[0])
+	if n > maxMetaAddrs {
+		return nil, nil, fmt.Errorf("metadata with %d addresses", n)
+	}
+	b = b[1:]
+	var list []netip.Addr
+	for range n {
+		if len(b) < 1 || len(b) < 1+int(b[0]) {
+			return nil, nil, errMetaShort
+		}
+		a, ok := netip.AddrFromSlice(b[1 : 1+b[0]])
+		if !ok {
+			return nil, nil, fmt.Errorf("metadata with an address of %d bytes", b[0])
+		}
+		list, b = append(list, a.Unmap()), b[1+b[0]:]
+	}
+	return list, b, nil
+}

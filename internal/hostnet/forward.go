@@ -1,0 +1,185 @@
+package hostnet
+
+import (
+	"bufio"
+	"bytes"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+)
+
+// ForwardProblems names the firewall chains of the calling thread's network namespace that
+// drop forwarded packets and say nothing about the TUN device or the cluster: by a
+// policy of drop or by a last rule that drops or rejects everything, on the forward hook.
+// Accepting in a table of our own cannot help, a packet has to pass all of them.
+//
+// It sees nftables, iptables-nft and firewalld. Of iptables-legacy, whose rules
+// only its own socket options show, it sees that the filter table is in use.
+func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error) {
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
+	}
+	defer func() { _ = conn.CloseLasting() }()
+	chains, err := conn.ListChains()
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: list the nftables chains: %w", err)
+	}
+	var out []Problem
+	for _, c := range chains {
+		if c.Hooknum == nil || *c.Hooknum != *nftables.ChainHookForward || c.Type != nftables.ChainTypeFilter {
+			continue
+		}
+		switch c.Table.Family {
+		case nftables.TableFamilyINet, nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
+		default:
+			continue
+		}
+		rules, err := conn.GetRules(c.Table, c)
+		if err != nil {
+			return nil, fmt.Errorf("hostnet: list the rules of nftables chain %s %s: %w", c.Table.Name, c.Name, err)
+		}
+		how := ""
+		if c.Policy != nil && *c.Policy == nftables.ChainPolicyDrop {
+			how = "has the policy drop"
+		} else if n := len(rules); n > 0 && refusesAll(rules[n-1]) {
+			how = "refuses in its last rule what none before accepted"
+		}
+		if how == "" || slices.ContainsFunc(rules, acceptsAll) {
+			continue
+		}
+		handled := false
+		for _, other := range chains {
+			if other.Table.Name != c.Table.Name || other.Table.Family != c.Table.Family {
+				continue
+			}
+			rules, err := conn.GetRules(other.Table, other)
+			if err != nil {
+				return nil, fmt.Errorf("hostnet: list the rules of nftables chain %s %s: %w", other.Table.Name, other.Name, err)
+			}
+			if slices.ContainsFunc(rules, func(r *nftables.Rule) bool { return lets(r, tun, clusterCIDRs) }) {
+				handled = true
+				break
+			}
+		}
+		if !handled {
+			out = append(out, Problem{
+				What:   fmt.Sprintf("nftables chain %s %s %s on the forward hook %s and names neither %s nor the cluster: pods' packets are dropped", familyName(c.Table.Family), c.Table.Name, c.Name, how, tun),
+				Remedy: forwardRemedy(c, tun),
+			})
+		}
+	}
+	if legacyFilter() {
+		out = append(out, Problem{
+			What:   "the iptables-legacy filter table is in use, whose FORWARD policy Tulle cannot read",
+			Remedy: fmt.Sprintf("if `iptables-legacy -S FORWARD` shows -P FORWARD DROP: iptables-legacy -I FORWARD -i %s -j ACCEPT, and likewise -o %s", tun, tun),
+		})
+	}
+	return out, nil
+}
+
+func familyName(f nftables.TableFamily) string {
+	switch f {
+	case nftables.TableFamilyIPv4:
+		return "ip"
+	case nftables.TableFamilyIPv6:
+		return "ip6"
+	default:
+		return "inet"
+	}
+}
+
+func forwardRemedy(c *nftables.Chain, tun string) string {
+	switch {
+	case c.Table.Name == "firewalld":
+		return fmt.Sprintf("firewall-cmd --permanent --zone=trusted --add-interface=%s && firewall-cmd --reload", tun)
+	case c.Table.Name == "filter" && c.Name == "FORWARD": // iptables-nft's names
+		tool := "iptables"
+		if c.Table.Family == nftables.TableFamilyIPv6 {
+			tool = "ip6tables"
+		}
+		return fmt.Sprintf("%s -I FORWARD -i %s -j ACCEPT && %s -I FORWARD -o %s -j ACCEPT", tool, tun, tool, tun)
+	default:
+		chain := fmt.Sprintf("%s %s %s", familyName(c.Table.Family), c.Table.Name, c.Name)
+		return fmt.Sprintf(`nft insert rule %s iifname "%s" accept && nft insert rule %s oifname "%s" accept`, chain, tun, chain, tun)
+	}
+}
+
+// verdict gives a rule's end, and whether anything in it narrows the packets.
+func verdict(r *nftables.Rule) (kind expr.VerdictKind, rejects, matches bool) {
+	kind = expr.VerdictContinue
+	for _, e := range r.Exprs {
+		switch e := e.(type) {
+		case *expr.Verdict:
+			kind = e.Kind
+		case *expr.Reject:
+			rejects = true
+		case *expr.Counter, *expr.Log, *expr.Meta, *expr.Payload, *expr.Immediate:
+		default:
+			matches = true // compares, lookups, limits, xtables matches
+		}
+	}
+	return kind, rejects, matches
+}
+
+func refusesAll(r *nftables.Rule) bool {
+	kind, rejects, matches := verdict(r)
+	return !matches && (kind == expr.VerdictDrop || rejects)
+}
+
+func acceptsAll(r *nftables.Rule) bool {
+	kind, _, matches := verdict(r)
+	return !matches && kind == expr.VerdictAccept
+}
+
+// lets reports whether a rule names the TUN device or the cluster and does not refuse:
+// accepts, or leads to another chain, as firewalld's zones do.
+func lets(r *nftables.Rule, tun string, clusters []netip.Prefix) bool {
+	kind, rejects, _ := verdict(r)
+	switch kind {
+	case expr.VerdictAccept, expr.VerdictJump, expr.VerdictGoto:
+	default:
+		return false
+	}
+	if rejects {
+		return false
+	}
+	for _, e := range r.Exprs {
+		c, ok := e.(*expr.Cmp)
+		if !ok || c.Op != expr.CmpOpEq {
+			continue
+		}
+		if name := append([]byte(tun), 0); bytes.HasPrefix(c.Data, name) || string(c.Data) == tun {
+			return true
+		}
+		for _, p := range clusters {
+			// Whole bytes are compared alone, other lengths with the full address after a mask.
+			network := p.Masked().Addr().AsSlice()
+			if bytes.Equal(c.Data, network) || p.Bits()%8 == 0 && bytes.Equal(c.Data, network[:p.Bits()/8]) {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// legacyFilter reports whether an iptables-legacy filter table exists in this namespace.
+func legacyFilter() bool {
+	for _, name := range []string{"/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"} {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue // no such module
+		}
+		for s := bufio.NewScanner(bytes.NewReader(b)); s.Scan(); {
+			if strings.TrimSpace(s.Text()) == "filter" {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,175 @@
+package hostnet
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// attempts bounds how often a dump is repeated that the kernel says was torn by a change
+// (NLM_F_DUMP_INTR), and that would otherwise be acted upon.
+const attempts = 20
+
+// dump repeats list until the kernel gives a consistent answer.
+func dump[T any](what string, list func() (T, error)) (T, error) {
+	var v T
+	var err error
+	for range attempts {
+		v, err = list()
+		if err == nil {
+			return v, nil
+		}
+		if !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
+			break
+		}
+	}
+	return v, fmt.Errorf("hostnet: list %s: %w", what, err)
+}
+
+// reconcileLink brings the TUN device up with its MTU.
+func (p *pass) reconcileLink(link netlink.Link) error {
+	a := link.Attrs()
+	var errs []error
+	if p.s.MTU != 0 {
+		is := fmt.Sprintf("device %s mtu %d", p.s.Tun, p.s.MTU)
+		if a.MTU != p.s.MTU {
+			if err := p.r.rt.LinkSetMTU(link, p.s.MTU); err != nil {
+				errs = append(errs, fmt.Errorf("hostnet: set the MTU of %s to %d: %w", p.s.Tun, p.s.MTU, err))
+			} else {
+				p.putLink("mtu", is)
+			}
+		} else {
+			p.keep("link mtu", is)
+		}
+	}
+	is := fmt.Sprintf("device %s up", p.s.Tun)
+	if a.Flags&net.FlagUp == 0 {
+		if err := p.r.rt.LinkSetUp(link); err != nil {
+			errs = append(errs, fmt.Errorf("hostnet: set %s up: %w", p.s.Tun, err))
+		} else {
+			p.putLink("up", is)
+		}
+	} else {
+		p.keep("link up", is)
+	}
+	return errors.Join(errs...)
+}
+
+// putLink is put for the device's attributes, which always have some value: a fresh device's
+// are not somebody's doing.
+func (p *pass) putLink(attr, is string) { p.put("link "+attr, "", is) }
+
+// Address flags that the library does not name (linux/if_addr.h).
+const (
+	addrNoDAD         = unix.IFA_F_NODAD
+	addrDADFailed     = unix.IFA_F_DADFAILED
+	addrTentative     = unix.IFA_F_TENTATIVE
+	addrPermanent     = unix.IFA_F_PERMANENT
+	addrNoPrefixRoute = unix.IFA_F_NOPREFIXROUTE
+)
+
+func (r *Reconciler) addrs(link netlink.Link) ([]netlink.Addr, error) {
+	return dump("addresses of "+link.Attrs().Name, func() ([]netlink.Addr, error) {
+		return r.rt.AddrList(link, netlink.FAMILY_ALL)
+	})
+}
+
+// addAddrs puts the TUN addresses on the device and mends those that are there with a
+// wrong prefix length, a lifetime, or a failed duplicate address detection.
+func (p *pass) addAddrs(link netlink.Link) error {
+	have, err := p.r.addrs(link)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for _, want := range p.s.TunAddrs {
+		object := "address " + want.String()
+		is := fmt.Sprintf("address %s dev %s", netip.PrefixFrom(want, want.BitLen()), p.s.Tun)
+		was, good := "", false
+		for i := range have {
+			h := &have[i]
+			if addrOf(h.IP) != want {
+				continue
+			}
+			ones, _ := h.Mask.Size()
+			if ones == want.BitLen() && h.Flags&addrPermanent != 0 && h.Flags&(addrTentative|addrDADFailed) == 0 {
+				good = true
+				continue
+			}
+			// IPv6 has one entry an address: the wrong one goes first.
+			was = addrText(h)
+			if err := p.r.rt.AddrDel(link, h); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+				errs = append(errs, fmt.Errorf("hostnet: remove address %s from %s: %w", was, p.s.Tun, err))
+			}
+		}
+		if good {
+			p.keep(object, is)
+			continue
+		}
+		n := &netlink.Addr{IPNet: &net.IPNet{IP: want.AsSlice(), Mask: net.CIDRMask(want.BitLen(), want.BitLen())}}
+		if want.Is6() {
+			// Nobody is on the device to detect duplicates with; without the
+			// prefix route the kernel adds none of its own to the main table.
+			n.Flags = addrNoDAD | addrNoPrefixRoute
+		}
+		if err := p.r.rt.AddrAdd(link, n); err != nil && !errors.Is(err, unix.EEXIST) {
+			errs = append(errs, fmt.Errorf("hostnet: add %s: %w", is, err))
+			continue
+		}
+		p.put(object, was, is)
+	}
+	return errors.Join(errs...)
+}
+
+// removeStaleAddrs removes every other address of the device, which is ours alone; the
+// kernel's own link-local address too.
+func (p *pass) removeStaleAddrs(link netlink.Link) error {
+	have, err := p.r.addrs(link)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i := range have {
+		h := &have[i]
+		if slices.Contains(p.s.TunAddrs, addrOf(h.IP)) {
+			continue
+		}
+		err := p.r.rt.AddrDel(link, h)
+		if err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			errs = append(errs, fmt.Errorf("hostnet: remove address %s from %s: %w", addrText(h), p.s.Tun, err))
+			continue
+		}
+		p.rep.Removed = append(p.rep.Removed, fmt.Sprintf("address %s dev %s", addrText(h), p.s.Tun))
+	}
+	return errors.Join(errs...)
+}
+
+func (r *Reconciler) removeAddrs(link netlink.Link) error {
+	have, err := r.addrs(link)
+	if err != nil {
+		return err
+	}
+	var errs []error
+	for i := range have {
+		if err := r.rt.AddrDel(link, &have[i]); err != nil && !errors.Is(err, unix.EADDRNOTAVAIL) {
+			errs = append(errs, fmt.Errorf("hostnet: remove address %s: %w", addrText(&have[i]), err))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func addrText(a *netlink.Addr) string {
+	ones, _ := a.Mask.Size()
+	return netip.PrefixFrom(addrOf(a.IP), ones).String()
+}
+
+// addrOf is the netip form of an address of the netlink library; the zero Addr for none.
+func addrOf(ip net.IP) netip.Addr {
+	a, _ := netip.AddrFromSlice(ip)
+	return a.Unmap()
+}

@@ -1,0 +1,217 @@
+package hostnet
+
+import (
+	"fmt"
+	"net/netip"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+// nftRule is a rule with its comment (user data, see comment).
+type nftRule struct {
+	comment []byte
+	exprs   []expr.Any
+}
+
+// The table's sets. Both families' are always there: only elements change with the cluster.
+const (
+	setOwn      = "own"
+	setCluster  = "cluster"
+	setMembers  = "members"
+	setPorts    = "tunnel_ports"
+	chainPre    = "prerouting"
+	chainOut    = "output"
+	chainRawOut = "output_raw"
+	chainPost   = "postrouting"
+)
+
+// family is what the rules of one address family differ in.
+type family struct {
+	v4               bool
+	suffix           string
+	proto            byte
+	key              nftables.SetDatatype
+	src, dst, length uint32 // of the addresses in the IP header, bytes
+	multicast        []byte // address and mask of the multicast range
+	multicastMask    []byte
+	icmp             byte
+	redirect         byte
+	// unreachable are the ICMP errors that a kernel makes of an inner packet that no
+	// kernel tunnel wants, by type and codes.
+	unreachable []icmpError
+	// quoted is the offset in bytes of the quoted header's protocol from the start of ICMP.
+	quoted uint32
+}
+
+type icmpError struct{ kind, code byte }
+
+var families = []family{
+	{
+		v4: true, suffix: "4", proto: unix.NFPROTO_IPV4, key: nftables.TypeIPAddr,
+		src: 12, dst: 16, length: 4,
+		multicast: []byte{224, 0, 0, 0}, multicastMask: []byte{240, 0, 0, 0},
+		icmp: unix.IPPROTO_ICMP, redirect: 5,
+		// RFC 792: protocol unreachable; and what Linux's tunnel4 answers, port unreachable.
+		unreachable: []icmpError{{3, 2}, {3, 3}},
+		quoted:      8 + 9,
+	},
+	{
+		v4: false, suffix: "6", proto: unix.NFPROTO_IPV6, key: nftables.TypeIP6Addr,
+		src: 8, dst: 24, length: 16,
+		multicast: append([]byte{0xff}, make([]byte, 15)...), multicastMask: append([]byte{0xff}, make([]byte, 15)...),
+		icmp: unix.IPPROTO_ICMPV6, redirect: 137,
+		// RFC 4443: unrecognized next header; and what Linux's tunnel6 answers, port unreachable.
+		unreachable: []icmpError{{4, 1}, {1, 4}},
+		quoted:      8 + 6,
+	},
+}
+
+// Inner protocols of the ipip encapsulation: RFC 2003 and RFC 4213.
+var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
+
+// buildTable is the table for a state:
+//
+//   - prerouting, output_raw (priority raw): the tunnel's outer packets are not tracked;
+//     they would fill the connection table with one entry a source port;
+//   - output (priority filter): no ICMP error goes out about protocols 4 and 41, which
+//     our raw sockets serve beside the kernel, and no redirect into the tunnel;
+//   - postrouting (srcnat), with Masquerade only: from own pods to the outside.
+func buildTable(s *State) (*nftTable, error) {
+	pre := nftChain{name: chainPre, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw}
+	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
+	out := nftChain{name: chainOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter}
+	post := nftChain{name: chainPost, kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource}
+
+	t := &nftTable{}
+	ports := nftSet{name: setPorts, key: nftables.TypeInetService}
+	for _, p := range s.TunnelPorts {
+		ports.elements = append(ports.elements, nftables.SetElement{Key: binaryutil.BigEndian.PutUint16(p)})
+	}
+	t.sets = append(t.sets, ports)
+	var errs error
+	add := func(c *nftChain, text string, exprs ...expr.Any) {
+		content := fmt.Appendf(nil, "%s %s\n", c.name, text)
+		for _, e := range exprs {
+			b, err := expr.Marshal(byte(nftables.TableFamilyINet), e)
+			if err != nil && errs == nil {
+				errs = fmt.Errorf("hostnet: encode nftables rule %q: %w", text, err)
+			}
+			content = append(content, b...)
+		}
+		c.rules = append(c.rules, nftRule{comment: comment(text, content), exprs: exprs})
+	}
+	for i := range families {
+		f := &families[i]
+		t.sets = append(t.sets,
+			nftSet{name: setOwn + f.suffix, key: f.key, interval: true, elements: intervals(s.Own, f.v4)},
+			nftSet{name: setCluster + f.suffix, key: f.key, interval: true, elements: intervals(s.ClusterCIDRs, f.v4)},
+			nftSet{name: setMembers + f.suffix, key: f.key, elements: hosts(s.Members, f.v4)})
+		isFamily := equal(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, f.proto)
+		isICMP := equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, f.icmp)
+		version := "IPv" + f.suffix
+
+		for _, dir := range []struct {
+			chain  *nftChain
+			offset uint32
+			text   string
+		}{{&pre, f.src, "from members"}, {&rawOut, f.dst, "to members"}} {
+			member := in(f.address(dir.offset), setMembers+f.suffix)
+			add(dir.chain, "untracked UDP tunnel "+dir.text+", "+version, all(isFamily, member,
+				equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, unix.IPPROTO_UDP),
+				in(transport(2, 2), setPorts), notrack)...)
+			for _, proto := range ipipProtocols {
+				add(dir.chain, fmt.Sprintf("untracked protocol %d %s, %s", proto, dir.text, version), all(isFamily, member,
+					equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, proto), notrack)...)
+			}
+		}
+		for _, e := range f.unreachable {
+			for _, proto := range ipipProtocols {
+				add(&out, fmt.Sprintf("no ICMP type %d code %d about protocol %d, %s", e.kind, e.code, proto, version), all(isFamily, isICMP,
+					equal(transport(0, 2), e.kind, e.code), equal(transport(f.quoted, 1), proto), drop)...)
+			}
+		}
+		add(&out, "no redirects into the tunnel, "+version, all(isFamily, isICMP,
+			equal(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, ifname(s.Tun)...),
+			equal(transport(0, 1), f.redirect), drop)...)
+		if s.Masquerade {
+			add(&post, "masquerade own pods to the outside, "+version, all(isFamily,
+				in(f.address(f.src), setOwn+f.suffix),
+				notIn(f.address(f.dst), setCluster+f.suffix),
+				notIn(f.address(f.dst), setMembers+f.suffix),
+				f.notMulticast(),
+				notEqual(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, ifname(s.Tun)...),
+				[]expr.Any{&expr.Counter{}, &expr.Masq{FullyRandom: true}})...)
+		}
+	}
+	t.chains = append(t.chains, pre, rawOut, out)
+	if s.Masquerade {
+		t.chains = append(t.chains, post)
+	}
+	t.sort()
+	return t, errs
+}
+
+func hosts(addrs []netip.Addr, v4 bool) []nftables.SetElement {
+	var out []nftables.SetElement
+	for _, a := range addrs {
+		if a.Is4() == v4 {
+			out = append(out, nftables.SetElement{Key: a.AsSlice()})
+		}
+	}
+	return out
+}
+
+// The parts of a rule. Each loads into register 1 and tests it; all strings them together.
+
+var (
+	notrack = []expr.Any{&expr.Counter{}, &expr.Notrack{}}
+	drop    = []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
+)
+
+func all(parts ...[]expr.Any) []expr.Any {
+	var out []expr.Any
+	for _, p := range parts {
+		out = append(out, p...)
+	}
+	return out
+}
+
+func equal(load expr.Any, data ...byte) []expr.Any {
+	return []expr.Any{load, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data}}
+}
+
+func notEqual(load expr.Any, data ...byte) []expr.Any {
+	return []expr.Any{load, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: data}}
+}
+
+func in(load expr.Any, set string) []expr.Any {
+	return []expr.Any{load, &expr.Lookup{SourceRegister: 1, SetName: set}}
+}
+
+func notIn(load expr.Any, set string) []expr.Any {
+	return []expr.Any{load, &expr.Lookup{SourceRegister: 1, SetName: set, Invert: true}}
+}
+
+func transport(offset, length uint32) expr.Any {
+	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseTransportHeader, Offset: offset, Len: length}
+}
+
+func (f *family) address(offset uint32) expr.Any {
+	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: f.length}
+}
+
+func (f *family) notMulticast() []expr.Any {
+	return []expr.Any{f.address(f.dst),
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.length, Mask: f.multicastMask, Xor: make([]byte, f.length)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: f.multicast}}
+}
+
+// ifname is a device name as nf_tables compares it: 16 bytes, zero-filled (IFNAMSIZ).
+func ifname(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
+}

@@ -1,0 +1,96 @@
+package hostnet
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// CheckOverlap refuses cluster CIDRs that overlap an address or a route of the host, in the
+// calling thread's network namespace, with one line that names it. What carries our mark does
+// not count, nor does the device tun, nor what lies inside own: the prefixes that this node
+// holds from an earlier run, where its pods' routes and bridges are.
+//
+// A route by a gateway to a larger network, as a default route or a site's
+// 10.0.0.0/8, is no overlap: the cluster's is the longer prefix. A directly connected
+// larger network is: its hosts would be cut off.
+func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
+	d, err := newDetector()
+	if err != nil {
+		return err
+	}
+	tunIndex := 0
+	for index, l := range d.links {
+		if l.Name == tun {
+			tunIndex = index
+		}
+	}
+	inOwn := func(p netip.Prefix) bool {
+		return slices.ContainsFunc(own, func(o netip.Prefix) bool { return contains(o.Masked(), p) })
+	}
+	refuse := func(c netip.Prefix, what string) error {
+		return fmt.Errorf("cluster CIDR %v overlaps this host's %s: choose another --cluster-cidr, or remove it", c.Masked(), what)
+	}
+	for _, c := range clusterCIDRs {
+		for i := range d.all {
+			a := &d.all[i]
+			ip := addrOf(a.IP)
+			if a.LinkIndex == tunIndex || !c.Contains(ip) || inOwn(netip.PrefixFrom(ip, ip.BitLen())) {
+				continue
+			}
+			return refuse(c, fmt.Sprintf("address %s on %s", addrText(a), d.name(a.LinkIndex)))
+		}
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := dump("routes", func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return err
+		}
+		for i := range routes {
+			rt := &routes[i]
+			p := prefixOf(rt.Dst)
+			if !p.IsValid() || p.Bits() == 0 || ours(rt, tunIndex) || tunIndex != 0 && rt.LinkIndex == tunIndex || inOwn(p) {
+				continue
+			}
+			connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST
+			for _, c := range clusterCIDRs {
+				if contains(c.Masked(), p) || connected && contains(p, c) {
+					return refuse(c, "route "+routeText(rt, d.name))
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// CheckMembers reports members' underlay addresses that this host routes into the TUN device,
+// in the calling thread's network namespace: the tunnel's own packets would enter the tunnel,
+// again and again. Unreachable addresses are no problem of this kind.
+func CheckMembers(tun string, members []netip.Addr) ([]Problem, error) {
+	link, err := netlink.LinkByName(tun)
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: TUN device %s: %w", tun, err)
+	}
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: open a route netlink socket: %w", err)
+	}
+	defer h.Close()
+	var out []Problem
+	for _, a := range members {
+		routes, err := h.RouteGet(a.Unmap().WithZone("").AsSlice())
+		if err != nil || len(routes) == 0 || routes[0].LinkIndex != link.Attrs().Index {
+			continue
+		}
+		out = append(out, Problem{
+			What:   fmt.Sprintf("underlay address %v of a member is routed into %s, the tunnel itself", a, tun),
+			Remedy: "remove that route, or give the cluster a --cluster-cidr that holds no host's address",
+		})
+	}
+	return out, nil
+}

@@ -1,0 +1,231 @@
+package hostnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Options of a Reconciler.
+type Options struct {
+	// Tun is the TUN device's name where a State names none, and what Remove and
+	// Watch go by before a first Reconcile.
+	Tun string
+	// SysctlFile keeps the values that sysctls had before we changed them, so that
+	// Remove can put them back after a restart of the agent. Its contents are
+	// bound to this boot and network namespace. Empty: kept in memory only.
+	SysctlFile string
+	// Debounce is how long Watch gathers events before one callback; 0 means 200 ms.
+	Debounce time.Duration
+}
+
+// Reconciler holds one network namespace's state. Make it with New, end it with
+// Close. All methods are safe for concurrent use.
+type Reconciler struct {
+	opts Options
+	ns   *namespace
+	rt   *netlink.Handle
+	nft  *nftConn
+
+	mu      sync.Mutex // one Reconcile or Remove at a time
+	sysctls *sysctlStore
+	// applied holds what the last Reconcile wanted and got, by object: it tells a repair
+	// from a change that the State asked for.
+	applied map[string]string
+
+	wantMu sync.Mutex
+	want   wanted // what Watch compares events with
+}
+
+// New opens the netlink sockets in the calling thread's network namespace. It
+// changes nothing on the host.
+func New(o Options) (*Reconciler, error) {
+	if o.Debounce <= 0 {
+		o.Debounce = 200 * time.Millisecond
+	}
+	ns, err := currentNamespace()
+	if err != nil {
+		return nil, err
+	}
+	r := &Reconciler{opts: o, ns: ns, applied: map[string]string{}}
+	r.want.tun = o.Tun
+	err = ns.do(func() error {
+		if r.rt, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {
+			return fmt.Errorf("hostnet: open a route netlink socket: %w", err)
+		}
+		if r.nft, err = openNFT(); err != nil {
+			return err
+		}
+		r.sysctls, err = openSysctlStore(o.SysctlFile)
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, r.Close())
+	}
+	return r, nil
+}
+
+// Close releases the sockets and leaves the host as it is. The Reconciler must not be
+// used afterwards; a running Watch must have been ended first.
+func (r *Reconciler) Close() error {
+	if r.rt != nil {
+		r.rt.Close()
+	}
+	var err error
+	if r.nft != nil {
+		err = r.nft.close()
+	}
+	return errors.Join(err, r.ns.close())
+}
+
+// Reconcile brings the host to the state s and reports what it had to do. It goes
+// on past errors, as far as it can, and returns all of them; conflicts with what
+// is not ours are no errors, they are in the Report. A second call with the same
+// State changes nothing. The TUN device has to exist.
+func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
+	var rep Report
+	if s.Tun == "" {
+		s.Tun = r.opts.Tun
+	}
+	s, err := s.validate()
+	if err != nil {
+		return rep, err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+
+	link, err := r.rt.LinkByName(s.Tun)
+	if err != nil {
+		return rep, fmt.Errorf("hostnet: TUN device %s: %w", s.Tun, err)
+	}
+	index := link.Attrs().Index
+	routes, skipped := s.routes(index)
+	rep.Conflicts = append(rep.Conflicts, skipped...)
+	r.setWanted(&s, index, routes)
+
+	p := &pass{r: r, s: &s, rep: &rep, next: map[string]string{}}
+	// Sysctls come first: those of the device decide what the kernel does when it
+	// goes up. Addresses precede the routes that name them as source, and stale
+	// ones go last, because the kernel deletes routes along with their source.
+	steps := []func(context.Context) error{
+		p.reconcileSysctls,
+		func(context.Context) error { return p.reconcileLink(link) },
+		func(context.Context) error { return p.addAddrs(link) },
+		func(ctx context.Context) error { return p.reconcileRoutes(ctx, index, routes) },
+		func(context.Context) error { return p.removeStaleAddrs(link) },
+		func(context.Context) error { return p.reconcileNFT() },
+	}
+	var errs []error
+	for _, step := range steps {
+		if err := ctx.Err(); err != nil {
+			errs = append(errs, err)
+			break
+		}
+		if err := step(ctx); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	if ctx.Err() == nil {
+		r.applied = p.next
+	} else {
+		maps.Copy(r.applied, p.next)
+	}
+	return rep, errors.Join(errs...)
+}
+
+// Remove takes away everything that carries our mark: routes, the TUN device's
+// addresses, the nftables table; and puts changed sysctls back, unless somebody has
+// changed them again since. The TUN device itself belongs to whoever opened it.
+// What is gone already is no error.
+func (r *Reconciler) Remove(ctx context.Context) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.wantMu.Lock()
+	tun := r.want.tun
+	r.want = wanted{tun: tun}
+	r.wantMu.Unlock()
+	clear(r.applied)
+
+	var errs []error
+	index := 0
+	link, err := r.rt.LinkByName(tun)
+	var gone netlink.LinkNotFoundError
+	switch {
+	case err == nil:
+		index = link.Attrs().Index
+	case !errors.As(err, &gone):
+		errs = append(errs, fmt.Errorf("hostnet: TUN device %s: %w", tun, err))
+	}
+	errs = append(errs, r.removeRoutes(ctx, index))
+	if link != nil && err == nil {
+		errs = append(errs, r.removeAddrs(link))
+	}
+	errs = append(errs, r.nft.remove(), r.ns.do(r.sysctls.restore))
+	return errors.Join(errs...)
+}
+
+// pass is one run of Reconcile.
+type pass struct {
+	r    *Reconciler
+	s    *State
+	rep  *Report
+	next map[string]string // becomes Reconciler.applied
+}
+
+// put enters what was done about one object: was is the object's text as found on the host,
+// empty when it was missing, and is what it is now.
+func (p *pass) put(object, was, is string) {
+	p.next[object] = is
+	switch before, known := p.r.applied[object]; {
+	case known && before == is, !known && was != "":
+		if was == "" {
+			was = "missing"
+		}
+		p.rep.Repaired = append(p.rep.Repaired, is+" (was: "+was+")")
+	case known:
+		p.rep.Changed = append(p.rep.Changed, is)
+	default:
+		p.rep.Added = append(p.rep.Added, is)
+	}
+}
+
+// keep enters an object that is as wanted.
+func (p *pass) keep(object, is string) { p.next[object] = is }
+
+// wanted is what Watch needs to know to tell an event that concerns us, and that we did not
+// cause, from any other.
+type wanted struct {
+	tun      string
+	index    int
+	mtu      int
+	v4, v6   bool
+	addrs    map[netip.Addr]bool
+	clusters []netip.Prefix
+	own      []netip.Prefix
+	prefixes map[netip.Prefix]bool
+	routes   map[routeKey]routeSpec
+}
+
+func (r *Reconciler) setWanted(s *State, index int, routes map[routeKey]routeSpec) {
+	w := wanted{
+		tun: s.Tun, index: index, mtu: s.MTU, v4: s.uses(true), v6: s.uses(false),
+		addrs: map[netip.Addr]bool{}, clusters: s.ClusterCIDRs, own: s.Own,
+		prefixes: make(map[netip.Prefix]bool, len(routes)), routes: routes,
+	}
+	for _, a := range s.TunAddrs {
+		w.addrs[a] = true
+	}
+	for k := range routes {
+		w.prefixes[k.prefix] = true
+	}
+	r.wantMu.Lock()
+	r.want = w
+	r.wantMu.Unlock()
+}

@@ -1,0 +1,317 @@
+package hostnet
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+const sysctlRoot = "/proc/sys"
+
+// sysctl is one wanted setting; name is its path below /proc/sys. A slash in a
+// device's name cannot be, a dot can: so paths, not dotted names.
+type sysctl struct {
+	name, value string
+	// optional settings are left out where the kernel does not have them.
+	optional bool
+}
+
+// sysctlsFor lists the wanted settings in the order in which they must be written.
+func sysctlsFor(tun string, v4, v6 bool, keepRA []string) []sysctl {
+	var list []sysctl
+	if v4 {
+		dev := "net/ipv4/conf/" + tun + "/"
+		list = append(list,
+			sysctl{name: "net/ipv4/ip_forward", value: "1"},
+			// Forwarding is decided by the device that a packet came in on; ip_forward
+			// sets all of them, once, but not a device switched off afterwards.
+			sysctl{name: dev + "forwarding", value: "1"},
+			// 2, loose: a source needs a route, by whatever device. The kernel uses
+			// the larger of conf/all and this one (ip-sysctl.rst), so 0 would become
+			// strict on hosts with all=1, and strict drops what a peer sends
+			// through the tunnel while our way back to it is direct. With all=2
+			// nothing changes. Which peer may send which source is the agent's check.
+			sysctl{name: dev + "rp_filter", value: "2"},
+			// The kernel ORs send_redirects with conf/all, which is 1 by default and
+			// not ours to change; the nft table drops what still gets made.
+			sysctl{name: dev + "send_redirects", value: "0"},
+			// ANDed with conf/all on a forwarding device: 0 is final.
+			sysctl{name: dev + "accept_redirects", value: "0"},
+		)
+	}
+	dev := "net/ipv6/conf/" + tun + "/"
+	if !v6 {
+		// Without IPv6 in the cluster none on the device: no router solicitations
+		// or MLD reports into the tunnel.
+		return append(list, sysctl{name: dev + "disable_ipv6", value: "1", optional: true})
+	}
+	for _, name := range keepRA {
+		list = append(list, sysctl{name: "net/ipv6/conf/" + name + "/accept_ra", value: "2"})
+	}
+	return append(list,
+		// Generating no link-local address (1: IN6_ADDR_GEN_MODE_NONE) has to precede the
+		// device's going up. Without one there are no router solicitations and no neighbours.
+		sysctl{name: dev + "addr_gen_mode", value: "1", optional: true},
+		sysctl{name: dev + "accept_dad", value: "0"},
+		sysctl{name: dev + "dad_transmits", value: "0"},
+		sysctl{name: dev + "accept_ra", value: "0"},
+		sysctl{name: dev + "autoconf", value: "0"},
+		sysctl{name: dev + "router_solicitations", value: "0"},
+		sysctl{name: dev + "accept_redirects", value: "0"},
+		sysctl{name: dev + "disable_ipv6", value: "0"},
+		sysctl{name: "net/ipv6/conf/all/forwarding", value: "1"},
+		sysctl{name: dev + "forwarding", value: "1"},
+	)
+}
+
+// reconcileSysctls writes the settings that differ.
+func (p *pass) reconcileSysctls(context.Context) error {
+	v4, v6 := p.s.uses(true), p.s.uses(false)
+	var devices []string
+	if v6 {
+		var err error
+		if devices, err = p.r.raDevices(p.s.Tun); err != nil {
+			return err
+		}
+	}
+	return p.r.ns.do(func() error {
+		var errs []error
+		// Forwarding switches router advertisements off where accept_ra is 1, and
+		// the kernel then drops the routes it has learned (addrconf.c,
+		// rt6_purge_dflt_routers): 2 keeps them. Where userspace handles them, accept_ra is 0.
+		var keepRA []string
+		for _, d := range devices {
+			if v, err := readSysctl("net/ipv6/conf/" + d + "/accept_ra"); err == nil && v != "0" {
+				keepRA = append(keepRA, d)
+			}
+		}
+		for _, c := range sysctlsFor(p.s.Tun, v4, v6, keepRA) {
+			if err := p.putSysctl(c); err != nil {
+				errs = append(errs, err)
+			}
+		}
+		return errors.Join(errs...)
+	})
+}
+
+func (p *pass) putSysctl(c sysctl) error {
+	object, is := "sysctl "+c.name, fmt.Sprintf("sysctl %s=%s", c.name, c.value)
+	was, err := readSysctl(c.name)
+	switch {
+	case c.optional && errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return fmt.Errorf("hostnet: read sysctl %s: %w", c.name, err)
+	case was == c.value:
+		p.keep(object, is)
+		return nil
+	}
+	// The earlier value is safe before it is lost.
+	if err := p.r.sysctls.remember(c.name, was, c.value); err != nil {
+		return err
+	}
+	if err := writeSysctl(c.name, c.value); err != nil {
+		return fmt.Errorf("hostnet: sysctl %s is %s and cannot be set to %s (%w): set it in /etc/sysctl.d", c.name, was, c.value, err)
+	}
+	text := ""
+	if p.r.applied[object] != "" {
+		text = was
+	}
+	p.put(object, text, is)
+	return nil
+}
+
+// raDevices names the devices, other than the TUN device, with a default route
+// learned from router advertisements.
+func (r *Reconciler) raDevices(tun string) ([]string, error) {
+	list, err := dump("IPv6 routes", func() ([]netlink.Route, error) {
+		return r.rt.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Protocol: unix.RTPROT_RA}, netlink.RT_FILTER_PROTOCOL)
+	})
+	if err != nil {
+		return nil, err
+	}
+	var names []string
+	seen := map[int]bool{}
+	for i := range list {
+		if p := prefixOf(list[i].Dst); p.IsValid() && p.Bits() != 0 {
+			continue
+		}
+		indexes := []int{list[i].LinkIndex}
+		for _, nh := range list[i].MultiPath {
+			indexes = append(indexes, nh.LinkIndex)
+		}
+		for _, index := range indexes {
+			if index == 0 || seen[index] {
+				continue
+			}
+			seen[index] = true
+			if l, err := r.rt.LinkByIndex(index); err == nil && l.Attrs().Name != tun {
+				names = append(names, l.Attrs().Name)
+			}
+		}
+	}
+	return names, nil
+}
+
+func readSysctl(name string) (string, error) {
+	b, err := os.ReadFile(filepath.Join(sysctlRoot, name))
+	return string(bytes.TrimSpace(b)), err
+}
+
+// writeSysctl never creates a file, unlike os.WriteFile.
+func writeSysctl(name, value string) error {
+	f, err := os.OpenFile(filepath.Join(sysctlRoot, name), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
+
+// sysctlStore remembers what settings were before we changed them, in the order of the
+// changes. With a file it outlives the process, which the changes do as well; it is bound to
+// the boot and the namespace, beyond which they do not reach.
+type sysctlStore struct {
+	file string
+	data sysctlFile
+}
+
+type sysctlFile struct {
+	Boot    string          `json:"boot"`
+	NetNS   string          `json:"netns"`
+	Changed []sysctlChanged `json:"changed"`
+}
+
+type sysctlChanged struct {
+	Name string `json:"name"`
+	Was  string `json:"was"`
+	Set  string `json:"set"`
+}
+
+// openSysctlStore must run inside the namespace.
+func openSysctlStore(file string) (*sysctlStore, error) {
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: read the boot ID: %w", err)
+	}
+	cookie, err := namespaceCookie()
+	if err != nil {
+		return nil, err
+	}
+	now := sysctlFile{Boot: strings.TrimSpace(string(boot)), NetNS: cookie}
+	s := &sysctlStore{file: file, data: now}
+	if file == "" {
+		return s, nil
+	}
+	b, err := os.ReadFile(file)
+	if errors.Is(err, fs.ErrNotExist) {
+		return s, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: read the earlier sysctl values: %w", err)
+	}
+	var old sysctlFile
+	// A torn or foreign file is worth nothing: what it says would be written to /proc/sys.
+	if json.Unmarshal(b, &old) == nil && old.Boot == now.Boot && old.NetNS == now.NetNS {
+		for _, c := range old.Changed {
+			if strings.HasPrefix(c.Name, "net/") && filepath.IsLocal(c.Name) {
+				s.data.Changed = append(s.data.Changed, c)
+			}
+		}
+	}
+	return s, nil
+}
+
+// namespaceCookie is the kernel's number of the thread's network namespace, never used twice
+// in a boot, unlike an inode number.
+func namespaceCookie() (string, error) {
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("hostnet: open a socket: %w", err)
+	}
+	defer unix.Close(fd)
+	cookie, err := unix.GetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_NETNS_COOKIE)
+	if err == nil {
+		return fmt.Sprintf("cookie %d", cookie), nil
+	}
+	// Linux before 5.14.
+	link, err := os.Readlink(threadNS)
+	if err != nil {
+		return "", fmt.Errorf("hostnet: read the network namespace: %w", err)
+	}
+	return link, nil
+}
+
+func (s *sysctlStore) remember(name, was, set string) error {
+	for i := range s.data.Changed {
+		if c := &s.data.Changed[i]; c.Name == name {
+			if c.Set == set {
+				return nil // drift repaired: the first value is the host's own
+			}
+			c.Set = set
+			return s.save()
+		}
+	}
+	s.data.Changed = append(s.data.Changed, sysctlChanged{Name: name, Was: was, Set: set})
+	return s.save()
+}
+
+func (s *sysctlStore) save() error {
+	if s.file == "" {
+		return nil
+	}
+	if len(s.data.Changed) == 0 {
+		if err := os.Remove(s.file); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("hostnet: remove the earlier sysctl values: %w", err)
+		}
+		return nil
+	}
+	b, err := json.MarshalIndent(s.data, "", "\t")
+	if err != nil {
+		return fmt.Errorf("hostnet: encode the earlier sysctl values: %w", err)
+	}
+	if err := os.MkdirAll(filepath.Dir(s.file), 0o755); err != nil {
+		return fmt.Errorf("hostnet: keep the earlier sysctl values: %w", err)
+	}
+	// Renamed into place; no fsync, since neither file nor settings outlive a crash of the host.
+	tmp := s.file + ".tmp"
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
+		return fmt.Errorf("hostnet: keep the earlier sysctl values: %w", err)
+	}
+	if err := os.Rename(tmp, s.file); err != nil {
+		return fmt.Errorf("hostnet: keep the earlier sysctl values: %w", err)
+	}
+	return nil
+}
+
+// restore puts the earlier values back, the last change first: forwarding goes before
+// accept_ra. A setting that somebody changed after us stays theirs.
+func (s *sysctlStore) restore() error {
+	var errs []error
+	var left []sysctlChanged
+	for i := len(s.data.Changed) - 1; i >= 0; i-- {
+		c := s.data.Changed[i]
+		now, err := readSysctl(c.Name)
+		if errors.Is(err, fs.ErrNotExist) || err == nil && now != c.Set {
+			continue // the device is gone, or the value is not ours any more
+		}
+		if err == nil {
+			err = writeSysctl(c.Name, c.Was)
+		}
+		if err != nil {
+			errs = append(errs, fmt.Errorf("hostnet: put sysctl %s back to %s: %w", c.Name, c.Was, err))
+			left = append([]sysctlChanged{c}, left...)
+		}
+	}
+	s.data.Changed = left
+	return errors.Join(append(errs, s.save())...)
+}

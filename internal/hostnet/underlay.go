@@ -1,0 +1,290 @@
+package hostnet
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Underlay is the device, and its addresses, by which a node talks to the others.
+type Underlay struct {
+	Iface string
+	Index int
+	MTU   int // bytes, of the device
+	// Addrs are one address a family: first the one that was asked for or that the
+	// kernel uses towards the seeds.
+	Addrs []netip.Addr
+}
+
+// DetectUnderlay finds the underlay in the calling thread's network namespace. want
+// is what --underlay says: a device's name, one of the host's addresses, or empty; then
+// the route to the seeds decides, or without seeds the default route, or else the
+// only device that has an address. Where two devices are possible it refuses and names them.
+func DetectUnderlay(want string, seeds []netip.Addr) (Underlay, error) {
+	d, err := newDetector()
+	if err != nil {
+		return Underlay{}, err
+	}
+	if want != "" {
+		if a, err := netip.ParseAddr(want); err == nil {
+			return d.byAddr(a.Unmap())
+		}
+		return d.byName(want, seeds)
+	}
+	if len(seeds) > 0 {
+		return d.bySeeds(seeds)
+	}
+	return d.byDefault()
+}
+
+// candidate is a possible underlay: a device and a source address on it.
+type candidate struct {
+	index int
+	addr  netip.Addr
+}
+
+type detector struct {
+	links map[int]*netlink.LinkAttrs
+	addrs []netlink.Addr // usable ones, in the kernel's order
+	all   []netlink.Addr
+}
+
+func newDetector() (*detector, error) {
+	links, err := dump("devices", netlink.LinkList)
+	if err != nil {
+		return nil, err
+	}
+	d := &detector{links: make(map[int]*netlink.LinkAttrs, len(links))}
+	for _, l := range links {
+		d.links[l.Attrs().Index] = l.Attrs()
+	}
+	d.all, err = dump("addresses", func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, err
+	}
+	const unusable = unix.IFA_F_DADFAILED | unix.IFA_F_TENTATIVE | unix.IFA_F_DEPRECATED
+	for _, a := range d.all {
+		ip := addrOf(a.IP)
+		// A secondary IPv4 and a temporary IPv6 address (RFC 8981) share the flag.
+		if refuse(ip) == nil && a.Flags&(unusable|unix.IFA_F_SECONDARY) == 0 {
+			d.addrs = append(d.addrs, a)
+		}
+	}
+	return d, nil
+}
+
+const pick = "choose another with --underlay INTERFACE or --underlay ADDRESS"
+
+// refuse tells why an address cannot be an underlay address.
+func refuse(a netip.Addr) error {
+	switch {
+	case a.IsLoopback():
+		return fmt.Errorf("underlay address %v is a loopback address that other hosts cannot reach: %s", a, pick)
+	case a.IsLinkLocalUnicast():
+		return fmt.Errorf("underlay address %v is link-local and not routed beyond its subnet: %s", a, pick)
+	case a.IsMulticast(), a.IsUnspecified(), !a.IsValid():
+		return fmt.Errorf("underlay address %v is not a host's address: %s", a, pick)
+	}
+	return nil
+}
+
+func (d *detector) name(index int) string {
+	if l := d.links[index]; l != nil {
+		return l.Name
+	}
+	return fmt.Sprintf("if%d", index)
+}
+
+// choose completes a candidate: the device's data, and an address of the other family.
+func (d *detector) choose(c candidate) (Underlay, error) {
+	if err := refuse(c.addr); err != nil {
+		return Underlay{}, err
+	}
+	l := d.links[c.index]
+	if l == nil {
+		return Underlay{}, fmt.Errorf("underlay device if%d is gone: %s", c.index, pick)
+	}
+	if l.Flags&net.FlagLoopback != 0 {
+		return Underlay{}, fmt.Errorf("underlay device %s is the loopback device, by which other hosts cannot be reached: %s", l.Name, pick)
+	}
+	u := Underlay{Iface: l.Name, Index: l.Index, MTU: l.MTU, Addrs: []netip.Addr{c.addr}}
+	for _, a := range d.addrs {
+		if ip := addrOf(a.IP); a.LinkIndex == c.index && ip.Is4() != c.addr.Is4() {
+			u.Addrs = append(u.Addrs, ip)
+			break
+		}
+	}
+	return u, nil
+}
+
+func (d *detector) byAddr(a netip.Addr) (Underlay, error) {
+	if err := refuse(a); err != nil {
+		return Underlay{}, err
+	}
+	for _, h := range d.all {
+		if addrOf(h.IP) == a {
+			return d.choose(candidate{h.LinkIndex, a})
+		}
+	}
+	return Underlay{}, fmt.Errorf("underlay address %v is on none of this host's devices (they have %s): %s", a, d.list(d.candidates()), pick)
+}
+
+func (d *detector) byName(name string, seeds []netip.Addr) (Underlay, error) {
+	for index, l := range d.links {
+		if l.Name != name {
+			continue
+		}
+		// Of several addresses, the one that the kernel uses towards the seeds.
+		for _, s := range seeds {
+			if c, err := d.routeTo(s); err == nil && c.index == index && refuse(c.addr) == nil {
+				return d.choose(c)
+			}
+		}
+		for _, a := range d.addrs {
+			if a.LinkIndex == index {
+				return d.choose(candidate{index, addrOf(a.IP)})
+			}
+		}
+		if l.Flags&net.FlagLoopback != 0 {
+			return Underlay{}, fmt.Errorf("underlay device %s is the loopback device, by which other hosts cannot be reached: %s", name, pick)
+		}
+		return Underlay{}, fmt.Errorf("underlay device %s has no usable address: give it one, or %s", name, pick)
+	}
+	return Underlay{}, fmt.Errorf("underlay device %s does not exist (there are %s): %s", name, d.list(d.candidates()), pick)
+}
+
+// routeTo asks the kernel by which device and source address it reaches a.
+func (d *detector) routeTo(a netip.Addr) (candidate, error) {
+	a = a.Unmap()
+	routes, err := netlink.RouteGet(a.WithZone("").AsSlice())
+	if err != nil {
+		return candidate{}, fmt.Errorf("no route to %v: %w", a, err)
+	}
+	for i := range routes {
+		rt := &routes[i]
+		if rt.Type == unix.RTN_LOCAL {
+			// One of our own addresses, as in a list of seeds that all hosts share.
+			for _, h := range d.all {
+				if addrOf(h.IP) == a {
+					return candidate{h.LinkIndex, a}, nil
+				}
+			}
+		}
+		return candidate{rt.LinkIndex, addrOf(rt.Src)}, nil
+	}
+	return candidate{}, fmt.Errorf("no route to %v", a)
+}
+
+func (d *detector) bySeeds(seeds []netip.Addr) (Underlay, error) {
+	var found []candidate
+	var errs []error
+	for _, s := range seeds {
+		c, err := d.routeTo(s)
+		if err == nil {
+			err = refuse(c.addr)
+		}
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		found = append(found, c)
+	}
+	if len(found) == 0 {
+		return Underlay{}, fmt.Errorf("no underlay leads to any seed: %w", errors.Join(errs...))
+	}
+	return d.only(found, "the seeds are reached by more than one device")
+}
+
+// byDefault goes by the default routes with the lowest metric; IPv4's first, since a
+// host with both families on one device has both.
+func (d *detector) byDefault() (Underlay, error) {
+	var found []candidate
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := dump("routes", func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return Underlay{}, err
+		}
+		routes = slices.DeleteFunc(routes, func(rt netlink.Route) bool {
+			return prefixOf(rt.Dst).Bits() > 0 || rt.Type != unix.RTN_UNICAST
+		})
+		for i := range routes {
+			rt := &routes[i]
+			if slices.ContainsFunc(routes, func(o netlink.Route) bool { return o.Priority < rt.Priority }) {
+				continue
+			}
+			indexes := []int{rt.LinkIndex}
+			for _, nh := range rt.MultiPath {
+				indexes = append(indexes, nh.LinkIndex)
+			}
+			for _, index := range indexes {
+				if a := d.first(index, family == netlink.FAMILY_V4, addrOf(rt.Src)); a.IsValid() {
+					found = append(found, candidate{index, a})
+				}
+			}
+		}
+	}
+	why := "the default route leads to more than one device"
+	if len(found) == 0 {
+		why = "there is no default route, and more than one device has an address"
+		found = d.candidates()
+	}
+	if len(found) == 0 {
+		return Underlay{}, fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)
+	}
+	return d.only(found, why)
+}
+
+// first is the device's first usable address of the family, or prefer where that is set.
+func (d *detector) first(index int, v4 bool, prefer netip.Addr) netip.Addr {
+	if prefer.IsValid() {
+		return prefer
+	}
+	for _, a := range d.addrs {
+		if ip := addrOf(a.IP); a.LinkIndex == index && ip.Is4() == v4 {
+			return ip
+		}
+	}
+	return netip.Addr{}
+}
+
+// candidates are the first usable address of each device.
+func (d *detector) candidates() []candidate {
+	var out []candidate
+	for _, a := range d.addrs {
+		l := d.links[a.LinkIndex]
+		if l == nil || l.Flags&net.FlagLoopback != 0 || slices.ContainsFunc(out, func(c candidate) bool { return c.index == a.LinkIndex }) {
+			continue
+		}
+		out = append(out, candidate{a.LinkIndex, addrOf(a.IP)})
+	}
+	return out
+}
+
+// only gives the first candidate if all are on one device.
+func (d *detector) only(found []candidate, why string) (Underlay, error) {
+	if slices.ContainsFunc(found, func(c candidate) bool { return c.index != found[0].index }) {
+		return Underlay{}, fmt.Errorf("underlay is ambiguous: %s (%s): choose one with --underlay INTERFACE or --underlay ADDRESS", why, d.list(found))
+	}
+	return d.choose(found[0])
+}
+
+func (d *detector) list(cs []candidate) string {
+	var out []string
+	for _, c := range cs {
+		if s := fmt.Sprintf("%s %v", d.name(c.index), c.addr); !slices.Contains(out, s) {
+			out = append(out, s)
+		}
+	}
+	if len(out) == 0 {
+		return "none"
+	}
+	return strings.Join(out, ", ")
+}

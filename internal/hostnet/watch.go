@@ -1,0 +1,326 @@
+package hostnet
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	nl "github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Watch calls changed when something on the host changed that concerns us: one of our
+// routes, addresses or sysctls, the TUN device, the nftables table; a foreign route
+// within the cluster's space; a default route or an address of another device, by which
+// the underlay may have moved. What a Reconcile does itself is not reported.
+//
+// Events are gathered for Options.Debounce, calls never overlap, and Watch returns
+// nil when ctx ends. Not every sysctl tells (the kernel's RTM_NEWNETCONF has
+// forwarding and rp_filter), so a slow periodic Reconcile belongs beside it.
+func (r *Reconciler) Watch(ctx context.Context, changed func()) error {
+	var route, nft *nl.Conn
+	err := r.ns.do(func() error {
+		var err error
+		if route, err = listen(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
+			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF); err != nil {
+			return err
+		}
+		nft, err = listen(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
+		return err
+	})
+	if err != nil {
+		if route != nil {
+			route.Close()
+		}
+		return err
+	}
+	events := make(chan struct{}, 1)
+	failed := make(chan error, 2)
+	var wg sync.WaitGroup
+	for _, w := range []struct {
+		conn     *nl.Conn
+		concerns func(nl.Message) bool
+	}{{route, r.routeEvent}, {nft, r.nftEvent}} {
+		wg.Go(func() {
+			if err := receive(w.conn, w.concerns, events); err != nil {
+				failed <- err
+			}
+		})
+	}
+	defer wg.Wait()
+	defer nft.Close()
+	defer route.Close()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case err := <-failed:
+			return fmt.Errorf("hostnet: watch the host's network: %w", err)
+		case <-events:
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(r.opts.Debounce):
+		}
+		select { // what came meanwhile is told by this call
+		case <-events:
+		default:
+		}
+		changed()
+	}
+}
+
+var native = binary.NativeEndian
+
+// watchBuffer is the receive buffer of an event socket in bytes. When it runs over
+// all the same, the loss counts as an event.
+const watchBuffer = 4 << 20
+
+func listen(protocol int, groups ...uint32) (*nl.Conn, error) {
+	c, err := nl.Dial(protocol, nil)
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: open a netlink socket: %w", err)
+	}
+	_ = c.SetReadBuffer(watchBuffer) // best effort, see there
+	for _, g := range groups {
+		if err := c.JoinGroup(g); err != nil {
+			c.Close()
+			return nil, fmt.Errorf("hostnet: join netlink group %d of protocol %d: %w", g, protocol, err)
+		}
+	}
+	return c, nil
+}
+
+// receive reads events until the socket is closed.
+func receive(c *nl.Conn, concerns func(nl.Message) bool, events chan<- struct{}) error {
+	for {
+		msgs, err := c.Receive()
+		switch {
+		case err == nil:
+		case errors.Is(err, unix.ENOBUFS):
+			// Events were lost, any of which may have concerned us.
+		case errors.Is(err, net.ErrClosed), errors.Is(err, unix.EBADF), isClosed(err):
+			return nil
+		default:
+			return err
+		}
+		if err != nil || slices.ContainsFunc(msgs, concerns) {
+			select {
+			case events <- struct{}{}:
+			default:
+			}
+		}
+	}
+}
+
+// isClosed recognises the poller's error for a socket closed while it is read, which
+// mdlayher/netlink wraps in its own type.
+func isClosed(err error) bool {
+	var op *nl.OpError
+	return errors.As(err, &op) && (op.Err.Error() == "use of closed file" || errors.Is(op.Err, net.ErrClosed))
+}
+
+// nftEvent: whatever names our table and does not come from our own socket.
+func (r *Reconciler) nftEvent(m nl.Message) bool {
+	const header = 4 // struct nfgenmsg: family, version, res_id
+	if m.Header.PID == r.nft.port || uint16(m.Header.Type)>>8 != unix.NFNL_SUBSYS_NFTABLES ||
+		uint16(m.Header.Type)&0xff == unix.NFT_MSG_NEWGEN || len(m.Data) < header || m.Data[0] != unix.NFPROTO_INET {
+		return false
+	}
+	ad, err := nl.NewAttributeDecoder(m.Data[header:])
+	if err != nil {
+		return false
+	}
+	for ad.Next() {
+		// The table's name is attribute 1 of tables, chains, rules, sets and their elements.
+		if ad.Type() == unix.NFTA_TABLE_NAME {
+			return ad.String() == Table
+		}
+	}
+	return false
+}
+
+// routeEvent compares an event with what is wanted: our own doing agrees with it.
+func (r *Reconciler) routeEvent(m nl.Message) bool {
+	r.wantMu.Lock()
+	w := r.want
+	r.wantMu.Unlock()
+	switch t := uint16(m.Header.Type); t {
+	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
+		return w.linkEvent(t == unix.RTM_NEWLINK, m.Data)
+	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
+		return w.addrEvent(t == unix.RTM_NEWADDR, m.Data)
+	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
+		return w.routeEvent(t == unix.RTM_NEWROUTE, m.Data)
+	case unix.RTM_NEWNETCONF:
+		return w.netconfEvent(m.Data)
+	}
+	return false
+}
+
+func (w *wanted) linkEvent(isNew bool, b []byte) bool {
+	if len(b) < unix.SizeofIfInfomsg {
+		return false
+	}
+	index := int(int32(native.Uint32(b[4:])))
+	flags := native.Uint32(b[8:])
+	var name string
+	var mtu int
+	eachAttr(b[unix.SizeofIfInfomsg:], func(t uint16, v []byte) {
+		switch {
+		case t == unix.IFLA_IFNAME:
+			name = cString(v)
+		case t == unix.IFLA_MTU && len(v) == 4:
+			mtu = int(native.Uint32(v))
+		}
+	})
+	if name != w.tun && (w.index == 0 || index != w.index) {
+		return false
+	}
+	return !isNew || name != w.tun || index != w.index || flags&unix.IFF_UP == 0 || w.mtu != 0 && mtu != w.mtu
+}
+
+func (w *wanted) addrEvent(isNew bool, b []byte) bool {
+	if len(b) < unix.SizeofIfAddrmsg {
+		return false
+	}
+	bits, scope, index := int(b[1]), b[3], int(native.Uint32(b[4:]))
+	var local, address netip.Addr
+	eachAttr(b[unix.SizeofIfAddrmsg:], func(t uint16, v []byte) {
+		switch t {
+		case unix.IFA_LOCAL:
+			local, _ = netip.AddrFromSlice(v)
+		case unix.IFA_ADDRESS:
+			address, _ = netip.AddrFromSlice(v)
+		}
+	})
+	if !local.IsValid() {
+		local = address
+	}
+	if index == w.index {
+		return isNew != (w.addrs[local] && bits == local.BitLen())
+	}
+	if scope != unix.RT_SCOPE_UNIVERSE {
+		return false
+	}
+	return !slices.ContainsFunc(w.own, func(p netip.Prefix) bool { return p.Contains(local) })
+}
+
+func (w *wanted) routeEvent(isNew bool, b []byte) bool {
+	if len(b) < unix.SizeofRtMsg {
+		return false
+	}
+	v4 := b[0] == unix.AF_INET
+	if !v4 && b[0] != unix.AF_INET6 {
+		return false
+	}
+	bits, table, proto, kind := int(b[1]), uint32(b[4]), b[5], b[7]
+	const cloned = unix.RTM_F_CLONED
+	if native.Uint32(b[8:])&cloned != 0 {
+		return false
+	}
+	var dst netip.Addr
+	var key routeKey
+	var spec routeSpec
+	eachAttr(b[unix.SizeofRtMsg:], func(t uint16, v []byte) {
+		switch {
+		case t == unix.RTA_DST:
+			dst, _ = netip.AddrFromSlice(v)
+		case t == unix.RTA_PREFSRC:
+			spec.src, _ = netip.AddrFromSlice(v)
+		case t == unix.RTA_METRICS:
+			eachAttr(v, func(t uint16, v []byte) {
+				if t == unix.RTAX_MTU && len(v) == 4 {
+					spec.mtu = int(native.Uint32(v))
+				}
+			})
+		case len(v) != 4:
+		case t == unix.RTA_TABLE:
+			table = native.Uint32(v)
+		case t == unix.RTA_OIF:
+			spec.link = int(native.Uint32(v))
+		case t == unix.RTA_PRIORITY:
+			key.metric = native.Uint32(v)
+		}
+	})
+	if table != unix.RT_TABLE_MAIN {
+		return false
+	}
+	if bits == 0 {
+		return kind == unix.RTN_UNICAST
+	}
+	key.prefix = netip.PrefixFrom(dst, bits)
+	if proto == Protocol {
+		if kind == unix.RTN_UNREACHABLE {
+			spec = routeSpec{unreachable: true}
+		}
+		want, ok := w.routes[key]
+		return isNew != (ok && (!isNew || spec == want))
+	}
+	if w.prefixes[key.prefix] {
+		return true // a rival came, perhaps in the place of ours, or went
+	}
+	inside := func(p netip.Prefix) bool { return contains(p, key.prefix) }
+	return spec.link != w.index && slices.ContainsFunc(w.clusters, inside) && !slices.ContainsFunc(w.own, inside)
+}
+
+// netconf attributes (linux/netconf.h).
+const (
+	netconfaIfindex    = 1
+	netconfaForwarding = 2
+	netconfaRPFilter   = 3
+	netconfHeader      = 4 // struct netconfmsg: the family, padded
+	netconfAll         = -1
+)
+
+func (w *wanted) netconfEvent(b []byte) bool {
+	if len(b) < netconfHeader {
+		return false
+	}
+	if v4 := b[0] == unix.AF_INET; v4 && !w.v4 || !v4 && !w.v6 {
+		return false
+	}
+	index, forwarding, filter := 0, int32(1), int32(2)
+	eachAttr(b[netconfHeader:], func(t uint16, v []byte) {
+		if len(v) != 4 {
+			return
+		}
+		n := int32(native.Uint32(v))
+		switch t {
+		case netconfaIfindex:
+			index = int(n)
+		case netconfaForwarding:
+			forwarding = n
+		case netconfaRPFilter:
+			filter = n
+		}
+	})
+	return (index == w.index || index == netconfAll) && forwarding == 0 || index == w.index && filter != 2
+}
+
+func cString(b []byte) string {
+	if i := slices.Index(b, 0); i >= 0 {
+		b = b[:i]
+	}
+	return string(b)
+}
+
+// eachAttr calls f for each netlink attribute; it ends at the first malformed one.
+func eachAttr(b []byte, f func(kind uint16, value []byte)) {
+	const header, nested = 4, 0x3fff // struct nlattr; NLA_TYPE_MASK
+	for len(b) >= header {
+		n := int(native.Uint16(b))
+		if n < header || n > len(b) {
+			return
+		}
+		f(native.Uint16(b[2:])&nested, b[header:n])
+		b = b[min((n+3)&^3, len(b)):]
+	}
+}

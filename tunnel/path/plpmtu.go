@@ -128,6 +128,9 @@ func (m *plpmtu) due(now, busyUntil time.Time) (mtu.TUN, bool) {
 	if m.state != complete {
 		return m.size, !now.Before(m.probeAt)
 	}
+	if m.confirmed && !now.Before(m.raiseAt) && !now.Before(m.confirmAt) {
+		m.confirmed, m.confirmAt = false, now // first see that what is in use still passes
+	}
 	if m.confirmed && !now.Before(m.raiseAt) {
 		m.hi = m.cfg.Max + 1
 		m.narrow(now)

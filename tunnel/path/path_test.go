@@ -1,0 +1,327 @@
+package path
+
+import (
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+var epoch = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func newState(cfg Config) *State {
+	if cfg.Max == 0 {
+		cfg.Max = 1472
+	}
+	return New(cfg, epoch, rand.New(rand.NewPCG(1, 2)))
+}
+
+// network is the other end of a path: it answers after rtt what fits into mtu.
+type network struct {
+	s     *State
+	now   time.Time
+	alive bool
+	mtu   int
+	rtt   time.Duration
+	lose  func() bool // nil: nothing
+
+	flying []flight
+	sent   []Probe
+	proven int             // largest size ever answered
+	check  func(*network)  // after every step
+	answer func(p *flight) // may change an answer
+}
+
+type flight struct {
+	at    time.Time
+	nonce uint64
+	size  int
+}
+
+func newNetwork(s *State) *network {
+	return &network{s: s, now: epoch, alive: true, mtu: 65535, rtt: 10 * time.Millisecond}
+}
+
+// run lets time pass until end: everything that is due happens at its own time.
+func (n *network) run(t interface{ Fatalf(string, ...any) }, end time.Time) {
+	for {
+		n.drain(t)
+		next := n.s.Next()
+		if !next.After(n.now) {
+			t.Fatalf("Next %v is not after now %v though Due has nothing", next, n.now)
+		}
+		i := n.earliest()
+		if i >= 0 && !n.flying[i].at.After(next) {
+			next = n.flying[i].at
+		} else {
+			i = -1
+		}
+		if next.After(end) {
+			n.now = end
+			n.drain(t)
+			return
+		}
+		n.now = next
+		if i >= 0 {
+			f := n.flying[i]
+			n.flying = append(n.flying[:i], n.flying[i+1:]...)
+			n.proven = max(n.proven, f.size)
+			n.s.Answered(n.now, f.nonce, f.size)
+			if !n.s.Snapshot().Up {
+				t.Fatalf("down at the moment of an answer: %+v", n.s.Snapshot())
+			}
+		}
+		if n.check != nil {
+			n.check(n)
+		}
+	}
+}
+
+func (n *network) earliest() int {
+	best := -1
+	for i := range n.flying {
+		if best < 0 || n.flying[i].at.Before(n.flying[best].at) {
+			best = i
+		}
+	}
+	return best
+}
+
+func (n *network) drain(t interface{ Fatalf(string, ...any) }) {
+	for i := 0; ; i++ {
+		p, ok := n.s.Due(n.now)
+		if !ok {
+			return
+		}
+		if i > 4 {
+			t.Fatalf("Due does not end at %v", n.now)
+		}
+		n.sent = append(n.sent, p)
+		if n.alive && p.Size <= n.mtu && (n.lose == nil || !n.lose()) {
+			f := flight{n.now.Add(n.rtt), p.Nonce, p.Size}
+			if n.answer != nil {
+				n.answer(&f)
+			}
+			n.flying = append(n.flying, f)
+		}
+	}
+}
+
+func TestComesUpOnFirstAnswer(t *testing.T) {
+	s := newState(Config{})
+	if i := s.Snapshot(); i.Up || i.Reason != ReasonNew || !i.Since.Equal(epoch) || i.MTU != 0 {
+		t.Fatalf("new path: %+v", i)
+	}
+	p, ok := s.Due(epoch)
+	if !ok || p.Size != 64 {
+		t.Fatalf("first probe: %+v, %v", p, ok)
+	}
+	if _, ok := s.Due(epoch); ok {
+		t.Fatal("a second probe at once")
+	}
+	at := epoch.Add(20 * time.Millisecond)
+	s.Answered(at, p.Nonce+1, p.Size)
+	if s.Snapshot().Up {
+		t.Fatal("a wrong nonce brings the path up")
+	}
+	s.Answered(at, p.Nonce, p.Size)
+	if i := s.Snapshot(); !i.Up || i.Reason != ReasonAnswered || !i.Since.Equal(at) || i.RTT != 20*time.Millisecond {
+		t.Fatalf("after the answer: %+v", i)
+	}
+}
+
+func TestDownAfterLosses(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(5*time.Minute))
+	n.alive = false
+	died := n.now
+	n.run(t, died.Add(2*time.Minute))
+	i := s.Snapshot()
+	if i.Up || !strings.Contains(i.Reason, "3 probes unanswered") {
+		t.Fatalf("after death: %+v", i)
+	}
+	// Idle at most 36 s, three probes a second apart, each a second to time out.
+	if d := i.Since.Sub(died); d > 36*time.Second+4*time.Second {
+		t.Errorf("took %v to notice", d)
+	}
+	if i.Loss == 0 {
+		t.Error("no loss shown")
+	}
+	n.alive = true
+	n.run(t, n.now.Add(11*time.Second))
+	if i := s.Snapshot(); !i.Up || i.Reason != ReasonAnswered {
+		t.Errorf("not up again after MaxRetry: %+v", i)
+	}
+}
+
+func TestBusyPathNoticesInSeconds(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(time.Minute))
+	n.alive = false
+	died := n.now
+	for range 10 {
+		s.Used(n.now)
+		n.run(t, n.now.Add(500*time.Millisecond))
+	}
+	if i := s.Snapshot(); i.Up || i.Since.Sub(died) > 4*time.Second {
+		t.Errorf("busy path: %+v, died at %v", i, died)
+	}
+}
+
+func TestProbeRates(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		use         bool
+		alive       bool
+		least, most int // probes in ten minutes, after the first five
+	}{
+		{"idle", false, true, 16, 27},
+		{"busy", true, true, 600, 700}, // one a second and a confirmation each 15 s
+		{"dead", false, false, 55, 66},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := newState(Config{})
+			n := newNetwork(s)
+			n.alive = tt.alive
+			run := func(end time.Time) {
+				for n.now.Before(end) {
+					if tt.use {
+						s.Used(n.now)
+					}
+					n.run(t, n.now.Add(time.Second))
+				}
+			}
+			run(epoch.Add(5 * time.Minute))
+			before := len(n.sent)
+			run(epoch.Add(15 * time.Minute))
+			if got := len(n.sent) - before; got < tt.least || got > tt.most {
+				t.Errorf("%d probes in ten minutes, want %d–%d", got, tt.least, tt.most)
+			}
+			if s.Snapshot().Probed != len(n.sent) {
+				t.Errorf("Probed = %d, sent %d", s.Snapshot().Probed, len(n.sent))
+			}
+		})
+	}
+}
+
+func TestIdleProbesAreSpread(t *testing.T) {
+	s := newState(Config{})
+	seen := map[time.Duration]bool{}
+	for range 100 {
+		d := s.interval(epoch)
+		s.up = true
+		d = s.interval(epoch)
+		if d < 24*time.Second || d > 36*time.Second {
+			t.Fatalf("idle interval %v", d)
+		}
+		seen[d] = true
+	}
+	if len(seen) < 50 {
+		t.Errorf("only %d different intervals of 100", len(seen))
+	}
+}
+
+func TestLateAnswersCount(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.rtt = 2500 * time.Millisecond // more than the first time-out
+	n.run(t, epoch.Add(time.Minute))
+	i := s.Snapshot()
+	if !i.Up || i.Since.Sub(epoch) != n.rtt {
+		t.Fatalf("slow path: %+v", i)
+	}
+	if i.Loss != 0 {
+		t.Errorf("late answers left as losses: %v", i.Loss)
+	}
+	if i.MTU != 1472 {
+		t.Errorf("MTU %d", i.MTU)
+	}
+}
+
+func TestVeryLateAnswersDoNot(t *testing.T) {
+	s := newState(Config{})
+	p, _ := s.Due(epoch)
+	s.Answered(epoch.Add(61*time.Second), p.Nonce, p.Size)
+	if s.Snapshot().Up {
+		t.Error("an answer after a minute brings the path up")
+	}
+}
+
+// RFC 6298 §2.2 and §2.3 with its constants.
+func TestRTT(t *testing.T) {
+	s := newState(Config{})
+	ms := time.Millisecond
+	for _, step := range []struct{ sample, srtt, rttvar time.Duration }{
+		{100 * ms, 100 * ms, 50 * ms},
+		{200 * ms, 112500 * time.Microsecond, 62500 * time.Microsecond},
+		{112500 * time.Microsecond, 112500 * time.Microsecond, 46875 * time.Microsecond},
+	} {
+		s.sample(step.sample)
+		if s.srtt != step.srtt || s.rttvar != step.rttvar {
+			t.Errorf("after %v: SRTT %v RTTVAR %v, want %v %v", step.sample, s.srtt, s.rttvar, step.srtt, step.rttvar)
+		}
+	}
+	if s.timeout() != time.Second {
+		t.Errorf("time-out %v below a second", s.timeout())
+	}
+	s.srtt, s.rttvar = 2*time.Second, 500*ms
+	if s.timeout() != 4*time.Second {
+		t.Errorf("time-out %v, want SRTT + 4 RTTVAR", s.timeout())
+	}
+}
+
+func TestLossOverWindow(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	k := 0
+	n.lose = func() bool { k++; return k%4 == 0 }
+	for range 400 {
+		s.Used(n.now)
+		n.run(t, n.now.Add(time.Second))
+	}
+	i := s.Snapshot()
+	if !i.Up || i.Loss < 0.1 || i.Loss > 0.4 {
+		t.Errorf("one in four lost: %+v", i)
+	}
+	n.lose = nil
+	for range 100 {
+		s.Used(n.now)
+		n.run(t, n.now.Add(time.Second))
+	}
+	if l := s.Snapshot().Loss; l != 0 {
+		t.Errorf("loss %v after a clean window", l)
+	}
+}
+
+func TestPoke(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.alive = false
+	n.run(t, epoch.Add(5*time.Minute))
+	n.alive = true
+	for range 1000 { // a flood of hints is one probe each tenth of a second
+		s.Poke(n.now)
+		n.drain(t)
+	}
+	before := len(n.sent)
+	n.run(t, n.now.Add(150*time.Millisecond))
+	if !s.Snapshot().Up {
+		t.Errorf("not up after a poke: %+v", s.Snapshot())
+	}
+	if extra := len(n.sent) - before; extra > 5 {
+		t.Errorf("%d probes after the pokes", extra)
+	}
+}
+
+func TestMTUTypes(t *testing.T) {
+	s := New(Config{Max: mtu.Ethernet.TUN(28)}, epoch, rand.New(rand.NewPCG(3, 4)))
+	n := newNetwork(s)
+	n.run(t, epoch.Add(time.Second))
+	if got := s.Snapshot().MTU; got != 1472 {
+		t.Errorf("MTU %d, want 1472", got)
+	}
+}

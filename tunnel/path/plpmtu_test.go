@@ -1,0 +1,308 @@
+package path
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+func TestSearchFindsTheMTU(t *testing.T) {
+	for _, size := range []int{576, 1000, 1199, 1200, 1201, 1280, 1392, 1430, 1471, 1472, 9000} {
+		for _, limit := range []mtu.TUN{1452, 1472, 8972} {
+			t.Run(fmt.Sprintf("path %d, link %d", size, limit), func(t *testing.T) {
+				s := newState(Config{Max: limit})
+				n := newNetwork(s)
+				n.mtu = size
+				n.run(t, epoch.Add(2*time.Minute))
+				i := s.Snapshot()
+				if want := min(mtu.TUN(size), limit); i.MTU != want || i.Search != "complete" {
+					t.Errorf("MTU %d (%s), want %d", i.MTU, i.Search, want)
+				}
+				if !i.Up || i.Loss != 0 {
+					t.Errorf("large probes lost count against the path: %+v", i)
+				}
+			})
+		}
+	}
+}
+
+func TestFullSizedPathIsFoundInTwoProbes(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(100*time.Millisecond))
+	var sizes []int
+	for _, p := range n.sent {
+		sizes = append(sizes, p.Size)
+	}
+	if fmt.Sprint(sizes) != "[64 1200 1472]" {
+		t.Errorf("probes of %v", sizes)
+	}
+}
+
+func TestNothingPassesButSmallPackets(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.mtu = 500
+	n.run(t, epoch.Add(5*time.Minute))
+	if i := s.Snapshot(); !i.Up || i.MTU != 0 || i.Search != "error" {
+		t.Errorf("%+v", i)
+	}
+	n.mtu = 1472
+	n.run(t, n.now.Add(time.Minute))
+	if i := s.Snapshot(); i.MTU != 1472 {
+		t.Errorf("after mending: %+v", i)
+	}
+}
+
+func TestBlackHole(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(time.Minute))
+	n.mtu = 1300 // silently, no ICMP
+	for range 60 {
+		s.Used(n.now)
+		n.run(t, n.now.Add(time.Second))
+	}
+	if i := s.Snapshot(); i.MTU != 1300 || !i.Up {
+		t.Errorf("black hole: %+v", i)
+	}
+	n.mtu = 1472
+	n.run(t, n.now.Add(11*time.Minute))
+	if i := s.Snapshot(); i.MTU != 1472 {
+		t.Errorf("the raise timer did not raise: %+v", i)
+	}
+}
+
+func TestIdlePathFindsBlackHoleWhenUsed(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(time.Minute))
+	n.mtu = 1300
+	n.run(t, n.now.Add(time.Minute))
+	if got := s.Snapshot().MTU; got != 1472 {
+		t.Fatalf("an idle path confirmed its size: %d", got)
+	}
+	s.Used(n.now)
+	n.run(t, n.now.Add(4*time.Second))
+	if got := s.Snapshot().MTU; got > 1300 {
+		t.Errorf("MTU %d four seconds after use", got)
+	}
+}
+
+func TestTooBig(t *testing.T) {
+	up := func(t *testing.T, size int) (*State, *network) {
+		s := newState(Config{})
+		n := newNetwork(s)
+		n.run(t, epoch.Add(time.Minute))
+		n.mtu = size
+		return s, n
+	}
+	t.Run("lowers at once", func(t *testing.T) {
+		s, n := up(t, 1372)
+		s.TooBig(n.now, 1372)
+		if got := s.Snapshot().MTU; got != 1372 {
+			t.Fatalf("MTU %d", got)
+		}
+		n.run(t, n.now.Add(9*time.Minute))
+		if got := s.Snapshot().MTU; got != 1372 {
+			t.Fatalf("MTU %d later", got)
+		}
+	})
+	t.Run("expires", func(t *testing.T) {
+		s, n := up(t, 1472) // a lie: the path is as wide as before
+		s.TooBig(n.now, 1000)
+		if got := s.Snapshot().MTU; got != 1000 {
+			t.Fatalf("MTU %d", got)
+		}
+		n.run(t, n.now.Add(11*time.Minute))
+		if got := s.Snapshot().MTU; got != 1472 {
+			t.Errorf("MTU %d after the raise timer", got)
+		}
+	})
+	t.Run("never raises, never below the minimum", func(t *testing.T) {
+		s, n := up(t, 1472)
+		for _, limit := range []mtu.TUN{-1, 0, 68, 575, 1472, 1473, 9000, 65535} {
+			s.TooBig(n.now, limit)
+			if got := s.Snapshot().MTU; got != 1472 {
+				t.Errorf("TooBig(%d): MTU %d", limit, got)
+			}
+		}
+	})
+	t.Run("guides a search", func(t *testing.T) {
+		s := newState(Config{Max: 8972})
+		n := newNetwork(s)
+		n.mtu = 1400
+		n.run(t, epoch.Add(100*time.Millisecond)) // 8972 is on its way
+		s.TooBig(n.now, 1400)
+		n.run(t, n.now.Add(100*time.Millisecond))
+		if i := s.Snapshot(); i.MTU != 1400 || i.Search != "complete" {
+			t.Errorf("%+v", i)
+		}
+	})
+	t.Run("below base", func(t *testing.T) {
+		s := newState(Config{})
+		n := newNetwork(s)
+		n.mtu = 900
+		n.run(t, epoch.Add(100*time.Millisecond)) // 1200 is on its way
+		s.TooBig(n.now, 900)
+		n.run(t, n.now.Add(100*time.Millisecond))
+		if i := s.Snapshot(); i.MTU != 900 {
+			t.Errorf("%+v", i)
+		}
+	})
+}
+
+func TestAnswersFromBeforeDoNotRaise(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.rtt = 300 * time.Millisecond
+	n.run(t, epoch.Add(700*time.Millisecond)) // 1472 has been sent, not answered
+	s.TooBig(n.now, 1300)
+	n.mtu = 1300
+	n.run(t, n.now.Add(time.Minute))
+	if got := s.Snapshot().MTU; got != 1300 {
+		t.Errorf("MTU %d", got)
+	}
+}
+
+func TestCutProbesProveNothing(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.answer = func(f *flight) { f.size = min(f.size, 1250) }
+	n.run(t, epoch.Add(time.Minute))
+	if i := s.Snapshot(); i.MTU != 1250 {
+		t.Errorf("%+v", i)
+	}
+}
+
+func TestFlapKeepsTheMTUUntilRefuted(t *testing.T) {
+	for _, after := range []int{1472, 1350, 1100} {
+		t.Run(fmt.Sprint(after), func(t *testing.T) {
+			s := newState(Config{})
+			n := newNetwork(s)
+			n.mtu = 1400
+			n.run(t, epoch.Add(time.Minute))
+			n.alive = false
+			n.run(t, n.now.Add(time.Minute))
+			if i := s.Snapshot(); i.Up || i.Search != "disabled" || i.MTU != 1400 {
+				t.Fatalf("down: %+v", i)
+			}
+			n.alive, n.mtu = true, after
+			n.run(t, n.now.Add(2*time.Minute))
+			if i := s.Snapshot(); !i.Up || i.MTU != mtu.TUN(after) {
+				t.Errorf("%+v", i)
+			}
+		})
+	}
+}
+
+func TestSetMax(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(time.Minute))
+	for _, limit := range []mtu.TUN{1372, 8972, 1000, 1472} {
+		s.SetMax(n.now, limit)
+		if got := s.Snapshot().MTU; got > limit {
+			t.Errorf("SetMax(%d): MTU %d", limit, got)
+		}
+		n.run(t, n.now.Add(time.Minute))
+		if got := s.Snapshot().MTU; got != limit {
+			t.Errorf("a minute after SetMax(%d): MTU %d", limit, got)
+		}
+	}
+}
+
+// Whatever the network does: an answered path is up, the MTU is never above what an
+// answer has proven, work stays bounded; and once the network is quiet the truth is
+// found.
+func TestPathProperties(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		cfg := Config{Max: mtu.TUN(rapid.IntRange(600, 9000).Draw(t, "max"))}
+		limit := cfg.Max
+		s := New(cfg, epoch, rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "seed"), 0)))
+		n := newNetwork(s)
+		coin := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "coin"), 1))
+		losing := 0.0
+		n.lose = func() bool { return coin.Float64() < losing }
+		n.check = func(n *network) {
+			i := s.Snapshot()
+			if int(i.MTU) > n.proven || i.MTU > limit {
+				t.Fatalf("MTU %d, proven %d, link %d", i.MTU, n.proven, limit)
+			}
+			if i.Up && i.RTT <= 0 || i.Loss < 0 || i.Loss > 1 || len(s.pending) > maxPending {
+				t.Fatalf("%+v, %d pending", i, len(s.pending))
+			}
+		}
+		for range rapid.IntRange(1, 12).Draw(t, "steps") {
+			switch rapid.IntRange(0, 7).Draw(t, "what") {
+			case 0:
+				n.alive = !n.alive
+			case 1:
+				n.mtu = rapid.IntRange(64, 9100).Draw(t, "mtu")
+			case 2:
+				n.rtt = time.Duration(rapid.Int64Range(1, 10e9).Draw(t, "rtt"))
+			case 3:
+				losing = rapid.Float64Range(0, 1).Draw(t, "loss")
+			case 4:
+				s.Used(n.now)
+			case 5:
+				s.TooBig(n.now, mtu.TUN(rapid.IntRange(0, 10000).Draw(t, "ptb")))
+			case 6:
+				limit = mtu.TUN(rapid.IntRange(600, 9000).Draw(t, "link"))
+				s.SetMax(n.now, limit)
+			case 7:
+				s.Poke(n.now)
+			}
+			before := len(n.sent)
+			d := time.Duration(rapid.Int64Range(0, 120e9).Draw(t, "time"))
+			n.run(t, n.now.Add(d))
+			// Not more than liveness each tenth of a second and a search whose steps
+			// take a round trip each when answered.
+			if sent := len(n.sent) - before; sent > 60+2*int(d/time.Second) {
+				t.Fatalf("%d probes in %v", sent, d)
+			}
+		}
+		n.alive, n.rtt, losing = true, time.Millisecond, 0
+		n.mtu = max(n.mtu, 576)
+		n.run(t, n.now.Add(25*time.Minute))
+		i := s.Snapshot()
+		if want := min(mtu.TUN(n.mtu), limit); !i.Up || i.MTU != want {
+			t.Fatalf("after 25 quiet minutes: %+v, want MTU %d", i, want)
+		}
+	})
+}
+
+// The path goes down only when DownAfter probes in a row were given up without an
+// answer in between.
+func TestDownNeedsSilence(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		s := newState(Config{})
+		n := newNetwork(s)
+		n.rtt = time.Duration(rapid.Int64Range(1e6, 900e6).Draw(t, "rtt"))
+		pattern := rapid.SliceOfN(rapid.Bool(), 1, 60).Draw(t, "lost")
+		k := 0
+		n.lose = func() bool { k++; return k <= len(pattern) && pattern[k-1] }
+		var lastAnswer time.Time
+		wasUp := false
+		n.answer = func(f *flight) { lastAnswer = f.at }
+		n.check = func(n *network) {
+			up := s.Snapshot().Up
+			if wasUp && !up && n.now.Sub(lastAnswer) < 2*time.Second {
+				t.Fatalf("down %v after an answer", n.now.Sub(lastAnswer))
+			}
+			wasUp = up
+		}
+		for range 100 {
+			s.Used(n.now)
+			n.run(t, n.now.Add(time.Second))
+		}
+		if !s.Snapshot().Up {
+			t.Fatalf("not up after the losses: %+v", s.Snapshot())
+		}
+	})
+}

@@ -151,7 +151,11 @@ func TestSplitJoin(t *testing.T) {
 		in := drawStream(t)
 		got := joinAll(t, j, in)
 		joined += len(in) - len(got)
-		if d := differ(splitAll(t, got), in); d != "" {
+		out := splitAll(t, got)
+		for i := range min(len(in), len(out)) {
+			maskStandingID(in, out, i) // a datagram and its double
+		}
+		if d := differ(out, in); d != "" {
 			t.Fatal(d)
 		}
 	})

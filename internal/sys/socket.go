@@ -17,6 +17,11 @@ func Socket(domain, typ, proto int) (int, error) {
 // Close closes a descriptor.
 func Close(fd int) error { return unix.Close(fd) }
 
+// Dup duplicates a descriptor, close-on-exec.
+func Dup(fd int) (int, error) {
+	return unix.FcntlInt(uintptr(fd), unix.F_DUPFD_CLOEXEC, 0)
+}
+
 // SetInt sets an integer socket option; the name is for the error.
 func SetInt(fd, level, opt, value int, name string) error {
 	if err := unix.SetsockoptInt(fd, level, opt, value); err != nil {

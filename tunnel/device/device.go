@@ -82,12 +82,13 @@ type Device struct {
 	index  int
 	queues []*Queue
 	kept   bool // attached to a device that was there before
+	name   string
 
-	mu       sync.Mutex // guards name, offloads' changes, and nl
-	name     string
+	mu       sync.Mutex // guards nl, closed, and changes of offloads
 	nl       *sys.Netlink
 	closed   bool
 	offloads atomic.Uint32 // TUN_F_… in force
+	worked   atomic.Uint32 // TUN_F_… of super-packets that the kernel has taken from us
 }
 
 // Name is the device's name.
@@ -196,10 +197,22 @@ func (d *Device) Close() error {
 	return errors.Join(errs...)
 }
 
-// adopt hands an attached descriptor to wireguard/tun, which owns it from then
-// on, also when adopt fails.
-func adopt(fd int) (tun.Device, string, error) {
-	// On error wireguard/tun has made an os.File of fd, whose finalizer closes it:
-	// closing it here as well might hit another descriptor of the same number.
-	return tun.CreateUnmonitoredTUNFromFD(fd)
+// adopt lets wireguard/tun take an attached descriptor: it checks that this is a
+// TUN device, makes it non-blocking and agrees on offloads. It gets a duplicate
+// and is let go of at once, because its os.File registers the device with Go's
+// netpoller, which nothing but Close undoes: from then on every packet for an
+// idle agent wakes an idle thread beside the reader (measured with a UDP socket
+// in place of the device: 0.3 context switches and 0.85 µs of CPU a packet).
+func adopt(fd int) error {
+	dup, err := sys.Dup(fd)
+	if err != nil {
+		return err
+	}
+	// On error the os.File made of dup closes it when it is collected. Closing it
+	// here as well might hit another descriptor of the same number.
+	t, _, err := tun.CreateUnmonitoredTUNFromFD(dup)
+	if err != nil {
+		return err
+	}
+	return t.Close()
 }

@@ -41,5 +41,54 @@ func (d *Device) negotiate() error {
 	return fmt.Errorf("TUN device %s: kernel takes no offload setting, not even none", d.name)
 }
 
+// GSO types of the virtio-net header (linux/virtio_net.h).
+const (
+	gsoNone  = 0
+	gsoTCPv4 = 1
+	gsoTCPv6 = 4
+	gsoUDPL4 = 5
+	gsoECN   = 0x80 // flag beside a TCP type
+)
+
+// kind is the rung's part that a GSO type belongs to.
+func kind(gsoType uint8) uint32 {
+	switch gsoType &^ gsoECN {
+	case gsoTCPv4, gsoTCPv6:
+		return sys.TunTSO
+	case gsoUDPL4:
+		return sys.TunUSO
+	}
+	return 0
+}
+
+// accepted notes that the kernel took a super-packet of a GSO type.
+func (d *Device) accepted(gsoType uint8) {
+	if k := kind(gsoType); d.worked.Load()&k != k {
+		d.worked.Or(k)
+	}
+}
+
 // refused notes that the kernel would not take a super-packet of a GSO type.
-func (d *Device) refused(gsoType uint8) {}
+// Unless it has taken such before – then it was that packet's fault – the device
+// goes down the ladder to the rung without that type.
+func (d *Device) refused(gsoType uint8) {
+	k := kind(gsoType)
+	if k == 0 || d.worked.Load()&k != 0 {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	now := d.offloads.Load()
+	if d.closed || now&k == 0 {
+		return
+	}
+	for _, flags := range ladder {
+		if uint32(flags)&k != 0 || uint32(flags)&^now != 0 {
+			continue
+		}
+		if sys.TunSetOffload(d.queues[0].fd, flags) == nil {
+			d.offloads.Store(uint32(flags))
+			return
+		}
+	}
+}

@@ -108,10 +108,8 @@ func (d *Device) abandon() {
 }
 
 func (d *Device) open(o Options) error {
-	before, err := d.nl.LinkByName(o.Name)
-	d.kept = err == nil
-	if d.kept && before.Type() != "tuntap" {
-		return fmt.Errorf("TUN device %s: an interface of type %s has this name: remove or rename it (`ip link set %s name NEW`), or choose another name", o.Name, before.Type(), o.Name)
+	if err := d.lookAtOld(o); err != nil {
+		return err
 	}
 	flags := uint16(sys.TunFlags)
 	if o.Queues > 1 {
@@ -131,6 +129,58 @@ func (d *Device) open(o Options) error {
 		}
 	}
 	return d.setUp(o)
+}
+
+// lookAtOld looks for a device of our name. It removes a TUN device which nobody
+// holds and which cannot be attached to with o.Queues.
+func (d *Device) lookAtOld(o Options) error {
+	link, err := d.nl.LinkByName(o.Name)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("TUN device %s: %w", o.Name, err)
+	}
+	old, ok := link.(*netlink.Tuntap)
+	if !ok || old.Mode != netlink.TUNTAP_MODE_TUN {
+		kind := link.Type()
+		if ok {
+			kind = "tap"
+		}
+		return fmt.Errorf("TUN device %s: an interface of type %s has this name: rename it (`ip link set %s name NEW`) or choose another name", o.Name, kind, o.Name)
+	}
+	// With one queue the kernel itself refuses a second holder. With several it
+	// would let us join, and each would see some of the packets.
+	if old.Queues > 0 {
+		return explainAttach(o.Name, unix.EBUSY)
+	}
+	hasMulti, wantMulti := old.Flags&netlink.TUNTAP_MULTI_QUEUE != 0, o.Queues > 1
+	if hasMulti == wantMulti {
+		d.kept = true
+		return nil
+	}
+	return removeOld(o.Name, hasMulti)
+}
+
+// removeOld removes a persistent device which nobody holds: it attaches, which
+// proves that, makes the device mortal, and lets go.
+func removeOld(name string, multi bool) error {
+	fd, err := sys.TunOpen()
+	if err != nil {
+		return explainOpen(err)
+	}
+	defer sys.Close(fd)
+	flags := uint16(sys.TunFlags)
+	if multi {
+		flags |= sys.TunMultiQueue
+	}
+	if err := sys.TunAttach(fd, name, flags); err != nil {
+		return explainAttach(name, err)
+	}
+	if err := sys.TunPersist(fd, false); err != nil {
+		return fmt.Errorf("TUN device %s: TUNSETPERSIST: %w", name, err)
+	}
+	return nil
 }
 
 func explainOpen(err error) error {
@@ -155,21 +205,22 @@ func explainAttach(name string, err error) error {
 	return fmt.Errorf("TUN device %s: TUNSETIFF: %w", name, err)
 }
 
+// addQueue makes a Queue of an attached descriptor, which it owns also on error.
 func (d *Device) addQueue(fd int) error {
 	if err := sys.TunSetVnetHdr(fd); err != nil {
 		sys.Close(fd)
 		return fmt.Errorf("TUN device %s: %w", d.name, err)
 	}
-	t, _, err := adopt(fd)
-	if err != nil {
+	if err := adopt(fd); err != nil {
+		sys.Close(fd)
 		return fmt.Errorf("TUN device %s: %w", d.name, err)
 	}
 	p, err := sys.NewPoller(fd)
 	if err != nil {
-		t.Close()
+		sys.Close(fd)
 		return err
 	}
-	d.queues = append(d.queues, &Queue{fd: fd, dev: d, tun: t, poller: p})
+	d.queues = append(d.queues, &Queue{fd: fd, dev: d, poller: p})
 	return nil
 }
 
@@ -180,6 +231,9 @@ func (d *Device) setUp(o Options) error {
 		return fmt.Errorf("TUN device %s: %w", d.name, err)
 	}
 	d.index = link.Attrs().Index
+	if t, ok := link.(*netlink.Tuntap); ok && t.Queues > len(d.queues) {
+		return explainAttach(d.name, unix.EBUSY) // somebody joined while we opened
+	}
 	if err := d.negotiate(); err != nil {
 		return err
 	}

@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"golang.org/x/sys/unix"
-	"golang.zx2c4.com/wireguard/tun"
 
 	"github.com/tulle-net/tulle/internal/sys"
 )
@@ -15,22 +14,35 @@ import (
 type Queue struct {
 	fd     int
 	dev    *Device
-	tun    tun.Device // owns fd
 	poller *sys.Poller
 	writer sys.IovWriter
 }
 
+// ErrGone says that the device was removed under us, by `ip link del` or with
+// its network namespace. Close it and Open it again.
+var ErrGone = errors.New("TUN device was removed")
+
+// ErrGSO says that the kernel refused a super-packet: the caller splits it and
+// writes its segments one by one. Device.Offloads may say less from then on.
+var ErrGSO = errors.New("kernel refuses the super-packet")
+
 // Read takes one packet into buf, without blocking: the virtio-net header, then
 // the packet, n bytes in all. err is sys.ErrAgain when the queue is empty. buf
 // has VnetHdrLen+MaxPacket bytes; what has no room in a shorter one is lost.
-func (q *Queue) Read(buf []byte) (n int, err error) { return sys.Read(q.fd, buf) }
+func (q *Queue) Read(buf []byte) (n int, err error) {
+	n, err = sys.Read(q.fd, buf)
+	if err == nil || err == sys.ErrAgain {
+		return n, err
+	}
+	return 0, q.explain(err)
+}
 
 // Wait blocks until the queue has a packet (nil), or Wake was called
-// (sys.ErrWoken).
+// (sys.ErrWoken). ErrGone ends it when the device is removed.
 func (q *Queue) Wait() error {
 	err := q.poller.WaitRead()
-	if err == sys.ErrErrQueue {
-		return fmt.Errorf("TUN device %s: %w", q.dev.name, ErrGone)
+	if err == sys.ErrErrQueue { // poll reports POLLERR
+		return q.explain(unix.EBADFD)
 	}
 	return err
 }
@@ -38,29 +50,40 @@ func (q *Queue) Wait() error {
 // Wake ends the present Wait, or else the next one.
 func (q *Queue) Wake() { q.poller.Wake() }
 
-// ErrGone says that the device was deleted under us.
-var ErrGone = errors.New("device was removed")
-
-// ErrGSO says that the kernel refused a super-packet: the caller splits it and
-// writes its segments one by one. Device.Offloads may say less from then on.
-var ErrGSO = errors.New("kernel refuses the super-packet")
-
 // Write hands one packet to the kernel: the virtio-net header first, then the
-// packet, gathered from at most 1024 slices. For a super-packet that the kernel
-// refuses it returns ErrGSO and nothing was written. Other errors say that this
-// packet is lost: EIO when the device is down, EINVAL for a malformed one.
+// packet, gathered from at most 1024 slices of which the first holds at least
+// the header. For a super-packet that the kernel refuses it returns ErrGSO and
+// nothing was written. Other errors say that this packet is lost: EIO when the
+// device is down, EINVAL for a malformed one.
 func (q *Queue) Write(iov [][]byte) error {
-	_, err := q.writer.Write(q.fd, iov)
-	if err == nil {
-		return nil
+	gso := uint8(gsoNone)
+	if len(iov) > 0 && len(iov[0]) >= VnetHdrLen {
+		gso = iov[0][1]
 	}
-	if err == error(unix.EINVAL) && len(iov) > 0 && len(iov[0]) >= 2 && iov[0][1] != 0 {
-		q.dev.refused(iov[0][1])
+	_, err := q.writer.Write(q.fd, iov)
+	switch {
+	case err == nil:
+		if gso != gsoNone {
+			q.dev.accepted(gso)
+		}
+		return nil
+	case err == error(unix.EINVAL) && gso != gsoNone:
+		q.dev.refused(gso)
 		return ErrGSO
+	case err == error(unix.EBADFD):
+		return q.explain(err)
 	}
 	return err
 }
 
+// explain turns the errors of a detached descriptor into ErrGone.
+func (q *Queue) explain(err error) error {
+	if err == error(unix.EBADFD) || err == error(unix.EFAULT) {
+		return fmt.Errorf("%s: %w", q.dev.name, ErrGone)
+	}
+	return fmt.Errorf("TUN device %s: read: %w", q.dev.name, err)
+}
+
 func (q *Queue) close() error {
-	return errors.Join(q.tun.Close(), q.poller.Close())
+	return errors.Join(sys.Close(q.fd), q.poller.Close())
 }

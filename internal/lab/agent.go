@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -50,15 +49,41 @@ func (l *Lab) writeConfig(h *Host) error {
 		fmt.Fprintf(&b, "  - %q\n", c.String())
 	}
 	if o.Paths != "" {
-		fmt.Fprintf(&b, "paths: %s\n", o.Paths)
+		fmt.Fprintf(&b, "paths: [%s]\n", o.Paths)
 	}
 	fmt.Fprintf(&b, "state_dir: %s\n", filepath.Join(h.Dir, "state"))
 	fmt.Fprintf(&b, "socket: %s\n", h.Socket)
 	return os.WriteFile(h.Config, b.Bytes(), 0o600)
 }
 
-// joinAddr is where a host's agent listens: its first underlay address.
-func joinAddr(h *Host) netip.Addr { return h.Underlay[0] }
+// joinAddr is how other hosts' configuration names a host: its first underlay address, IPv6 in brackets.
+func joinAddr(h *Host) string {
+	if a := h.Underlay[0]; a.Is6() {
+		return "[" + a.String() + "]"
+	}
+	return h.Underlay[0].String()
+}
+
+// AdoptAgent tells the lab that an agent which it did not start serves a host, at this socket: new pods there get their
+// addresses from it. It is for bare labs.
+func (l *Lab) AdoptAgent(host, socket string) error {
+	if _, err := l.Host(host); err != nil {
+		return err
+	}
+	if !l.st.Options.Bare {
+		return fmt.Errorf("the agent on %s is the lab's own", host)
+	}
+	return l.change(func(s *state) {
+		for i := range s.Hosts {
+			if s.Hosts[i].Name == host {
+				s.Hosts[i].Socket, s.Hosts[i].Adopted = socket, true
+			}
+		}
+	})
+}
+
+// hasAgent tells whether a host is meant to have an agent.
+func (l *Lab) hasAgent(h *Host) bool { return !l.st.Options.Bare || h.Adopted }
 
 // StartAgent starts the agent of a host whose agent does not run, with further arguments after those of the lab.
 func (l *Lab) StartAgent(ctx context.Context, host string, args ...string) error {

@@ -15,6 +15,7 @@ import (
 
 // The baselines that a tunnel is measured against. Both give hosts routes to single pods, which win over an agent's routes
 // to whole prefixes: they can be laid over a lab whose agents run, and taken away again. They cover the pods of that moment.
+// Forwarding, which they switch on where no agent has, stays on.
 
 // undoList collects what takes a change back, and runs it last first.
 type undoList []func() error
@@ -43,6 +44,9 @@ func (l *Lab) DirectRoutes(ctx context.Context) (undo func() error, err error) {
 			return nil, err
 		}
 		defer h.Close()
+		if err := sysctl(at.Netns, forwarding...); err != nil {
+			return nil, err
+		}
 		for _, pod := range l.Pods() {
 			owner, err := l.Host(pod.Host)
 			if err != nil {
@@ -172,6 +176,9 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 			return nil, err
 		}
 		defer h.Close()
+		if err := sysctl(at.Netns, forwarding...); err != nil {
+			return nil, err
+		}
 		link, err := addVXLAN(h, &at, outer6, mtu)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", at.Name, err)

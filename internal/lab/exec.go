@@ -63,8 +63,8 @@ func (l *Lab) socketDir(target string) string {
 	if p, err := l.Pod(target); err == nil {
 		target = p.Host
 	}
-	if h, err := l.Host(target); err == nil && !l.st.Options.Bare {
-		return h.Dir
+	if h, err := l.Host(target); err == nil && l.hasAgent(&h) {
+		return filepath.Dir(h.Socket)
 	}
 	return ""
 }

@@ -16,6 +16,7 @@ type Host struct {
 	Socket    string       `json:"socket"`    // of its agent
 	Log       string       `json:"log"`       // of its agent
 	Config    string       `json:"config"`    // of its agent
+	Adopted   bool         `json:"adopted"`   // its agent was not started by the lab: AdoptAgent
 	PID       int          `json:"pid"`       // of its agent; 0 if it was never started
 	StartTime uint64       `json:"starttime"` // of that process, in clock ticks since boot: tells a reused PID
 }
@@ -48,7 +49,9 @@ func pick(addrs []netip.Addr, v6 bool) netip.Addr {
 
 // Lab is a lab that exists.
 type Lab struct {
-	mu sync.Mutex // held while the topology or the record of it changes
+	changing sync.Mutex // held from the beginning to the end of a change of the topology
+
+	mu sync.Mutex // guards what follows
 	st state
 	// waits has a channel for each agent that this process started; it is closed once that agent is reaped.
 	waits map[process]chan struct{}

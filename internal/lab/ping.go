@@ -238,7 +238,7 @@ func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 	if hosts {
 		for _, h := range l.Hosts() {
 			n := node{name: h.Name}
-			if !l.st.Options.Bare {
+			if l.hasAgent(&h) {
 				st, err := api.NewClient(h.Socket).Status(ctx)
 				if err != nil {
 					return nil, fmt.Errorf("the addresses of %s: %w", h.Name, err)
@@ -300,6 +300,9 @@ func (l *Lab) WaitPods(ctx context.Context) error {
 	}
 	err = fmt.Errorf("not all pods reach each other: %w: %s", context.Cause(ctx), strings.Join(failed, "; "))
 	for _, h := range l.Hosts() {
+		if !l.hasAgent(&h) {
+			continue
+		}
 		if st, serr := api.NewClient(h.Socket).Status(context.WithoutCancel(ctx)); serr != nil {
 			err = fmt.Errorf("%w\n%s: %w", err, h.Name, serr)
 		} else if len(st.Problems) > 0 {

@@ -56,6 +56,8 @@ func (l *Lab) change(fn func(*state)) error {
 
 // AddHost adds a host to a subnet and, unless the lab is bare, starts its agent and waits until that is ready.
 func (l *Lab) AddHost(ctx context.Context, subnet int) (Host, error) {
+	l.changing.Lock()
+	defer l.changing.Unlock()
 	if subnet < 1 || subnet > l.st.Options.Subnets {
 		return Host{}, fmt.Errorf("lab %s has no subnet %d: it has 1 to %d", l.Name(), subnet, l.st.Options.Subnets)
 	}
@@ -86,25 +88,55 @@ func (l *Lab) AddHost(ctx context.Context, subnet int) (Host, error) {
 // RemoveHost takes a host away as if it had burnt down: its agent gets SIGKILL, its pods and links vanish. The others
 // learn it as they would of any dead host.
 func (l *Lab) RemoveHost(ctx context.Context, host string) error {
+	l.changing.Lock()
+	defer l.changing.Unlock()
 	h, err := l.Host(host)
 	if err != nil {
 		return err
 	}
-	err = l.StopAgent(ctx, host, sigKill)
+	if err := errors.Join(l.cutPower(ctx, host), os.RemoveAll(h.Dir)); err != nil {
+		return err
+	}
+	return l.change(func(s *state) {
+		s.Hosts = slices.DeleteFunc(s.Hosts, func(o Host) bool { return o.Name == host })
+	})
+}
+
+// ResetHost does to a host what a power failure does: its agent gets SIGKILL, everything that lived in its kernel is gone,
+// its pods too; its disk stays. Afterwards it is on the network again, without an agent: StartAgent.
+func (l *Lab) ResetHost(ctx context.Context, host string) error {
+	l.changing.Lock()
+	defer l.changing.Unlock()
+	h, err := l.Host(host)
+	if err != nil {
+		return err
+	}
+	if err := l.cutPower(ctx, host); err != nil {
+		return err
+	}
+	return l.buildHost(&h)
+}
+
+// cutPower ends a host's agent, its pods and its namespace.
+func (l *Lab) cutPower(ctx context.Context, host string) error {
+	err := l.StopAgent(ctx, host, sigKill)
 	for _, p := range l.Pods() {
 		if p.Host == host {
 			err = errors.Join(err, sys.DeleteNetns(l.netnsName(p.Name)))
 		}
 	}
-	err = errors.Join(err, sys.DeleteNetns(l.netnsName(host)), os.RemoveAll(h.Dir), l.removePort(host))
+	err = errors.Join(err, sys.DeleteNetns(l.netnsName(host)), l.removePort(host))
 	return errors.Join(err, l.change(func(s *state) {
-		s.Hosts = slices.DeleteFunc(s.Hosts, func(o Host) bool { return o.Name == host })
 		s.Pods = slices.DeleteFunc(s.Pods, func(p Pod) bool { return p.Host == host })
 	}))
 }
 
 // AddPod adds a pod to a host, with the addresses that the host's agent gives it (static ones in a bare lab).
-func (l *Lab) AddPod(ctx context.Context, host string) (Pod, error) { return l.addPod(ctx, host) }
+func (l *Lab) AddPod(ctx context.Context, host string) (Pod, error) {
+	l.changing.Lock()
+	defer l.changing.Unlock()
+	return l.addPod(ctx, host)
+}
 
 func (l *Lab) addPod(ctx context.Context, host string) (Pod, error) {
 	h, err := l.Host(host)
@@ -120,7 +152,7 @@ func (l *Lab) addPod(ctx context.Context, host string) (Pod, error) {
 	}
 	p := l.planPod(&h, n)
 	l.mu.Unlock()
-	if l.st.Options.Bare {
+	if !l.hasAgent(&h) {
 		if p.Addresses, err = l.staticAddrs(&h, &p); err != nil {
 			return p, err
 		}
@@ -161,6 +193,8 @@ func (l *Lab) allocate(ctx context.Context, h *Host, p *Pod) error {
 
 // RemovePod removes a pod and gives its addresses back to the host's agent.
 func (l *Lab) RemovePod(ctx context.Context, pod string) error {
+	l.changing.Lock()
+	defer l.changing.Unlock()
 	p, err := l.Pod(pod)
 	if err != nil {
 		return err
@@ -175,7 +209,7 @@ func (l *Lab) RemovePod(ctx context.Context, pod string) error {
 	if err := sys.DeleteNetns(l.netnsName(pod)); err != nil {
 		return err
 	}
-	if !l.st.Options.Bare {
+	if l.hasAgent(&h) {
 		if _, err := api.NewClient(h.Socket).Free(ctx, api.FreeRequest{ID: p.ID}); err != nil {
 			return fmt.Errorf("give the addresses of pod %s back to the agent on %s: %w", pod, h.Name, err)
 		}

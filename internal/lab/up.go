@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 
 	"github.com/tulle-net/tulle/internal/sys"
 )
@@ -84,7 +83,6 @@ func (l *Lab) build(ctx context.Context, progress Progress) error {
 	for n := 1; n <= o.Nodes; n++ {
 		l.st.Hosts = append(l.st.Hosts, l.planHost(n, (n-1)%o.Subnets+1))
 	}
-	slices.SortStableFunc(l.st.Hosts, func(a, b Host) int { return a.Number - b.Number })
 	if err := l.st.save(); err != nil {
 		return err
 	}
@@ -212,6 +210,9 @@ func clean(ctx context.Context, name string) error {
 		return err
 	}
 	for _, p := range processesIn(name, ns) {
+		if p.PID == os.Getpid() {
+			continue // `tulle lab exec HOST -- tulle lab down`
+		}
 		err = errors.Join(err, p.end(ctx, sigKill))
 	}
 	if err != nil {

@@ -101,6 +101,10 @@ func veth(h *sys.Netlink, name, peer, peerNS string, mtu int, mac, peerMAC net.H
 	return nil
 }
 
+// noDAD makes an interface's link-local address usable at once: duplicate address detection would hold the first packets
+// back for a second.
+func noDAD(dev string) [2]string { return [2]string{"ipv6/conf/" + dev + "/accept_dad", "0"} }
+
 var forwarding = [][2]string{{"ipv4/ip_forward", "1"}, {"ipv6/conf/all/forwarding", "1"}}
 
 // buildRouter makes the router's namespace with a bridge for each subnet.
@@ -112,6 +116,7 @@ func (l *Lab) buildRouter() error {
 	}
 	// The bridges are wires: what crosses them is no business of a packet filter.
 	settings := append([][2]string{
+		noDAD("default"),
 		{"bridge/bridge-nf-call-iptables", "0"}, {"bridge/bridge-nf-call-ip6tables", "0"}, {"bridge/bridge-nf-call-arptables", "0"},
 		{"ipv4/conf/all/send_redirects", "0"}, {"ipv4/conf/default/send_redirects", "0"},
 	}, forwarding...)
@@ -175,12 +180,8 @@ func (l *Lab) buildHost(host *Host) error {
 	if err := router.LinkSetMaster(port, bridge); err != nil {
 		return fmt.Errorf("plug %s into %s: %w", host.Name, bridgeName(host.Subnet), err)
 	}
-	// With agents the forwarding of a host is theirs to switch on.
-	settings := [][2]string{{"ipv6/conf/eth0/accept_ra", "0"}}
-	if o.Bare {
-		settings = append(settings, forwarding...)
-	}
-	if err := sysctl(host.Netns, settings...); err != nil {
+	// Forwarding is for the agent to switch on.
+	if err := sysctl(host.Netns, [2]string{"ipv6/conf/eth0/accept_ra", "0"}, noDAD("eth0")); err != nil {
 		return err
 	}
 	h, err := netlinkIn(host.Netns)
@@ -194,8 +195,7 @@ func (l *Lab) buildHost(host *Host) error {
 	return l.addressHost(h, host)
 }
 
-// addressHost brings eth0 up with its addresses and default routes. A link that was down has lost its IPv6 addresses and
-// all routes, so Plug needs this again.
+// addressHost brings eth0 up with its addresses and default routes.
 func (l *Lab) addressHost(h *sys.Netlink, host *Host) error {
 	link, err := linkUp(h, "eth0")
 	if err != nil {
@@ -230,6 +230,9 @@ func (l *Lab) buildPod(host *Host, pod *Pod) error {
 	}
 	defer ph.Close()
 	if err := veth(hh, pod.hostVeth(), "eth0", pod.Netns, pod.MTU, hostVethMAC, pod.mac(host)); err != nil {
+		return err
+	}
+	if err := errors.Join(sysctl(host.Netns, noDAD(pod.hostVeth())), sysctl(pod.Netns, noDAD("eth0"))); err != nil {
 		return err
 	}
 	if err := podSide(ph, pod); err != nil {

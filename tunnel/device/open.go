@@ -220,7 +220,9 @@ func (d *Device) addQueue(fd int) error {
 		sys.Close(fd)
 		return err
 	}
-	d.queues = append(d.queues, &Queue{fd: fd, dev: d, poller: p})
+	q := &Queue{fd: fd, dev: d, poller: p}
+	q.writer = q.NewWriter()
+	d.queues = append(d.queues, q)
 	return nil
 }
 

@@ -153,7 +153,7 @@ var sink uint16
 func BenchmarkSum(b *testing.B) {
 	buf := make([]byte, 65536)
 	for name, sum := range implementations() {
-		for _, n := range []int{20, 40, 64, 256, 1400, 65536} {
+		for _, n := range []int{20, 40, 64, 128, 192, 256, 1400, 65536} {
 			b.Run(fmt.Sprintf("%s/%d", name, n), func(b *testing.B) {
 				b.SetBytes(int64(n))
 				b.ReportAllocs()

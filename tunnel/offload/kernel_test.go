@@ -127,7 +127,6 @@ func (k *kernelPath) receive(t *testing.T, f *flow, n int) [][]byte {
 			out = append(out, p)
 		}
 	}
-	return out
 }
 
 // forwarded returns the flow as it is behind a router.

@@ -142,7 +142,8 @@ type State struct {
 	reason string
 
 	srtt, rttvar time.Duration
-	misses       int // liveness probes given up since the last answer
+	lastAnswer   time.Time // when the last answer came
+	misses       int       // liveness probes sent and given up since then
 	nextLive     time.Time
 	lastLive     time.Time // when the last liveness probe was sent
 	lastUsed     time.Time
@@ -242,17 +243,21 @@ func (s *State) giveUp(now time.Time, p *pending) {
 		return
 	}
 	s.setOutcome(p.seq, lost)
-	s.misses++
-	s.soon(now)
+	if !p.sent.Before(s.lastAnswer) { // an answer since then says more than this loss
+		s.misses++
+	}
+	if s.up {
+		s.soon(s.cfg.Retry)
+	}
 	if s.up && s.misses >= s.cfg.DownAfter {
 		s.change(now, false, fmt.Sprintf("%d probes unanswered", s.misses))
 		s.pmtu.stop()
 	}
 }
 
-// soon draws the next liveness probe to one retry after the last.
-func (s *State) soon(now time.Time) {
-	if at := s.lastLive.Add(s.interval(now)); at.Before(s.nextLive) {
+// soon draws the next liveness probe to d after the last.
+func (s *State) soon(d time.Duration) {
+	if at := s.lastLive.Add(d); at.Before(s.nextLive) {
 		s.nextLive = at
 	}
 }
@@ -281,7 +286,7 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 		return // says nothing about the present
 	}
 	s.sample(now.Sub(p.sent))
-	s.misses = 0
+	s.lastAnswer, s.misses = now, 0
 	if !p.forMTU {
 		s.setOutcome(p.seq, answered)
 	}
@@ -319,16 +324,14 @@ func (s *State) sample(r time.Duration) {
 func (s *State) Used(now time.Time) {
 	s.lastUsed = now
 	if s.up && s.misses == 0 {
-		s.soon(now)
+		s.soon(s.cfg.Busy)
 	}
 }
 
 // Poke makes a liveness probe due at once, for instance because the peer has been
 // heard of again. It cannot make probes come closer together than Retry/10.
 func (s *State) Poke(now time.Time) {
-	if at := s.lastLive.Add(s.cfg.Retry / 10); at.Before(s.nextLive) {
-		s.nextLive = at
-	}
+	s.soon(s.cfg.Retry / 10)
 }
 
 // TooBig says that a router on the way (ICMP that quotes a packet of ours) or the

@@ -30,6 +30,7 @@ type network struct {
 	flying []flight
 	sent   []Probe
 	proven int             // largest size ever answered
+	heard  time.Time       // last answer
 	check  func(*network)  // after every step
 	answer func(p *flight) // may change an answer
 }
@@ -67,7 +68,7 @@ func (n *network) run(t interface{ Fatalf(string, ...any) }, end time.Time) {
 		if i >= 0 {
 			f := n.flying[i]
 			n.flying = append(n.flying[:i], n.flying[i+1:]...)
-			n.proven = max(n.proven, f.size)
+			n.proven, n.heard = max(n.proven, f.size), n.now
 			n.s.Answered(n.now, f.nonce, f.size)
 			if !n.s.Snapshot().Up {
 				t.Fatalf("down at the moment of an answer: %+v", n.s.Snapshot())

@@ -187,7 +187,7 @@ func (m *plpmtu) answered(now time.Time, nonce uint64, size mtu.TUN) {
 	}
 	// After a black hole base and error test what is believed already.
 	testing := m.state == base || m.state == failing
-	if size < m.proven || size == m.proven && !testing || testing && size < m.size {
+	if testing && size < m.size || !testing && size <= m.proven {
 		return
 	}
 	m.proven = size
@@ -221,12 +221,12 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 	case complete: // black hole, RFC 8899 §4.3
 		m.epoch++
 		m.hi = m.size
-		m.proven = min(m.proven, m.cfg.Base)
+		m.proven = min(m.proven, m.cfg.Base, m.hi-1)
 		m.enterBase(now)
 	case base:
 		m.epoch++
 		m.hi = m.size
-		m.proven = min(m.proven, m.cfg.Min)
+		m.proven = min(m.proven, m.cfg.Min, m.hi-1)
 		m.state = failing
 		m.test(now, m.cfg.Min)
 	case failing: // nothing but small packets passes: keep trying, slowly

@@ -234,6 +234,9 @@ func TestPathProperties(t *testing.T) {
 			if int(i.MTU) > n.proven || i.MTU > limit {
 				t.Fatalf("MTU %d, proven %d, link %d", i.MTU, n.proven, limit)
 			}
+			if m := &s.pmtu; m.hi != 0 && m.proven >= m.hi {
+				t.Fatalf("%d is both proven and refuted (%d)", m.proven, m.hi)
+			}
 			if i.Up && i.RTT <= 0 || i.Loss < 0 || i.Loss > 1 || len(s.pending) > maxPending {
 				t.Fatalf("%+v, %d pending", i, len(s.pending))
 			}
@@ -277,6 +280,19 @@ func TestPathProperties(t *testing.T) {
 	})
 }
 
+// A size whose black hole begins just below it: base and size in use are the same.
+func TestBlackHoleAtBase(t *testing.T) {
+	s := newState(Config{Max: 602})
+	n := newNetwork(s)
+	n.run(t, epoch.Add(time.Second))
+	n.mtu = 601
+	s.Used(n.now.Add(20 * time.Second))
+	n.run(t, n.now.Add(time.Minute))
+	if i := s.Snapshot(); i.MTU != 601 || i.Search != "complete" || i.Probed > 40 {
+		t.Errorf("%+v", i)
+	}
+}
+
 // The path goes down only when DownAfter probes in a row were given up without an
 // answer in between.
 func TestDownNeedsSilence(t *testing.T) {
@@ -287,20 +303,19 @@ func TestDownNeedsSilence(t *testing.T) {
 		pattern := rapid.SliceOfN(rapid.Bool(), 1, 60).Draw(t, "lost")
 		k := 0
 		n.lose = func() bool { k++; return k <= len(pattern) && pattern[k-1] }
-		var lastAnswer time.Time
 		wasUp := false
-		n.answer = func(f *flight) { lastAnswer = f.at }
 		n.check = func(n *network) {
 			up := s.Snapshot().Up
-			if wasUp && !up && n.now.Sub(lastAnswer) < 2*time.Second {
-				t.Fatalf("down %v after an answer", n.now.Sub(lastAnswer))
+			if wasUp && !up && n.now.Sub(n.heard) < 3*time.Second {
+				t.Fatalf("down %v after an answer", n.now.Sub(n.heard))
 			}
 			wasUp = up
 		}
-		for range 100 {
+		for i := 0; i < 100 || k <= len(pattern); i++ {
 			s.Used(n.now)
 			n.run(t, n.now.Add(time.Second))
 		}
+		n.run(t, n.now.Add(11*time.Second))
 		if !s.Snapshot().Up {
 			t.Fatalf("not up after the losses: %+v", s.Snapshot())
 		}

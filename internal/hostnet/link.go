@@ -9,26 +9,17 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// attempts bounds how often a dump is repeated that the kernel says was torn by a change
-// (NLM_F_DUMP_INTR), and that would otherwise be acted upon.
-const attempts = 20
-
-// dump repeats list until the kernel gives a consistent answer.
+// dump is sys.RetryDump with what is listed in its error.
 func dump[T any](what string, list func() (T, error)) (T, error) {
-	var v T
-	var err error
-	for range attempts {
-		v, err = list()
-		if err == nil {
-			return v, nil
-		}
-		if !errors.Is(err, netlink.ErrDumpInterrupted) && !errors.Is(err, unix.EINTR) {
-			break
-		}
+	v, err := sys.RetryDump(list)
+	if err != nil {
+		return v, fmt.Errorf("hostnet: list %s: %w", what, err)
 	}
-	return v, fmt.Errorf("hostnet: list %s: %w", what, err)
+	return v, nil
 }
 
 // reconcileLink brings the TUN device up with its MTU.

@@ -6,6 +6,8 @@ import (
 	"runtime"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
 )
 
 // namespace is the network namespace that a Reconciler works in. Its netlink
@@ -44,7 +46,7 @@ func (n *namespace) close() error {
 }
 
 // do runs f on a thread that is in the namespace. An agent's threads all are, and it
-// needs no CAP_SYS_ADMIN; elsewhere (the lab, tests) a thread is made for it and thrown away.
+// needs no CAP_SYS_ADMIN; elsewhere (the lab, tests) another thread enters it.
 func (n *namespace) do(f func() error) error {
 	runtime.LockOSThread()
 	var st unix.Stat_t
@@ -57,15 +59,5 @@ func (n *namespace) do(f func() error) error {
 		return f()
 	}
 	runtime.UnlockOSThread()
-	done := make(chan error, 1)
-	go func() {
-		// Not unlocked: the runtime ends the thread together with the goroutine.
-		runtime.LockOSThread()
-		if err := unix.Setns(int(n.file.Fd()), unix.CLONE_NEWNET); err != nil {
-			done <- fmt.Errorf("hostnet: enter the network namespace: %w", err)
-			return
-		}
-		done <- f()
-	}()
-	return <-done
+	return sys.WithNetnsFD(int(n.file.Fd()), f)
 }

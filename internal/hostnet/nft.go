@@ -149,7 +149,8 @@ func (p *pass) reconcileNFT() error {
 
 // read gives the table as it is; nil when there is none.
 func (c *nftConn) read() (*nftTable, error) {
-	// A change in between shows as a missing object: ask again.
+	// A change in between shows as a missing object: ask again, a few times.
+	const attempts = 5
 	var t *nftTable
 	var err error
 	for range attempts {

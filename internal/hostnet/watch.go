@@ -5,7 +5,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"sync"
@@ -48,7 +47,7 @@ func (r *Reconciler) Watch(ctx context.Context, changed func()) error {
 		concerns func(nl.Message) bool
 	}{{route, r.routeEvent}, {nft, r.nftEvent}} {
 		wg.Go(func() {
-			if err := receive(w.conn, w.concerns, events); err != nil {
+			if err := receive(ctx, w.conn, w.concerns, events); err != nil {
 				failed <- err
 			}
 		})
@@ -98,17 +97,14 @@ func listen(protocol int, groups ...uint32) (*nl.Conn, error) {
 	return c, nil
 }
 
-// receive reads events until the socket is closed.
-func receive(c *nl.Conn, concerns func(nl.Message) bool, events chan<- struct{}) error {
+// receive reads events until ctx has ended and the socket is closed.
+func receive(ctx context.Context, c *nl.Conn, concerns func(nl.Message) bool, events chan<- struct{}) error {
 	for {
 		msgs, err := c.Receive()
 		switch {
-		case err == nil:
-		case errors.Is(err, unix.ENOBUFS):
-			// Events were lost, any of which may have concerned us.
-		case errors.Is(err, net.ErrClosed), errors.Is(err, unix.EBADF), isClosed(err):
+		case ctx.Err() != nil:
 			return nil
-		default:
+		case err != nil && !errors.Is(err, unix.ENOBUFS): // there, any of the lost events may concern us
 			return err
 		}
 		if err != nil || slices.ContainsFunc(msgs, concerns) {
@@ -118,13 +114,6 @@ func receive(c *nl.Conn, concerns func(nl.Message) bool, events chan<- struct{})
 			}
 		}
 	}
-}
-
-// isClosed recognises the poller's error for a socket closed while it is read, which
-// mdlayher/netlink wraps in its own type.
-func isClosed(err error) bool {
-	var op *nl.OpError
-	return errors.As(err, &op) && (op.Err.Error() == "use of closed file" || errors.Is(op.Err, net.ErrClosed))
 }
 
 // nftEvent: whatever names our table and does not come from our own socket.

@@ -45,6 +45,7 @@ type State struct {
 	Cooling     []Cooling      `json:"cooling,omitempty"`
 	Peers       []Peer         `json:"peers,omitempty"`
 	Granted     []Granted      `json:"granted,omitempty"`
+	Promises    []Promise      `json:"promises,omitempty"`
 }
 
 // A Peer is another node that this one has known.
@@ -65,4 +66,11 @@ type Granted struct {
 type Cooling struct {
 	Addr  netip.Addr `json:"addr"`
 	Until time.Time  `json:"until"`
+}
+
+// Promise is a node's word to let nobody but To forget Victim until a moment.
+type Promise struct {
+	Victim ID        `json:"victim"`
+	To     ID        `json:"to"`
+	Until  time.Time `json:"until"`
 }

@@ -2,25 +2,37 @@ package offload
 
 import "encoding/binary"
 
-// compare tells in a few 64-bit operations whether a packet's headers equal those of the first one
-// of a run in all that must be equal. Fields that may differ (lengths, ID, checksums,
-// sequence number, FIN and PSH) are masked out; the Joiner looks at them itself.
-type compare struct {
-	words int // of 8 bytes; the last ends with the headers and may overlap the one before
-	last  int // offset of the last word
-	want  [(maxJoinHeaders + 7) / 8]uint64
-	mask  [(maxJoinHeaders + 7) / 8]uint64
+// equalMask has ones in all bits of a packet's headers that are equal in all packets of a run, as little-endian
+// words. Lengths, IPv4 ID, checksums, TCP sequence number, FIN, PSH and CWR are left
+// out: the Joiner looks at them itself. TCP options must be equal.
+type equalMask [(maxJoinHeaders + 7) / 8]uint64
+
+// maskOf returns the mask for packets of l's kind, which have neither IP options nor
+// extension headers.
+func maskOf(l *layout) *equalMask {
+	i := 0
+	if l.v6 {
+		i = 2
+	}
+	if l.proto == protoTCP {
+		i++
+	}
+	return &equalMasks[i]
 }
 
-// set makes pkt, whose layout is l, the packet to compare with. CWR is wanted to be
-// absent: a run may have it on its first packet only.
-func (c *compare) set(pkt []byte, l *layout) {
-	var want, mask [maxJoinHeaders]byte
-	copy(want[:], pkt[:l.hdr])
-	for i := range l.hdr {
-		mask[i] = 0xff
+var equalMasks = [4]equalMask{
+	newEqualMask(&layout{proto: protoUDP, l4: ipv4MinLen}),
+	newEqualMask(&layout{proto: protoTCP, l4: ipv4MinLen}),
+	newEqualMask(&layout{v6: true, proto: protoUDP, l4: ipv6Len}),
+	newEqualMask(&layout{v6: true, proto: protoTCP, l4: ipv6Len}),
+}
+
+func newEqualMask(l *layout) (m equalMask) {
+	var b [8 * len(m)]byte
+	for i := range b {
+		b[i] = 0xff
 	}
-	ignore := func(from, n int) { clear(mask[from : from+n]) }
+	ignore := func(from, n int) { clear(b[from : from+n]) }
 	if l.v6 {
 		ignore(4, 2) // payload length
 	} else {
@@ -30,30 +42,27 @@ func (c *compare) set(pkt []byte, l *layout) {
 	ignore(l.csumField(), 2)
 	if l.proto == protoTCP {
 		ignore(l.l4+4, 4) // sequence number
-		mask[l.l4+13] = 0xff &^ (tcpFIN | tcpPSH)
-		want[l.l4+13] &^= tcpCWR
+		b[l.l4+13] = 0xff &^ (tcpFIN | tcpPSH | tcpCWR)
 	} else {
 		ignore(l.l4+4, 2) // length
 	}
-	c.words, c.last = 0, l.hdr-8
-	for off := 0; off < l.hdr; off += 8 {
-		off = min(off, c.last)
-		m := binary.NativeEndian.Uint64(mask[off:])
-		c.want[c.words] = binary.NativeEndian.Uint64(want[off:]) & m
-		c.mask[c.words] = m
-		c.words++
+	for i := range m {
+		m[i] = binary.LittleEndian.Uint64(b[8*i:])
 	}
+	return m
 }
 
-// same reports whether pkt, which is longer than the headers compared, has the same headers.
-func (c *compare) same(pkt []byte) bool {
+// same reports whether a and b, headers of equal length, a multiple of 4 and at most
+// maxJoinHeaders bytes, are equal under m.
+func (m *equalMask) same(a, b []byte) bool {
 	var diff uint64
-	n := c.words - 1
-	b := pkt
-	for i := range n {
-		diff |= binary.NativeEndian.Uint64(b)&c.mask[i] ^ c.want[i]
-		b = b[8:]
+	b = b[:len(a)]
+	i := 0
+	for ; i < len(m)-1 && i*8+8 <= len(a); i++ {
+		diff |= (binary.LittleEndian.Uint64(a[i*8:i*8+8]) ^ binary.LittleEndian.Uint64(b[i*8:i*8+8])) & m[i]
 	}
-	diff |= binary.NativeEndian.Uint64(pkt[c.last:])&c.mask[n] ^ c.want[n]
+	if rest := i * 8; rest+4 <= len(a) {
+		diff |= uint64(binary.LittleEndian.Uint32(a[rest:])^binary.LittleEndian.Uint32(b[rest:])) & m[i]
+	}
 	return diff == 0
 }

@@ -40,7 +40,7 @@ type Joiner struct {
 	total    int                  // bytes of the super-packet so far
 	open     bool                 // another packet may join
 	verified bool                 // the first packet's checksums have been found right
-	cmp      compare
+	mask     *equalMask
 	l        layout // of the first packet
 	mss      int    // its payload
 	seq      uint32 // TCP: the next sequence number
@@ -98,7 +98,7 @@ func (j *Joiner) start(pkt []byte) {
 	if !l.v6 {
 		j.id = binary.BigEndian.Uint16(pkt[4:])
 	}
-	j.cmp.set(pkt, l)
+	j.mask = maskOf(l)
 }
 
 // udpLength returns the length field of the UDP header at l4.
@@ -110,7 +110,7 @@ func udpLength(pkt []byte, l4 int) int {
 func (j *Joiner) join(pkt []byte) bool {
 	l := &j.l
 	n := len(pkt) - l.hdr // payload
-	if n <= 0 || n > j.mss || j.total+n > maxTotal || !j.cmp.same(pkt) {
+	if n <= 0 || n > j.mss || j.total+n > maxTotal || !j.mask.same(j.parts[0][:l.hdr], pkt[:l.hdr]) {
 		return false
 	}
 	// From here on pkt has the same versions, protocol, header lengths and ports.
@@ -139,7 +139,11 @@ func (j *Joiner) join(pkt []byte) bool {
 		if count == maxTSOSegments || binary.BigEndian.Uint32(pkt[l.l4+4:]) != j.seq {
 			return false
 		}
-		last = last || pkt[l.l4+13]&(tcpFIN|tcpPSH) != 0
+		flags := pkt[l.l4+13]
+		if flags&tcpCWR != 0 { // the first packet's alone
+			return false
+		}
+		last = last || flags&(tcpFIN|tcpPSH) != 0
 	} else {
 		if count == maxUSOSegments || udpLength(pkt, l.l4) != len(pkt)-l.l4 {
 			return false

@@ -54,7 +54,6 @@ type Gossip struct {
 	problems  problemSet
 	seeds     map[string]*seedState
 	lastDeath time.Time
-	hadPeers  bool
 	keys      keyWaiters
 }
 
@@ -98,7 +97,9 @@ func New(cfg Config) (*Gossip, error) {
 		RetransmitMult: 4,
 	}
 	for _, a := range cfg.LastPeers {
-		g.known[unmapPort(a)] = time.Now()
+		if a = unmapPort(a); a != g.bind && a.IsValid() && len(g.known) < maxKnown {
+			g.known[a] = time.Now()
+		}
 	}
 	meta := cfg.Meta
 	meta.ID, meta.Name, meta.Leaving = cfg.ID, cfg.Name, false
@@ -375,10 +376,6 @@ func (g *Gossip) announce(ctx context.Context) {
 // Leave tells the members that this node goes for good, so that none of them
 // suspects it first. Run goes on, and is to be ended by its context.
 func (g *Gossip) Leave(ctx context.Context) error {
-	n, err := g.current()
-	if err != nil {
-		return err
-	}
 	g.mu.Lock()
 	meta := g.meta
 	meta.Leaving = true
@@ -401,7 +398,8 @@ func (g *Gossip) Leave(ctx context.Context) error {
 	g.life.Lock() // no shutdown before it is over: memberlist panics
 	go func() {
 		defer g.life.Unlock()
-		if _, err := g.current(); err != nil {
+		n, err := g.current()
+		if err != nil {
 			done <- err
 			return
 		}

@@ -149,7 +149,6 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 	switch {
 	case state == StateAlive:
 		g.known[n.addr] = now
-		g.hadPeers = true
 		delete(g.guard.foreign, id)
 	case state == StateLeft:
 		delete(g.known, n.addr)
@@ -372,6 +371,7 @@ type Stats struct {
 	BytesReceived   uint64
 	PacketsSent     uint64 // UDP datagrams
 	PacketsReceived uint64
+	LargestPacket   uint64 // bytes of the largest datagram sent, without IP and UDP headers
 	Undecryptable   uint64 // messages that no key opens
 	Refused         uint64 // from other clusters
 	Malformed       uint64 // messages and metadata that could not be read
@@ -388,6 +388,7 @@ func (g *Gossip) Stats() Stats {
 		Queue: g.queue.NumQueued(), Health: g.health(),
 		BytesSent: g.traffic.sent.Load(), BytesReceived: g.traffic.received.Load(),
 		PacketsSent: g.traffic.packetsSent.Load(), PacketsReceived: g.traffic.packetsReceived.Load(),
+		LargestPacket: g.traffic.largest.Load(),
 		Undecryptable: g.count.undecryptable.Load(), Refused: g.count.refused.Load(),
 		Malformed: g.count.malformed.Load(), Dropped: g.inbox.dropped.Load(),
 	}

@@ -72,6 +72,11 @@ func (g *Gossip) rejoin(ctx context.Context) {
 		case <-ctx.Done():
 		case <-t.C:
 		case <-g.kick:
+			// News come in swarms: let them settle, and never spin.
+			select {
+			case <-ctx.Done():
+			case <-time.After(p.rejoinMin / 4):
+			}
 		}
 		t.Stop()
 	}

@@ -37,6 +37,7 @@ type transport struct {
 // traffic counts what went over a node's transports since it started.
 type traffic struct {
 	sent, received, packetsSent, packetsReceived atomic.Uint64
+	largest                                      atomic.Uint64 // datagram sent
 }
 
 const (
@@ -149,6 +150,11 @@ func (t *transport) write(b []byte, to string) (time.Time, error) {
 	if _, err = t.sendUDP.Load().WriteToUDPAddrPort(b, dst); err == nil {
 		t.traffic.sent.Add(uint64(len(b)))
 		t.traffic.packetsSent.Add(1)
+		for n := uint64(len(b)); ; {
+			if old := t.traffic.largest.Load(); n <= old || t.traffic.largest.CompareAndSwap(old, n) {
+				break
+			}
+		}
 	}
 	return time.Now(), err
 }

@@ -162,11 +162,13 @@ func (s *Socket) configure(o Options, domain int) error {
 			option{unix.SOL_IP, unix.IP_TTL, 64, "IP_TTL"})
 	} else {
 		opts = append(opts,
-			option{unix.SOL_IPV6, unix.IPV6_V6ONLY, 1, "IPV6_V6ONLY"},
 			option{unix.SOL_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE, "IPV6_MTU_DISCOVER"},
 			option{unix.SOL_IPV6, unix.IPV6_RECVTCLASS, 1, "IPV6_RECVTCLASS"},
 			option{unix.SOL_IPV6, unix.IPV6_RECVERR, 1, "IPV6_RECVERR"},
 			option{unix.SOL_IPV6, unix.IPV6_UNICAST_HOPS, 64, "IPV6_UNICAST_HOPS"})
+	}
+	if domain == unix.AF_INET6 && s.proto == 0 { // raw IPv6 sockets see no IPv4 anyway, and refuse the option
+		opts = append(opts, option{unix.SOL_IPV6, unix.IPV6_V6ONLY, 1, "IPV6_V6ONLY"})
 	}
 	if o.ReusePort {
 		opts = append(opts, option{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1, "SO_REUSEPORT"})

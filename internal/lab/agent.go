@@ -100,6 +100,29 @@ func (l *Lab) StartAgent(ctx context.Context, host string, args ...string) error
 	return l.startAgent(host, args...)
 }
 
+// RestartAgents stops all agents, starts them with further arguments, and waits until they are ready and all pods reach
+// each other.
+func (l *Lab) RestartAgents(ctx context.Context, args ...string) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, l.st.Options.Timeout, errTimeout{l.st.Options.Timeout})
+	defer cancel()
+	for _, h := range l.Hosts() {
+		if err := l.StopAgent(ctx, h.Name, syscall.SIGTERM); err != nil {
+			return err
+		}
+	}
+	for _, h := range l.Hosts() {
+		if err := l.StartAgent(ctx, h.Name, args...); err != nil {
+			return err
+		}
+	}
+	for _, h := range l.Hosts() {
+		if err := l.WaitReady(ctx, h.Name); err != nil {
+			return err
+		}
+	}
+	return l.WaitPods(ctx)
+}
+
 // startAgent starts a host's agent in its namespace and a session of its own: it outlives the process that made the lab.
 func (l *Lab) startAgent(host string, args ...string) error {
 	o := &l.st.Options

@@ -1,9 +1,9 @@
 package lab
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"slices"
 
@@ -16,42 +16,59 @@ import (
 )
 
 // Faults of the network. They are made at the router's end of the hosts' links, where nothing of them shows on the hosts
-// but that packets do not arrive.
+// but that packets do not arrive (or that the cable has no carrier).
 
 const splitTable = "tulle-lab-split"
 
 // Split cuts the network into groups of hosts that do not hear each other: what one group sends to another vanishes in
-// silence. Hosts in no group form one of their own. An earlier Split is replaced.
+// silence, whether it is bridged or routed. Hosts in no group form one of their own. An earlier Split is replaced.
+//
+// Packets get their sender's group as mark where they come in from its port, and are dropped where they would leave through
+// the port of a host of another group. What the router itself says (mark 0) reaches everybody.
 func (l *Lab) Split(groups ...[]string) error {
-	side := map[string]int{}
+	group := map[string]uint32{}
 	for i, g := range groups {
 		for _, name := range g {
 			if _, err := l.Host(name); err != nil {
 				return err
 			}
-			side[name] = i + 1
+			group[name] = uint32(i + 2)
 		}
 	}
 	return l.withSplitTable(func(c *nftables.Conn) error {
-		table := c.AddTable(&nftables.Table{Name: splitTable, Family: nftables.TableFamilyNetdev})
-		hosts := l.Hosts()
-		for _, from := range hosts {
-			// The ingress of the bridge's port comes before bridge and router: one place for both kinds of way.
-			chain := c.AddChain(&nftables.Chain{
-				Name: from.Name, Table: table, Type: nftables.ChainTypeFilter,
-				Hooknum: nftables.ChainHookIngress, Priority: nftables.ChainPriorityFilter, Device: from.Name,
-			})
-			for _, to := range hosts {
-				if side[from.Name] == side[to.Name] {
-					continue
-				}
-				for _, a := range to.Underlay {
-					c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: dropTo(a)})
-				}
-			}
+		table := c.AddTable(&nftables.Table{Name: splitTable, Family: nftables.TableFamilyBridge})
+		in := c.AddChain(&nftables.Chain{
+			Name: "in", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPrerouting, Priority: nftables.ChainPriorityFilter,
+		})
+		out := c.AddChain(&nftables.Chain{
+			Name: "out", Table: table, Type: nftables.ChainTypeFilter, Hooknum: nftables.ChainHookPostrouting, Priority: nftables.ChainPriorityFilter,
+		})
+		for _, h := range l.Hosts() {
+			mark := binary.NativeEndian.AppendUint32(nil, max(group[h.Name], 1))
+			c.AddRule(&nftables.Rule{Table: table, Chain: in, Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyIIFNAME, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: ifname(h.Name)},
+				&expr.Immediate{Register: 1, Data: mark},
+				&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1},
+			}})
+			c.AddRule(&nftables.Rule{Table: table, Chain: out, Exprs: []expr.Any{
+				&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: ifname(h.Name)},
+				&expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+				&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)},
+				&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: mark},
+				&expr.Verdict{Kind: expr.VerdictDrop},
+			}})
 		}
 		return nil
 	})
+}
+
+// ifname is an interface's name as nftables compares it.
+func ifname(name string) []byte {
+	b := make([]byte, unix.IFNAMSIZ)
+	copy(b, name)
+	return b
 }
 
 // Heal undoes Split.
@@ -69,7 +86,7 @@ func (l *Lab) withSplitTable(fn func(*nftables.Conn) error) error {
 		return fmt.Errorf("nftables: %w", err)
 	}
 	defer c.CloseLasting()
-	tables, err := c.ListTablesOfFamily(nftables.TableFamilyNetdev)
+	tables, err := c.ListTablesOfFamily(nftables.TableFamilyBridge)
 	if err != nil {
 		return fmt.Errorf("list nft tables: %w", err)
 	}
@@ -83,21 +100,6 @@ func (l *Lab) withSplitTable(fn func(*nftables.Conn) error) error {
 		return fmt.Errorf("split the network: %w", err)
 	}
 	return nil
-}
-
-// dropTo matches IP packets to one address: the network header's destination, at offset 16 (RFC 791) or 24 (RFC 8200).
-func dropTo(a netip.Addr) []expr.Any {
-	proto, offset := uint16(unix.ETH_P_IP), uint32(16)
-	if a.Is6() {
-		proto, offset = unix.ETH_P_IPV6, 24
-	}
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyPROTOCOL, Register: 1},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{byte(proto >> 8), byte(proto)}},
-		&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: uint32(a.BitLen() / 8)},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: a.AsSlice()},
-		&expr.Verdict{Kind: expr.VerdictDrop},
-	}
 }
 
 // Unplug pulls the cable of a host: its eth0 loses its carrier.

@@ -226,8 +226,7 @@ func (l *Lab) Ping(ctx context.Context, from, to string, addr netip.Addr) Pong {
 }
 
 // PingAll pings each address of each pod from every other pod and, with hosts, also from every host, and each host's tun
-// addresses from every pod and every other host. The answers come in the order of From, To, family. One ping of each From
-// is under way at a time.
+// addresses from every pod and every other host. The answers come in the order of From, To, family.
 func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 	type node struct {
 		name  string
@@ -261,18 +260,39 @@ func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 	results := make([][]Pong, len(nodes))
 	var wg sync.WaitGroup
 	for i, from := range nodes {
-		wg.Go(func() {
-			for j, to := range nodes {
-				for _, a := range to.addrs {
-					if i != j {
-						results[i] = append(results[i], p.ping(ctx, from.name, to.name, a))
-					}
+		for j, to := range nodes {
+			for _, a := range to.addrs {
+				if i != j {
+					results[i] = append(results[i], Pong{From: from.name, To: to.name, Addr: a})
 				}
 			}
-		})
+		}
+		wg.Go(func() { p.pingEach(ctx, results[i]) })
 	}
 	wg.Wait()
 	return slices.Concat(results...), ctx.Err()
+}
+
+// pingEach fills in the pongs, one after the other so that round trips are those of an idle network, but without waiting
+// long for one whose answer is late.
+func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
+	const patience = 20 * time.Millisecond
+	var wg sync.WaitGroup
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	for i := range pongs {
+		done := make(chan struct{})
+		wg.Go(func() {
+			defer close(done)
+			pongs[i] = p.ping(ctx, pongs[i].From, pongs[i].To, pongs[i].Addr)
+		})
+		late.Reset(patience)
+		select {
+		case <-done:
+		case <-late.C:
+		}
+	}
+	wg.Wait()
 }
 
 // WaitPods waits until all pods reach each other.

@@ -48,6 +48,8 @@ func newHost(t *testing.T) *host {
 		return err
 	})
 	t.Cleanup(h.nl.Close)
+	// Without duplicate address detection addresses serve at once.
+	h.setSysctl("net/ipv6/conf/default/accept_dad", "0")
 	h.up("lo")
 	return h
 }

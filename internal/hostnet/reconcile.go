@@ -149,7 +149,7 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	defer r.mu.Unlock()
 	r.wantMu.Lock()
 	tun := r.want.tun
-	r.want = wanted{tun: tun}
+	r.want = wanted{tun: tun, removed: true} // Watch stays silent about what follows
 	r.wantMu.Unlock()
 	clear(r.applied)
 
@@ -163,11 +163,12 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	case !errors.As(err, &gone):
 		errs = append(errs, fmt.Errorf("hostnet: TUN device %s: %w", tun, err))
 	}
-	errs = append(errs, r.removeRoutes(ctx, index))
+	// Sysctls before addresses: with addr_gen_mode as it was, the kernel makes the
+	// device a link-local address.
+	errs = append(errs, r.removeRoutes(ctx, index), r.nft.remove(), r.ns.do(r.sysctls.restore))
 	if link != nil && err == nil {
 		errs = append(errs, r.removeAddrs(link))
 	}
-	errs = append(errs, r.nft.remove(), r.ns.do(r.sysctls.restore))
 	return errors.Join(errs...)
 }
 
@@ -203,13 +204,14 @@ func (p *pass) keep(object, is string) { p.next[object] = is }
 // cause, from any other.
 type wanted struct {
 	tun      string
+	removed  bool // by Remove: nothing concerns us until the next Reconcile
 	index    int
 	mtu      int
 	v4, v6   bool
 	addrs    map[netip.Addr]bool
 	clusters []netip.Prefix
 	own      []netip.Prefix
-	prefixes map[netip.Prefix]bool
+	prefixes map[netip.Prefix]bool // of the routes into the tunnel
 	routes   map[routeKey]routeSpec
 }
 
@@ -222,8 +224,10 @@ func (r *Reconciler) setWanted(s *State, index int, routes map[routeKey]routeSpe
 	for _, a := range s.TunAddrs {
 		w.addrs[a] = true
 	}
-	for k := range routes {
-		w.prefixes[k.prefix] = true
+	for k, spec := range routes {
+		if !spec.unreachable { // there, others' routes are welcome
+			w.prefixes[k.prefix] = true
+		}
 	}
 	r.wantMu.Lock()
 	r.want = w

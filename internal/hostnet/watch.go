@@ -19,8 +19,9 @@ import (
 // within the cluster's space; a default route or an address of another device, by which
 // the underlay may have moved. What a Reconcile does itself is not reported.
 //
-// Events are gathered for Options.Debounce, calls never overlap, and Watch returns
-// nil when ctx ends. Not every sysctl tells (the kernel's RTM_NEWNETCONF has
+// It calls changed a first time as soon as it listens, so that nothing is missed between
+// an earlier Reconcile and then. Events are gathered for Options.Debounce, calls never
+// overlap, and Watch returns nil when ctx ends. Not every sysctl tells (the kernel's RTM_NEWNETCONF has
 // forwarding and rp_filter), so a slow periodic Reconcile belongs beside it.
 func (r *Reconciler) Watch(ctx context.Context, changed func()) error {
 	var route, nft *nl.Conn
@@ -56,6 +57,7 @@ func (r *Reconciler) Watch(ctx context.Context, changed func()) error {
 	defer nft.Close()
 	defer route.Close()
 	for {
+		changed()
 		select {
 		case <-ctx.Done():
 			return nil
@@ -72,7 +74,6 @@ func (r *Reconciler) Watch(ctx context.Context, changed func()) error {
 		case <-events:
 		default:
 		}
-		changed()
 	}
 }
 
@@ -141,6 +142,9 @@ func (r *Reconciler) routeEvent(m nl.Message) bool {
 	r.wantMu.Lock()
 	w := r.want
 	r.wantMu.Unlock()
+	if w.removed {
+		return false
+	}
 	switch t := uint16(m.Header.Type); t {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
 		return w.linkEvent(t == unix.RTM_NEWLINK, m.Data)

@@ -1,0 +1,219 @@
+package hostnet
+
+import (
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/expr"
+	"golang.org/x/sys/unix"
+)
+
+func TestDetectUnderlay(t *testing.T) {
+	two := func(h *host) {
+		h.device("eth0", "192.0.2.1/24", "192.0.2.3/24", "2001:db8::1/64")
+		h.device("eth1", "198.51.100.1/24", "2001:db8:1::1/64")
+		h.addrs("lo", "203.0.113.9/32")
+	}
+	for _, c := range []struct {
+		name  string
+		setup func(h *host)
+		want  string
+		seeds []netip.Addr
+		iface string
+		addrs []netip.Addr
+		err   []string // parts of the refusal
+	}{
+		{name: "by a seed on the same subnet", setup: two, seeds: ips("198.51.100.7"), iface: "eth1", addrs: ips("198.51.100.1", "2001:db8:1::1")},
+		{name: "by an IPv6 seed", setup: two, seeds: ips("2001:db8::7"), iface: "eth0", addrs: ips("2001:db8::1", "192.0.2.1")},
+		{name: "by a seed which is this host", setup: two, seeds: ips("192.0.2.1", "192.0.2.8"), iface: "eth0", addrs: ips("192.0.2.1", "2001:db8::1")},
+		{name: "by a seed behind a router, with a source", setup: func(h *host) {
+			two(h)
+			rt := h.route("203.0.113.0/28", "198.51.100.254", "eth1", 0, unix.RTPROT_STATIC)
+			h.check(h.nl.RouteDel(rt))
+			rt.Src = []byte{192, 0, 2, 3}
+			h.check(h.nl.RouteAdd(rt))
+		}, seeds: ips("203.0.113.1"), iface: "eth1", addrs: ips("192.0.2.3", "2001:db8:1::1")},
+		{name: "one seed without a route", setup: two, seeds: ips("203.0.113.200", "192.0.2.8"), iface: "eth0", addrs: ips("192.0.2.1", "2001:db8::1")},
+		{name: "seeds on two devices", setup: two, seeds: ips("192.0.2.8", "198.51.100.8"), err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
+		{name: "no route to the seed", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("203.0.113.1"), err: []string{"203.0.113.1"}},
+		{name: "loopback seed", setup: two, seeds: ips("127.0.0.1"), err: []string{"127.0.0.1", "loopback", "--underlay"}},
+		{name: "by name", setup: two, want: "eth1", iface: "eth1", addrs: ips("198.51.100.1", "2001:db8:1::1")},
+		{name: "by address", setup: two, want: "192.0.2.3", iface: "eth0", addrs: ips("192.0.2.3", "2001:db8::1")},
+		{name: "by IPv6 address", setup: two, want: "2001:db8:1::1", iface: "eth1", addrs: ips("2001:db8:1::1", "198.51.100.1")},
+		{name: "unknown name", setup: two, want: "eth7", err: []string{"eth7", "eth0 192.0.2.1", "--underlay"}},
+		{name: "unknown address", setup: two, want: "192.0.2.99", err: []string{"192.0.2.99", "eth1 198.51.100.1", "--underlay"}},
+		{name: "loopback address", setup: two, want: "127.0.0.1", err: []string{"loopback", "--underlay"}},
+		{name: "loopback device", setup: two, want: "lo", err: []string{"lo", "loopback", "--underlay"}},
+		{name: "address on the loopback device", setup: two, want: "203.0.113.9", err: []string{"lo", "loopback", "--underlay"}},
+		{name: "link-local address", setup: func(h *host) { h.device("eth0", "fe80::5/64") }, want: "fe80::5", err: []string{"link-local", "--underlay"}},
+		{name: "device without address", setup: func(h *host) { h.device("eth0") }, want: "eth0", err: []string{"eth0", "address"}},
+		{name: "default route", setup: func(h *host) {
+			two(h)
+			h.route("0.0.0.0/0", "198.51.100.254", "eth1", 0, unix.RTPROT_STATIC)
+		}, iface: "eth1", addrs: ips("198.51.100.1", "2001:db8:1::1")},
+		{name: "the better of two default routes", setup: func(h *host) {
+			two(h)
+			h.route("0.0.0.0/0", "198.51.100.254", "eth1", 100, unix.RTPROT_DHCP)
+			h.route("0.0.0.0/0", "192.0.2.254", "eth0", 50, unix.RTPROT_DHCP)
+		}, iface: "eth0", addrs: ips("192.0.2.1", "2001:db8::1")},
+		{name: "default routes of the families differ", setup: func(h *host) {
+			two(h)
+			h.route("0.0.0.0/0", "198.51.100.254", "eth1", 0, unix.RTPROT_STATIC)
+			h.route("::/0", "2001:db8::254", "eth0", 1024, unix.RTPROT_STATIC)
+		}, err: []string{"ambiguous", "eth0", "eth1", "--underlay"}},
+		{name: "no default route, one device", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, iface: "eth0", addrs: ips("192.0.2.1")},
+		{name: "no default route, two devices", setup: two, err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
+		{name: "nothing at all", setup: func(*host) {}, err: []string{"--underlay"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			c.setup(h)
+			var u Underlay
+			var err error
+			h.do(func() error { u, err = DetectUnderlay(c.want, c.seeds); return nil })
+			if c.err != nil {
+				wantError(t, err, c.err...)
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if u.Iface != c.iface || u.MTU != 1500 || u.Index != h.link(c.iface).Attrs().Index || !slices.Equal(u.Addrs, c.addrs) {
+				t.Errorf("got %+v, want %s %v", u, c.iface, c.addrs)
+			}
+		})
+	}
+}
+
+func TestCheckOverlap(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		setup func(h *host)
+		own   []netip.Prefix
+		err   []string
+	}{
+		{name: "nothing near", setup: func(h *host) { h.device("eth0", "192.0.2.1/24", "2001:db8::1/64") }},
+		{name: "address inside", setup: func(h *host) { h.device("eth0", "10.244.7.1/24") }, err: []string{"10.244.0.0/16", "10.244.7.1/24 on eth0", "--cluster-cidr"}},
+		{name: "IPv6 address inside", setup: func(h *host) { h.device("eth0", "fd00:244:7::1/64") }, err: []string{"fd00:244::/32", "fd00:244:7::1/64 on eth0", "--cluster-cidr"}},
+		{name: "connected network around", setup: func(h *host) { h.device("eth0", "10.1.0.1/8") }, err: []string{"route 10.0.0.0/8 dev eth0", "--cluster-cidr"}},
+		{name: "routed network around", setup: func(h *host) {
+			h.device("eth0", "192.0.2.1/24")
+			h.route("10.0.0.0/8", "192.0.2.254", "eth0", 0, unix.RTPROT_STATIC)
+			h.route("0.0.0.0/0", "192.0.2.254", "eth0", 0, unix.RTPROT_STATIC)
+		}},
+		{name: "route inside", setup: func(h *host) {
+			h.device("eth0", "192.0.2.1/24")
+			h.route("10.244.9.0/24", "192.0.2.254", "eth0", 0, unix.RTPROT_BGP)
+		}, err: []string{"route 10.244.9.0/24 via 192.0.2.254 dev eth0 proto bgp", "--cluster-cidr"}},
+		{name: "the very route", setup: func(h *host) {
+			h.device("eth0", "192.0.2.1/24")
+			h.route("10.244.0.0/16", "192.0.2.254", "eth0", 0, unix.RTPROT_STATIC)
+		}, err: []string{"route 10.244.0.0/16 via 192.0.2.254 dev eth0 proto static", "--cluster-cidr"}},
+		{name: "what an earlier run left", setup: func(h *host) {
+			h.tun("tun0")
+			h.reconcile(h.reconciler(Options{}), dual())
+			h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64")
+		}, own: pfx("10.244.1.0/24", "fd00:244:0:1::/64")},
+		{name: "pods, of space that is not ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24") }, own: pfx("10.244.2.0/24"), err: []string{"10.244.1.1/24 on pods"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			c.setup(h)
+			var err error
+			h.do(func() error { err = CheckOverlap("tun0", pfx("10.244.0.0/16", "fd00:244::/32"), c.own); return nil })
+			if c.err != nil {
+				wantError(t, err, c.err...)
+			} else if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestCheckMembers(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+	h.reconcile(h.reconciler(Options{}), dual())
+	h.route("203.0.113.0/24", "", "tun0", 0, unix.RTPROT_STATIC)
+	h.route("2001:db8:9::/64", "", "tun0", 1024, unix.RTPROT_STATIC)
+	var got []Problem
+	h.do(func() (err error) {
+		got, err = CheckMembers("tun0", ips("192.0.2.1", "192.0.2.2", "203.0.113.5", "198.51.100.1", "2001:db8::2", "2001:db8:9::5"))
+		return err
+	})
+	if len(got) != 2 || !strings.Contains(got[0].What, "203.0.113.5") || !strings.Contains(got[1].What, "2001:db8:9::5") {
+		t.Errorf("problems %v", got)
+	}
+}
+
+func TestForwardProblems(t *testing.T) {
+	policy := func(p nftables.ChainPolicy) *nftables.ChainPolicy { return &p }
+	accept := &expr.Verdict{Kind: expr.VerdictAccept}
+	dropped := &expr.Verdict{Kind: expr.VerdictDrop}
+	byName := func(key expr.MetaKey, name string, then ...expr.Any) []expr.Any {
+		return append(equal(&expr.Meta{Key: key, Register: 1}, ifname(name)...), then...)
+	}
+	cluster := func(then ...expr.Any) []expr.Any { // ip saddr 10.244.0.0/16, as nft writes it
+		return append(equal(&expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: 12, Len: 2}, 10, 244), then...)
+	}
+	for _, c := range []struct {
+		name   string
+		table  string
+		family nftables.TableFamily
+		chain  string
+		hook   *nftables.ChainHook
+		policy *nftables.ChainPolicy
+		rules  [][]expr.Any
+		want   []string
+	}{
+		{name: "none", table: "t", family: nftables.TableFamilyINet, chain: "forward", policy: policy(nftables.ChainPolicyAccept)},
+		{name: "policy drop", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), want: []string{"inet t fwd", "policy drop", `nft insert rule inet t fwd iifname "tun0" accept`}},
+		{name: "policy drop on input is none of ours", table: "t", family: nftables.TableFamilyINet, chain: "in", hook: nftables.ChainHookInput, policy: policy(nftables.ChainPolicyDrop)},
+		{name: "iptables-nft", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), want: []string{"ip filter FORWARD", "iptables -I FORWARD -i tun0 -j ACCEPT"}},
+		{name: "ip6tables-nft", table: "filter", family: nftables.TableFamilyIPv6, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), want: []string{"ip6 filter FORWARD", "ip6tables -I FORWARD"}},
+		{name: "the device accepted", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{byName(expr.MetaKeyIIFNAME, "tun0", accept)}},
+		{name: "another device accepted", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{byName(expr.MetaKeyIIFNAME, "tun01", accept)}, want: []string{"FORWARD"}},
+		{name: "the device dropped by name", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{byName(expr.MetaKeyIIFNAME, "tun0", dropped)}, want: []string{"inet t fwd"}},
+		{name: "the cluster accepted", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{cluster(accept)}},
+		{name: "everything accepted", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{{&expr.Counter{}, accept}}},
+		{name: "firewalld", table: "firewalld", family: nftables.TableFamilyINet, chain: "filter_FORWARD", policy: policy(nftables.ChainPolicyAccept), rules: [][]expr.Any{{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}, want: []string{"inet firewalld filter_FORWARD", "last rule", "firewall-cmd"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			if c.hook == nil {
+				c.hook = nftables.ChainHookForward
+			}
+			h.nft(func(conn *nftables.Conn) error {
+				tab := conn.AddTable(&nftables.Table{Name: c.table, Family: c.family})
+				ch := conn.AddChain(&nftables.Chain{Name: c.chain, Table: tab, Type: nftables.ChainTypeFilter, Hooknum: c.hook, Priority: nftables.ChainPriorityFilter, Policy: c.policy})
+				for _, r := range c.rules {
+					conn.AddRule(&nftables.Rule{Table: tab, Chain: ch, Exprs: r})
+				}
+				return conn.Flush()
+			})
+			var got []Problem
+			h.do(func() (err error) {
+				got, err = ForwardProblems("tun0", pfx("10.244.0.0/16"))
+				return err
+			})
+			if c.want == nil {
+				if len(got) != 0 {
+					t.Errorf("problems %v", got)
+				}
+				return
+			}
+			if len(got) != 1 {
+				t.Fatalf("problems %v, want one", got)
+			}
+			for _, w := range c.want {
+				if !strings.Contains(got[0].String(), w) {
+					t.Errorf("%q is not in %q", w, got[0])
+				}
+			}
+		})
+	}
+}

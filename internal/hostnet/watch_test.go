@@ -1,0 +1,182 @@
+package hostnet
+
+import (
+	"context"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// watch counts callbacks until the test ends.
+func (h *host) watch(r *Reconciler) *atomic.Int64 {
+	h.t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	var calls atomic.Int64
+	done := make(chan error, 1)
+	go func() { done <- r.Watch(ctx, func() { calls.Add(1) }) }()
+	h.t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			h.t.Error(err)
+		}
+	})
+	eventually(h.t, "the watch begins", func() bool { return calls.Load() > 0 })
+	h.settle(&calls)
+	return &calls
+}
+
+// settle waits until no callback came for some debounce times.
+func (h *host) settle(calls *atomic.Int64) {
+	for last := int64(-1); last != calls.Load(); {
+		last = calls.Load()
+		time.Sleep(10 * watchDebounce)
+	}
+}
+
+const watchDebounce = 5 * time.Millisecond
+
+func watched(t *testing.T) (*host, *Reconciler, *atomic.Int64) {
+	t.Helper()
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+	r := h.reconciler(Options{Tun: "tun0", Debounce: watchDebounce})
+	h.reconcile(r, dual())
+	return h, r, h.watch(r)
+}
+
+func TestWatchTells(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		damage func(h *host)
+	}{
+		{"route deleted", func(h *host) {
+			h.check(h.nl.RouteDel(&netlink.Route{Dst: dst("10.244.2.0/24"), Scope: netlink.SCOPE_NOWHERE}))
+		}},
+		{"IPv6 route deleted", func(h *host) { h.check(h.nl.RouteDel(&netlink.Route{Dst: dst("fd00:244:0:2::/64")})) }},
+		{"route taken over by another", func(h *host) {
+			h.check(h.nl.RouteReplace(&netlink.Route{Dst: dst("10.244.2.0/24"), Gw: []byte{192, 0, 2, 7}, Protocol: unix.RTPROT_STATIC}))
+		}},
+		{"foreign route inside the cluster", func(h *host) { h.route("10.244.9.0/24", "192.0.2.7", "eth0", 0, unix.RTPROT_STATIC) }},
+		{"address deleted", func(h *host) {
+			h.check(h.nl.AddrDel(h.link("tun0"), &netlink.Addr{IPNet: dst("10.244.1.0/32")}))
+		}},
+		{"another address on the device", func(h *host) { h.addrs("tun0", "10.9.9.9/32") }},
+		{"device down", func(h *host) { h.check(h.nl.LinkSetDown(h.link("tun0"))) }},
+		{"device gone", func(h *host) { h.check(h.nl.LinkDel(h.link("tun0"))) }},
+		{"device's MTU", func(h *host) { h.check(h.nl.LinkSetMTU(h.link("tun0"), 1300)) }},
+		{"ruleset flushed", func(h *host) {
+			h.nft(func(c *nftables.Conn) error { c.FlushRuleset(); return c.Flush() })
+		}},
+		{"member deleted from the set", func(h *host) {
+			h.nft(func(c *nftables.Conn) error {
+				c.FlushSet(&nftables.Set{Table: ourTable, Name: "members4"})
+				return c.Flush()
+			})
+		}},
+		{"forwarding off", func(h *host) { h.setSysctl("net/ipv4/ip_forward", "0") }},
+		{"IPv6 forwarding off", func(h *host) { h.setSysctl("net/ipv6/conf/all/forwarding", "0") }},
+		{"rp_filter", func(h *host) { h.setSysctl("net/ipv4/conf/tun0/rp_filter", "1") }},
+		{"default route", func(h *host) { h.route("0.0.0.0/0", "192.0.2.7", "eth0", 0, unix.RTPROT_STATIC) }},
+		{"underlay address", func(h *host) { h.addrs("eth0", "192.0.2.33/24") }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h, _, calls := watched(t)
+			before := calls.Load()
+			c.damage(h)
+			eventually(t, "a callback", func() bool { return calls.Load() > before })
+		})
+	}
+}
+
+func TestWatchIsSilent(t *testing.T) {
+	h, r, calls := watched(t)
+	quiet := func(what string, f func()) {
+		t.Helper()
+		before := calls.Load()
+		f()
+		h.settle(calls)
+		if n := calls.Load() - before; n != 0 {
+			t.Errorf("%s: %d callbacks", what, n)
+		}
+	}
+	quiet("a reconcile without work", func() { h.quiet(r, dual()) })
+	s := dual()
+	quiet("our own changes", func() {
+		s.Peers[0].MTU, s.Peers[2].MTU = 1300, 1300
+		s.Peers = append(s.Peers, PeerRoute{Prefix: pfx("10.244.66.0/24")[0]})
+		s.Members = append(s.Members, ips("192.0.2.44")...)
+		s.TunAddrs = ips("10.244.1.9", "fd00:244:0:1::9")
+		s.MTU = 1450
+		h.reconcile(r, s)
+		s.Peers = s.Peers[:3]
+		s.Masquerade = false
+		h.reconcile(r, s)
+	})
+	quiet("pods", func() {
+		h.device("veth-pod", "10.244.1.1/24", "fd00:244:0:1::1/64")
+		h.route("10.244.1.77/32", "", "veth-pod", 0, unix.RTPROT_STATIC)
+		h.check(h.nl.LinkDel(h.link("veth-pod")))
+	})
+	quiet("others' routes and tables", func() {
+		h.route("198.51.100.0/24", "192.0.2.7", "eth0", 0, unix.RTPROT_STATIC)
+		h.nft(func(c *nftables.Conn) error {
+			c.AddTable(&nftables.Table{Name: "theirs", Family: nftables.TableFamilyINet})
+			return c.Flush()
+		})
+	})
+	quiet("remove", func() { h.check(r.Remove(t.Context())) })
+}
+
+// Many events give few callbacks, and the last event is never lost.
+func TestWatchGathers(t *testing.T) {
+	h, _, calls := watched(t)
+	before := calls.Load()
+	for i := range 200 {
+		h.route("10.244.9.0/24", "192.0.2.7", "eth0", i+1, unix.RTPROT_STATIC)
+	}
+	eventually(t, "a callback", func() bool { return calls.Load() > before })
+	h.settle(calls)
+	if n := calls.Load() - before; n > 100 {
+		t.Errorf("%d callbacks for 200 events", n)
+	}
+}
+
+// With a Reconcile as its callback, damage is repaired and the two come to rest.
+func TestWatchAndReconcile(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	r := h.reconciler(Options{Tun: "tun0", Debounce: watchDebounce})
+	h.reconcile(r, dual())
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	var runs atomic.Int64
+	done := make(chan error, 1)
+	go func() {
+		done <- r.Watch(ctx, func() {
+			runs.Add(1)
+			if _, err := r.Reconcile(ctx, dual()); err != nil && ctx.Err() == nil {
+				t.Error(err)
+			}
+		})
+	}()
+	repaired := func() bool {
+		routes := h.routes()
+		return len(routes) == len(dualRoutes) && len(h.tables()) == 1
+	}
+	h.check(h.nl.RouteDel(&netlink.Route{Dst: dst("10.244.2.0/24"), Scope: netlink.SCOPE_NOWHERE}))
+	eventually(t, "the route is back", repaired) // even if it went before the watch began
+	h.nft(func(c *nftables.Conn) error { c.FlushRuleset(); return c.Flush() })
+	h.check(h.nl.LinkSetDown(h.link("tun0")))
+	eventually(t, "all is back", repaired)
+	h.settle(&runs)
+	h.wantRoutes(dualRoutes)
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

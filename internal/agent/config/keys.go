@@ -100,7 +100,7 @@ var keys = []key{
 		help: "VXLAN network identifier, 0 to 16777215; the same on all nodes",
 		set:  text(func(c *Config, s string) (err error) { c.VNI, err = parseVNI(s); return }),
 		show: func(c *Config) string { return strconv.FormatUint(uint64(c.VNI), 10) }},
-	{name: "paths", arg: "MODE[,MODE…]", def: "direct,udp,ipip,vxlan", list: true, live: true,
+	{name: "paths", arg: "MODE,...", def: "direct,udp,ipip,vxlan", list: true, live: true,
 		help: "encapsulations to send with, in order of preference; one name pins it",
 		doc:  "`direct` (the host's own route, no encapsulation), `udp`, `ipip`, `vxlan`. Whatever is chosen here, all of them are accepted from members.",
 		set:  func(c *Config, v []string) (err error) { c.Paths, err = parsePaths(v); return },

@@ -1,0 +1,104 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// client is what all commands have in common that talk to the agent.
+type client struct {
+	socket  string
+	output  string
+	timeout time.Duration
+}
+
+// flags gives cmd and its subcommands --socket, -o and --timeout.
+func (c *client) flags(cmd *cobra.Command, timeout time.Duration) *cobra.Command {
+	f := cmd.PersistentFlags()
+	f.StringVar(&c.socket, "socket", api.DefaultSocket, "control socket of the agent")
+	f.StringVarP(&c.output, "output", "o", "table", "`FORM` of the output: table or json")
+	f.DurationVar(&c.timeout, "timeout", timeout, "how long to wait for the agent")
+	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"table", "json"}, cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// ask makes the RunE of a command that asks the agent one thing and prints the answer: as JSON, or by table. healthy decides
+// between exit codes 0 and 1; nil means that an answer is enough.
+func ask[T any](c *client, call func(ctx context.Context, a *api.Client, args []string) (T, error),
+	table func(p *printer, v T), healthy func(v T) bool) func(*cobra.Command, []string) error {
+	return func(cmd *cobra.Command, args []string) error {
+		if c.output != "table" && c.output != "json" {
+			return usagef("--output %q: want table or json", c.output)
+		}
+		if c.timeout <= 0 {
+			return usagef("--timeout %v: want more than nothing, such as 10s", c.timeout)
+		}
+		ctx, cancel := context.WithTimeout(cmd.Context(), c.timeout)
+		defer cancel()
+		v, err := call(ctx, api.NewClient(c.socket), args)
+		if err != nil {
+			return err
+		}
+		if err := c.print(cmd.OutOrStdout(), v, func(p *printer) { table(p, v) }); err != nil {
+			return err
+		}
+		if healthy != nil && !healthy(v) {
+			return errUnhealthy
+		}
+		return nil
+	}
+}
+
+func (c *client) print(out io.Writer, v any, table func(*printer)) error {
+	if c.output == "json" {
+		enc := json.NewEncoder(out)
+		enc.SetIndent("", "  ")
+		enc.SetEscapeHTML(false)
+		return enc.Encode(v)
+	}
+	p := &printer{width: width(out), now: time.Now()}
+	table(p)
+	_, err := io.WriteString(out, p.String())
+	return err
+}
+
+// width is the number of columns of the terminal, or of $COLUMNS; 0 means no limit: out is a pipe or a file.
+func width(out io.Writer) int {
+	if n, err := strconv.Atoi(os.Getenv("COLUMNS")); err == nil && n > 0 {
+		return n
+	}
+	if f, ok := out.(*os.File); ok {
+		if ws, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ); err == nil {
+			return int(ws.Col)
+		}
+	}
+	return 0
+}
+
+// nodeNames completes the names of peers in one of the given states, or in any.
+func (c *client) nodeNames(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	if len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	ctx, cancel := context.WithTimeout(cmd.Context(), time.Second)
+	defer cancel()
+	peers, err := api.NewClient(c.socket).Peers(ctx)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var names []string
+	for _, p := range peers {
+		names = append(names, fmt.Sprintf("%s\t%s", p.Name, p.State))
+	}
+	return names, cobra.ShellCompDirectiveNoFileComp
+}

@@ -1,0 +1,126 @@
+package main
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// changeTimeout is for what is only done when other nodes have answered.
+const changeTimeout = 2 * time.Minute
+
+func leaveCommand() *cobra.Command {
+	c := new(client)
+	return c.flags(&cobra.Command{
+		Use:   "leave",
+		Short: "Give all of this node's address space to the others, for good",
+		Long: "Give all of this node's address space to the others, and leave the cluster for good. Stopping the agent is not\n" +
+			"leaving: a stopped node keeps its space, and its pods keep their routes.",
+		Args: exactly(),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.LeaveResult, error) { return a.Leave(ctx) },
+			func(p *printer, r api.LeaveResult) {
+				p.line("left the cluster")
+				printTransfers(p, r.Transfers)
+			}, nil),
+	}, changeTimeout)
+}
+
+func forgetCommand() *cobra.Command {
+	c := new(client)
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "forget NODE",
+		Short: "Take over the address space of a node that is dead and will not come back",
+		Long: "Take over the address space of a node that is dead and will not come back. It is refused while the node is alive or\n" +
+			"its tunnel answers, and while this node does not see a majority of the members, unless --force says that the others\n" +
+			"are dead too. If the node comes back after all, it gives up its space and says so.",
+		Args: exactly("a node"), ValidArgsFunction: c.nodeNames,
+		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.ForgetResult, error) {
+			return a.Forget(ctx, api.ForgetRequest{Node: args[0], Force: force})
+		}, func(p *printer, r api.ForgetResult) {
+			p.line("forgot %s", nodeRef(r.Node))
+			printTransfers(p, r.Transfers)
+		}, nil),
+	}
+	cmd.Flags().BoolVar(&force, "force", false, "even if this node does not see a majority of the members")
+	return c.flags(cmd, changeTimeout)
+}
+
+func printTransfers(p *printer, ts []api.Transfer) {
+	t := table{head: []string{"PREFIX", "FROM", "TO"}}
+	for _, x := range ts {
+		t.row(x.Prefix.String(), nodeRef(x.From), nodeRef(x.To))
+	}
+	p.table(&t)
+}
+
+func externalCommand() *cobra.Command {
+	c := new(client)
+	encap := "ipip"
+	prefix := func(s string) (netip.Prefix, error) {
+		p, err := netip.ParsePrefix(s)
+		if err != nil {
+			return p, usagef("%q is not a prefix such as 10.244.200.0/24", s)
+		}
+		if m := p.Masked(); m != p {
+			return p, usagef("%s has bits set behind its length; write %s", p, m)
+		}
+		return p, nil
+	}
+	show := func(word string) func(p *printer, e api.External) {
+		return func(p *printer, e api.External) {
+			p.line("%s %s at %s by %s, kept by %s", word, e.Prefix, e.Endpoint, e.Encapsulation, nodeRef(e.Owner))
+		}
+	}
+	add := &cobra.Command{
+		Use:     "add PREFIX ENDPOINT",
+		Short:   "Give a prefix out of this node's space to a router or host that has no agent",
+		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip",
+		Args:    exactly("a prefix", "the address of its endpoint"),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (e api.External, err error) {
+			p, err := prefix(args[0])
+			if err != nil {
+				return e, err
+			}
+			ep, err := netip.ParseAddr(args[1])
+			if err != nil {
+				return e, usagef("%q is not the address of an endpoint", args[1])
+			}
+			return a.ExternalAdd(ctx, api.ExternalRequest{Prefix: p, Endpoint: ep, Encapsulation: encap})
+		}, show("added"), nil),
+	}
+	add.Flags().StringVar(&encap, "encap", encap, "encapsulation: udp, ipip, vxlan or direct")
+	remove := &cobra.Command{
+		Use:   "remove PREFIX",
+		Short: "Take a prefix back",
+		Args:  exactly("a prefix"),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (e api.External, err error) {
+			p, err := prefix(args[0])
+			if err != nil {
+				return e, err
+			}
+			return a.ExternalRemove(ctx, p)
+		}, show("removed"), nil),
+	}
+	ls := &cobra.Command{
+		Use:   "list",
+		Short: "All external peers of the cluster",
+		Args:  exactly(),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) ([]api.External, error) { return a.Externals(ctx) },
+			func(p *printer, es []api.External) {
+				if len(es) == 0 {
+					p.line("no external peers")
+				}
+				t := table{head: []string{"PREFIX", "ENDPOINT", "PATH", "KEPT BY"}}
+				for _, e := range es {
+					t.row(e.Prefix.String(), e.Endpoint.String(), e.Encapsulation, nodeRef(e.Owner))
+				}
+				p.table(&t)
+			}, nil),
+	}
+	return c.flags(group("external", "Routers and hosts with a plain kernel tunnel and no agent", add, remove, ls), changeTimeout)
+}

@@ -1,0 +1,76 @@
+package main
+
+import (
+	"context"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+func peersCommand() *cobra.Command {
+	c := new(client)
+	return c.flags(&cobra.Command{
+		Use:   "peers",
+		Short: "A line a peer: state, prefixes, path, round trip time, loss, MTU, since when and why",
+		Long: "A line a peer: state, prefixes, path, round trip time, loss, MTU, since when and why.\n" +
+			"The exit code is 1 if a peer that owns address space cannot be reached.",
+		Args: exactly(),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) ([]api.Peer, error) { return a.Peers(ctx) },
+			printPeers, func(peers []api.Peer) bool {
+				return !slices.ContainsFunc(peers, func(p api.Peer) bool { return !peerOK(p) })
+			}),
+	}, quickTimeout)
+}
+
+func printPeers(p *printer, peers []api.Peer) {
+	if len(peers) == 0 {
+		p.line("no peers")
+		return
+	}
+	t := table{head: []string{"NAME", "STATE", "PREFIXES", "PATH", "RTT", "LOSS", "MTU", "SINCE", "REASON"},
+		right: []bool{false, false, false, false, true, true, true, true}}
+	for _, x := range peers {
+		at, why := stateOf(x)
+		t.row(x.Name, x.State, orNone(list(x.Prefixes, "\n")), pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
+	}
+	p.table(&t)
+}
+
+// peerOK says whether packets to the peer's space arrive, as far as this node knows. A peer that left, or owns nothing and
+// is gone, is no trouble.
+func peerOK(p api.Peer) bool {
+	switch p.State {
+	case api.PeerLeft:
+		return true
+	case api.PeerDead:
+		return len(p.Prefixes) == 0
+	}
+	return p.Path.State == api.PathUp || len(p.Prefixes) == 0
+}
+
+// stateOf is what matters about a peer: gossip's view if that is bad, else the path's.
+func stateOf(p api.Peer) (time.Time, string) {
+	if p.State == api.PeerAlive || p.State == api.PeerExternal || p.Reason == "" {
+		return p.Path.Since, p.Path.Reason
+	}
+	return p.Since, p.Reason
+}
+
+// pathName is the encapsulation in use, and its state unless that is "up".
+func pathName(p api.Path) string {
+	if p.State == api.PathUp || p.State == "" {
+		return orNone(p.Mode)
+	}
+	return strings.TrimSpace(p.Mode + " " + p.State)
+}
+
+func lossOf(p api.Path) string {
+	if p.Mode == "" {
+		return none
+	}
+	return percent(p.Loss)
+}

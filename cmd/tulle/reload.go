@@ -1,0 +1,33 @@
+package main
+
+import (
+	"context"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+func reloadCommand() *cobra.Command {
+	c := new(client)
+	return c.flags(&cobra.Command{
+		Use:   "reload",
+		Short: "Read the configuration again: what can change now does, and what cannot is named",
+		Args:  exactly(),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.ReloadResult, error) { return a.Reload(ctx) },
+			func(p *printer, r api.ReloadResult) {
+				if len(r.Changed)+len(r.NeedsRestart) == 0 {
+					p.line("nothing has changed")
+					return
+				}
+				t := table{head: []string{"KEY", "OLD", "NEW", "EFFECT"}}
+				for _, x := range r.Changed {
+					t.row(x.Key, orNone(x.Old), orNone(x.New), "now")
+				}
+				for _, x := range r.NeedsRestart {
+					t.row(x.Key, orNone(x.Old), orNone(x.New), "after `systemctl restart tulle`")
+				}
+				p.table(&t)
+			}, nil),
+	}, quickTimeout)
+}

@@ -1,0 +1,164 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// Exit codes, part of the command line's promise.
+const (
+	exitOK      = 0
+	exitFailed  = 1
+	exitUsage   = 2
+	maxDistance = 3 // of a mistyped word from the one that is suggested
+)
+
+// errUnhealthy ends a command with exit code 1 after it has printed what it found: there is nothing left to say.
+var errUnhealthy = errors.New("unhealthy")
+
+// usageError ends a command with exit code 2.
+type usageError struct{ error }
+
+func (e usageError) Unwrap() error { return e.error }
+
+// exitCode ends a command silently with that code: it is that of another program that was run.
+type exitCode int
+
+func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// run is the whole program: it returns the exit code.
+func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer) int {
+	root := rootCommand()
+	root.SetArgs(args)
+	root.SetIn(in)
+	root.SetOut(out)
+	root.SetErr(errOut)
+	err := root.ExecuteContext(ctx)
+	if err == nil {
+		return exitOK
+	}
+	if code, ok := errors.AsType[exitCode](err); ok {
+		return int(code)
+	}
+	if !errors.Is(err, errUnhealthy) {
+		fmt.Fprintf(errOut, "tulle: %s\n", oneLine(err.Error()))
+	}
+	if _, ok := errors.AsType[usageError](err); ok || api.CodeOf(err) == api.CodeUsage {
+		return exitUsage
+	}
+	return exitFailed
+}
+
+// oneLine keeps the promise of one line, whatever a library has put into its error.
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:           "tulle",
+		Short:         "A userspace pod network: pods on different hosts reach each other through tun0",
+		Version:       api.Version(),
+		SilenceErrors: true,
+		SilenceUsage:  true,
+		Args:          subcommandArgs,
+		RunE:          needSubcommand,
+	}
+	root.SetVersionTemplate("tulle {{.Version}}\n")
+	root.SetFlagErrorFunc(flagError)
+	root.AddGroup(
+		&cobra.Group{ID: "look", Title: "Look:"},
+		&cobra.Group{ID: "change", Title: "Change:"},
+		&cobra.Group{ID: "run", Title: "Run:"},
+	)
+	add := func(group string, cmds ...*cobra.Command) {
+		for _, c := range cmds {
+			c.GroupID = group
+			root.AddCommand(c)
+		}
+	}
+	add("look", statusCommand(), peersCommand(), routeCommand(), pingCommand(), ipamCommand(), versionCommand())
+	add("change", keysCommand(), externalCommand(), forgetCommand(), leaveCommand(), reloadCommand())
+	add("run", agentCommand(), labCommand())
+	argsAreUsage(root)
+	return root
+}
+
+// argsAreUsage makes wrong arguments usage errors everywhere, whoever found them.
+func argsAreUsage(c *cobra.Command) {
+	if check := c.Args; check != nil {
+		c.Args = func(cmd *cobra.Command, args []string) error {
+			if err := check(cmd, args); err != nil {
+				return usageError{err}
+			}
+			return nil
+		}
+	}
+	for _, sub := range c.Commands() {
+		argsAreUsage(sub)
+	}
+}
+
+// group makes a command that has only subcommands.
+func group(use, short string, subs ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, Args: subcommandArgs, RunE: needSubcommand}
+	c.AddCommand(subs...)
+	return c
+}
+
+// subcommandArgs refuses words that are no subcommand, and suggests one.
+func subcommandArgs(cmd *cobra.Command, args []string) error {
+	if len(args) == 0 {
+		return nil
+	}
+	remedy := ""
+	cmd.SuggestionsMinimumDistance = maxDistance
+	if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
+		remedy = fmt.Sprintf("did you mean %q? ", s[0])
+	}
+	return fmt.Errorf("unknown command %q for %q; %ssee `%s --help`", args[0], cmd.CommandPath(), remedy, cmd.CommandPath())
+}
+
+func needSubcommand(cmd *cobra.Command, _ []string) error {
+	var names []string
+	for _, c := range cmd.Commands() {
+		if c.IsAvailableCommand() {
+			names = append(names, c.Name())
+		}
+	}
+	return usagef("%s needs a command: one of %s; see `%s --help`", cmd.CommandPath(), strings.Join(names, ", "), cmd.CommandPath())
+}
+
+// exactly wants as many arguments as names, which say what they are.
+func exactly(names ...string) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, args []string) error {
+		switch {
+		case len(args) == len(names):
+			return nil
+		case len(names) == 0:
+			return fmt.Errorf("%s takes no arguments, not %q; see `%s --help`", cmd.CommandPath(), args, cmd.CommandPath())
+		case len(args) < len(names):
+			return fmt.Errorf("%s needs %s; see `%s --help`", cmd.CommandPath(), strings.Join(names[len(args):], " and "), cmd.CommandPath())
+		}
+		return fmt.Errorf("%s takes only %s, not %q as well; see `%s --help`", cmd.CommandPath(), strings.Join(names, " and "),
+			args[len(names):], cmd.CommandPath())
+	}
+}
+
+// flagError adds the flag that was probably meant, and where to look.
+func flagError(cmd *cobra.Command, err error) error {
+	remedy := ""
+	if _, name, ok := strings.Cut(err.Error(), "unknown flag: --"); ok {
+		if s := nearestFlag(cmd, name); s != "" {
+			remedy = fmt.Sprintf("did you mean --%s? ", s)
+		}
+	}
+	return usagef("%w; %ssee `%s --help`", err, remedy, cmd.CommandPath())
+}

@@ -1,0 +1,265 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+const (
+	quickTimeout    = 10 * time.Second
+	maxStatusPeers  = 12 // more would not fit one screen: `tulle peers` has them all
+	maxStatusBlocks = 6
+)
+
+func statusCommand() *cobra.Command {
+	c := new(client)
+	return c.flags(&cobra.Command{
+		Use:   "status",
+		Short: "This node, the cluster, the paths to its peers, what is wrong and what to do about it",
+		Long: "One screen about this node, the cluster, the paths to its peers, and what is wrong with its remedy.\n" +
+			"The exit code is 0 if all is well and 1 if there is a problem.",
+		Args: exactly(),
+		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.Status, error) { return a.Status(ctx) },
+			printStatus, func(s api.Status) bool { return s.Healthy() }),
+	}, quickTimeout)
+}
+
+func printStatus(p *printer, s api.Status) {
+	p.fields(
+		[2]string{"node", fmt.Sprintf("%s (%s), %s, up %s, tulle %s", s.Node.Name, orNone(short(s.Node.ID)), verdict(&s), p.since(s.Started), s.Version)},
+		[2]string{"underlay", list(s.Node.Underlay, " ")},
+		[2]string{"tun", fmt.Sprintf("%s, mtu %s, %s", orNone(s.Node.Tun.Name), mtu(s.Node.Tun.MTU), orNone(list(s.Node.Tun.Addresses, " ")))},
+		[2]string{"space", orNone(list(s.Node.Prefixes, " "))},
+		[2]string{"blocks", blocks(s.Node.Blocks)},
+		[2]string{"waiting", s.IPAM.Waiting},
+		[2]string{"cluster", cluster(p, &s)},
+		[2]string{"table", table1(s.Cluster.Table)},
+		[2]string{"gossip", gossip(p, s.Gossip)},
+		[2]string{"traffic", traffic(s.Counters)},
+		[2]string{"offload", offload(s.Offload)},
+		[2]string{"drops", drops(s.Drops)},
+	)
+	printStatusPeers(p, s.Peers)
+	if len(s.Problems) > 0 {
+		p.line("\n%s:", plural(len(s.Problems), "problem"))
+		t := table{}
+		for i, pr := range s.Problems {
+			text := pr.What
+			if !pr.Since.IsZero() {
+				text += " (for " + p.since(pr.Since) + ")"
+			}
+			if pr.Remedy != "" {
+				text += "\n→ " + pr.Remedy
+			}
+			t.row(fmt.Sprintf("%d.", i+1), text)
+		}
+		p.table(&t)
+	}
+}
+
+func verdict(s *api.Status) string {
+	switch {
+	case s.Healthy():
+		return "healthy"
+	case !s.Ready:
+		return "NOT READY"
+	}
+	return "UNHEALTHY"
+}
+
+func blocks(bs []api.Block) string {
+	var lines []string
+	for i, b := range bs {
+		if i == maxStatusBlocks && len(bs) > maxStatusBlocks+1 {
+			lines = append(lines, fmt.Sprintf("and %d more: see `tulle ipam`", len(bs)-i))
+			break
+		}
+		lines = append(lines, b.Prefix.String()+": "+usage(b))
+	}
+	return strings.Join(lines, "\n")
+}
+
+func usage(b api.Block) string {
+	s := fmt.Sprintf("%d of %s used", b.Used, size(b.Size))
+	if b.Cooling > 0 {
+		s += fmt.Sprintf(", %d cooling", b.Cooling)
+	}
+	return s
+}
+
+func cluster(p *printer, s *api.Status) string {
+	c := &s.Cluster
+	if c.ID == "" {
+		return "none yet"
+	}
+	text := fmt.Sprintf("%s, %d of %d members alive, %s", short(c.ID), c.Alive, c.Members, orNone(list(c.CIDRs, " ")))
+	if c.Isolated {
+		text += ", ISOLATED"
+		if !c.Since.IsZero() {
+			text += " for " + p.since(c.Since)
+		}
+	}
+	return text
+}
+
+func table1(t api.Table) string {
+	text := fmt.Sprintf("%d entries, digest %s", t.Entries, orNone(short(t.Digest)))
+	if t.Entries == 1 {
+		text = strings.Replace(text, "entries", "entry", 1)
+	}
+	if !t.Confirmed {
+		text += ", not yet confirmed by a peer"
+	}
+	if t.Conflicts > 0 {
+		text += ", " + plural(t.Conflicts, "conflict")
+	}
+	return text
+}
+
+func gossip(p *printer, g api.Gossip) string {
+	parts := []string{"not encrypted"}
+	if g.Encrypted {
+		parts[0] = "encrypted with " + plural(g.Keys, "key")
+	}
+	if g.Bind.IsValid() {
+		parts = append(parts, g.Bind.String())
+	}
+	if !g.LastSync.IsZero() {
+		parts = append(parts, "synced "+p.since(g.LastSync)+" ago")
+	}
+	if g.Health > 0 {
+		parts = append(parts, fmt.Sprintf("health score %d (0 is best)", g.Health))
+	}
+	if g.Undecrypted > 0 {
+		parts = append(parts, fmt.Sprintf("%s messages that no key opens", count(g.Undecrypted)))
+	}
+	if g.Rejected > 0 {
+		parts = append(parts, fmt.Sprintf("%s refused", count(g.Rejected)))
+	}
+	return strings.Join(parts, ", ")
+}
+
+func traffic(c api.Counters) string {
+	text := fmt.Sprintf("out %s packets, %s%s; in %s packets, %s%s",
+		count(c.TxPackets), bytes(c.TxBytes), batch(c.TxPackets, c.TxSends, "send"),
+		count(c.RxPackets), bytes(c.RxBytes), batch(c.RxPackets, c.RxReceives, "receive"))
+	for _, x := range []struct {
+		n    uint64
+		what string
+	}{{c.GSOFallbacks, "GSO fallbacks"}, {c.SocketOverflows, "lost in a full socket"}, {c.TunDrops, "lost in a full TUN"}, {c.Repairs, "host settings mended"}} {
+		if x.n > 0 {
+			text += fmt.Sprintf("; %s %s", count(x.n), x.what)
+		}
+	}
+	return text
+}
+
+func batch(packets, calls uint64, verb string) string {
+	if calls == 0 {
+		return ""
+	}
+	return fmt.Sprintf(" (%.3g a %s)", float64(packets)/float64(calls), verb)
+}
+
+func offload(o api.Offload) string {
+	var on, off []string
+	for _, f := range []struct {
+		on   bool
+		name string
+	}{{o.TunCSUM, "tun checksum"}, {o.TunTSO, "tun TSO"}, {o.TunUSO, "tun USO"}, {o.UDPGSO, "UDP GSO"}, {o.UDPGRO, "UDP GRO"}} {
+		if f.on {
+			on = append(on, f.name)
+		} else {
+			off = append(off, f.name)
+		}
+	}
+	text := "on: " + orNone(strings.Join(on, ", "))
+	if len(off) > 0 {
+		text += "; off: " + strings.Join(off, ", ")
+		if o.Reason != "" {
+			text += " (" + o.Reason + ")"
+		}
+	}
+	return text
+}
+
+// drops lists what was dropped, the most frequent reason first.
+func drops(d map[string]uint64) string {
+	type drop struct {
+		reason string
+		n      uint64
+	}
+	var ds []drop
+	for r, n := range d {
+		if n > 0 {
+			ds = append(ds, drop{r, n})
+		}
+	}
+	slices.SortFunc(ds, func(a, b drop) int {
+		if a.n != b.n {
+			if a.n > b.n {
+				return -1
+			}
+			return 1
+		}
+		return strings.Compare(a.reason, b.reason)
+	})
+	var out []string
+	for _, d := range ds {
+		out = append(out, d.reason+" "+count(d.n))
+	}
+	if out == nil {
+		return "none"
+	}
+	return strings.Join(out, ", ")
+}
+
+// printStatusPeers shows the peers that need attention first, and no more than fit a screen.
+func printStatusPeers(p *printer, peers []api.Peer) {
+	if len(peers) == 0 {
+		p.line("\nno peers")
+		return
+	}
+	sorted := slices.Clone(peers)
+	slices.SortStableFunc(sorted, func(a, b api.Peer) int { return btoi(peerOK(a)) - btoi(peerOK(b)) })
+	t := table{head: []string{"PEER", "STATE", "PATH", "RTT", "LOSS", "MTU", "SINCE", "REASON"},
+		right: []bool{false, false, false, true, true, true, true}}
+	shown := len(sorted)
+	if shown > maxStatusPeers+1 {
+		shown = maxStatusPeers
+	}
+	for _, x := range sorted[:shown] {
+		at, why := stateOf(x)
+		t.row(x.Name, x.State, pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
+	}
+	p.line("")
+	p.table(&t)
+	if rest := len(sorted) - shown; rest > 0 {
+		bad := 0
+		for _, x := range sorted[shown:] {
+			bad += btoi(!peerOK(x))
+		}
+		p.line("and %d more, %s of them in trouble: see `tulle peers`", rest, orNoneOf(bad))
+	}
+}
+
+func orNoneOf(n int) string {
+	if n == 0 {
+		return "none"
+	}
+	return fmt.Sprint(n)
+}
+
+func btoi(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}

@@ -31,8 +31,8 @@ func (w *logWriter) Write(b []byte) (int, error) {
 		}
 	}
 	line = strings.TrimPrefix(line, "memberlist: ")
-	if w.g.logEvent(line) {
-		level = slog.LevelDebug // counted, and shown as a problem
+	if w.g.logEvent(line) || strings.Contains(line, "use of closed network connection") {
+		level = slog.LevelDebug // counted, and shown as a problem; or the end of a probe after shutdown
 	}
 	if l := w.g.log; l.Enabled(context.Background(), level) {
 		l.Log(context.Background(), level, "gossip: "+line)

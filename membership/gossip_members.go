@@ -270,6 +270,9 @@ func (g *Gossip) Isolated() bool {
 	return false
 }
 
+// Alive returns the number of other live members.
+func (g *Gossip) Alive() int { return int(g.alive.Load()) }
+
 // Cluster returns the cluster that this node is in: that of its metadata, or
 // the one by which it has been adopted since; zero if neither.
 func (g *Gossip) Cluster() ClusterID {
@@ -361,6 +364,9 @@ func (g *Gossip) Queue(b []byte) error {
 	g.enqueue(envelope{kind: kindBroadcast, cluster: g.Cluster(), body: b}.encode())
 	return nil
 }
+
+// Queued returns how many broadcasts wait to be passed on.
+func (g *Gossip) Queued() int { return g.queue.NumQueued() }
 
 // Stats are counters since the start, and gauges.
 type Stats struct {

@@ -251,25 +251,24 @@ func (k *Keyring) remove(fp Fingerprint) error {
 	if err := k.save(next); err != nil {
 		return err
 	}
-	after := k.keys[i+1:]
+	last := i == len(k.keys)-1
 	k.keys = next
 	if k.live == nil {
 		return nil
 	}
 	// memberlist's RemoveKey moves the keys behind the removed one within the
 	// array that its readers hold without a lock. It is harmless for the last
-	// key only, so bring the key there: make each later key the primary for an
-	// instant (all members have it, or it could not be used), and the real one
-	// last.
-	for _, key := range slices.Backward(after) {
-		if err := k.live.UseKey(key); err != nil {
-			return err
+	// key only, so bring the key there: make every other one the primary for an
+	// instant (the members have them all), the real one last. The order is then
+	// this keyring's again.
+	if !last {
+		for _, key := range slices.Backward(next) {
+			if err := k.live.UseKey(key); err != nil {
+				return err
+			}
 		}
 	}
-	if err := k.live.RemoveKey(gone); err != nil {
-		return err
-	}
-	return k.live.UseKey(next[0])
+	return k.live.RemoveKey(gone)
 }
 
 // attach hands the keys to memberlist's ring and keeps it up to date. make
@@ -294,7 +293,7 @@ func (k *Keyring) save(keys [][]byte) error {
 	// A symbolic link keeps pointing where it did.
 	path, err := filepath.EvalSymlinks(k.path)
 	if err != nil {
-		return fmt.Errorf("gossip key file: %w", err)
+		return fmt.Errorf("gossip key file %s cannot be rewritten, keys are unchanged: %w", k.path, err)
 	}
 	var text bytes.Buffer
 	text.WriteString("# Tulle gossip keys, AES-256, one per line. The first one encrypts, all decrypt.\n")

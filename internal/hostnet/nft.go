@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync/atomic"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/userdata"
@@ -19,8 +20,8 @@ import (
 // nftConn is the one netlink socket to nf_tables, with its port number, by which Watch
 // knows our own changes.
 type nftConn struct {
-	conn *nftables.Conn
-	port uint32
+	conn *nftables.Conn // used under Reconciler.mu
+	port atomic.Uint32
 }
 
 // Buffers of the socket in bytes: a table for 1,000 members goes in one batch.
@@ -28,19 +29,31 @@ const nftBuffer = 4 << 20
 
 func openNFT() (*nftConn, error) {
 	c := &nftConn{}
-	var err error
-	c.conn, err = nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(s *nl.Conn) error {
+	return c, c.open()
+}
+
+// open must run inside the namespace.
+func (c *nftConn) open() error {
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithSockOptions(func(s *nl.Conn) error {
 		// Best effort: without CAP_NET_ADMIN the limit of net.core holds.
 		_ = s.SetReadBuffer(nftBuffer)
 		_ = s.SetWriteBuffer(nftBuffer)
-		var err error
-		c.port, err = portOf(s)
+		port, err := portOf(s)
+		c.port.Store(port)
 		return err
 	}))
 	if err != nil {
-		return nil, fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
+		return fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
 	}
-	return c, nil
+	c.conn = conn
+	return nil
+}
+
+// reopen exchanges the socket after an error: a batch begun, or answers not yet read, would
+// spoil whatever came next. It gives the error back.
+func (c *nftConn) reopen(ns *namespace, err error) error {
+	_ = c.close()
+	return errors.Join(err, ns.do(c.open))
 }
 
 // portOf is a netlink socket's port number (netlink(7), nl_pid).
@@ -62,7 +75,7 @@ func portOf(s *nl.Conn) (uint32, error) {
 }
 
 func (c *nftConn) close() error {
-	if c == nil {
+	if c == nil || c.conn == nil {
 		return nil
 	}
 	return c.conn.CloseLasting()
@@ -96,6 +109,13 @@ type nftSet struct {
 // Differing elements are exchanged in one transaction, anything else makes the whole table
 // anew, in one transaction too: no packet ever meets half a table.
 func (p *pass) reconcileNFT() error {
+	if err := p.reconcileTable(); err != nil {
+		return p.r.nft.reopen(p.r.ns, err)
+	}
+	return nil
+}
+
+func (p *pass) reconcileTable() error {
 	want, err := buildTable(p.s)
 	if err != nil {
 		return err
@@ -277,10 +297,10 @@ func (c *nftConn) write(t *nftTable, replace bool) error {
 		set := s.object()
 		set.ID = uint32(i + 1)
 		if err := c.conn.AddSet(set, nil); err != nil {
-			return c.abandon(err)
+			return err
 		}
 		if err := c.elements(c.conn.SetAddElements, set, s.elements); err != nil {
-			return c.abandon(err)
+			return err
 		}
 	}
 	for _, ch := range t.chains {
@@ -290,17 +310,6 @@ func (c *nftConn) write(t *nftTable, replace bool) error {
 		}
 	}
 	return c.conn.Flush()
-}
-
-// abandon empties the batch that was begun, so that the next one is not spoiled by it.
-func (c *nftConn) abandon(err error) error {
-	conn, openErr := openNFT()
-	if openErr != nil {
-		return errors.Join(err, openErr)
-	}
-	_ = c.conn.CloseLasting()
-	*c = *conn
-	return err
 }
 
 // exchange puts the commands into the batch that make have's elements want's.

@@ -163,9 +163,13 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	case !errors.As(err, &gone):
 		errs = append(errs, fmt.Errorf("hostnet: TUN device %s: %w", tun, err))
 	}
+	errs = append(errs, r.removeRoutes(ctx, index))
+	if err := r.nft.remove(); err != nil {
+		errs = append(errs, r.nft.reopen(r.ns, err))
+	}
 	// Sysctls before addresses: with addr_gen_mode as it was, the kernel makes the
 	// device a link-local address.
-	errs = append(errs, r.removeRoutes(ctx, index), r.nft.remove(), r.ns.do(r.sysctls.restore))
+	errs = append(errs, r.ns.do(r.sysctls.restore))
 	if link != nil && err == nil {
 		errs = append(errs, r.removeAddrs(link))
 	}

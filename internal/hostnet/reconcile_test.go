@@ -490,3 +490,21 @@ func TestInvalidState(t *testing.T) {
 		t.Error("an ended context is no error")
 	}
 }
+
+// An error of nf_tables is told once, and not met again in what comes after it.
+func TestNFTErrorDoesNotStick(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	r := h.reconciler(Options{Tun: "tun0"})
+	r.nft.conn.DelTable(&nftables.Table{Name: "nowhere", Family: nftables.TableFamilyINet}) // in the next batch
+	if _, err := r.Reconcile(t.Context(), dual()); err == nil {
+		t.Fatal("no error")
+	}
+	h.wantRoutes(dualRoutes) // the rest is done all the same
+	if got := h.tables(); len(got) != 0 {
+		t.Errorf("half a batch was applied: %v", got)
+	}
+	h.reconcile(r, dual())
+	h.quiet(r, dual())
+	h.check(r.Remove(t.Context()))
+}

@@ -120,7 +120,7 @@ func receive(ctx context.Context, c *nl.Conn, concerns func(nl.Message) bool, ev
 // nftEvent: whatever names our table and does not come from our own socket.
 func (r *Reconciler) nftEvent(m nl.Message) bool {
 	const header = 4 // struct nfgenmsg: family, version, res_id
-	if m.Header.PID == r.nft.port || uint16(m.Header.Type)>>8 != unix.NFNL_SUBSYS_NFTABLES ||
+	if m.Header.PID == r.nft.port.Load() || uint16(m.Header.Type)>>8 != unix.NFNL_SUBSYS_NFTABLES ||
 		uint16(m.Header.Type)&0xff == unix.NFT_MSG_NEWGEN || len(m.Data) < header || m.Data[0] != unix.NFPROTO_INET {
 		return false
 	}

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/google/nftables"
+	nl "github.com/mdlayher/netlink"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
@@ -178,5 +179,37 @@ func TestWatchAndReconcile(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// Events that the socket had no room for count as one that concerns us.
+func TestLostEventsCount(t *testing.T) {
+	h := newHost(t)
+	h.device("eth0", "192.0.2.1/24")
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	events := make(chan struct{}, 1)
+	done := make(chan error, 1)
+	h.do(func() error {
+		c, err := listen(unix.NETLINK_ROUTE, unix.RTNLGRP_IPV4_ROUTE)
+		if err != nil {
+			return err
+		}
+		t.Cleanup(func() { c.Close() })
+		if err := c.SetReadBuffer(1); err != nil { // the kernel's smallest
+			return err
+		}
+		for i := range 100 {
+			h.route("198.51.100.0/24", "192.0.2.7", "eth0", i+1, unix.RTPROT_STATIC)
+		}
+		go func() { done <- receive(ctx, c, func(nl.Message) bool { return false }, events) }()
+		return nil
+	})
+	select {
+	case <-events:
+	case err := <-done:
+		t.Fatal(err)
+	case <-time.After(10 * time.Second):
+		t.Fatal("nothing told")
 	}
 }

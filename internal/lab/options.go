@@ -68,6 +68,12 @@ const (
 	maxPods    = 250 // of one host
 )
 
+// Validate reports what of the options cannot be, as Up would.
+func (o Options) Validate() error {
+	_, err := o.withDefaults()
+	return err
+}
+
 // withDefaults fills in what is zero and checks the rest.
 func (o Options) withDefaults() (Options, error) {
 	o.Name = cmpOr(o.Name, DefaultName)

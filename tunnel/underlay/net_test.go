@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -150,7 +151,37 @@ func newLink(t testing.TB, mtu int) *link {
 	t.Helper()
 	l := &link{newHost(t), newHost(t)}
 	connect(l.a, l.b, "eth0", "eth0", mtu, []string{"10.9.0.1/24", "fd00:9::1/64"}, []string{"10.9.0.2/24", "fd00:9::2/64"})
+	for _, six := range []bool{false, true} {
+		from, to := l.udpPair(six)
+		awaitPath(t, from, to)
+		awaitPath(t, to, from)
+	}
 	return l
+}
+
+// awaitPath sends until something arrives: an interface just set up carries IPv6
+// only when the kernel's workers have seen its carrier.
+func awaitPath(t testing.TB, from, to *Socket) {
+	t.Helper()
+	b, rb := NewSendBatch(1, 1), NewRecvBatch(8, 64)
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+		b.Begin(NewDest(to.Local()), 0)
+		b.Append([]byte("hello"))
+		b.End(0)
+		if _, err := from.Send(b); err != nil {
+			t.Fatal(err)
+		}
+		timer := time.AfterFunc(5*time.Millisecond, to.Wake)
+		err := to.Wait()
+		timer.Stop()
+		if err == sys.ErrErrQueue {
+			to.DrainErrors(func(Err) {})
+		}
+		if n, err := to.Recv(rb); err == nil && n > 0 {
+			return
+		}
+	}
+	t.Fatalf("nothing comes from %v to %v", from.Local(), to.Local())
 }
 
 func (h *host) udp(o Options) *Socket {

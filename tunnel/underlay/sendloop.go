@@ -46,7 +46,7 @@ func isGSORefusal(err error) bool {
 func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 	var r SendResult
 	defer b.Reset()
-	waits, retries := 0, 0
+	waits, retries, stopped := 0, 0, false
 	for i := 0; i < b.msgs.Messages(); {
 		m := &b.meta[i]
 		if m.segment > 0 && !m.to.tryGSO() {
@@ -57,15 +57,22 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 			i, waits, retries = i+1, 0, 0
 			continue
 		}
-		n, err := b.msgs.Send(s.fd, i, b.upTo(i))
+		end := b.upTo(i)
+		n, err := b.msgs.Send(s.fd, i, end)
 		if err == nil {
+			if stopped {
+				r.Retried++
+			}
 			for ; n > 0; n-- {
 				r.took(&b.meta[i])
 				i++
 			}
-			waits, retries = 0, 0
+			// Stopped in the middle: sendmmsg keeps the reason to itself, and if it
+			// was an earlier packet's error, has taken it off the socket.
+			waits, retries, stopped = 0, 0, i < end
 			continue
 		}
+		stopped = false
 		switch {
 		case err == sys.ErrAgain && waits < maxWriteWaits:
 			waits++

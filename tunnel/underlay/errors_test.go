@@ -1,0 +1,258 @@
+package underlay
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// ICMP errors about one peer's closed port come up on sends to another: nothing
+// sent to that one is lost, and the error queue tells whom they were about.
+func TestPendingErrors(t *testing.T) {
+	l := newLink(t, 1500)
+	eachFamily(t, func(t *testing.T, six bool) {
+		from, to := l.udpPair(six)
+		closed := l.b.udp(Options{Bind: netipPort(addrB[six], 0)})
+		deadAddr := closed.Local()
+		if err := closed.Close(); err != nil {
+			t.Fatal(err)
+		}
+		dead, live := NewDest(deadAddr), NewDest(to.Local())
+		b := NewSendBatch(16, 16)
+		const rounds = 40
+		retried := 0
+		for r := range rounds {
+			for i := range 4 {
+				b.Begin(dead, 0)
+				b.Append([]byte("nobody"))
+				b.End(0)
+				b.Begin(live, 0)
+				b.Append(pattern(r*4+i, 300))
+				b.End(100 * (i % 2)) // every other one a train of three
+			}
+			res, err := from.Send(b)
+			if err != nil || res.Dropped != 0 || res.Sent != 4+2*1+2*3 {
+				t.Fatalf("round %d: %+v, %v", r, res, err)
+			}
+			retried += res.Retried
+		}
+		if retried == 0 {
+			t.Error("no send met an ICMP error: the test shows nothing")
+		}
+		got := collect(t, to, rounds*(2+2*3))
+		for i := 0; i < len(got); {
+			k := i / 8 * 4
+			for j := range 4 {
+				var joined []byte
+				for range 1 + 2*(j%2) {
+					joined = append(joined, got[i].data...)
+					i++
+				}
+				if !bytes.Equal(joined, pattern(k+j, 300)) {
+					t.Fatalf("message %d to the living peer is wrong", k+j)
+				}
+			}
+		}
+		if !live.GSO() {
+			t.Error("errors about another peer switched trains off")
+		}
+		n, err := from.DrainErrors(func(e Err) {
+			wantType, wantCode := uint8(3), uint8(3) // destination unreachable, port unreachable
+			if six {
+				wantType, wantCode = 1, 4
+			}
+			if e.Errno != unix.ECONNREFUSED || e.Local || e.ICMPType != wantType || e.ICMPCode != wantCode ||
+				e.Dest != deadAddr || e.Offender != addrB[six] || string(e.Quote) != "nobody" {
+				t.Errorf("error queue: %+v", e)
+			}
+		})
+		if n == 0 || err != nil {
+			t.Errorf("error queue held %d messages, %v", n, err)
+		}
+		if n, err := from.DrainErrors(func(Err) {}); n != 0 || err != nil {
+			t.Errorf("drained queue holds %d messages, %v", n, err)
+		}
+	})
+}
+
+// A router with a smaller link behind it tells us so: DrainErrors gives the MTU,
+// the router and the destination, for UDP and raw sockets.
+func TestPathMTUErrors(t *testing.T) {
+	a, r, b := newHost(t), newHost(t), newHost(t)
+	connect(a, r, "eth0", "eth0", 1500, []string{"10.1.0.1/24", "fd00:1::1/64"}, []string{"10.1.0.254/24", "fd00:1::fe/64"})
+	connect(r, b, "eth1", "eth0", 1300, []string{"10.2.0.254/24", "fd00:2::fe/64"}, []string{"10.2.0.1/24", "fd00:2::1/64"})
+	a.route("10.2.0.0/24", "10.1.0.254")
+	a.route("fd00:2::/64", "fd00:1::fe")
+	r.sysctl("net/ipv4/ip_forward", "1")
+	r.sysctl("net/ipv6/conf/all/forwarding", "1")
+	for _, c := range []struct {
+		proto                  int
+		local, remote, offends string
+	}{
+		{0, "10.1.0.1", "10.2.0.1", "10.1.0.254"}, {0, "fd00:1::1", "fd00:2::1", "fd00:1::fe"},
+		{4, "10.1.0.1", "10.2.0.1", "10.1.0.254"}, {4, "fd00:1::1", "fd00:2::1", "fd00:1::fe"},
+		{41, "10.1.0.1", "10.2.0.1", "10.1.0.254"}, {41, "fd00:1::1", "fd00:2::1", "fd00:1::fe"},
+	} {
+		t.Run(fmt.Sprintf("%s/proto%d", c.local, c.proto), func(t *testing.T) {
+			var s *Socket
+			port := uint16(0)
+			if c.proto == 0 {
+				s, port = a.udp(Options{Bind: netipPort(mustAddr(c.local), 0)}), 6080
+			} else {
+				s = a.raw(mustAddr(c.local), c.proto)
+			}
+			send := func(size int) SendResult {
+				t.Helper()
+				batch := NewSendBatch(1, 1)
+				batch.Begin(NewDest(netipPort(mustAddr(c.remote), port)), 0)
+				batch.Append(pattern(1, size))
+				batch.End(0)
+				res, err := s.Send(batch)
+				if err != nil {
+					t.Fatal(err)
+				}
+				return res
+			}
+			for tries := 0; ; tries++ { // the first ones may meet a router that is not up yet
+				send(1400)
+				timer := time.AfterFunc(5*time.Millisecond, s.Wake)
+				err := s.Wait()
+				timer.Stop()
+				if err == sys.ErrErrQueue {
+					break
+				}
+				if err != sys.ErrWoken || tries == 1000 {
+					t.Fatalf("Wait: %v, want the error queue", err)
+				}
+			}
+			n, err := s.DrainErrors(func(e Err) {
+				if e.Errno != unix.EMSGSIZE || e.Local || e.Info != 1300 || e.Offender != mustAddr(c.offends) || e.Dest != netipPort(mustAddr(c.remote), port) {
+					t.Errorf("error queue: %+v", e)
+				}
+			})
+			if n == 0 || err != nil {
+				t.Errorf("error queue held %d messages, %v", n, err)
+			}
+			// What the kernel has learned of the path does not stop our own probes.
+			if res := send(1400); res.Sent != 1 {
+				t.Errorf("the kernel's own path MTU stops a probe: %+v", res)
+			}
+		})
+	}
+}
+
+// ErrErrQueue is told before readable data, and ends when the queue is drained.
+func TestWait(t *testing.T) {
+	l := newLink(t, 1500)
+	from, to := l.udpPair(false)
+	from.Wake()
+	if err := from.Wait(); err != sys.ErrWoken {
+		t.Errorf("Wait: %v, want ErrWoken", err)
+	}
+	b := NewSendBatch(2, 2)
+	send := func(s *Socket, d *Dest) {
+		t.Helper()
+		b.Begin(d, 0)
+		b.Append([]byte("x"))
+		b.End(0)
+		if _, err := s.Send(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	send(from, NewDest(netipPort(addrB[false], 9)))
+	timer := wakeLater(from)
+	defer timer.Stop()
+	if err := from.Wait(); err != sys.ErrErrQueue {
+		t.Fatalf("Wait: %v, want ErrErrQueue", err)
+	}
+	send(to, NewDest(from.Local()))
+	if err := from.Wait(); err != sys.ErrErrQueue {
+		t.Errorf("Wait with both: %v, want ErrErrQueue", err)
+	}
+	rb := NewRecvBatch(2, 100)
+	if n, err := from.Recv(rb); n != 1 || err != nil {
+		t.Errorf("Recv with a pending error: %d, %v", n, err)
+	}
+	if n, err := from.DrainErrors(func(Err) {}); n != 1 || err != nil {
+		t.Errorf("DrainErrors: %d, %v", n, err)
+	}
+	send(to, NewDest(from.Local()))
+	if err := from.Wait(); err != nil {
+		t.Errorf("Wait with data: %v", err)
+	}
+}
+
+// What finds the receive buffer full is counted, by the control message of the
+// next to arrive as well as by asking.
+func TestOverflows(t *testing.T) {
+	l := newLink(t, 1500)
+	eachFamily(t, func(t *testing.T, six bool) {
+		from := l.a.udp(Options{Bind: netipPort(addrA[six], 0)})
+		to := l.b.udp(Options{Bind: netipPort(addrB[six], 0), RecvBuf: 16 << 10})
+		dest := NewDest(to.Local())
+		b := NewSendBatch(64, 64)
+		send := func(count int) {
+			t.Helper()
+			for range count {
+				if b.Full(1) {
+					t.Fatal("batch is full")
+				}
+				b.Begin(dest, 0)
+				b.Append(pattern(1, 1000))
+				b.End(0)
+			}
+			if res, err := from.Send(b); err != nil || res.Sent != count {
+				t.Fatalf("Send: %+v, %v", res, err)
+			}
+		}
+		for range 8 {
+			send(64)
+		}
+		rb := NewRecvBatch(64, 1500)
+		got := 0
+		for {
+			n, err := to.Recv(rb)
+			if errors.Is(err, sys.ErrAgain) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			got += n
+		}
+		lost := uint64(8*64 - got)
+		if lost == 0 {
+			t.Fatal("nothing was lost: the test shows nothing")
+		}
+		send(1)
+		if n, err := to.Recv(rb); n != 1 || err != nil {
+			t.Fatalf("Recv: %d, %v", n, err)
+		}
+		if n := to.overflows.Load(); n != lost {
+			t.Errorf("control message says %d lost, want %d", n, lost)
+		}
+		if n := to.Overflows(); n != lost {
+			t.Errorf("Overflows: %d, want %d", n, lost)
+		}
+	})
+}
+
+// The counter goes on when the kernel's 32 bits wrap, and never back.
+func TestOverflowCounterWraps(t *testing.T) {
+	var s Socket
+	for _, c := range []struct {
+		kernel uint32
+		want   uint64
+	}{{5, 5}, {5, 5}, {4, 5}, {1<<31 - 1, 1<<31 - 1}, {1<<32 - 2, 1<<32 - 2}, {3, 1<<32 + 3}, {1<<32 - 1, 1<<32 + 3}, {10, 1<<32 + 10}} {
+		s.overflowed(c.kernel)
+		if got := s.overflows.Load(); got != c.want {
+			t.Errorf("kernel's %d: %d, want %d", c.kernel, got, c.want)
+		}
+	}
+}

@@ -58,5 +58,4 @@ var (
 	ErrExtensions  = errors.New("header: IPv6 extension headers broken or too many")
 	ErrGUE         = errors.New("header: unsupported GUE variant, flags or options")
 	ErrVXLAN       = errors.New("header: reserved VXLAN bits set or no VNI")
-	ErrUnsupported = errors.New("header: unsupported protocol")
 )

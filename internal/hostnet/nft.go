@@ -169,13 +169,14 @@ func (p *pass) reconcileTable() error {
 
 // read gives the table as it is; nil when there is none.
 func (c *nftConn) read() (*nftTable, error) {
-	// A change in between shows as a missing object: ask again, a few times.
+	// A change in between shows as a missing object: ask again, a few times. The library
+	// does not wrap errors here, so all of them are treated alike.
 	const attempts = 5
 	var t *nftTable
 	var err error
 	for range attempts {
-		if t, err = c.readOnce(); err == nil || !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EINTR) {
-			return t, err
+		if t, err = c.readOnce(); err == nil {
+			break
 		}
 	}
 	return t, err

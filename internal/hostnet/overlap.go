@@ -12,7 +12,8 @@ import (
 // CheckOverlap refuses cluster CIDRs that overlap an address or a route of the host, in the
 // calling thread's network namespace, with one line that names it. What carries our mark does
 // not count, nor does the device tun, nor what lies inside own: the prefixes that this node
-// holds from an earlier run, where its pods' routes and bridges are.
+// holds from an earlier run, where its pods' routes and bridges are. While the host has
+// not been rebooted, our unreachable routes tell that too, so own may be empty.
 //
 // A route by a gateway to a larger network, as a default route or a site's
 // 10.0.0.0/8, is no overlap: the cluster's is the longer prefix. A directly connected
@@ -26,6 +27,22 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 	for index, l := range d.links {
 		if l.Name == tun {
 			tunIndex = index
+		}
+	}
+	var routes []netlink.Route
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := dump("routes", func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		})
+		if err != nil {
+			return err
+		}
+		routes = append(routes, list...)
+	}
+	own = slices.Clone(own)
+	for i := range routes {
+		if rt := &routes[i]; ours(rt, tunIndex) && rt.Type == unix.RTN_UNREACHABLE {
+			own = append(own, prefixOf(rt.Dst))
 		}
 	}
 	inOwn := func(p netip.Prefix) bool {
@@ -44,24 +61,16 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 			return refuse(c, fmt.Sprintf("address %s on %s", addrText(a), d.name(a.LinkIndex)))
 		}
 	}
-	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := dump("routes", func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-		})
-		if err != nil {
-			return err
+	for i := range routes {
+		rt := &routes[i]
+		p := prefixOf(rt.Dst)
+		if !p.IsValid() || p.Bits() == 0 || ours(rt, tunIndex) || tunIndex != 0 && rt.LinkIndex == tunIndex || inOwn(p) {
+			continue
 		}
-		for i := range routes {
-			rt := &routes[i]
-			p := prefixOf(rt.Dst)
-			if !p.IsValid() || p.Bits() == 0 || ours(rt, tunIndex) || tunIndex != 0 && rt.LinkIndex == tunIndex || inOwn(p) {
-				continue
-			}
-			connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST
-			for _, c := range clusterCIDRs {
-				if contains(c.Masked(), p) || connected && contains(p, c) {
-					return refuse(c, "route "+routeText(rt, d.name))
-				}
+		connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST
+		for _, c := range clusterCIDRs {
+			if contains(c.Masked(), p) || connected && contains(p, c) {
+				return refuse(c, "route "+routeText(rt, d.name))
 			}
 		}
 	}

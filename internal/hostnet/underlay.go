@@ -22,10 +22,21 @@ type Underlay struct {
 	Addrs []netip.Addr
 }
 
+// ErrNotYet is in the errors of DetectUnderlay that time may mend: a device, an address or a
+// route that is not there yet, as early in a host's boot. The other errors need an operator.
+var ErrNotYet = errors.New("not yet")
+
+// notYet marks an error without changing its text.
+type notYet struct{ error }
+
+func (e notYet) Is(target error) bool { return target == ErrNotYet }
+func (e notYet) Unwrap() error        { return e.error }
+
 // DetectUnderlay finds the underlay in the calling thread's network namespace. want
 // is what --underlay says: a device's name, one of the host's addresses, or empty; then
 // the route to the seeds decides, or without seeds the default route, or else the
-// only device that has an address. Where two devices are possible it refuses and names them.
+// only device that has an address. Where two devices are possible it refuses and names
+// them. See ErrNotYet for the errors that are worth waiting for.
 func DetectUnderlay(want string, seeds []netip.Addr) (Underlay, error) {
 	d, err := newDetector()
 	if err != nil {
@@ -79,7 +90,19 @@ func newDetector() (*detector, error) {
 	return d, nil
 }
 
+// ErrNotYet is wrapped when the host has nothing that could be the underlay, which may come while it boots: a device, an
+// address or a route is missing. Everything else that DetectUnderlay refuses is for the operator to decide.
+var ErrNotYet = errors.New("not there yet")
+
 const pick = "choose another with --underlay INTERFACE or --underlay ADDRESS"
+
+// notYetError is an error that wraps ErrNotYet without its text.
+type notYetError struct{ error }
+
+func (e notYetError) Is(target error) bool { return target == ErrNotYet }
+func (e notYetError) Unwrap() error        { return e.error }
+
+func notYet(format string, args ...any) error { return notYetError{fmt.Errorf(format, args...)} }
 
 // refuse tells why an address cannot be an underlay address.
 func refuse(a netip.Addr) error {
@@ -132,7 +155,7 @@ func (d *detector) byAddr(a netip.Addr) (Underlay, error) {
 			return d.choose(candidate{h.LinkIndex, a})
 		}
 	}
-	return Underlay{}, fmt.Errorf("underlay address %v is on none of this host's devices (they have %s): %s", a, d.list(d.candidates()), pick)
+	return Underlay{}, notYet{fmt.Errorf("underlay address %v is on none of this host's devices (they have %s): %s", a, d.list(d.candidates()), pick)}
 }
 
 func (d *detector) byName(name string, seeds []netip.Addr) (Underlay, error) {
@@ -154,9 +177,9 @@ func (d *detector) byName(name string, seeds []netip.Addr) (Underlay, error) {
 		if l.Flags&net.FlagLoopback != 0 {
 			return Underlay{}, fmt.Errorf("underlay device %s is the loopback device, by which other hosts cannot be reached: %s", name, pick)
 		}
-		return Underlay{}, fmt.Errorf("underlay device %s has no usable address: give it one, or %s", name, pick)
+		return Underlay{}, notYet{fmt.Errorf("underlay device %s has no usable address: give it one, or %s", name, pick)}
 	}
-	return Underlay{}, fmt.Errorf("underlay device %s does not exist (there are %s): %s", name, d.list(d.candidates()), pick)
+	return Underlay{}, notYet{fmt.Errorf("underlay device %s does not exist (there are %s): %s", name, d.list(d.candidates()), pick)}
 }
 
 // routeTo asks the kernel by which device and source address it reaches a.
@@ -164,7 +187,7 @@ func (d *detector) routeTo(a netip.Addr) (candidate, error) {
 	a = a.Unmap()
 	routes, err := netlink.RouteGet(a.WithZone("").AsSlice())
 	if err != nil {
-		return candidate{}, fmt.Errorf("no route to %v: %w", a, err)
+		return candidate{}, notYet{fmt.Errorf("no route to %v: %w", a, err)}
 	}
 	for i := range routes {
 		rt := &routes[i]
@@ -178,7 +201,7 @@ func (d *detector) routeTo(a netip.Addr) (candidate, error) {
 		}
 		return candidate{rt.LinkIndex, addrOf(rt.Src)}, nil
 	}
-	return candidate{}, fmt.Errorf("no route to %v", a)
+	return candidate{}, notYet{fmt.Errorf("no route to %v", a)}
 }
 
 func (d *detector) bySeeds(seeds []netip.Addr) (Underlay, error) {
@@ -196,7 +219,7 @@ func (d *detector) bySeeds(seeds []netip.Addr) (Underlay, error) {
 		found = append(found, c)
 	}
 	if len(found) == 0 {
-		return Underlay{}, fmt.Errorf("no underlay leads to any seed: %w", errors.Join(errs...))
+		return Underlay{}, fmt.Errorf("no underlay leads to any seed: %w", line(errs))
 	}
 	return d.only(found, "the seeds are reached by more than one device")
 }
@@ -237,7 +260,7 @@ func (d *detector) byDefault() (Underlay, error) {
 		found = d.candidates()
 	}
 	if len(found) == 0 {
-		return Underlay{}, fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)
+		return Underlay{}, notYet{fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)}
 	}
 	return d.only(found, why)
 }
@@ -287,4 +310,13 @@ func (d *detector) list(cs []candidate) string {
 		return "none"
 	}
 	return strings.Join(out, ", ")
+}
+
+// line joins errors in one line.
+func line(errs []error) error {
+	out := errs[0]
+	for _, e := range errs[1:] {
+		out = fmt.Errorf("%w; %w", out, e)
+	}
+	return out
 }

@@ -1,6 +1,7 @@
 package hostnet
 
 import (
+	"errors"
 	"net/netip"
 	"slices"
 	"strings"
@@ -25,6 +26,7 @@ func TestDetectUnderlay(t *testing.T) {
 		iface string
 		addrs []netip.Addr
 		err   []string // parts of the refusal
+		wait  bool     // ErrNotYet
 	}{
 		{name: "by a seed on the same subnet", setup: two, seeds: ips("198.51.100.7"), iface: "eth1", addrs: ips("198.51.100.1", "2001:db8:1::1")},
 		{name: "by an IPv6 seed", setup: two, seeds: ips("2001:db8::7"), iface: "eth0", addrs: ips("2001:db8::1", "192.0.2.1")},
@@ -38,18 +40,19 @@ func TestDetectUnderlay(t *testing.T) {
 		}, seeds: ips("203.0.113.1"), iface: "eth1", addrs: ips("192.0.2.3", "2001:db8:1::1")},
 		{name: "one seed without a route", setup: two, seeds: ips("203.0.113.200", "192.0.2.8"), iface: "eth0", addrs: ips("192.0.2.1", "2001:db8::1")},
 		{name: "seeds on two devices", setup: two, seeds: ips("192.0.2.8", "198.51.100.8"), err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
-		{name: "no route to the seed", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("203.0.113.1"), err: []string{"203.0.113.1"}},
+		{name: "seeds without a route and a loopback one", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("127.0.0.1", "203.0.113.1"), err: []string{"203.0.113.1", "127.0.0.1"}, wait: true},
+		{name: "no route to the seed", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("203.0.113.1"), err: []string{"203.0.113.1"}, wait: true},
 		{name: "loopback seed", setup: two, seeds: ips("127.0.0.1"), err: []string{"127.0.0.1", "loopback", "--underlay"}},
 		{name: "by name", setup: two, want: "eth1", iface: "eth1", addrs: ips("198.51.100.1", "2001:db8:1::1")},
 		{name: "by address", setup: two, want: "192.0.2.3", iface: "eth0", addrs: ips("192.0.2.3", "2001:db8::1")},
 		{name: "by IPv6 address", setup: two, want: "2001:db8:1::1", iface: "eth1", addrs: ips("2001:db8:1::1", "198.51.100.1")},
-		{name: "unknown name", setup: two, want: "eth7", err: []string{"eth7", "eth0 192.0.2.1", "--underlay"}},
-		{name: "unknown address", setup: two, want: "192.0.2.99", err: []string{"192.0.2.99", "eth1 198.51.100.1", "--underlay"}},
+		{name: "unknown name", setup: two, want: "eth7", err: []string{"eth7", "eth0 192.0.2.1", "--underlay"}, wait: true},
+		{name: "unknown address", setup: two, want: "192.0.2.99", err: []string{"192.0.2.99", "eth1 198.51.100.1", "--underlay"}, wait: true},
 		{name: "loopback address", setup: two, want: "127.0.0.1", err: []string{"loopback", "--underlay"}},
 		{name: "loopback device", setup: two, want: "lo", err: []string{"lo", "loopback", "--underlay"}},
 		{name: "address on the loopback device", setup: two, want: "203.0.113.9", err: []string{"lo", "loopback", "--underlay"}},
 		{name: "link-local address", setup: func(h *host) { h.device("eth0", "fe80::5/64") }, want: "fe80::5", err: []string{"link-local", "--underlay"}},
-		{name: "device without address", setup: func(h *host) { h.device("eth0") }, want: "eth0", err: []string{"eth0", "address"}},
+		{name: "device without address", setup: func(h *host) { h.device("eth0") }, want: "eth0", err: []string{"eth0", "address"}, wait: true},
 		{name: "default route", setup: func(h *host) {
 			two(h)
 			h.route("0.0.0.0/0", "198.51.100.254", "eth1", 0, unix.RTPROT_STATIC)
@@ -66,7 +69,7 @@ func TestDetectUnderlay(t *testing.T) {
 		}, err: []string{"ambiguous", "eth0", "eth1", "--underlay"}},
 		{name: "no default route, one device", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, iface: "eth0", addrs: ips("192.0.2.1")},
 		{name: "no default route, two devices", setup: two, err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
-		{name: "nothing at all", setup: func(*host) {}, err: []string{"--underlay"}},
+		{name: "nothing at all", setup: func(*host) {}, err: []string{"--underlay"}, wait: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
@@ -74,6 +77,9 @@ func TestDetectUnderlay(t *testing.T) {
 			var u Underlay
 			var err error
 			h.do(func() error { u, err = DetectUnderlay(c.want, c.seeds); return nil })
+			if errors.Is(err, ErrNotYet) != c.wait {
+				t.Errorf("%v: to be waited for: %v", err, c.wait)
+			}
 			if c.err != nil {
 				wantError(t, err, c.err...)
 				return
@@ -117,6 +123,11 @@ func TestCheckOverlap(t *testing.T) {
 			h.reconcile(h.reconciler(Options{}), dual())
 			h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64")
 		}, own: pfx("10.244.1.0/24", "fd00:244:0:1::/64")},
+		{name: "what an earlier run left, told by its routes", setup: func(h *host) {
+			h.tun("tun0")
+			h.reconcile(h.reconciler(Options{}), dual())
+			h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64")
+		}},
 		{name: "pods, of space that is not ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24") }, own: pfx("10.244.2.0/24"), err: []string{"10.244.1.1/24 on pods"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -50,12 +50,12 @@ const (
 // What can be wrong with a header. Parse functions return one of these unwrapped,
 // so that a bad packet costs no allocation.
 var (
-	ErrTruncated   = errors.New("header: truncated")
-	ErrVersion     = errors.New("header: bad IP version")
-	ErrHeaderLen   = errors.New("header: bad header length")
-	ErrTotalLen    = errors.New("header: bad total length")
-	ErrFragment    = errors.New("header: fragment reaches beyond 65535 bytes")
-	ErrExtensions  = errors.New("header: IPv6 extension headers broken or too many")
-	ErrGUE         = errors.New("header: unsupported GUE variant, flags or options")
-	ErrVXLAN       = errors.New("header: reserved VXLAN bits set or no VNI")
+	ErrTruncated  = errors.New("header: truncated")
+	ErrVersion    = errors.New("header: bad IP version")
+	ErrHeaderLen  = errors.New("header: bad header length")
+	ErrTotalLen   = errors.New("header: bad total length")
+	ErrFragment   = errors.New("header: fragment reaches beyond 65535 bytes")
+	ErrExtensions = errors.New("header: IPv6 extension headers broken or too many")
+	ErrGUE        = errors.New("header: unsupported GUE variant, flags or options")
+	ErrVXLAN      = errors.New("header: reserved VXLAN bits set or no VNI")
 )

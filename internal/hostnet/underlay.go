@@ -90,19 +90,7 @@ func newDetector() (*detector, error) {
 	return d, nil
 }
 
-// ErrNotYet is wrapped when the host has nothing that could be the underlay, which may come while it boots: a device, an
-// address or a route is missing. Everything else that DetectUnderlay refuses is for the operator to decide.
-var ErrNotYet = errors.New("not there yet")
-
 const pick = "choose another with --underlay INTERFACE or --underlay ADDRESS"
-
-// notYetError is an error that wraps ErrNotYet without its text.
-type notYetError struct{ error }
-
-func (e notYetError) Is(target error) bool { return target == ErrNotYet }
-func (e notYetError) Unwrap() error        { return e.error }
-
-func notYet(format string, args ...any) error { return notYetError{fmt.Errorf(format, args...)} }
 
 // refuse tells why an address cannot be an underlay address.
 func refuse(a netip.Addr) error {

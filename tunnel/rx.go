@@ -149,11 +149,11 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 		return
 	}
 	in := &w.in
-	w.tally.rx(&w.e.stats, w.from, len(inner))
 	if in.DstPort == ProbePort && in.Proto == header.ProtoUDP && !in.Fragment && w.fwd.isTun(in.Dst) {
 		w.e.probed(w.from, w.mode, inner, in)
 		return
 	}
+	w.tally.rx(&w.e.stats, w.from, len(inner))
 	w.deliver(inner)
 }
 

@@ -1,0 +1,119 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// errUnderlayChanged ends a session whose underlay address is no longer the host's.
+var errUnderlayChanged = errors.New("the underlay address of this host has changed")
+
+// agent is what outlives a session: the control socket and what it shows before there is one.
+type agent struct {
+	cfg     config.Config
+	log     *slog.Logger
+	started time.Time
+	session atomic.Pointer[session]
+
+	mu      sync.Mutex
+	pending api.Problem // why there is no session
+	reload  func(config.Config) api.ReloadResult
+}
+
+// Run is the agent: it serves the control socket and moves packets until ctx is done, which is a clean stop and no error.
+// The host's routes, TUN device and nft table stay.
+func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+	if err := checkCapabilities(); err != nil {
+		return err
+	}
+	a := &agent{cfg: cfg, log: log, started: time.Now()}
+	listener, err := api.Listen(cfg.Socket)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	serve := func(f func(context.Context) error) {
+		wg.Go(func() {
+			if err := f(ctx); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	serve(func(ctx context.Context) error { return api.NewServer(a, log).Serve(ctx, listener) })
+	if cfg.Metrics != "" {
+		serve(a.serveMetrics)
+	}
+	err = a.sessions(ctx)
+	cancel(err)
+	wg.Wait()
+	if err == nil && !errors.Is(context.Cause(ctx), context.Canceled) {
+		err = context.Cause(ctx)
+	}
+	return err
+}
+
+// sessions runs one session after the other, until ctx is done or one fails.
+func (a *agent) sessions(ctx context.Context) error {
+	for {
+		s, err := a.start(ctx)
+		if err != nil {
+			if ctx.Err() != nil {
+				return nil
+			}
+			return err
+		}
+		a.session.Store(s)
+		err = s.run(ctx)
+		a.session.Store(nil)
+		switch {
+		case errors.Is(err, errUnderlayChanged):
+			a.log.Warn("underlay address changed, starting again with the new one", "old", s.link.Addrs)
+			a.wait(api.Problem{What: "the underlay address of this host has changed", Remedy: "wait a moment: the agent starts again with the new one"})
+		case ctx.Err() != nil && err == nil:
+			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
+			return nil
+		default:
+			return err
+		}
+	}
+}
+
+// wait notes why there is no session.
+func (a *agent) wait(p api.Problem) {
+	p.Since = time.Now()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.pending = p
+}
+
+// checkCapabilities says early, in one line, what would otherwise fail late and in many places.
+func checkCapabilities() error {
+	const netAdmin, netRaw = 12, 13 // linux/capability.h
+	eff, err := effectiveCapabilities()
+	if err != nil {
+		return err
+	}
+	if eff&(1<<netAdmin) == 0 || eff&(1<<netRaw) == 0 {
+		return &api.Error{Code: api.CodeFailed, Message: "tulle agent needs CAP_NET_ADMIN and CAP_NET_RAW, which this process (uid " + uid() + ") does not have",
+			Remedy: "run it as root, or by its systemd unit (systemctl start tulle)"}
+	}
+	return nil
+}
+
+func hostname() string {
+	name, err := os.Hostname()
+	if err != nil {
+		return "this host"
+	}
+	return name
+}

@@ -1,0 +1,169 @@
+package agent
+
+import (
+	"context"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership"
+)
+
+// cluster joins the address-space machine to gossip: it is the machine's Env and gossip's Handler. Messages go through an
+// outbox, because the machine speaks with its lock held and a stream to another host takes its time.
+type cluster struct {
+	log    *slog.Logger
+	store  *ipam.Store
+	probes *prober
+	outbox chan outgoing
+	moved  func() // members have changed; must not block
+
+	space  *space.Space
+	gossip *membership.Gossip
+}
+
+// outgoing is one message; to is zero for a broadcast.
+type outgoing struct {
+	to  membership.NodeID
+	msg []byte
+}
+
+const (
+	outboxSize  = 1024
+	senders     = 4 // streams under way at once: one host that hangs does not hold up the others
+	sendTimeout = 5 * time.Second
+)
+
+var (
+	_ space.Env          = (*cluster)(nil)
+	_ membership.Handler = handler{}
+)
+
+// Send implements space.Env. A full outbox loses the message, as the network may; the machine asks again.
+func (c *cluster) Send(to membership.NodeID, msg []byte) { c.queue(outgoing{to, msg}) }
+
+// Broadcast implements space.Env.
+func (c *cluster) Broadcast(msg []byte) { c.queue(outgoing{msg: msg}) }
+
+func (c *cluster) queue(o outgoing) {
+	select {
+	case c.outbox <- o:
+	default:
+		c.log.Warn("outbox is full, a message about address space is lost and will be sent again")
+	}
+}
+
+// deliver empties the outbox until ctx is done.
+func (c *cluster) deliver(ctx context.Context) error {
+	var wg sync.WaitGroup
+	for range senders {
+		wg.Go(func() {
+			for {
+				select {
+				case <-ctx.Done():
+					return
+				case o := <-c.outbox:
+					c.deliverOne(ctx, o)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	return nil
+}
+
+func (c *cluster) deliverOne(ctx context.Context, o outgoing) {
+	var err error
+	if o.to.IsZero() {
+		err = c.gossip.Queue(o.msg)
+	} else {
+		ctx, cancel := context.WithTimeout(ctx, sendTimeout)
+		defer cancel()
+		err = c.gossip.Send(ctx, o.to, o.msg)
+	}
+	if err != nil && ctx.Err() == nil {
+		c.log.Debug("message not sent", "node", o.to, "error", err)
+	}
+}
+
+// Persist implements space.Env.
+func (c *cluster) Persist(st *ipam.State) error { return c.store.Save(st) }
+
+// Members implements space.Env.
+func (c *cluster) Members() []space.Member {
+	if c.gossip == nil {
+		return nil
+	}
+	list := c.gossip.Members()
+	out := make([]space.Member, len(list))
+	for i, m := range list {
+		out[i] = space.Member{
+			ID: m.ID, Name: m.Name, Cluster: m.Meta.Cluster, Addr: m.Addr,
+			Alive: m.State == membership.StateAlive || m.State == membership.StateSuspect,
+		}
+	}
+	return out
+}
+
+// Seeds implements space.Env.
+func (c *cluster) Seeds() space.Seeds {
+	s := space.Seeds{Tried: true}
+	if c.gossip == nil {
+		return space.Seeds{}
+	}
+	for _, seed := range c.gossip.Seeds() {
+		switch {
+		case seed.Tried.IsZero():
+			s.Tried = false
+			s.Others++
+		case seed.Self:
+		default:
+			s.Others++
+			if seed.Reason == "" {
+				s.Answered++
+			}
+		}
+	}
+	return s
+}
+
+// TunnelAnswers implements space.Env.
+func (c *cluster) TunnelAnswers(id membership.NodeID) bool { return c.probes.answering(id.String()) }
+
+// LocalState implements membership.Handler.
+func (c *cluster) LocalState(join bool) []byte { return c.space.LocalState(time.Now(), join) }
+
+// MergeState implements membership.Handler.
+func (c *cluster) MergeState(b []byte, join bool) {
+	if err := c.space.MergeState(time.Now(), b, join); err != nil {
+		c.log.Warn("another member's table was not taken", "error", err)
+	}
+}
+
+// received logs what is wrong with a message; the sender may be of another version, or no friend.
+func (c *cluster) received(kind string, from membership.NodeID, err error) {
+	if err != nil {
+		c.log.Warn("message about address space refused", "kind", kind, "node", from, "error", err)
+	}
+}
+
+// Message implements membership.Handler.
+func (c *cluster) Message(from membership.NodeID, b []byte) {
+	c.received("message", from, c.space.HandleMessage(time.Now(), from, b))
+}
+
+// handler is cluster as gossip sees it: both interfaces have a Broadcast.
+type handler struct{ *cluster }
+
+// Broadcast implements membership.Handler.
+func (h handler) Broadcast(b []byte) {
+	h.received("broadcast", membership.NodeID{}, h.space.HandleBroadcast(time.Now(), b))
+}
+
+// Members implements membership.Handler: something about them has changed.
+func (h handler) Members() {
+	h.space.MembersChanged(time.Now())
+	h.moved()
+}

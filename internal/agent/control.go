@@ -1,0 +1,389 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"strings"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+var _ api.Backend = (*agent)(nil)
+
+// current is the running session, or why there is none.
+func (a *agent) current() (*session, error) {
+	if s := a.session.Load(); s != nil {
+		return s, nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.pending.What == "" {
+		return nil, api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")
+	}
+	return nil, api.Errorf(api.CodeUnhealthy, "the agent waits: %s", a.pending.What).WithRemedy("%s", a.pending.Remedy)
+}
+
+// coded turns what the parts return into the control socket's codes.
+func coded(err error) error {
+	if err == nil {
+		return nil
+	}
+	code := api.CodeFailed
+	switch {
+	case errors.Is(err, space.ErrRefused), errors.Is(err, space.ErrAlive), errors.Is(err, space.ErrNoMajority),
+		errors.Is(err, space.ErrPodsAlive), errors.Is(err, ipam.ErrUnavailable), errors.Is(err, space.ErrBusy):
+		code = api.CodeRefused
+	case errors.Is(err, space.ErrNotReady), errors.Is(err, space.ErrGrowing), errors.Is(err, space.ErrExhausted),
+		errors.Is(err, space.ErrTimeout), errors.Is(err, membership.ErrNotRunning):
+		code = api.CodeUnhealthy
+	}
+	return api.Errorf(code, "%v", err)
+}
+
+// Peers implements api.Backend.
+func (a *agent) Peers(ctx context.Context) ([]api.Peer, error) {
+	st, err := a.Status(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := a.current(); err != nil {
+		return nil, err
+	}
+	return st.Peers, nil
+}
+
+// Route implements api.Backend.
+func (a *agent) Route(_ context.Context, addr netip.Addr) (api.RouteAnswer, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.RouteAnswer{}, err
+	}
+	return s.route(addr.Unmap()), nil
+}
+
+// Ping implements api.Backend.
+func (a *agent) Ping(ctx context.Context, req api.PingRequest) (api.PingResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.PingResult{}, err
+	}
+	p, err := s.findPeer(req.Node)
+	if err != nil {
+		return api.PingResult{}, err
+	}
+	return s.ping(ctx, p, req.Count)
+}
+
+// findPeer finds a peer by name, ID, a unique beginning of the ID, or an address that it owns or has.
+func (s *session) findPeer(text string) (*peerView, error) {
+	v := s.view.Load()
+	if v == nil {
+		return nil, api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")
+	}
+	if text == s.cfg.NodeName || text == v.status.Node.String() {
+		return nil, api.Errorf(api.CodeUsage, "%s is this node itself", text)
+	}
+	addr, _ := netip.ParseAddr(text)
+	var found []*peerView
+	for i := range v.peers {
+		p := &v.peers[i]
+		if p.id == text || p.name == text {
+			return p, nil
+		}
+		owns := false
+		if addr.IsValid() {
+			for _, prefix := range p.prefixes {
+				owns = owns || prefix.Contains(addr)
+			}
+			for _, u := range p.underlay {
+				owns = owns || u == addr
+			}
+		}
+		if owns || len(text) >= 4 && strings.HasPrefix(p.id, strings.ToLower(text)) {
+			found = append(found, p)
+		}
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		var names []string
+		for _, p := range v.peers {
+			names = append(names, p.name)
+		}
+		return nil, api.Errorf(api.CodeNotFound, "no node %q; known are: %s", text, strings.Join(names, ", "))
+	}
+	return nil, api.Errorf(api.CodeNotFound, "%q fits %d nodes", text, len(found)).WithRemedy("give the whole ID, see tulle peers")
+}
+
+// Allocate implements api.Backend.
+func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allocation, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.Allocation{}, err
+	}
+	r := space.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested}
+	list, err := s.space.Allocate(time.Now(), r)
+	// More space was asked for: the answer takes a round trip or two.
+	for deadline := time.Now().Add(growthPatience); errors.Is(err, space.ErrGrowing) && time.Now().Before(deadline); {
+		select {
+		case <-ctx.Done():
+			return api.Allocation{}, ctx.Err()
+		case <-time.After(100 * time.Millisecond):
+		}
+		list, err = s.space.Allocate(time.Now(), r)
+	}
+	if err != nil {
+		return api.Allocation{}, coded(err)
+	}
+	out := api.Allocation{ID: req.ID, MTU: int(s.tunMTU)}
+	for _, f := range s.space.Params().Families {
+		out.CIDRs = append(out.CIDRs, f.CIDR)
+	}
+	tun, blocks := s.space.TunAddrs(), s.space.Blocks()
+	for _, l := range list {
+		aa := api.AllocatedAddress{Address: l.Addr}
+		for _, b := range blocks {
+			if b.Prefix.Contains(l.Addr) {
+				aa.Block = b.Prefix
+			}
+		}
+		for _, t := range tun {
+			if t.Is4() == l.Addr.Is4() {
+				aa.Gateway = t
+			}
+		}
+		out.Addresses = append(out.Addresses, aa)
+	}
+	return out, nil
+}
+
+// growthPatience is how long an allocation waits for space that was asked of another node.
+const growthPatience = 5 * time.Second
+
+// Free implements api.Backend.
+func (a *agent) Free(_ context.Context, req api.FreeRequest) (api.FreeResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.FreeResult{}, err
+	}
+	list, err := s.space.Release(time.Now(), req.ID)
+	if err != nil {
+		return api.FreeResult{}, coded(err)
+	}
+	var out api.FreeResult
+	for _, l := range list {
+		out.Freed = append(out.Freed, l.Addr)
+	}
+	return out, nil
+}
+
+// Leave implements api.Backend.
+func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.LeaveResult{}, err
+	}
+	before := s.space.Prefixes()
+	op, err := s.space.Leave(time.Now())
+	if err != nil {
+		return api.LeaveResult{}, coded(err)
+	}
+	if err := await(ctx, op); err != nil {
+		return api.LeaveResult{}, err
+	}
+	out := api.LeaveResult{}
+	for _, p := range before {
+		out.Transfers = append(out.Transfers, s.transfer(p, s.space.Node()))
+	}
+	s.log.Warn("this node has left the cluster", "result", op.Result())
+	if err := s.gossip.Leave(ctx); err != nil {
+		s.log.Warn("the members may suspect this node for a while", "error", err)
+	}
+	return out, nil
+}
+
+// transfer says who owns a prefix now.
+func (s *session) transfer(p netip.Prefix, from membership.NodeID) api.Transfer {
+	t := api.Transfer{Prefix: p, From: s.ref(from)}
+	if e, ok := s.space.Owner(p.Addr()); ok {
+		t.To = s.ref(e.Owner)
+	}
+	return t
+}
+
+// await waits for an operation of the machine.
+func await(ctx context.Context, op *space.Op) error {
+	select {
+	case <-op.Done():
+		return coded(op.Err())
+	case <-ctx.Done():
+		return api.Errorf(api.CodeUnhealthy, "it goes on in the background: %v", ctx.Err()).WithRemedy("see tulle status")
+	}
+}
+
+// Forget implements api.Backend.
+func (a *agent) Forget(ctx context.Context, req api.ForgetRequest) (api.ForgetResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.ForgetResult{}, err
+	}
+	p, err := s.findPeer(req.Node)
+	if err != nil {
+		return api.ForgetResult{}, err
+	}
+	if p.node.IsZero() {
+		return api.ForgetResult{}, api.Errorf(api.CodeUsage, "%s is an external peer", p.name).WithRemedy("tulle external remove PREFIX")
+	}
+	op, err := s.space.Forget(time.Now(), p.node, req.Force)
+	if err != nil {
+		return api.ForgetResult{}, coded(err)
+	}
+	if err := await(ctx, op); err != nil {
+		return api.ForgetResult{}, err
+	}
+	s.gossip.Forget(p.node)
+	s.kick()
+	out := api.ForgetResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
+	for _, prefix := range p.prefixes {
+		out.Transfers = append(out.Transfers, s.transfer(prefix, p.node))
+	}
+	return out, nil
+}
+
+// Externals implements api.Backend.
+func (a *agent) Externals(context.Context) ([]api.External, error) {
+	s, err := a.current()
+	if err != nil {
+		return nil, err
+	}
+	var out []api.External
+	for _, e := range s.space.Externals() {
+		out = append(out, s.external(e))
+	}
+	return out, nil
+}
+
+func (s *session) external(e membership.Entry) api.External {
+	return api.External{Prefix: e.Prefix, Endpoint: e.External.Endpoint, Encapsulation: e.External.Encap, Owner: s.ref(e.Owner), Version: e.Version}
+}
+
+// ExternalAdd implements api.Backend.
+func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.External, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.External{}, err
+	}
+	m, err := encap.ParseMode(req.Encapsulation)
+	if err != nil {
+		return api.External{}, api.Errorf(api.CodeUsage, "%v", err)
+	}
+	if len(usableModes([]string{m.String()})) == 0 {
+		return api.External{}, api.Errorf(api.CodeUsage, "this version cannot send %s to an external peer", m).WithRemedy("use one of %v", sendable)
+	}
+	for _, e := range s.space.Externals() {
+		if e.External.Endpoint == req.Endpoint && e.External.Encap != req.Encapsulation {
+			return api.External{}, api.Errorf(api.CodeRefused, "%v is an external peer by %s already (%v)", req.Endpoint, e.External.Encap, e.Prefix).
+				WithRemedy("an external peer has one encapsulation: use the same, or remove that first")
+		}
+	}
+	if err := s.space.AddExternal(time.Now(), req.Prefix, membership.External{Endpoint: req.Endpoint, Encap: req.Encapsulation}); err != nil {
+		return api.External{}, coded(err)
+	}
+	e, _ := s.space.Owner(req.Prefix.Addr())
+	if e.External == nil {
+		return api.External{}, api.Errorf(api.CodeFailed, "%v changed hands meanwhile", req.Prefix).WithRemedy("see tulle external list")
+	}
+	return s.external(e), nil
+}
+
+// ExternalRemove implements api.Backend.
+func (a *agent) ExternalRemove(_ context.Context, prefix netip.Prefix) (api.External, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.External{}, err
+	}
+	e, _ := s.space.Owner(prefix.Addr())
+	if e.External == nil {
+		return api.External{}, api.Errorf(api.CodeNotFound, "no external peer has %v", prefix).WithRemedy("see tulle external list")
+	}
+	if err := s.space.RemoveExternal(time.Now(), prefix); err != nil {
+		return api.External{}, coded(err)
+	}
+	return s.external(e), nil
+}
+
+// Reload implements api.Backend.
+func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
+	a.mu.Lock()
+	old := a.cfg
+	a.mu.Unlock()
+	next, err := old.Reread()
+	if err != nil {
+		return api.ReloadResult{}, api.Errorf(api.CodeUsage, "nothing was changed: %v", err)
+	}
+	var out api.ReloadResult
+	for _, c := range config.Diff(old, next) {
+		change := api.ConfigChange{Key: c.Key, Old: c.Old, New: c.New}
+		if !reloadable(c) {
+			out.NeedsRestart = append(out.NeedsRestart, change)
+			continue
+		}
+		out.Changed = append(out.Changed, change)
+	}
+	a.apply(next)
+	a.log.Info("configuration read again", "changed", len(out.Changed), "need_restart", len(out.NeedsRestart))
+	return out, nil
+}
+
+// reloadable: log level and masquerading change in a running agent; the rest is bound when it starts.
+func reloadable(c config.Change) bool {
+	return c.Live && (c.Key == "log_level" || c.Key == "masquerade")
+}
+
+// apply takes over what may change while the agent runs.
+func (a *agent) apply(next config.Config) {
+	next.LevelVar().Set(next.LogLevel)
+	a.mu.Lock()
+	a.cfg.LogLevel, a.cfg.Masquerade = next.LogLevel, next.Masquerade
+	a.mu.Unlock()
+	if s := a.session.Load(); s != nil {
+		s.masquerade.Store(next.Masquerade)
+		s.kick()
+	}
+}
+
+// ref names a node.
+func (s *session) ref(id membership.NodeID) api.NodeRef {
+	if id == s.space.Node() {
+		return api.NodeRef{Name: s.cfg.NodeName, ID: id.String()}
+	}
+	if v := s.view.Load(); v != nil {
+		for i := range v.peers {
+			if v.peers[i].node == id {
+				return api.NodeRef{Name: v.peers[i].name, ID: id.String()}
+			}
+		}
+	}
+	return api.NodeRef{Name: id.Short(), ID: id.String()}
+}
+
+// summary is the line that systemctl status shows.
+func (s *session) summary() string {
+	v := s.view.Load()
+	alive := 1
+	for i := range v.peers {
+		if v.peers[i].state == api.PeerAlive {
+			alive++
+		}
+	}
+	return fmt.Sprintf("%d of %d members alive, own space %v", alive, 1+len(v.peers), v.own)
+}

@@ -1,0 +1,111 @@
+package agent
+
+import (
+	"context"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/membership"
+)
+
+// Keys implements api.Backend.
+func (a *agent) Keys(ctx context.Context) (api.KeyList, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.KeyList{}, err
+	}
+	if s.cfg.GossipKeyFile == "" {
+		return api.KeyList{}, nil
+	}
+	r, err := s.gossip.KeyList(ctx)
+	if err != nil {
+		return api.KeyList{}, coded(err)
+	}
+	out := api.KeyList{Encrypted: true, Members: len(r.Answers) + len(r.Missing)}
+	var order []membership.Fingerprint
+	has := map[membership.Fingerprint]map[membership.NodeID]bool{}
+	for _, m := range r.Answers {
+		if m.Err != "" {
+			continue
+		}
+		out.Answered++
+		for _, k := range m.Keys {
+			if has[k.Fingerprint] == nil {
+				has[k.Fingerprint] = map[membership.NodeID]bool{}
+				order = append(order, k.Fingerprint)
+			}
+			has[k.Fingerprint][m.ID] = true
+		}
+	}
+	for _, fp := range order {
+		k := api.Key{ID: fp.String(), Members: len(has[fp])}
+		for i, m := range r.Answers {
+			if m.Err != "" {
+				continue
+			}
+			if !has[fp][m.ID] {
+				k.Missing = append(k.Missing, m.Name)
+			}
+			if i == 0 && len(m.Keys) > 0 && m.Keys[0].Fingerprint == fp { // this node's own answer comes first
+				k.Primary = true
+			}
+		}
+		out.Keys = append(out.Keys, k)
+	}
+	return out, nil
+}
+
+// KeyInstall implements api.Backend.
+func (a *agent) KeyInstall(ctx context.Context, req api.KeyRequest) (api.KeyResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.KeyResult{}, err
+	}
+	r, err := s.gossip.KeyInstall(ctx, req.Key)
+	return keyResult(membership.KeyFingerprint(req.Key), r, err)
+}
+
+// KeyUse implements api.Backend.
+func (a *agent) KeyUse(ctx context.Context, req api.KeyRequest) (api.KeyResult, error) {
+	return a.keyOperation(ctx, req, (*membership.Gossip).KeyUse)
+}
+
+// KeyRemove implements api.Backend.
+func (a *agent) KeyRemove(ctx context.Context, req api.KeyRequest) (api.KeyResult, error) {
+	return a.keyOperation(ctx, req, (*membership.Gossip).KeyRemove)
+}
+
+func (a *agent) keyOperation(ctx context.Context, req api.KeyRequest,
+	op func(*membership.Gossip, context.Context, membership.Fingerprint) (membership.KeyReport, error),
+) (api.KeyResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.KeyResult{}, err
+	}
+	var fp membership.Fingerprint
+	if len(req.Key) > 0 {
+		fp = membership.KeyFingerprint(req.Key)
+	} else if fp, err = s.gossip.FindKey(req.ID); err != nil {
+		return api.KeyResult{}, api.Errorf(api.CodeNotFound, "%v", err)
+	}
+	r, err := op(s.gossip, ctx, fp)
+	return keyResult(fp, r, err)
+}
+
+// keyResult lists who did it and who did not.
+func keyResult(fp membership.Fingerprint, r membership.KeyReport, err error) (api.KeyResult, error) {
+	if err != nil {
+		return api.KeyResult{}, coded(err)
+	}
+	out := api.KeyResult{ID: fp.String(), Members: len(r.Answers) + len(r.Missing)}
+	for _, m := range r.Answers {
+		if m.Err == "" {
+			out.Done++
+			continue
+		}
+		out.Failed = append(out.Failed, api.KeyFailure{Node: api.NodeRef{Name: m.Name, ID: m.ID.String()}, Why: m.Err})
+	}
+	for _, m := range r.Missing {
+		out.Failed = append(out.Failed, api.KeyFailure{Node: api.NodeRef{Name: m.Name, ID: m.ID.String()}, Why: "not alive: it needs the new key in its key file before it can return"})
+	}
+	return out, nil
+}

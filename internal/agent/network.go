@@ -1,0 +1,244 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+	"github.com/tulle-net/tulle/tunnel/path"
+)
+
+// view is what this node makes of the others at one moment. It is built anew on every change, handed to the engine and the
+// host, and read by the control socket; it is never changed.
+type view struct {
+	status space.Status
+	own    []netip.Prefix
+	tun    []netip.Addr
+	peers  []peerView // members by name, then external peers
+}
+
+// peerView is one member or external peer.
+type peerView struct {
+	id       string
+	node     membership.NodeID // zero for an external peer
+	name     string
+	state    string // api.PeerAlive and so on
+	since    time.Time
+	underlay []netip.Addr
+	udpPort  uint16
+	endpoint netip.Addr // the underlay address in use; invalid if none fits ours
+	tun      []netip.Addr
+	prefixes []netip.Prefix
+	mode     encap.Mode
+	mtu      mtu.TUN
+	path     path.Info
+	probed   bool
+	gone     bool   // gossip and data path agree: packets to it are answered with host unreachable
+	why      string // a sentence about the endpoint or the verdict; empty if there is nothing to say
+}
+
+// holdDown is how long a node must be gone, for gossip and for the data path, before packets to it are refused: long
+// enough for a restart of its agent.
+const holdDown = 5 * time.Second
+
+// look builds the view. It is called by the session's loop only, which owns gone.
+func (s *session) look(now time.Time) *view {
+	v := &view{status: s.space.Status(now), own: s.space.Prefixes(), tun: s.space.TunAddrs()}
+	prefixes := map[membership.NodeID][]netip.Prefix{}
+	external := map[netip.Addr]*peerView{}
+	for p, r := range s.space.Routes() {
+		switch {
+		case r.External != nil:
+			s.addExternal(external, p, r)
+		case !r.Self:
+			prefixes[r.Owner] = append(prefixes[r.Owner], p)
+		}
+	}
+	for _, m := range s.gossip.Members() {
+		if !m.Meta.Cluster.IsZero() && m.Meta.Cluster != v.status.Cluster {
+			continue
+		}
+		v.peers = append(v.peers, s.memberView(now, m, prefixes[m.ID]))
+		delete(prefixes, m.ID)
+	}
+	s.addUnseen(now, v, prefixes)
+	for _, p := range external {
+		v.peers = append(v.peers, *p)
+	}
+	slices.SortFunc(v.peers, func(a, b peerView) int {
+		return cmp.Or(cmp.Compare(b2i(a.node.IsZero()), b2i(b.node.IsZero())), cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
+	})
+	return v
+}
+
+// unseenFor is how long an owner that gossip has not heard of since this agent started keeps its route: gossip may be
+// cut off while the data path works.
+const unseenFor = 30 * time.Second
+
+// addUnseen adds the owners that gossip does not know (yet, or any more), at the address where they were last. Their
+// space must not look like nobody's.
+func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.NodeID][]netip.Prefix) {
+	if len(prefixes) == 0 {
+		return
+	}
+	known := map[membership.NodeID]ipam.Peer{}
+	for _, p := range s.space.Peers() {
+		known[membership.NodeID(p.ID)] = p
+	}
+	for id, ps := range prefixes {
+		k := known[id]
+		p := peerView{
+			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
+			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.modes[0],
+			why: "not heard of since this agent started; if it is gone for good: tulle forget " + cmp.Or(k.Name, id.Short()),
+		}
+		if k.Addr.IsValid() {
+			p.underlay = []netip.Addr{k.Addr.Addr()}
+			p.endpoint, _ = s.endpoint(p.underlay)
+		}
+		p.mtu = min(s.limit(p.mode, p.endpoint.Is6()), probeBase)
+		p.gone = now.Sub(s.started) > unseenFor && s.engine.PeerStats(p.id).RxPackets == 0
+		v.peers = append(v.peers, p)
+	}
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// memberView judges one member.
+func (s *session) memberView(now time.Time, m membership.Member, prefixes []netip.Prefix) peerView {
+	id := m.ID.String()
+	p := peerView{
+		id: id, node: m.ID, name: m.Name, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
+		udpPort: m.Meta.UDPPort, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.modes[0],
+	}
+	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
+	limit := s.limit(p.mode, p.endpoint.Is6())
+	p.mtu = limit
+	if !p.endpoint.IsValid() {
+		return p
+	}
+	if p.path, p.probed = s.probes.info(id, p.mode); p.probed {
+		p.mtu = min(limit, probeBase)
+		if p.path.MTU > 0 {
+			p.mtu = min(limit, p.path.MTU)
+		}
+	}
+	// A good route is not withdrawn because gossip flaps, nor because probes are lost: both have to say so, for a while.
+	if dead := m.State == membership.StateDead || m.State == membership.StateLeft; !dead || p.path.Up {
+		delete(s.gone, m.ID)
+		return p
+	}
+	since, ok := s.gone[m.ID]
+	if !ok {
+		since = now
+		s.gone[m.ID] = now
+	}
+	if p.gone = now.Sub(since) >= holdDown; p.gone {
+		p.why = fmt.Sprintf("gossip and data path both lost it %v ago: packets to it are answered with host unreachable", now.Sub(since).Round(time.Second))
+	}
+	return p
+}
+
+// endpoint picks the peer's underlay address of a family that this node has too, in this node's order of preference.
+func (s *session) endpoint(theirs []netip.Addr) (netip.Addr, string) {
+	for _, mine := range s.link.Addrs {
+		for _, a := range theirs {
+			if a.Is4() == mine.Is4() {
+				return a, ""
+			}
+		}
+	}
+	return netip.Addr{}, fmt.Sprintf("its underlay addresses %v and ours %v have no family in common", theirs, s.link.Addrs)
+}
+
+// limit is the largest inner packet that the underlay's own MTU allows, and the TUN's.
+func (s *session) limit(m encap.Mode, six bool) mtu.TUN {
+	return min(mtu.Link(s.link.MTU).TUN(encap.Overhead(m, six)), s.tunMTU)
+}
+
+// addExternal adds a prefix to the external peer at its endpoint.
+func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefix, r space.Route) {
+	p := peers[r.External.Endpoint]
+	if p == nil {
+		p = &peerView{
+			id: "external " + r.External.Endpoint.String(), name: r.External.Endpoint.String(), state: api.PeerExternal,
+			since: s.started, underlay: []netip.Addr{r.External.Endpoint}, udpPort: s.cfg.UDPPort,
+		}
+		var err error
+		if p.mode, err = encap.ParseMode(r.External.Encap); err != nil || !slices.Contains(sendable, p.mode) {
+			p.why = fmt.Sprintf("this version cannot send %q packets", r.External.Encap)
+		} else {
+			p.endpoint, p.why = s.endpoint(p.underlay)
+		}
+		p.mtu = s.limit(p.mode, r.External.Endpoint.Is6())
+		peers[r.External.Endpoint] = p
+	}
+	p.prefixes = append(p.prefixes, prefix)
+}
+
+// tunnelPeers is the view as the engine needs it.
+func (v *view) tunnelPeers() []tunnel.Peer {
+	out := make([]tunnel.Peer, len(v.peers))
+	for i, p := range v.peers {
+		out[i] = tunnel.Peer{
+			ID: p.id, Endpoint: p.endpoint, Accept: p.underlay, UDPPort: p.udpPort, Prefixes: p.prefixes,
+			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Unreachable: p.gone,
+		}
+	}
+	return out
+}
+
+// probeTargets is whom to probe, and how large packets may be.
+func (s *session) probeTargets(v *view) map[string]map[encap.Mode]mtu.TUN {
+	out := make(map[string]map[encap.Mode]mtu.TUN, len(v.peers))
+	for _, p := range v.peers {
+		// A node without space has no tun address that could answer.
+		if p.node.IsZero() || !p.endpoint.IsValid() || len(p.tun) == 0 || len(p.prefixes) == 0 {
+			continue
+		}
+		modes := make(map[encap.Mode]mtu.TUN, len(s.modes))
+		for _, m := range s.modes {
+			modes[m] = s.limit(m, p.endpoint.Is6())
+		}
+		out[p.id] = modes
+	}
+	return out
+}
+
+// hostState is the view as the host's kernel needs it.
+func (s *session) hostState(v *view) hostnet.State {
+	h := hostnet.State{
+		Tun: s.cfg.Tun, MTU: int(s.tunMTU), TunAddrs: v.tun, Own: v.own, Masquerade: s.masquerade.Load(),
+		Members:     slices.Clone(s.link.Addrs),
+		TunnelPorts: []uint16{s.cfg.UDPPort, s.cfg.VXLANPort},
+	}
+	for _, f := range v.status.Params.Families {
+		h.ClusterCIDRs = append(h.ClusterCIDRs, f.CIDR)
+	}
+	for _, p := range v.peers {
+		h.Members = append(h.Members, p.underlay...)
+		for _, prefix := range p.prefixes {
+			m := int(p.mtu)
+			if prefix.Addr().Is6() {
+				m = max(m, mtu.Min6) // the kernel takes no less for IPv6 (RFC 8200 §5)
+			}
+			h.Peers = append(h.Peers, hostnet.PeerRoute{Prefix: prefix, MTU: m})
+		}
+	}
+	return h
+}

@@ -1,0 +1,333 @@
+package agent
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+	"github.com/tulle-net/tulle/tunnel/path"
+)
+
+// A probe's payload, behind the inner UDP header; docs/wire.md has the layout. Numbers are big endian.
+//
+//	 0  magic "TLPR"
+//	 4  version (1)
+//	 5  kind: 1 request, 2 reply
+//	 6  zero (2)
+//	 8  nonce (8): the reply repeats the request's
+//	16  size (4): of a reply, the length in bytes of the inner packet that the request was
+const (
+	probeMagic   = 0x544c5052
+	probeVersion = 1
+	probeRequest = 1
+	probeReply   = 2
+	probeLen     = 20
+)
+
+func appendProbe(b []byte, kind byte, nonce uint64, size int) []byte {
+	b = binary.BigEndian.AppendUint32(b, probeMagic)
+	b = append(b, probeVersion, kind, 0, 0)
+	b = binary.BigEndian.AppendUint64(b, nonce)
+	return binary.BigEndian.AppendUint32(b, uint32(size))
+}
+
+func parseProbe(b []byte) (kind byte, nonce uint64, size int, ok bool) {
+	if len(b) < probeLen || binary.BigEndian.Uint32(b) != probeMagic || b[4] != probeVersion {
+		return 0, 0, 0, false
+	}
+	return b[5], binary.BigEndian.Uint64(b[8:]), int(binary.BigEndian.Uint32(b[16:])), true
+}
+
+// prober keeps the path state of every peer and encapsulation: it sends what is due, and takes the answers.
+type prober struct {
+	log     *slog.Logger
+	send    func(peer string, mode encap.Mode, payload []byte, size int) error
+	traffic func(peer string) tunnel.PeerStats
+	changed func() // a path came up, went down or has another MTU; must not block
+
+	kick    chan struct{}
+	answers chan answer
+
+	mu    sync.Mutex
+	rand  *rand.Rand
+	peers map[string]*probedPeer
+	pings map[uint64]chan answer // of `tulle ping`, by nonce
+}
+
+// probedPeer is one peer's paths.
+type probedPeer struct {
+	paths map[encap.Mode]*path.State
+	seen  map[encap.Mode]path.Info // what the last round found
+	rx    uint64                   // packets from it, as of the last look at the traffic
+	tx    uint64
+}
+
+type answer struct {
+	peer  string
+	mode  encap.Mode
+	nonce uint64
+	size  int
+	at    time.Time
+}
+
+func newProber(log *slog.Logger) *prober {
+	var seed [32]byte
+	for i := range seed {
+		seed[i] = byte(rand.Uint32()) // the runtime's generator, seeded by the kernel
+	}
+	return &prober{
+		log:     log,
+		kick:    make(chan struct{}, 1),
+		answers: make(chan answer, 256),
+		rand:    rand.New(rand.NewChaCha8(seed)),
+		peers:   make(map[string]*probedPeer),
+		pings:   make(map[uint64]chan answer),
+	}
+}
+
+// probeBase is the packet size that every path is expected to take: IPv6 asks for 1,280 bytes.
+const probeBase = mtu.Min6
+
+// setPeers says who is to be probed, and through what: the largest inner packet of each mode. Others are forgotten.
+func (p *prober) setPeers(now time.Time, want map[string]map[encap.Mode]mtu.TUN) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id := range p.peers {
+		if want[id] == nil {
+			delete(p.peers, id)
+		}
+	}
+	for id, modes := range want {
+		peer := p.peers[id]
+		if peer == nil {
+			peer = &probedPeer{paths: map[encap.Mode]*path.State{}, seen: map[encap.Mode]path.Info{}}
+			p.peers[id] = peer
+		}
+		for m, limit := range modes {
+			if peer.paths[m] == nil {
+				peer.paths[m] = path.New(path.Config{Max: limit, Base: probeBase}, now, p.rand)
+			}
+		}
+	}
+	p.wake()
+}
+
+func (p *prober) wake() {
+	select {
+	case p.kick <- struct{}{}:
+	default:
+	}
+}
+
+// info is what is known of one path; ok is false for one that is not probed.
+func (p *prober) info(id string, m encap.Mode) (i path.Info, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if peer := p.peers[id]; peer != nil && peer.paths[m] != nil {
+		return peer.paths[m].Snapshot(), true
+	}
+	return path.Info{}, false
+}
+
+// answering reports whether any path to the peer is up.
+func (p *prober) answering(id string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if peer := p.peers[id]; peer != nil {
+		for _, s := range peer.paths {
+			if s.Snapshot().Up {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// poke asks for a verdict soon, because gossip has news of the peer.
+func (p *prober) poke(now time.Time, id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if peer := p.peers[id]; peer != nil {
+		for _, s := range peer.paths {
+			s.Used(now)
+			s.Poke(now)
+		}
+		p.wake()
+	}
+}
+
+// tooBig takes a router's word that link is the largest outer packet toward the peer. Only lowering is believed.
+func (p *prober) tooBig(id string, link mtu.Link, six bool) {
+	now := time.Now()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if peer := p.peers[id]; peer != nil {
+		for m, s := range peer.paths {
+			s.TooBig(now, link.TUN(encap.Overhead(m, six)))
+		}
+		p.wake()
+	}
+}
+
+// received is the engine's Probed hook: it runs on a receiving goroutine.
+func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int) {
+	kind, nonce, seen, ok := parseProbe(payload)
+	switch {
+	case !ok:
+	case kind == probeRequest:
+		if err := p.send(peer, mode, appendProbe(nil, probeReply, nonce, size), 0); err != nil {
+			p.log.Debug("probe not answered", "peer", peer, "encapsulation", mode, "error", err)
+		}
+	case kind == probeReply:
+		select {
+		case p.answers <- answer{peer, mode, nonce, seen, time.Now()}:
+		default: // a flood: an answer lost is a probe lost
+		}
+	}
+}
+
+// run sends and accounts until ctx is done.
+func (p *prober) run(ctx context.Context) error {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	traffic := time.NewTicker(time.Second)
+	defer traffic.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case a := <-p.answers:
+			p.take(a)
+		case <-traffic.C:
+			p.lookAtTraffic(time.Now())
+		case <-p.kick:
+		case <-timer.C:
+		}
+		timer.Reset(time.Until(p.sendDue(time.Now())))
+	}
+}
+
+// take gives an answer to whoever asked.
+func (p *prober) take(a answer) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if c := p.pings[a.nonce]; c != nil {
+		select {
+		case c <- a:
+		default:
+		}
+		return
+	}
+	if peer := p.peers[a.peer]; peer != nil && peer.paths[a.mode] != nil {
+		peer.paths[a.mode].Answered(a.at, a.nonce, a.size)
+	}
+}
+
+// lookAtTraffic finds the peers with which packets are exchanged: their paths are probed more often.
+func (p *prober) lookAtTraffic(now time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for id, peer := range p.peers {
+		t := p.traffic(id)
+		if t.RxPackets != peer.rx || t.TxPackets != peer.tx {
+			for _, s := range peer.paths {
+				s.Used(now)
+			}
+		}
+		peer.rx, peer.tx = t.RxPackets, t.TxPackets
+	}
+}
+
+// due is a probe to send.
+type due struct {
+	peer string
+	mode encap.Mode
+	path.Probe
+}
+
+// sendDue sends what is due, tells of changes, and returns when to come again.
+func (p *prober) sendDue(now time.Time) time.Time {
+	next := now.Add(30 * time.Second)
+	var list []due
+	var news bool
+	p.mu.Lock()
+	for id, peer := range p.peers {
+		for m, s := range peer.paths {
+			for {
+				pr, ok := s.Due(now)
+				if !ok {
+					break
+				}
+				list = append(list, due{id, m, pr})
+			}
+			if at := s.Next(); at.Before(next) {
+				next = at
+			}
+			i, was := s.Snapshot(), peer.seen[m]
+			if i.Up != was.Up || i.MTU != was.MTU || i.Search != was.Search {
+				p.tell(id, m, was, i)
+				news = true
+			}
+			peer.seen[m] = i
+		}
+	}
+	p.mu.Unlock()
+	for _, d := range list {
+		if err := p.send(d.peer, d.mode, appendProbe(nil, probeRequest, d.Nonce, 0), d.Size); err != nil && !errors.Is(err, tunnel.ErrNoAddress) {
+			p.log.Debug("probe not sent", "peer", d.peer, "encapsulation", d.mode, "size", d.Size, "error", err)
+		}
+	}
+	if news && p.changed != nil {
+		p.changed()
+	}
+	return next
+}
+
+// tell logs what changed about a path.
+func (p *prober) tell(id string, m encap.Mode, was, is path.Info) {
+	switch {
+	case is.Up && !was.Up:
+		p.log.Info("path is up", "peer", id, "encapsulation", m, "rtt", is.RTT)
+	case was.Up && !is.Up:
+		p.log.Warn("path is down", "peer", id, "encapsulation", m, "reason", is.Reason)
+	case is.MTU != was.MTU && is.Search == "complete":
+		p.log.Info("path MTU found", "peer", id, "encapsulation", m, "mtu", int(is.MTU))
+	}
+}
+
+// ping sends one probe outside the paths' own schedule and waits for its answer.
+func (p *prober) ping(ctx context.Context, id string, m encap.Mode, size int, wait time.Duration) (rtt time.Duration, got int, err error) {
+	c := make(chan answer, 1)
+	p.mu.Lock()
+	nonce := p.rand.Uint64()
+	p.pings[nonce] = c
+	p.mu.Unlock()
+	defer func() {
+		p.mu.Lock()
+		delete(p.pings, nonce)
+		p.mu.Unlock()
+	}()
+	start := time.Now()
+	if err := p.send(id, m, appendProbe(nil, probeRequest, nonce, 0), size); err != nil {
+		return 0, 0, err
+	}
+	timer := time.NewTimer(wait)
+	defer timer.Stop()
+	select {
+	case a := <-c:
+		return a.at.Sub(start), a.size, nil
+	case <-timer.C:
+		return 0, 0, errNoAnswer
+	case <-ctx.Done():
+		return 0, 0, ctx.Err()
+	}
+}
+
+var errNoAnswer = errors.New("no answer")

@@ -1,0 +1,464 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"reflect"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/device"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+// sendable are the encapsulations that this version can send.
+var sendable = []encap.Mode{encap.UDP, encap.IPIP}
+
+// session is everything that hangs on this host's underlay address.
+type session struct {
+	cfg     config.Config
+	log     *slog.Logger
+	started time.Time
+	link    hostnet.Underlay
+	seeds   []netip.Addr
+	modes   []encap.Mode // those of the configuration's paths that can be sent, best first
+	tunMTU  mtu.TUN
+
+	store   *ipam.Store
+	space   *space.Space
+	gossip  *membership.Gossip
+	cluster *cluster
+	device  *device.Device
+	engine  *tunnel.Engine
+	host    *hostnet.Reconciler
+	probes  *prober
+
+	wake chan struct{}                   // members, paths or configuration changed
+	dirt chan struct{}                   // the host's network changed under us
+	gone map[membership.NodeID]time.Time // since when gossip and data path both miss a node; loop's own
+	view atomic.Pointer[view]            // nil before the first look
+
+	masquerade atomic.Bool // a reload may change it
+
+	mu        sync.Mutex
+	conflicts []hostnet.Problem // of the last reconcile
+	hostErr   error             // of the last reconcile
+	repairs   uint64
+}
+
+// start opens a session. It waits for an underlay address, because a host may boot slower than its services; everything
+// else that is wrong is an error.
+func (a *agent) start(ctx context.Context) (s *session, err error) {
+	s = &session{
+		cfg: a.cfg, log: a.log, started: time.Now(),
+		wake: make(chan struct{}, 1), dirt: make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
+	}
+	s.masquerade.Store(a.cfg.Masquerade)
+	s.modes = usableModes(a.cfg.Paths)
+	if len(s.modes) == 0 {
+		return nil, fmt.Errorf("--paths %v: this version sends %v; name at least one of them", a.cfg.Paths, sendable)
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+			s = nil
+		}
+	}()
+	if s.store, err = ipam.OpenStore(a.cfg.StateDir, runFile(a.cfg, "fresh")); err != nil {
+		return nil, err
+	}
+	state, err := s.store.Load()
+	if err != nil && !errors.Is(err, ipam.ErrNoState) {
+		return nil, err
+	}
+	if err := a.awaitUnderlay(ctx, s); err != nil {
+		return nil, err
+	}
+	if err := s.chooseMTU(); err != nil {
+		return nil, err
+	}
+	if err := hostnet.CheckOverlap(a.cfg.Tun, a.cfg.ClusterCIDRs, nil); err != nil {
+		return nil, err
+	}
+	if err := s.openData(); err != nil {
+		return nil, err
+	}
+	if err := s.openCluster(state); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// usableModes keeps the encapsulations that can be sent, in order.
+func usableModes(paths []string) []encap.Mode {
+	var out []encap.Mode
+	for _, p := range paths {
+		if m, err := encap.ParseMode(p); err == nil && slices.Contains(sendable, m) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
+func (a *agent) awaitUnderlay(ctx context.Context, s *session) error {
+	for try := 0; ; try++ {
+		s.seeds = resolve(ctx, a.cfg.Join)
+		link, err := detect(a.cfg.Underlay, s.seeds)
+		if err == nil {
+			s.link = link
+			return nil
+		}
+		if !errors.Is(err, hostnet.ErrNotYet) {
+			return err
+		}
+		if try == 0 {
+			a.log.Warn("no underlay address yet, waiting for one", "reason", err)
+		}
+		a.wait(api.Problem{What: "no underlay address yet: " + err.Error(), Remedy: "bring the interface up, or name it with --underlay"})
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// detect finds the underlay. Given addresses are all that is used of their interface.
+func detect(want config.Underlay, seeds []netip.Addr) (hostnet.Underlay, error) {
+	if len(want.Addresses) == 0 {
+		return hostnet.DetectUnderlay(want.Interface, seeds)
+	}
+	link, err := hostnet.DetectUnderlay(want.Addresses[0].String(), seeds)
+	link.Addrs = want.Addresses
+	return link, err
+}
+
+// resolve looks the seeds up, as far as names resolve now; gossip resolves them again each time that it joins.
+func resolve(ctx context.Context, seeds []string) []netip.Addr {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	var out []netip.Addr
+	for _, s := range seeds {
+		host, _, err := net.SplitHostPort(s)
+		if err != nil {
+			host = s
+		}
+		if a, err := netip.ParseAddr(host); err == nil {
+			out = append(out, a.Unmap())
+			continue
+		}
+		addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			out = append(out, a.Unmap())
+		}
+	}
+	return out
+}
+
+// chooseMTU takes the configured MTU, or the underlay's less the overhead of the encapsulation that is preferred.
+func (s *session) chooseMTU() error {
+	six := s.link.Addrs[0].Is6()
+	most := mtu.Link(s.link.MTU).TUN(encap.Overhead(s.modes[0], six))
+	s.tunMTU = most
+	if s.cfg.MTU != 0 {
+		if s.tunMTU = mtu.TUN(s.cfg.MTU); s.tunMTU > most {
+			return fmt.Errorf("--mtu %d: interface %s carries %d bytes, of which %s takes %d: at most %d, or raise the interface's MTU",
+				s.cfg.MTU, s.link.Iface, s.link.MTU, s.modes[0], encap.Overhead(s.modes[0], six), int(most))
+		}
+	}
+	return nil
+}
+
+// openData opens the TUN and the sockets.
+func (s *session) openData() (err error) {
+	if s.device, err = device.Open(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU)}); err != nil {
+		return err
+	}
+	if err := s.device.Persist(true); err != nil {
+		return err
+	}
+	s.probes = newProber(s.log)
+	s.engine, err = tunnel.New(tunnel.Config{
+		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, CopyDSCP: true,
+		Probed:  s.probes.received,
+		PathMTU: s.pathMTU,
+		Logger:  s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
+	s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")})
+	return err
+}
+
+// runFile is a small file beside the socket, on a file system that a reboot empties, of this TUN's agent.
+func runFile(cfg config.Config, name string) string {
+	return filepath.Join(filepath.Dir(cfg.Socket), name+"."+cfg.Tun)
+}
+
+// openCluster makes the address-space machine out of the state on disk, and gossip.
+func (s *session) openCluster(state *ipam.State) (err error) {
+	id := membership.NewNodeID()
+	if state != nil {
+		id = membership.NodeID(state.Node)
+	}
+	var keys *membership.Keyring
+	if s.cfg.GossipKeyFile != "" {
+		if keys, err = membership.LoadKeyring(s.cfg.GossipKeyFile); err != nil {
+			return err
+		}
+	}
+	s.cluster = &cluster{log: s.log, store: s.store, probes: s.probes, outbox: make(chan outgoing, outboxSize), moved: s.membersMoved}
+	cidrs := s.cfg.ClusterCIDRs
+	if s.cfg.Bootstrap {
+		cidrs = s.cfg.BootstrapCIDRs()
+	}
+	s.space, err = space.New(time.Now(), space.Config{
+		ID: id, Name: s.cfg.NodeName, Bootstrap: s.cfg.Bootstrap, CIDRs: cidrs,
+		BlockLen4: s.cfg.NodePrefixLen4, BlockLen6: s.cfg.NodePrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
+	}, state, s.cluster)
+	if err != nil {
+		return err
+	}
+	s.cluster.space = s.space
+	var known []netip.AddrPort
+	for _, p := range s.space.Peers() {
+		if p.Addr.IsValid() {
+			known = append(known, p.Addr)
+		}
+	}
+	s.gossip, err = membership.New(membership.Config{
+		ID: id, Name: s.cfg.NodeName, Bind: s.link.Addrs[0], Port: int(s.cfg.GossipPort), MTU: s.link.MTU,
+		Seeds: s.cfg.Join, LastPeers: known, Meta: s.meta(), Keyring: keys, Handler: handler{s.cluster}, Logger: s.log,
+	})
+	s.cluster.gossip = s.gossip
+	return err
+}
+
+// meta is what the other members learn about this node.
+func (s *session) meta() membership.Meta {
+	return membership.Meta{
+		ID: s.space.Node(), Cluster: s.space.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.space.TunAddrs(),
+		UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort,
+	}
+}
+
+// run works until ctx is done (nil), or something that the session cannot go on without has failed.
+func (s *session) run(ctx context.Context) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	for _, f := range []func(context.Context) error{
+		s.engine.Run, s.gossip.Run, s.cluster.deliver, s.probes.run, s.loop,
+		func(ctx context.Context) error { return s.host.Watch(ctx, s.disturbed) },
+	} {
+		wg.Go(func() {
+			if err := f(ctx); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	s.log.Info("agent runs", "node", s.cfg.NodeName, "id", s.space.Node(), "underlay", s.link.Addrs, "interface", s.link.Iface,
+		"tun", s.device.Name(), "mtu", int(s.tunMTU), "offloads", s.device.Offloads().String())
+	<-ctx.Done()
+	wg.Wait()
+	err := context.Cause(ctx)
+	if errors.Is(err, context.Canceled) {
+		err = nil
+	}
+	s.device, s.engine = nil, nil // closed by the engine's Run
+	return errors.Join(err, s.close())
+}
+
+// close releases what start opened.
+func (s *session) close() error {
+	var errs []error
+	if s.device != nil && s.engine == nil {
+		errs = append(errs, s.device.Close())
+	}
+	if s.host != nil {
+		errs = append(errs, s.host.Close())
+	}
+	if s.store != nil {
+		errs = append(errs, s.store.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// kick asks the loop for a new look. It never blocks.
+func (s *session) kick() { signal(s.wake) }
+
+// disturbed is hostnet's word that the host's network changed.
+func (s *session) disturbed() { signal(s.dirt) }
+
+func signal(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+// membersMoved is gossip's word that members have changed. Those that it lost are asked by the data path at once.
+func (s *session) membersMoved() {
+	now := time.Now()
+	for _, m := range s.gossip.Members() {
+		if m.State != membership.StateAlive {
+			s.probes.poke(now, m.ID.String())
+		}
+	}
+	s.kick()
+}
+
+// pathMTU is the engine's word that a router gave for the path to a peer.
+func (s *session) pathMTU(peer string, link mtu.Link) {
+	six := s.link.Addrs[0].Is6()
+	if v := s.view.Load(); v != nil {
+		for _, p := range v.peers {
+			if p.id == peer {
+				six = p.endpoint.Is6()
+			}
+		}
+	}
+	s.probes.tooBig(peer, link, six)
+}
+
+const (
+	lookEvery      = time.Second           // verdicts that time brings: hold-downs
+	reconcileEvery = 30 * time.Second      // the whole host against what should be, whoever changed it silently
+	settle         = 50 * time.Millisecond // news that come together make one look
+)
+
+// loop keeps engine, host and metadata in step with what the machine, gossip and the paths say.
+func (s *session) loop(ctx context.Context) error {
+	changed, stop := s.space.Subscribe()
+	defer stop()
+	tick := time.NewTimer(0)
+	defer tick.Stop()
+	full := time.NewTicker(reconcileEvery)
+	defer full.Stop()
+	look := time.NewTicker(lookEvery)
+	defer look.Stop()
+	notify := newNotifier(s.log)
+	var applied applied
+	for {
+		force := false
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+			tick.Reset(time.Until(s.space.Tick(time.Now())))
+			notify.alive()
+			continue
+		case <-changed:
+		case <-s.wake:
+		case <-look.C:
+		case <-full.C:
+			force = true
+		case <-s.dirt:
+			force = true
+			if err := s.checkUnderlay(); err != nil {
+				return err
+			}
+		}
+		if err := s.apply(ctx, &applied, force); err != nil {
+			return err
+		}
+		if s.ready() {
+			notify.ready(s.summary())
+		}
+		select { // let news gather
+		case <-ctx.Done():
+		case <-time.After(settle):
+		}
+	}
+}
+
+// applied is what the engine, the host and gossip were last told.
+type applied struct {
+	meta  membership.Meta
+	local tunnel.Local
+	peers []tunnel.Peer
+	host  hostnet.State
+}
+
+// apply looks and passes on what has changed.
+func (s *session) apply(ctx context.Context, was *applied, force bool) error {
+	now := time.Now()
+	v := s.look(now)
+	s.view.Store(v)
+	if m := s.meta(); !reflect.DeepEqual(m, was.meta) {
+		if err := s.gossip.SetMeta(m); err != nil {
+			return err
+		}
+		was.meta = m
+	}
+	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs}
+	if peers := v.tunnelPeers(); !reflect.DeepEqual(local, was.local) || !reflect.DeepEqual(peers, was.peers) {
+		s.engine.Update(local, peers)
+		was.local, was.peers = local, peers
+	}
+	s.probes.setPeers(now, s.probeTargets(v))
+	if h := s.hostState(v); force || !reflect.DeepEqual(h, was.host) {
+		s.reconcile(ctx, h)
+		was.host = h
+	}
+	return nil
+}
+
+// reconcile mends the host, and keeps what it could not mend for status.
+func (s *session) reconcile(ctx context.Context, h hostnet.State) {
+	rep, err := s.host.Reconcile(ctx, h)
+	if ctx.Err() != nil {
+		return
+	}
+	for _, r := range rep.Repaired {
+		s.log.Warn("host state repaired: somebody else had changed it", "object", r)
+	}
+	if err != nil {
+		s.log.Error("host state is not as it should be", "error", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.repairs += uint64(len(rep.Repaired))
+	s.conflicts, s.hostErr = rep.Conflicts, err
+}
+
+// checkUnderlay ends the session when the address that everything is bound to is no longer this host's.
+func (s *session) checkUnderlay() error {
+	link, err := detect(s.cfg.Underlay, s.seeds)
+	if err != nil {
+		return nil // an interface that is down for a moment is no reason to let go
+	}
+	if !slices.Equal(link.Addrs, s.link.Addrs) || link.MTU != s.link.MTU {
+		return errUnderlayChanged
+	}
+	return nil
+}
+
+// ready: the table is confirmed, this node has its addresses, and the host is as it should be.
+func (s *session) ready() bool {
+	v := s.view.Load()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return v != nil && v.status.Phase == space.Ready && len(v.tun) > 0 && s.hostErr == nil
+}

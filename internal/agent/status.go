@@ -1,0 +1,536 @@
+package agent
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// Version is the program's, as `tulle version` shows it; main sets it before Run.
+var Version = "unknown"
+
+// Status implements api.Backend. It answers also while there is no session: then Problems says why.
+func (a *agent) Status(context.Context) (api.Status, error) {
+	st := api.Status{Version: Version, Started: a.started, Node: api.Node{Name: a.cfg.NodeName, Tun: api.Tun{Name: a.cfg.Tun}}}
+	s, err := a.current()
+	if err == nil && s.view.Load() == nil {
+		err = api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")
+	}
+	if err != nil {
+		p := api.Problem{What: err.Error()}
+		if e, ok := errors.AsType[*api.Error](err); ok {
+			p = api.Problem{What: e.Message, Remedy: e.Remedy}
+		}
+		st.Problems = append(st.Problems, p)
+		return st, nil
+	}
+	s.fill(&st)
+	return st, nil
+}
+
+// fill writes everything that a session knows.
+func (s *session) fill(st *api.Status) {
+	now := time.Now()
+	v := s.view.Load()
+	st.Ready = s.ready()
+	st.Node.ID = v.status.Node.String()
+	st.Node.Underlay = s.link.Addrs
+	st.Node.Tun = api.Tun{Name: s.device.Name(), MTU: int(s.tunMTU), Addresses: v.tun, Queues: len(s.device.Queues())}
+	st.Node.Prefixes = v.own
+	st.Node.Blocks = s.blocks(now)
+	st.Cluster = s.clusterStatus(v)
+	for i := range v.peers {
+		st.Peers = append(st.Peers, s.peer(&v.peers[i]))
+	}
+	s.fillCounters(st)
+	s.fillGossip(st)
+	st.IPAM = s.ipamSummary(v, st.Node.Blocks)
+	st.Problems = s.problems(v)
+}
+
+func (s *session) blocks(now time.Time) []api.Block {
+	resting := s.space.Resting(now)
+	var out []api.Block
+	for _, b := range s.space.Blocks() {
+		ab := api.Block{Prefix: b.Prefix, Used: b.Used, Size: min(b.Size, api.MaxCount)}
+		for _, r := range resting {
+			if b.Prefix.Contains(r.Addr) {
+				ab.Cooling++
+			}
+		}
+		out = append(out, ab)
+	}
+	return out
+}
+
+func (s *session) clusterStatus(v *view) api.Cluster {
+	c := api.Cluster{Members: 1, Alive: 1, Isolated: s.gossip.Isolated()}
+	if !v.status.Cluster.IsZero() {
+		c.ID = v.status.Cluster.String()
+	}
+	for _, f := range v.status.Params.Families {
+		c.CIDRs = append(c.CIDRs, f.CIDR)
+	}
+	for i := range v.peers {
+		switch v.peers[i].state {
+		case api.PeerAlive, api.PeerSuspect:
+			c.Members++
+			c.Alive++
+		case api.PeerDead:
+			c.Members++
+		}
+	}
+	digest := s.space.Digest()
+	c.Table = api.Table{Entries: v.status.Entries, Digest: hex.EncodeToString(digest[:8]), Confirmed: v.status.Confirmed}
+	return c
+}
+
+// peer is one line of `tulle peers`.
+func (s *session) peer(p *peerView) api.Peer {
+	count := s.engine.PeerStats(p.id)
+	out := api.Peer{
+		Name: p.name, ID: p.id, State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Prefixes: p.prefixes,
+		Path:      s.path(p, p.mode),
+		TxPackets: count.TxPackets, TxBytes: count.TxBytes, RxPackets: count.RxPackets, RxBytes: count.RxBytes,
+	}
+	for _, name := range s.cfg.Paths {
+		m, err := encap.ParseMode(name)
+		if err != nil {
+			continue
+		}
+		out.Candidates = append(out.Candidates, api.Candidate{Path: s.path(p, m), Active: m == p.mode, Endpoint: s.outer(p, m)})
+	}
+	return out
+}
+
+// path is what is known of one encapsulation toward a peer.
+func (s *session) path(p *peerView, m encap.Mode) api.Path {
+	out := api.Path{Mode: m.String(), State: api.PathProbing, Since: p.since}
+	switch {
+	case len(usableModes([]string{m.String()})) == 0:
+		out.State, out.Reason = api.PathOff, "this version does not send it"
+		return out
+	case p.node.IsZero():
+		out.State, out.MTU, out.Reason = api.PathUp, int(p.mtu), "external peers are not probed"
+		return out
+	case !p.endpoint.IsValid():
+		out.State, out.Reason = api.PathDown, p.why
+		return out
+	}
+	i, ok := s.probes.info(p.id, m)
+	if !ok {
+		out.Reason = "it has no address space yet, so nothing to probe"
+		if len(p.prefixes) > 0 {
+			out.Reason = "not probed: not heard of by gossip"
+		}
+		return out
+	}
+	out.RTTUS, out.Loss, out.MTU, out.Since, out.Reason = i.RTT.Microseconds(), i.Loss, int(i.MTU), i.Since, i.Reason
+	switch {
+	case i.Up:
+		out.State = api.PathUp
+	case i.Probed >= 3:
+		out.State = api.PathDown
+	}
+	return out
+}
+
+// outer is where packets of a mode go.
+func (s *session) outer(p *peerView, m encap.Mode) netip.AddrPort {
+	switch {
+	case !p.endpoint.IsValid():
+		return netip.AddrPort{}
+	case m == encap.UDP:
+		return netip.AddrPortFrom(p.endpoint, p.udpPort)
+	}
+	return netip.AddrPortFrom(p.endpoint, 0)
+}
+
+func (s *session) fillCounters(st *api.Status) {
+	e := s.engine.Stats()
+	st.Drops = e.Drops
+	st.Counters = api.Counters{
+		TxPackets: e.TxPackets, TxBytes: e.TxBytes, TxSends: e.TxSends,
+		RxPackets: e.RxPackets, RxBytes: e.RxBytes, RxReceives: e.RxReceives, RxWrites: e.RxWrites,
+		GSOFallbacks: e.GSOFallbacks, SocketOverflows: e.SocketOverflows, Probes: e.ProbesSent, ProbeReplies: e.ProbesReceived,
+	}
+	if d, err := s.device.Stats(); err == nil {
+		st.Counters.TunDrops = d.TxDropped
+	}
+	s.mu.Lock()
+	st.Counters.Repairs = s.repairs
+	s.mu.Unlock()
+	o := s.device.Offloads()
+	st.Offload = api.Offload{TunCSUM: o.CSUM, TunTSO: o.TSO, TunUSO: o.USO, UDPGSO: true, UDPGRO: true}
+	if !o.USO {
+		st.Offload.Reason = "the kernel takes no UDP super-packets on the TUN (Linux 6.2 does)"
+	}
+	if e.GSOFallbacks > 0 {
+		st.Offload.Reason = fmt.Sprintf("the kernel refused %d trains toward some peer; they went as single packets (last error: %s)", e.GSOFallbacks, e.LastSendError)
+	}
+}
+
+func (s *session) fillGossip(st *api.Status) {
+	g := s.gossip.Stats()
+	st.Gossip = api.Gossip{
+		Bind: netip.AddrPortFrom(s.link.Addrs[0], s.cfg.GossipPort), Encrypted: s.cfg.GossipKeyFile != "",
+		Undecrypted: g.Undecryptable, Rejected: g.Refused, Health: g.Health, Queued: g.Queue,
+	}
+}
+
+func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {
+	var out api.IPAMSummary
+	for _, p := range v.own {
+		n := api.MaxCount
+		if bits := p.Addr().BitLen() - p.Bits(); bits < 62 {
+			n = 1 << bits
+		}
+		out.Owned = min(api.MaxCount, out.Owned+min(n, api.MaxCount-out.Owned))
+	}
+	for _, b := range blocks {
+		out.Used += b.Used
+		out.Cooling += b.Cooling
+	}
+	if v.status.Phase != space.Ready {
+		out.Waiting = v.status.Why
+	}
+	return out
+}
+
+// problems gathers what is wrong, from all parts.
+func (s *session) problems(v *view) []api.Problem {
+	var out []api.Problem
+	for _, p := range v.status.Problems {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
+	}
+	for _, p := range s.gossip.Problems() {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Since: p.Since})
+	}
+	for i := range v.peers {
+		if p := &v.peers[i]; p.state == api.PeerAlive && p.probed && !p.path.Up && p.path.Probed >= 3 {
+			out = append(out, api.Problem{
+				What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, p.path.Reason),
+				Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p), s.link.Addrs[0], p.endpoint), Since: p.path.Since,
+			})
+		} else if p.state == api.PeerDead && p.gone {
+			out = append(out, api.Problem{What: p.name + " is gone: gossip and data path both lost it", Remedy: "start its agent; if it is gone for good: tulle forget " + p.name, Since: p.since})
+		} else if !p.endpoint.IsValid() && p.why != "" && p.state != api.PeerLeft {
+			out = append(out, api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay"})
+		}
+	}
+	s.mu.Lock()
+	conflicts, hostErr := s.conflicts, s.hostErr
+	s.mu.Unlock()
+	for _, p := range conflicts {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
+	}
+	if hostErr != nil {
+		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(), Remedy: "mend what it names; the agent tries again by itself"})
+	}
+	for _, p := range s.hostProblems(v) {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
+	}
+	return out
+}
+
+// outerText names what a firewall sees.
+func outerText(p *peerView) string {
+	if p.mode == encap.UDP {
+		return fmt.Sprintf("UDP port %d", p.udpPort)
+	}
+	return "IP protocols 4 and 41"
+}
+
+// hostProblems asks the host for what would swallow packets.
+func (s *session) hostProblems(v *view) []hostnet.Problem {
+	var cidrs []netip.Prefix
+	for _, f := range v.status.Params.Families {
+		cidrs = append(cidrs, f.CIDR)
+	}
+	out, err := hostnet.ForwardProblems(s.cfg.Tun, cidrs)
+	if err != nil {
+		s.log.Debug("firewall not looked at", "error", err)
+	}
+	var members []netip.Addr
+	for i := range v.peers {
+		members = append(members, v.peers[i].underlay...)
+	}
+	more, err := hostnet.CheckMembers(s.cfg.Tun, members)
+	if err != nil {
+		s.log.Debug("routes to members not looked at", "error", err)
+	}
+	return append(out, more...)
+}
+
+// route answers `tulle route get`.
+func (s *session) route(addr netip.Addr) api.RouteAnswer {
+	out := api.RouteAnswer{Address: addr, Kind: api.RouteOutside}
+	v := s.view.Load()
+	inside := false
+	if v != nil {
+		for _, f := range v.status.Params.Families {
+			inside = inside || f.CIDR.Contains(addr)
+		}
+	}
+	if !inside {
+		out.Why = "it is outside the cluster's address space: the host's own routes decide"
+		return out
+	}
+	e, ok := s.space.Owner(addr)
+	if !ok {
+		out.Kind, out.Why = api.RouteNone, "nobody owns it as far as this node knows: packets to it are answered with net unreachable"
+		return out
+	}
+	out.Prefix, out.Version, out.Owner = e.Prefix, e.Version, s.ref(e.Owner)
+	if e.Owner == s.space.Node() && e.External == nil {
+		out.Kind, out.Reachable, out.Encapsulation, out.MTU = api.RouteLocal, true, "direct", int(s.tunMTU)
+		out.Why = "this node owns it: a local pod, or unreachable if no pod has it"
+		return out
+	}
+	out.Kind = api.RouteRemote
+	if e.External != nil {
+		out.Kind = api.RouteExternal
+	}
+	for i := range v.peers {
+		p := &v.peers[i]
+		if e.External == nil && p.node != e.Owner || e.External != nil && (!p.node.IsZero() || p.underlay[0] != e.External.Endpoint) {
+			continue
+		}
+		path := s.path(p, p.mode)
+		out.Endpoint, out.Encapsulation, out.MTU = s.outer(p, p.mode), p.mode.String(), int(p.mtu)
+		out.Reachable = p.endpoint.IsValid() && !p.gone && path.State != api.PathDown
+		out.Why = fmt.Sprintf("%s owns %v since version %d; %s is the first of --paths that this version sends, its path is %s (%s)",
+			p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
+		if p.why != "" {
+			out.Why += "; " + p.why
+		}
+		return out
+	}
+	out.Why = "its owner is not known to gossip yet"
+	return out
+}
+
+// IPAM implements api.Backend.
+func (a *agent) IPAM(context.Context) (api.IPAM, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.IPAM{}, err
+	}
+	now := time.Now()
+	out := api.IPAM{Prefixes: s.space.Prefixes(), Blocks: s.blocks(now)}
+	byKey := map[string]int{}
+	for _, l := range s.space.Allocations() {
+		i, ok := byKey[l.Key]
+		if !ok {
+			i = len(out.Allocations)
+			byKey[l.Key] = i
+			out.Allocations = append(out.Allocations, api.PodAllocation{ID: l.Key, Name: l.Pod, State: api.AllocationUsed, Since: l.Since, Netns: l.Netns})
+		}
+		out.Allocations[i].Addresses = append(out.Allocations[i].Addresses, l.Addr)
+	}
+	for _, r := range s.space.Resting(now) {
+		out.Allocations = append(out.Allocations, api.PodAllocation{Addresses: []netip.Addr{r.Addr}, State: api.AllocationCooling, Until: r.Until})
+	}
+	return out, nil
+}
+
+// leakGrace is how long an allocation may have no sign of life: its pod is being set up.
+const leakGrace = time.Minute
+
+// live is what the host shows of pods: routes to single addresses of our space, and the namespaces that pods were
+// allocated for. The agent has no right to enter those, so a namespace that exists counts.
+func (s *session) live() ([]ipam.Allocation, error) {
+	routes, err := hostnet.PodRoutes(s.cfg.Tun, s.space.Prefixes())
+	if err != nil {
+		return nil, err
+	}
+	var out []ipam.Allocation
+	seen := map[netip.Addr]bool{}
+	for _, r := range routes {
+		seen[r.Addr] = true
+		out = append(out, ipam.Allocation{Addr: r.Addr, Netns: r.Device})
+	}
+	for _, l := range s.space.Allocations() {
+		if !seen[l.Addr] && l.Netns != "" && namespaceLives(l.Netns) {
+			out = append(out, l)
+		}
+	}
+	return out, nil
+}
+
+// IPAMCheck implements api.Backend.
+func (a *agent) IPAMCheck(context.Context) (api.IPAMCheck, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.IPAMCheck{}, err
+	}
+	live, err := s.live()
+	if err != nil {
+		return api.IPAMCheck{}, err
+	}
+	out := api.IPAMCheck{Checked: len(s.space.Allocations())}
+	for _, f := range s.space.Check(time.Now(), live, leakGrace) {
+		switch f.Kind {
+		case space.Unknown:
+			out.Unknown = append(out.Unknown, api.UnknownAddr{Address: f.Allocation.Addr, Where: f.Allocation.Netns})
+		case space.Leaked:
+			out.Leaked = append(out.Leaked, api.LeakedAddr{
+				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
+				Reason: "no route leads to it, and its network namespace is gone",
+			})
+		case space.Stranded:
+			out.Leaked = append(out.Leaked, api.LeakedAddr{
+				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
+				Reason: "another node owns it now; restart the pod",
+			})
+		}
+	}
+	return out, nil
+}
+
+// IPAMRelease implements api.Backend.
+func (a *agent) IPAMRelease(_ context.Context, req api.ReleaseRequest) (api.ReleaseResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.ReleaseResult{}, err
+	}
+	live, err := s.live()
+	if err != nil {
+		return api.ReleaseResult{}, err
+	}
+	var out api.ReleaseResult
+	keys := []string{}
+	if !req.All {
+		owner := map[netip.Addr]string{}
+		for _, l := range s.space.Allocations() {
+			owner[l.Addr] = l.Key
+		}
+		for _, addr := range req.Addresses {
+			if k, ok := owner[addr]; ok {
+				keys = append(keys, k)
+			} else {
+				out.Refused = append(out.Refused, api.RefusedAddr{Address: addr, Why: "it is not allocated"})
+			}
+		}
+		if len(keys) == 0 {
+			return out, nil
+		}
+	}
+	list, err := s.space.ReleaseLeaked(time.Now(), live, leakGrace, keys...)
+	if err != nil {
+		return out, coded(err)
+	}
+	released := map[netip.Addr]bool{}
+	for _, l := range list {
+		released[l.Addr] = true
+		out.Released = append(out.Released, l.Addr)
+	}
+	for _, addr := range req.Addresses {
+		if !released[addr] && !req.All {
+			known := false
+			for _, r := range out.Refused {
+				known = known || r.Address == addr
+			}
+			if !known {
+				out.Refused = append(out.Refused, api.RefusedAddr{Address: addr, Why: "a check finds it in use at this moment, or too young to tell"})
+			}
+		}
+	}
+	return out, nil
+}
+
+// ping probes a peer through every encapsulation.
+func (s *session) ping(ctx context.Context, p *peerView, count int) (api.PingResult, error) {
+	if count <= 0 {
+		count = 3
+	}
+	out := api.PingResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
+	for _, name := range s.cfg.Paths {
+		m, err := encap.ParseMode(name)
+		if err != nil {
+			continue
+		}
+		pm := api.PingMode{Mode: name, Active: m == p.mode, Endpoint: s.outer(p, m)}
+		switch {
+		case len(usableModes([]string{name})) == 0:
+			pm.State, pm.Reason = api.PathOff, "this version does not send it"
+		case p.node.IsZero():
+			pm.State, pm.Reason = api.PathOff, "external peers have no agent that answers"
+		default:
+			s.pingMode(ctx, p, m, count, &pm)
+		}
+		out.Modes = append(out.Modes, pm)
+	}
+	return out, ctx.Err()
+}
+
+const (
+	pingSize = 64                     // bytes of the inner packet
+	pingWait = time.Second            // for an answer
+	sizeWait = 300 * time.Millisecond // for the answer to a large packet, once the path has answered
+)
+
+func (s *session) pingMode(ctx context.Context, p *peerView, m encap.Mode, count int, pm *api.PingMode) {
+	var sum time.Duration
+	var last error
+	for range count {
+		pm.Sent++
+		rtt, _, err := s.probes.ping(ctx, p.id, m, pingSize, pingWait)
+		if err != nil {
+			last = err
+			if pm.Received == 0 && pm.Sent >= 3 || ctx.Err() != nil {
+				break
+			}
+			continue
+		}
+		us := rtt.Microseconds()
+		if pm.Received == 0 || us < pm.RTTMinUS {
+			pm.RTTMinUS = us
+		}
+		pm.RTTMaxUS = max(pm.RTTMaxUS, us)
+		pm.Received++
+		sum += rtt
+	}
+	pm.Lost = pm.Sent - pm.Received
+	if pm.Received == 0 {
+		pm.State, pm.Reason = api.PathDown, fmt.Sprintf("%d probes, no answer (%v)", pm.Sent, last)
+		return
+	}
+	pm.State = api.PathUp
+	pm.RTTUS = (sum / time.Duration(pm.Received)).Microseconds()
+	pm.LargestPacket = s.largest(ctx, p, m)
+}
+
+// largest searches the largest inner packet that is answered.
+func (s *session) largest(ctx context.Context, p *peerView, m encap.Mode) int {
+	passes := func(size int) bool {
+		for range 2 {
+			if _, got, err := s.probes.ping(ctx, p.id, m, size, sizeWait); err == nil && got == size {
+				return true
+			}
+		}
+		return false
+	}
+	lo, hi := pingSize, int(s.limit(m, p.endpoint.Is6()))
+	if passes(hi) {
+		return hi
+	}
+	for hi-lo > 1 && ctx.Err() == nil {
+		mid := (lo + hi) / 2
+		if passes(mid) {
+			lo = mid
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}

@@ -186,8 +186,7 @@ func TestWatchAndReconcile(t *testing.T) {
 func TestLostEventsCount(t *testing.T) {
 	h := newHost(t)
 	h.device("eth0", "192.0.2.1/24")
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
+	ctx := t.Context()
 	events := make(chan struct{}, 1)
 	done := make(chan error, 1)
 	h.do(func() error {

@@ -40,7 +40,6 @@ type State struct {
 	Left        bool           `json:"left,omitempty"` // left for good
 	Table       []byte         `json:"table"`          // encoded entries
 	Blocks      []netip.Prefix `json:"blocks"`         // open, in order of opening
-	Fixed       []netip.Prefix `json:"fixed,omitempty"`
 	Allocations []Allocation   `json:"allocations"`
 	Cooling     []Cooling      `json:"cooling,omitempty"`
 	Peers       []Peer         `json:"peers,omitempty"`

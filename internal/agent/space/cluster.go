@@ -14,15 +14,26 @@ import (
 // confirmation is the exchange with every living member that a node with state
 // on disk goes through before it gives away or opens space.
 //
-// What it proves. Only an owner raises versions, so a disk that is older than the
-// node's last words can hurt in one way only: it may not know of a donation that
-// the node has made since, and the node would give or use that space again. The
-// confirmation finds it if, and only if, at least one member that answers knows
-// of it. A donation is known to the one that received it as soon as the answer
-// arrived, and to everybody within a few gossip rounds; it stays unknown when
-// every member that heard of it is dead or out of reach at that moment. A disk
-// that is not rolled back needs no witness: donations are on it before anybody
-// hears of them.
+// What it proves (S1 after a rollback). A node's words are the changes that it
+// made to what it owned: donations, external peers, leaving. Only an owner speaks,
+// so a disk that is older than the node's last words can hurt in one way only: the
+// node may take for its own what it has given since, because its disk says so, or
+// because a member says so that has not heard the later word either. Every word
+// carries a higher version than all before it, so one answer that knows the word
+// is enough. Hence:
+//
+//	S1 holds for a node with a rolled back disk if, for every word that the disk
+//	has lost, at least one of the members that answered its confirmation knows
+//	that word (or a later one over the same addresses).
+//
+// That is met whenever one member is alive that heard of it, since all who are
+// alive are asked: the receiver of a donation has it from the moment of the
+// answer, everybody else within a few gossip rounds. It is not met when all who
+// heard the word are dead or out of reach at that moment, and no protocol without
+// a quorum for each donation could do better. A disk that was not rolled back needs
+// no witness: words are on it before anybody hears them. What rests for other
+// pods, however, is forgotten with the disk: after a rollback, the cool-down of
+// addresses that were given and released since is not kept.
 //
 // A node that knows of no other member (it owns the whole table and has no
 // peers) is confirmed by itself: there is nobody to ask. A disk that was rolled
@@ -148,10 +159,10 @@ func (s *Space) driveWaiting(now time.Time) {
 //
 // All hosts may share one configuration, so a first start and a bootstrap node
 // that lost its disk look alike: the word is there, the state is not, and the
-// other seeds may be silent only because the network is down. A node that has
-// other seeds therefore starts a cluster only when, itself counted, a majority
-// of the seeds was reached and none of them is in a cluster: then no majority of
-// the seeds is in one elsewhere. A node without other seeds starts at once.
+// other seeds may be silent only because the network is down, or be new
+// themselves. A node that has other seeds therefore starts a cluster only when
+// every one of them has answered and none is in a cluster; an operator who knows
+// better can force it. A node without other seeds starts at once.
 func (s *Space) mayBootstrap(now time.Time, newcomers int) string {
 	seeds := s.env.Seeds()
 	if s.cfg.ForceBootstrap {
@@ -172,10 +183,9 @@ func (s *Space) mayBootstrap(now time.Time, newcomers int) string {
 	if !seeds.Tried || now.Sub(s.started) < seedPatience {
 		return "trying the seeds before starting a cluster"
 	}
-	all := seeds.Others + 1
-	if have := min(max(seeds.Answered, newcomers), seeds.Others) + 1; have <= all/2 {
-		return fmt.Sprintf("this node may start the cluster, but reaches only %d of %d seeds (itself counted): the others may already be a cluster. "+
-			"Start more of the seeds; if this really is a new cluster, start this node without other seeds or force the bootstrap", have, all)
+	if seeds.Answered < seeds.Others {
+		return fmt.Sprintf("this node may start the cluster, but %d of its %d other seeds do not answer, and they may already be one. "+
+			"Start them; if this really is a new cluster, force the bootstrap, or start this node without --join", seeds.Others-seeds.Answered, seeds.Others)
 	}
 	return ""
 }
@@ -270,12 +280,13 @@ func (s *Space) driveConfirm(now time.Time) {
 		}
 		if !answered {
 			silent = append(silent, s.name(m.ID))
-			if s.due(now, &s.confirm, m.ID) {
-				s.send(m.ID, message{kind: kindSync, seq: s.confirm.nonce})
-			}
+		}
+		// One that does not count yet may do so when it has got space.
+		if !counts && s.due(now, &s.confirm, m.ID) {
+			s.send(m.ID, message{kind: kindSync, seq: s.confirm.nonce})
 		}
 	}
-	lone := len(alive) == 0 && s.isLone()
+	lone := s.isLone(alive)
 	switch {
 	case len(silent) > 0:
 		s.why = "waiting for the table of " + strings.Join(silent, ", ")
@@ -286,14 +297,33 @@ func (s *Space) driveConfirm(now time.Time) {
 	}
 }
 
-// isLone reports whether this node knows of no other member.
-func (s *Space) isLone() bool {
+// isLone reports whether nobody else can know more of this node's space than it
+// does: it owns the whole table, and has no peers but newcomers, which have
+// answered that they never owned anything.
+func (s *Space) isLone(alive []Member) bool {
 	for _, e := range s.table.Entries() {
 		if e.Owner != s.cfg.ID {
 			return false
 		}
 	}
-	return len(s.peers) == 0
+	for id := range s.peers {
+		counts, answered := s.confirm.answers[id]
+		if counts || !answered || !slices.ContainsFunc(alive, func(m Member) bool { return m.ID == id }) {
+			return false
+		}
+	}
+	return true
+}
+
+// vouched reports whether a living member has answered, or may yet answer, that
+// counts for the confirmation.
+func (s *Space) vouched() bool {
+	for _, m := range s.alive() {
+		if counts, answered := s.confirm.answers[m.ID]; counts || !answered {
+			return true
+		}
+	}
+	return false
 }
 
 func (s *Space) confirmed(now time.Time) {

@@ -35,7 +35,8 @@ type forgetting struct {
 // Forget takes over the space of a node that is gone for good. It is refused
 // while the node is alive, while its tunnel answers, when another node is
 // forgetting it, and, unless forced, while this node does not see a majority of
-// the members. It goes on in the background.
+// the members. A node whose table is not confirmed may forget by force only, and
+// only when no living member could confirm it. It goes on in the background.
 func (s *Space) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -50,7 +51,7 @@ func (s *Space) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 		return nil, errOf(ErrRefused, "no node %s is known here", id)
 	case s.leave != nil || s.forget != nil:
 		return nil, ErrBusy
-	case !s.confirm.done && (!force || len(s.alive()) > 0):
+	case !s.confirm.done && (!force || s.vouched()):
 		return nil, errOf(ErrNotReady, "the table is not confirmed: %s", s.why)
 	}
 	if err := s.mayForget(now, id, s.cfg.ID); err != nil {
@@ -110,11 +111,15 @@ func (s *Space) driveForget(now time.Time) {
 	}
 	late := now.Sub(f.begun) >= forgetWithin
 	var missing []string
+	var flags uint8
+	if f.force {
+		flags = flagForced
+	}
 	for _, m := range s.alive() {
 		if m.ID != f.victim && !f.yes[m.ID] {
 			missing = append(missing, s.name(m.ID))
 			if !late && (f.sent.IsZero() || now.Sub(f.sent) >= retryEvery) {
-				s.send(m.ID, message{kind: kindPromise, seq: f.seq, node: f.victim})
+				s.send(m.ID, message{kind: kindPromise, flags: flags, seq: f.seq, node: f.victim})
 			}
 		}
 	}
@@ -139,7 +144,7 @@ func (s *Space) handlePromise(now time.Time, m *message) {
 		refuse("%s is alive, and it is the one that is to be forgotten", s.name(s.cfg.ID))
 		return
 	}
-	if !s.confirm.done {
+	if !s.confirm.done && m.flags&flagForced == 0 {
 		refuse("%s has not confirmed its table yet", s.name(s.cfg.ID))
 		return
 	}

@@ -38,6 +38,7 @@ const (
 	flagConfirmed = 1 << 1
 	flagLeft      = 1 << 2
 	flagYes       = 1 << 3 // of an OfferAck or PromiseAck
+	flagForced    = 1 << 5 // of a Promise: the operator insists
 	flagLacking   = 1 << 4 // of a Grant: nothing new was given, these were yours already
 )
 

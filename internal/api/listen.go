@@ -89,22 +89,24 @@ func listenAt(path string) (net.Listener, error) {
 	defer os.Remove(birth)
 	made := &listener{UnixListener: l, path: path}
 	if err = os.Chmod(birth, 0o660); err == nil {
-		if made.info, err = os.Lstat(birth); err == nil {
+		if made.inode, err = os.OpenFile(birth, unix.O_PATH|unix.O_NOFOLLOW, 0); err == nil {
 			err = os.Link(birth, path) // unlike a rename, never replaces
 		}
 	}
 	if err != nil {
+		made.inode.Close()
 		l.Close()
 		return nil, err
 	}
 	return made, nil
 }
 
-// listener removes the socket on Close if it is still its own.
+// listener removes the socket on Close if it is still its own. It keeps the inode open, so that its number is not given to
+// a successor's socket.
 type listener struct {
 	*net.UnixListener
-	path string
-	info fs.FileInfo
+	path  string
+	inode *os.File
 }
 
 // Addr is the socket's real name.
@@ -112,8 +114,11 @@ func (l *listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "un
 
 // Close stops listening and removes the socket.
 func (l *listener) Close() error {
-	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.info) {
-		os.Remove(l.path)
+	if own, err := l.inode.Stat(); err == nil { // fails on a second Close
+		if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, own) {
+			os.Remove(l.path)
+		}
+		l.inode.Close()
 	}
 	return l.UnixListener.Close()
 }

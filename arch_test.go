@@ -40,6 +40,7 @@ var allowed = map[string][]string{
 	"internal/agent/space":  {"membership", "ipam"},
 	"internal/api":          {},
 	"internal/hostnet":      {"internal/sys"},
+	"internal/sys":          {},
 	"internal/lab":          {"internal/sys", "internal/api"},
 }
 
@@ -51,7 +52,7 @@ var (
 
 // soleImporters lists packages which exactly one place of this module may import.
 var soleImporters = map[string]string{
-	"unsafe":                         "internal/sys",
+	"unsafe":                          "internal/sys",
 	"github.com/hashicorp/memberlist": "membership",
 }
 

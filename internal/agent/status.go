@@ -15,12 +15,9 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
-// Version is the program's, as `tulle version` shows it; main sets it before Run.
-var Version = "unknown"
-
 // Status implements api.Backend. It answers also while there is no session: then Problems says why.
 func (a *agent) Status(context.Context) (api.Status, error) {
-	st := api.Status{Version: Version, Started: a.started, Node: api.Node{Name: a.cfg.NodeName, Tun: api.Tun{Name: a.cfg.Tun}}}
+	st := api.Status{Version: api.Version(), Started: a.started, Node: api.Node{Name: a.cfg.NodeName, Tun: api.Tun{Name: a.cfg.Tun}}}
 	s, err := a.current()
 	if err == nil && s.view.Load() == nil {
 		err = api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")

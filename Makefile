@@ -1,0 +1,41 @@
+# The two commands of the README, and what they are made of. Both want root: labs are network namespaces.
+
+GO ?= go
+
+# What the tests use beside Go and the kernel; see docs/development.md for what each is for.
+PACKAGES = tshark iproute2 nftables debootstrap systemd-container dbus procps
+
+.PHONY: build demo test deps lint unit race fuzz bench clean
+
+build:
+	$(GO) build -trimpath -o bin/ ./cmd/...
+
+# Builds, then shows a cluster at work in a lab on this machine.
+demo: build
+	bin/tulle lab demo
+
+# Installs what the tests need, and runs all of them.
+test: deps lint build unit race fuzz
+
+deps:
+	.ci/install $(PACKAGES)
+
+lint:
+	.ci/lint
+
+unit:
+	$(GO) test -timeout 20m ./...
+
+# The race detector, where goroutines meet. Packages of pure functions have nothing for it to find.
+race:
+	.ci/race
+
+fuzz:
+	.ci/fuzz
+
+# Tulle beside no tunnel, the kernel's VXLAN and wireguard-go; takes minutes, wants a quiet machine.
+bench: build
+	bin/tulle bench all
+
+clean:
+	rm -rf bin dist

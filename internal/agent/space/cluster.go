@@ -366,6 +366,7 @@ func (s *Space) learn(now time.Time, entries []Entry) {
 	s.dirty = true
 	for _, e := range changed {
 		if e.Owner == s.cfg.ID {
+			s.joined = true
 			continue
 		}
 		for _, old := range before.Within(e.Prefix) {
@@ -411,8 +412,8 @@ func (s *Space) owned(fam int) []netip.Prefix {
 	return out
 }
 
-// busy returns what must not be given away or opened: the open blocks, and
-// addresses outside them that a pod has or that rest.
+// busy returns what must not be given away: the open blocks, and addresses outside
+// them that a pod has or that rest.
 func (s *Space) busy(now time.Time) []netip.Prefix {
 	blocks := s.pool.Prefixes()
 	out := slices.Clone(blocks)
@@ -430,7 +431,13 @@ func (s *Space) busy(now time.Time) []netip.Prefix {
 	return out
 }
 
-// free returns what this node can open or give away of a family.
+// openable returns where this node can open its next block. Addresses in it that
+// a pod has already, or that rest, are minded by the pool.
+func (s *Space) openable(fam int) []netip.Prefix {
+	return ipam.Free(s.owned(fam), s.pool.Prefixes(), s.params.Families[fam].BlockLen)
+}
+
+// free returns what this node can give away of a family.
 func (s *Space) free(now time.Time, fam int) []netip.Prefix {
 	return ipam.Free(s.owned(fam), s.busy(now), s.params.Families[fam].BlockLen)
 }

@@ -85,12 +85,15 @@ func (s *Space) mayForget(now time.Time, id, by NodeID) error {
 	return nil
 }
 
-// quorum counts the members: those that own something, those that live, and the
-// node in question; and how many of them this node sees.
+// quorum counts the members: those that own something, those that were ever seen
+// and have not left, and the node in question; and how many of them live.
 func (s *Space) quorum(victim NodeID) (all, here int) {
 	ids := map[NodeID]bool{victim: false}
 	for _, e := range s.table.Entries() {
 		ids[e.Owner] = false
+	}
+	for id := range s.peers {
+		ids[id] = false
 	}
 	for _, m := range s.alive() {
 		ids[m.ID] = true
@@ -209,6 +212,7 @@ func (s *Space) takeOver(now time.Time) {
 	}
 	peer, had := s.peers[f.victim]
 	delete(s.peers, f.victim)
+	s.joined = s.joined || len(entries) > 0
 	if err := s.save(now); err != nil {
 		if s.table = table; had {
 			s.peers[f.victim] = peer

@@ -24,9 +24,18 @@ type law struct {
 	released map[netip.Addr]release
 	facts    map[*host][]Entry // donations that a host has answered
 	words    map[*host][]Entry // all changes that a host made to its own space
-	lineage  map[NodeID][]netip.Prefix
+	lineage  map[NodeID][]inherited
 	taken    []netip.Prefix
 	excused  int
+	rests    int // hosts that ended without space, and say so
+}
+
+// takeover is one forget that took something.
+type takeover struct{ forced bool }
+
+type inherited struct {
+	prefix netip.Prefix
+	by     *takeover
 }
 
 type holder struct {
@@ -45,7 +54,7 @@ func (l *law) init(w *world) {
 	l.released = make(map[netip.Addr]release)
 	l.facts = make(map[*host][]Entry)
 	l.words = make(map[*host][]Entry)
-	l.lineage = make(map[NodeID][]netip.Prefix)
+	l.lineage = make(map[NodeID][]inherited)
 }
 
 func tableOf(st *ipam.State) *membership.Table {
@@ -58,10 +67,25 @@ func tableOf(st *ipam.State) *membership.Table {
 
 // excuse reports whether a collision over p falls under the exception.
 func (l *law) excuse(a, b NodeID, p netip.Prefix) bool {
-	has := func(id NodeID) bool {
-		return slices.ContainsFunc(l.lineage[id], func(q netip.Prefix) bool { return ipam.Covers(q, p) })
+	has := func(id NodeID) map[*takeover]bool {
+		out := make(map[*takeover]bool)
+		for _, i := range l.lineage[id] {
+			if ipam.Covers(i.prefix, p) {
+				out[i.by] = true
+			}
+		}
+		return out
 	}
-	if !ipam.Overlaps(l.taken, p) || has(a) == has(b) {
+	x, y := has(a), has(b)
+	apart, forced := false, len(x) == 0 || len(y) == 0
+	for _, pair := range [][2]map[*takeover]bool{{x, y}, {y, x}} {
+		for t := range pair[0] {
+			if !pair[1][t] {
+				apart, forced = true, forced || t.forced
+			}
+		}
+	}
+	if !apart || !forced {
 		return false
 	}
 	l.excused++
@@ -80,22 +104,21 @@ func (l *law) onSend(h *host, to NodeID, msg []byte) {
 	}
 	if m.kind == kindGrant || m.kind == kindGive {
 		for _, e := range m.entries {
-			for _, p := range l.lineage[h.id] {
-				if e.Owner != h.id && e.Prefix.Overlaps(p) {
-					q := e.Prefix
-					if ipam.Covers(q, p) {
-						q = p
+			for _, i := range l.lineage[h.id] {
+				if e.Owner != h.id && e.Prefix.Overlaps(i.prefix) {
+					if ipam.Covers(i.prefix, e.Prefix) {
+						i.prefix = e.Prefix
 					}
-					l.inherit(e.Owner, q)
+					l.inherit(e.Owner, i)
 				}
 			}
 		}
 	}
 }
 
-func (l *law) inherit(id NodeID, p netip.Prefix) {
-	if !slices.Contains(l.lineage[id], p) {
-		l.lineage[id] = append(l.lineage[id], p)
+func (l *law) inherit(id NodeID, i inherited) {
+	if !slices.Contains(l.lineage[id], i) {
+		l.lineage[id] = append(l.lineage[id], i)
 	}
 }
 
@@ -178,15 +201,17 @@ func (l *law) seeForget(h *host, sp *Space, before *membership.Table) {
 		}
 	}
 	took := false
-	for _, e := range sp.table.Entries() {
+	// A takeover whose save failed may be on the disk all the same, and comes to
+	// life with the next start.
+	for _, e := range slices.Concat(sp.table.Entries(), tableOf(h.disk).Entries()) {
 		if e.Owner != sp.cfg.ID {
 			continue
 		}
 		for _, old := range before.Within(e.Prefix) {
-			if old.Owner != sp.cfg.ID {
+			if old.Owner != sp.cfg.ID && old.Version < e.Version {
 				p := old.Prefix
 				l.taken = append(l.taken, p)
-				l.inherit(sp.cfg.ID, p)
+				l.inherit(sp.cfg.ID, inherited{p, h.takeover})
 				took = true
 			}
 		}
@@ -279,8 +304,11 @@ func (l *law) takenBack(h *host, key string, a netip.Addr, rests bool) {
 }
 
 // rolledBack takes out what a host cannot remember any more: it may not know of
-// the rests of addresses that it has forgotten it ever gave.
+// the rests of addresses that it has forgotten it ever gave, or was left.
 func (l *law) rolledBack(h *host) {
+	for _, c := range h.disk.Cooling {
+		delete(l.released, c.Addr)
+	}
 	for a, r := range l.released {
 		if r.h == h {
 			delete(l.released, a)

@@ -297,8 +297,8 @@ func (h *host) rollBack() {
 		}
 	}
 	w.logf("%s: the disk is rolled back to generation %d of %d, lost %v", h.name, old.Generation, h.disk.Generation, lost)
-	h.disk, h.lostWord, h.unsure = old, lost, true
 	w.law.rolledBack(h)
+	h.disk, h.lostWord, h.unsure = old, lost, true
 	h.start(false)
 }
 
@@ -381,6 +381,7 @@ func (w *world) forgetSomebody(h *host) {
 }
 
 func (w *world) forget(h *host, id NodeID, force bool) {
+	h.takeover = &takeover{force}
 	h.victim, h.victimID = h, id // a wiped identity is nobody's
 	for _, o := range w.hosts {
 		if o.id == id {

@@ -75,6 +75,7 @@ type host struct {
 	forgetting *Op
 	victim     *host
 	victimID   NodeID
+	takeover   *takeover
 	blocks     []netip.Prefix // open, as last looked at
 }
 
@@ -261,8 +262,9 @@ func (h *host) witnessed() bool {
 	for _, e := range h.lostWord {
 		known := false
 		for _, o := range h.w.hosts {
-			// A witness that is itself unsure may be cut off.
-			if o != h && o.sp != nil && !o.unsure && o.group == h.group && o.sp.joined && knows(o.sp.table, e) {
+			// A witness that is itself unsure may be cut off; one that has just
+			// started is not seen by gossip yet, and would not be asked.
+			if o != h && o.sp != nil && !o.unsure && h.w.now.Sub(o.upAt) > time.Second && o.group == h.group && o.sp.joined && knows(o.sp.table, e) {
 				known = true
 				break
 			}

@@ -267,6 +267,7 @@ func (s *Space) save(now time.Time) error {
 	}
 	s.generation++
 	if s.saveErr = s.env.Persist(st); s.saveErr != nil {
+		s.dirty = true // the next Tick tries to put the true state there
 		return fmt.Errorf("the state cannot be saved: %w", s.saveErr)
 	}
 	s.dirty = false

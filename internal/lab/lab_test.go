@@ -27,7 +27,11 @@ func TestMain(m *testing.M) {
 	if name := os.Getenv(crashEnv); name != "" {
 		os.Exit(makeLab(name))
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if tulleDir != "" {
+		os.RemoveAll(tulleDir)
+	}
+	os.Exit(code)
 }
 
 func needRoot(t *testing.T) {

@@ -22,8 +22,9 @@ const (
 // state is what is known of a lab, as lab.json holds it.
 type state struct {
 	Version int     `json:"version"`
-	Whole   bool    `json:"whole"` // Up came to its end
-	Maker   process `json:"maker"` // the process that ran Up
+	Whole   bool    `json:"whole"`  // Up came to its end
+	Failed  bool    `json:"failed"` // Up failed and let it stand
+	Maker   process `json:"maker"`  // the process that ran Up
 	Options Options `json:"options"`
 	Hosts   []Host  `json:"hosts"`
 	Pods    []Pod   `json:"pods"`

@@ -46,7 +46,7 @@ func Up(ctx context.Context, o Options, progress Progress) (*Lab, error) {
 	l := &Lab{waits: map[process]chan struct{}{}}
 	l.st = state{Version: stateVersion, Maker: thisProcess(), Options: o}
 	if err := l.build(ctx, progress); err != nil {
-		if o.KeepFailed {
+		if o.KeepFailed && l.change(func(s *state) { s.Failed = true }) == nil {
 			return nil, fmt.Errorf("%w\nthe lab is left as it is, for you to look at; `tulle lab down%s` removes it", err, nameFlag(o.Name))
 		}
 		if derr := remove(context.WithoutCancel(ctx), o.Name); derr != nil {
@@ -137,13 +137,14 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// Open returns a lab that exists. Labs whose maker died halfway can only be removed, with Down.
+// Open returns a lab that exists. Labs whose maker died halfway can only be removed, with Down; those that
+// failed and were left to look at can be opened.
 func Open(name string) (*Lab, error) {
 	st, err := loadState(name)
 	if err != nil {
 		return nil, err
 	}
-	if !st.Whole && !st.Maker.alive() {
+	if !st.Whole && !st.Failed && !st.Maker.alive() {
 		return nil, fmt.Errorf("lab %s was not finished by its maker: `tulle lab down%s` removes it, `tulle lab up%[2]s` makes it anew", name, nameFlag(name))
 	}
 	return &Lab{st: *st, waits: map[process]chan struct{}{}}, nil

@@ -1,0 +1,194 @@
+package lab
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// tulle builds the program once for all tests.
+var tulle = sync.OnceValues(func() (string, error) {
+	dir, err := os.MkdirTemp("", "tulle-lab-test")
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(dir, "tulle")
+	out, err := exec.Command("go", "build", "-o", path, "github.com/tulle-net/tulle/cmd/tulle").CombinedOutput()
+	if err != nil {
+		return "", errors.New(string(out))
+	}
+	tulleDir = dir
+	return path, nil
+})
+
+// tulleDir is where it is, for TestMain to remove.
+var tulleDir string
+
+// upAgents makes a lab with agents that the test removes.
+func upAgents(t *testing.T, o Options) *Lab {
+	t.Helper()
+	needRoot(t)
+	binary, err := tulle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Binary = binary
+	l, err := Up(t.Context(), o, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		hosts := l.Hosts()
+		if err := l.Down(context.Background()); err != nil {
+			t.Error(err)
+		}
+		for _, h := range hosts {
+			if (process{h.PID, h.StartTime}).alive() {
+				t.Errorf("the agent of %s outlived its lab as process %d", h.Name, h.PID)
+			}
+		}
+		nothingLeft(t, o.Name)
+	})
+	return l
+}
+
+func TestAgents(t *testing.T) {
+	l := upAgents(t, Options{Name: testName("agents"), Nodes: 3, Pods: 2})
+	ctx := t.Context()
+	reach(t, l, "up", everyone)
+
+	st := l.Status(ctx)
+	for _, h := range st.Hosts {
+		if !h.Runs || h.Agent == nil || h.Error != "" || h.Agent.Node.Name != h.Name || h.Agent.Cluster.Members != 3 {
+			t.Errorf("status of %s: runs %v, error %q, %+v", h.Name, h.Runs, h.Error, h.Agent)
+		}
+	}
+	if pongs, err := l.PingAll(ctx, true); err != nil {
+		t.Error(err)
+	} else {
+		for _, p := range pongs {
+			if p.Err != nil {
+				t.Errorf("with hosts: %+v", p)
+			}
+		}
+	}
+
+	t.Run("exec finds the host's agent", func(t *testing.T) {
+		for target, node := range map[string]string{"h2": "h2", "p3b": "h3"} {
+			var out, errs bytes.Buffer
+			code, err := l.Exec(ctx, target, []string{l.Options().Binary, "status", "-o", "json"}, Stdio{Out: &out, Err: &errs})
+			var st api.Status
+			if err := errors.Join(err, json.Unmarshal(out.Bytes(), &st)); err != nil || st.Node.Name != node {
+				t.Errorf("%s: tulle status: %d, %v, node %q\n%s", target, code, err, st.Node.Name, errs.String())
+			}
+		}
+	})
+
+	t.Run("kill and start", func(t *testing.T) {
+		before, _ := l.Host("h2")
+		if err := l.StopAgent(ctx, "h2", syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		if l.AgentRuns("h2") {
+			t.Error("the agent runs after SIGKILL")
+		}
+		if st := l.Status(ctx); st.Healthy() || st.Hosts[1].Error == "" || st.Hosts[1].Runs {
+			t.Errorf("status without the agent of h2: %+v", st.Hosts[1])
+		}
+		if err := l.StartAgent(ctx, "h2"); err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(l.WaitReady(ctx, "h2"), l.WaitPods(ctx)); err != nil {
+			t.Fatal(err)
+		}
+		if after, _ := l.Host("h2"); after.PID == before.PID {
+			t.Errorf("the same process %d", after.PID)
+		}
+		if err := l.StartAgent(ctx, "h2"); err == nil || !strings.Contains(err.Error(), "runs already") {
+			t.Errorf("a second agent on h2: %v", err)
+		}
+		// A lab that another process opens can do the same.
+		again, err := Open(l.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := errors.Join(again.StopAgent(ctx, "h3", syscall.SIGTERM), again.StartAgent(ctx, "h3"), again.WaitReady(ctx, "h3"), again.WaitPods(ctx)); err != nil {
+			t.Fatal(err)
+		}
+		reach(t, l, "after kill and start", everyone)
+	})
+
+	t.Run("grow and shrink", func(t *testing.T) {
+		h, err := l.AddHost(ctx, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		p, err := l.AddPod(ctx, h.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := l.WaitPods(ctx); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.RemovePod(ctx, p.Name); err != nil {
+			t.Fatal(err)
+		}
+		c, err := l.Client(h.Name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ipam, err := c.IPAM(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range ipam.Allocations {
+			if a.ID == p.ID && a.State == api.AllocationUsed {
+				t.Errorf("the removed pod still has its addresses: %+v", a)
+			}
+		}
+		if err := l.RemoveHost(ctx, h.Name); err != nil {
+			t.Fatal(err)
+		}
+	})
+
+	t.Run("split and heal", func(t *testing.T) {
+		if err := l.Split([]string{"h2"}); err != nil {
+			t.Fatal(err)
+		}
+		reach(t, l, "h2 cut off", func(a, b Pod) bool { return (a.Host == "h2") == (b.Host == "h2") })
+		if err := l.Heal(); err != nil {
+			t.Fatal(err)
+		}
+		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		defer cancel()
+		if err := l.WaitPods(ctx); err != nil {
+			t.Fatal(err)
+		}
+	})
+}
+
+// An agent that cannot run is named, with the end of its log.
+func TestAgentThatFails(t *testing.T) {
+	needRoot(t)
+	binary, err := tulle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := testName("fails")
+	_, err = Up(t.Context(), Options{Name: name, Nodes: 1, Binary: binary, ExtraAgentArgs: []string{"--no-such-flag"}}, nil)
+	if err == nil || !strings.Contains(err.Error(), "h1") || !strings.Contains(err.Error(), "no-such-flag") {
+		t.Errorf("up with a flag that is not there: %v", err)
+	}
+	nothingLeft(t, name)
+}

@@ -27,7 +27,7 @@ type law struct {
 	lineage  map[NodeID][]inherited
 	taken    []netip.Prefix
 	excused  int
-	rests    int // hosts that ended without space, and say so
+	seen     map[string]int // how often what happened
 }
 
 // takeover is one forget that took something.
@@ -54,6 +54,7 @@ func (l *law) init(w *world) {
 	l.released = make(map[netip.Addr]release)
 	l.facts = make(map[*host][]Entry)
 	l.words = make(map[*host][]Entry)
+	l.seen = make(map[string]int)
 	l.lineage = make(map[NodeID][]inherited)
 }
 
@@ -100,6 +101,7 @@ func (l *law) onSend(h *host, to NodeID, msg []byte) {
 		return
 	}
 	if m.kind == kindGrant && m.flags&flagLacking == 0 {
+		l.seen["donation"]++
 		l.facts[h] = append(l.facts[h], m.entries...)
 	}
 	if m.kind == kindGrant || m.kind == kindGive {
@@ -152,6 +154,10 @@ func (l *law) afterStep(h *host, sp *Space, before *membership.Table) {
 			if !knows(sp.table, e) {
 				l.w.fail("%s is confirmed, but does not know of its own word %v", h.name, e)
 			}
+		}
+		l.seen["confirmed after a rollback"]++
+		if len(h.lostWord) > 0 {
+			l.seen["lost word learned again"]++
 		}
 		h.unsure, h.lostWord = false, nil
 	}
@@ -221,6 +227,7 @@ func (l *law) seeForget(h *host, sp *Space, before *membership.Table) {
 		if v != h && v.sp != nil && v.id == h.victimID && h.reaches(v) && stable {
 			l.w.fail("%s forgot %s, which is alive and in reach", h.name, v.name)
 		}
+		l.seen["takeover"]++
 		l.w.logf("%s took over from %s", h.name, v.name)
 	}
 	if done || h.sp == nil {
@@ -258,6 +265,9 @@ func (l *law) seeBlocks(h *host, sp *Space) {
 	if slices.Equal(blocks, h.blocks) || !h.serves() {
 		return
 	}
+	if len(blocks) > len(l.w.params.cidrs) {
+		l.seen["further block"]++
+	}
 	h.blocks = blocks
 	for _, o := range l.w.hosts {
 		if o == h || !o.serves() {
@@ -290,6 +300,10 @@ func (l *law) handedOut(h *host, key string, a netip.Addr) {
 	}
 	if r, ok := l.released[a]; ok && l.w.now.Sub(r.at) < l.w.params.cooldown && !ipam.Overlaps(l.taken, p) {
 		l.w.fail("S1: %v is handed out on %s only %v after %s released it", a, h.name, l.w.now.Sub(r.at), r.h.name)
+	}
+	l.seen["address handed out"]++
+	if _, ok := l.released[a]; ok {
+		l.seen["address used again"]++
 	}
 	l.holders[a] = append(l.holders[a], holder{h, key})
 }
@@ -350,13 +364,17 @@ func (l *law) atRest() {
 func (l *law) hasSpaceOrError(h *host) {
 	w, sp := l.w, h.sp
 	switch sp.phase {
-	case Ready, Left:
+	case Ready:
+		l.seen["ready at the end"]++
+	case Left:
+		l.seen["left"]++
 	case Joining:
 		for fam := range sp.params.Families {
 			f := sp.params.Families[fam]
 			if slices.ContainsFunc(sp.pool.Prefixes(), f.CIDR.Overlaps) {
 				continue
 			}
+			l.seen["exhausted at the end"]++
 			if sp.asks[fam].full == "" {
 				w.fail("L1: %s has no space of %v and no error: %s", h.name, f.CIDR, sp.why)
 			}

@@ -40,24 +40,32 @@ func TestSimulation(t *testing.T) {
 			runs = 200
 		}
 	}
-	steps, excused, ready, largest := 0, 0, 0, 0
+	steps, largest := 0, 0
+	seen := make(map[string]int)
 	for i := range runs {
 		w := simulate(uint64(i)+1, "")
 		if w.fault != "" {
 			t.Fatal(w.report())
 		}
 		steps += w.steps
-		excused += w.law.excused
 		largest = max(largest, len(w.hosts))
-		for _, h := range w.hosts {
-			if h.sp != nil && h.sp.phase == Ready {
-				ready++
-			}
+		for what, n := range w.law.seen {
+			seen[what] += n
 		}
+		seen["collision under the forget exception"] += w.law.excused
 	}
-	t.Logf("%d schedules, %d steps, up to %d hosts; %d hosts ready at the end; %d collisions under the forget exception", runs, steps, largest, ready, excused)
-	if ready < 2*runs {
-		t.Errorf("only %d hosts were ready at the end of %d schedules: the simulation does not get anywhere", ready, runs)
+	t.Logf("%d schedules, %d steps, up to %d hosts", runs, steps, largest)
+	for _, what := range sortedStrings(seen) {
+		t.Logf("%8d × %s", seen[what], what)
+	}
+	for _, what := range []string{
+		"donation", "further block", "address handed out", "address used again", "takeover", "left",
+		"ready at the end", "exhausted at the end", "confirmed after a rollback", "lost word learned again",
+		"persist: crash before", "persist: crash after", "persist: fail", "persist: fail late", "crash after an answer",
+	} {
+		if seen[what] < runs/200 {
+			t.Errorf("only %d × %s: the schedules do not test what they should", seen[what], what)
+		}
 	}
 }
 

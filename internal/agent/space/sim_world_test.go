@@ -330,6 +330,7 @@ func (e simEnv) Send(to NodeID, msg []byte) {
 	}
 	if h.atSend {
 		h.atSend = false
+		w.law.seen["crash after an answer"]++
 		panic(errCrash)
 	}
 }
@@ -353,6 +354,10 @@ func (e simEnv) Persist(st *ipam.State) error {
 			h.atSend = true // let it answer first
 		}
 		return nil
+	}
+	w := h.w
+	if fault != "" {
+		w.law.seen["persist: "+fault]++
 	}
 	switch fault {
 	case "crash before":

@@ -56,6 +56,7 @@ type Engine struct {
 	drops    [encap.NumDrops]atomic.Uint64
 	stats    stats
 	stopping atomic.Bool
+	closing  sync.Once
 
 	tx     []*txWorker
 	rx     []*rxWorker
@@ -206,10 +207,20 @@ func (e *Engine) Run(ctx context.Context) error {
 		w.sock.Wake()
 	}
 	wg.Wait()
-	err := errors.Join(e.closeSockets(), e.cfg.Device.Close())
+	err := e.Close()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {
 		return errors.Join(cause, err)
 	}
+	return err
+}
+
+// Close releases sockets and device of an engine that is not running. Run does so itself; doing it twice is no error.
+func (e *Engine) Close() error {
+	var err error
+	e.closing.Do(func() {
+		e.prober.close()
+		err = errors.Join(e.closeSockets(), e.cfg.Device.Close())
+	})
 	return err
 }
 
@@ -259,7 +270,7 @@ func (e *Engine) watchErrors(ctx context.Context) {
 
 // drainErrors takes the ICMP errors off a socket. Only "too big" is of use: it may lower a peer's path MTU. Nothing else
 // is believed: anybody may send an ICMP error, and a peer is down only when its probes stay unanswered.
-func (e *Engine) drainErrors(s *underlay.Socket) {
+func (e *Engine) drainErrors(s errorQueue) {
 	f := e.fwd.Load()
 	_, err := s.DrainErrors(func(u underlay.Err) {
 		e.stats.icmpReceived.Add(1)
@@ -276,7 +287,7 @@ func (e *Engine) drainErrors(s *underlay.Socket) {
 }
 
 // sent accounts for one batch. err is about the socket itself.
-func (e *Engine) sent(s *underlay.Socket, r underlay.SendResult, err error) {
+func (e *Engine) sent(s outSocket, r underlay.SendResult, err error) {
 	e.stats.txSends.Add(uint64(r.Messages))
 	if r.GSOFallbacks > 0 {
 		e.stats.gsoFallbacks.Add(uint64(r.GSOFallbacks))

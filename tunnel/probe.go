@@ -23,12 +23,20 @@ var (
 
 // prober sends probes, one at a time, through sockets of the receiving side.
 type prober struct {
-	mu  sync.Mutex
-	buf []byte
-	out [2]struct { // by the outer family
+	mu     sync.Mutex
+	closed bool
+	buf    []byte
+	out    [2]struct { // by the outer family
 		udp *sender
 		raw [2]*sender // by the inner family
 	}
+}
+
+// close lets no probe use the sockets from now on.
+func (p *prober) close() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.closed = true
 }
 
 // Probe sends payload to a peer's tun address in an ordinary inner UDP packet of size bytes (or as few as payload needs),
@@ -55,7 +63,7 @@ func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) e
 	default:
 		s = nil
 	}
-	if s == nil || !t.endpoint.IsValid() {
+	if s == nil || !t.endpoint.IsValid() || p.closed {
 		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)
 	}
 	p.buf = appendProbe(p.buf[:0], src, dst, payload, size)

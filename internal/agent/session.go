@@ -286,14 +286,15 @@ func (s *session) run(ctx context.Context) error {
 	if errors.Is(err, context.Canceled) {
 		err = nil
 	}
-	s.device, s.engine = nil, nil // closed by the engine's Run
 	return errors.Join(err, s.close())
 }
 
-// close releases what start opened.
+// close releases what start opened. Calls from the control socket that are still under way find it closed, not gone.
 func (s *session) close() error {
 	var errs []error
-	if s.device != nil && s.engine == nil {
+	if s.engine != nil {
+		errs = append(errs, s.engine.Close())
+	} else if s.device != nil {
 		errs = append(errs, s.device.Close())
 	}
 	if s.host != nil {

@@ -60,13 +60,25 @@ func (p *Poller) Wake() { p.wake.Signal() }
 // for is not touched.
 func (p *Poller) Close() error { return p.wake.Close() }
 
-// WaitWrite blocks until fd takes data again, or has an error, or the timeout
-// in milliseconds has passed.
+// WaitWrite blocks until fd takes data again or the timeout in milliseconds has
+// passed. A socket whose error queue holds something is ready for poll at any
+// time; then WaitWrite looks again every millisecond instead of spinning.
 func WaitWrite(fd int, timeoutMillis int) error {
-	fds := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
-	_, err := unix.Poll(fds, timeoutMillis)
-	if err != nil && err != unix.EINTR {
-		return fmt.Errorf("poll: %w", err)
+	for timeoutMillis > 0 {
+		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
+		n, err := unix.Poll(fds[:], timeoutMillis)
+		switch {
+		case err == unix.EINTR:
+			return nil // the caller's own attempt comes next anyway
+		case err != nil:
+			return fmt.Errorf("poll: %w", err)
+		case fds[0].Revents&unix.POLLNVAL != 0:
+			return fmt.Errorf("poll: %w", unix.EBADF)
+		case n == 0 || fds[0].Revents&unix.POLLOUT != 0:
+			return nil
+		}
+		unix.Poll(nil, 1)
+		timeoutMillis--
 	}
 	return nil
 }

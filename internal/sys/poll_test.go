@@ -112,6 +112,9 @@ func TestWaitWriteTimesOut(t *testing.T) {
 	if waited := time.Since(start); waited < 20*time.Millisecond {
 		t.Errorf("full pipe was writable after %v", waited)
 	}
+	if n := testing.AllocsPerRun(5, func() { WaitWrite(w, 1) }); n != 0 {
+		t.Errorf("%v allocations a wait", n)
+	}
 	unix.Read(r, junk)
 	if err := WaitWrite(w, 10_000); err != nil {
 		t.Error(err)

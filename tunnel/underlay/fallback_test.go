@@ -2,7 +2,9 @@ package underlay
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"net/netip"
 	"os/exec"
 	"testing"
 
@@ -113,8 +115,25 @@ func TestGSORefused(t *testing.T) {
 			}
 		})
 
-		// EIO: IPsec on the way, or, before Linux 6.11, a device without checksum
-		// offload. Here the latter, which newer kernels segment in software.
+		// EIO: UDP-Lite, whose checksum covers what it likes (udp_send_skb).
+		t.Run("UDP-Lite", func(t *testing.T) {
+			if fd, err := sys.Socket(unix.AF_INET, unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE); err == unix.EPROTONOSUPPORT {
+				t.Skip("this kernel has no UDP-Lite")
+			} else if err == nil {
+				sys.Close(fd)
+			}
+			l := newLink(t, 1500)
+			lite := func(h *host, a netip.Addr) *Socket {
+				return h.open(func() (*Socket, error) { return openLite(netipPort(a, 0)) })
+			}
+			from, to := lite(l.a, addrA[six]), lite(l.b, addrB[six])
+			dest := NewDest(to.Local())
+			if res := sendTrain(t, from, to, dest, 1000, 30); res.GSOFallbacks != 1 || dest.GSO() {
+				t.Errorf("%+v, GSO %v, want a fallback", res, dest.GSO())
+			}
+		})
+
+		// EIO before Linux 6.11, which segments for such a device in software.
 		t.Run("device without offload", func(t *testing.T) {
 			l := newLink(t, 1500)
 			l.a.ethtool("-K", "eth0", "tx", "off", "tso", "off", "gso", "off", "tx-udp-segmentation", "off")
@@ -123,6 +142,7 @@ func TestGSORefused(t *testing.T) {
 			t.Logf("this kernel: %d fallbacks", res.GSOFallbacks)
 		})
 
+		// EIO: IPsec on the way.
 		t.Run("xfrm", func(t *testing.T) {
 			l := newLink(t, 1500)
 			if err := l.espBetween(six); err != nil {
@@ -135,6 +155,30 @@ func TestGSORefused(t *testing.T) {
 			}
 		})
 	})
+}
+
+// openLite is openUDP for UDP-Lite (RFC 3828).
+func openLite(bind netip.AddrPort) (*Socket, error) {
+	domain := unix.AF_INET
+	if bind.Addr().Is6() {
+		domain = unix.AF_INET6
+	}
+	fd, err := sys.Socket(domain, unix.SOCK_DGRAM, unix.IPPROTO_UDPLITE)
+	if err != nil {
+		return nil, err
+	}
+	s := &Socket{fd: fd}
+	if err := errors.Join(s.configure(Options{}, domain), sys.Bind(fd, bind)); err != nil {
+		sys.Close(fd)
+		return nil, err
+	}
+	if s.local, err = sys.LocalAddr(fd); err == nil {
+		s.poller, err = sys.NewPoller(fd)
+	}
+	if err != nil {
+		sys.Close(fd)
+	}
+	return s, err
 }
 
 func (h *host) ethtool(args ...string) {

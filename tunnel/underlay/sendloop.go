@@ -2,6 +2,7 @@ package underlay
 
 import (
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -17,9 +18,9 @@ const (
 	// writeWaitMillis is how long one wait for room in the send buffer may take
 	// before the kernel is asked again.
 	writeWaitMillis = 100
-	// maxWriteWaits bounds those waits for one message: a device that takes
-	// nothing for this long loses packets rather than stopping the agent.
-	maxWriteWaits = 10
+	// maxWriteWait bounds those waits for one message: a device that takes nothing
+	// for this long loses packets rather than stopping the agent.
+	maxWriteWait = time.Second
 )
 
 // isPending reports an error that may be an ICMP error about an earlier packet,
@@ -46,7 +47,8 @@ func isGSORefusal(err error) bool {
 func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 	var r SendResult
 	defer b.Reset()
-	waits, retries, stopped := 0, 0, false
+	var waiting time.Time // since when the present message finds no room
+	retries, stopped := 0, false
 	for i := 0; i < b.msgs.Messages(); {
 		m := &b.meta[i]
 		if m.segment > 0 && !m.to.tryGSO() {
@@ -54,7 +56,7 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 			if err := s.sendSingles(b, i, &r); err != nil {
 				return r, err
 			}
-			i, waits, retries = i+1, 0, 0
+			i, waiting, retries = i+1, time.Time{}, 0
 			continue
 		}
 		end := b.upTo(i)
@@ -69,13 +71,15 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 			}
 			// Stopped in the middle: sendmmsg keeps the reason to itself, and if it
 			// was an earlier packet's error, has taken it off the socket.
-			waits, retries, stopped = 0, 0, i < end
+			waiting, retries, stopped = time.Time{}, 0, i < end
 			continue
 		}
 		stopped = false
 		switch {
-		case err == sys.ErrAgain && waits < maxWriteWaits:
-			waits++
+		case err == sys.ErrAgain && (waiting.IsZero() || time.Since(waiting) < maxWriteWait):
+			if waiting.IsZero() {
+				waiting = time.Now()
+			}
 			if err := sys.WaitWrite(s.fd, writeWaitMillis); err != nil {
 				return r, err
 			}
@@ -93,7 +97,7 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 		default:
 			r.dropped(m, err)
 		}
-		i, waits, retries = i+1, 0, 0
+		i, waiting, retries = i+1, time.Time{}, 0
 	}
 	return r, nil
 }

@@ -54,9 +54,10 @@ func Free(owned, busy []netip.Prefix, blockLen int) []netip.Prefix {
 func Donation(free []netip.Prefix, blockLen int) []netip.Prefix {
 	total := BlockCount(free, blockLen)
 	want := total/2 + total%2
+	target := want
 	left := slices.Clone(free)
 	var out []netip.Prefix
-	for want > 0 && len(left) > 0 {
+	for want > target/8 && len(left) > 0 { // the last few blocks are not worth table entries of their own
 		// The widest prefix that fits into what is wanted; of equals the highest.
 		best, wide := -1, -1
 		for i, p := range left {
@@ -74,7 +75,7 @@ func Donation(free []netip.Prefix, blockLen int) []netip.Prefix {
 			left = slices.Delete(left, best, best+1)
 			continue
 		}
-		if len(out) > 0 { // about half is enough: no splitting for the rest
+		if len(out) > 0 && want <= target/2 { // not worth splitting one
 			break
 		}
 		lo, hi := halves(left[wide])

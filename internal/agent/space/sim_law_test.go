@@ -224,7 +224,7 @@ func (l *law) seeForget(h *host, sp *Space, before *membership.Table) {
 	}
 	if took && h.sp != nil && h.forgetting == nil || took && done {
 		stable := l.w.now.Sub(later(later(h.upAt, v.upAt), l.w.parted)) > 10*time.Second
-		if v != h && v.sp != nil && v.id == h.victimID && h.reaches(v) && stable {
+		if h.sawVictim && stable {
 			l.w.fail("%s forgot %s, which is alive and in reach", h.name, v.name)
 		}
 		l.seen["takeover"]++

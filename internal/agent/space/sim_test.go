@@ -446,7 +446,7 @@ func (w *world) heal() {
 // confirm its table: it forgets the owners that are gone for good, by force.
 func (w *world) operator() {
 	for _, h := range w.hosts {
-		if h.sp == nil || h.unsure || h.sp.phase != Confirming || slices.ContainsFunc(w.hosts, func(o *host) bool { return o != h && o.sp != nil && o.sp.joined }) {
+		if h.sp == nil || h.unsure || h.sp.phase != Confirming || slices.ContainsFunc(w.hosts, func(o *host) bool { return o != h && o.sp != nil && !o.unsure && o.sp.joined }) {
 			continue
 		}
 		var gone []NodeID

@@ -76,6 +76,7 @@ type host struct {
 	victim     *host
 	victimID   NodeID
 	takeover   *takeover
+	sawVictim  bool // the victim was in reach before this step
 	blocks     []netip.Prefix // open, as last looked at
 }
 
@@ -147,6 +148,7 @@ func (w *world) step(h *host, what string, do func(sp *Space)) {
 	w.steps++
 	before := h.sp.table.Clone()
 	sp := h.sp
+	h.sawVictim = h.victim != nil && h.victim != h && h.victim.id == h.victimID && h.reaches(h.victim)
 	func() {
 		defer func() {
 			if p := recover(); p != nil {

@@ -1,0 +1,286 @@
+package ipam
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+)
+
+var t0 = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+
+func prefixes(s string) (out []netip.Prefix) {
+	for _, f := range strings.Fields(s) {
+		out = append(out, netip.MustParsePrefix(f))
+	}
+	return out
+}
+
+func TestPoolOrderAndReservedAddresses(t *testing.T) {
+	for _, tc := range []struct {
+		blocks, tun, first string
+		size               uint64
+	}{
+		{"10.244.3.0/24", "10.244.3.0", "10.244.3.1", 254},
+		{"10.244.3.0/30", "10.244.3.0", "10.244.3.1", 2},
+		{"10.244.3.0/31", "10.244.3.0", "10.244.3.1", 1},
+		{"fd00:1::/64", "fd00:1::", "fd00:1::1", 1 << 63},
+		{"fd00:1::/126", "fd00:1::", "fd00:1::1", 3},
+	} {
+		p := NewPool(time.Minute)
+		b := netip.MustParsePrefix(tc.blocks)
+		six := b.Addr().Is6()
+		p.Open(b)
+		tun, _ := p.TunAddr(six)
+		a, err := p.Allocate(t0, Allocation{Key: "a"}, six)
+		if err != nil || tun.String() != tc.tun || a.Addr.String() != tc.first || p.Blocks()[0].Size != tc.size {
+			t.Errorf("%v: tun %v, first %v, size %d, %v", b, tun, a.Addr, p.Blocks()[0].Size, err)
+		}
+		if _, err := p.Allocate(t0, Allocation{Key: "tun", Addr: tun}, six); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("%v: the tun address is given to a pod: %v", b, err)
+		}
+	}
+}
+
+// TestPoolFills: every address that a block has is given exactly once, and no more.
+func TestPoolFills(t *testing.T) {
+	p := NewPool(time.Minute)
+	p.Open(netip.MustParsePrefix("10.0.0.0/28"))
+	p.Open(netip.MustParsePrefix("10.0.0.32/28"))
+	seen := make(map[netip.Addr]bool)
+	for i := range 28 { // 14 in each: the first and the last are skipped in both
+		a, err := p.Allocate(t0, Allocation{Key: fmt.Sprint(i)}, false)
+		if err != nil || seen[a.Addr] {
+			t.Fatalf("%d: %v %v", i, a, err)
+		}
+		seen[a.Addr] = true
+	}
+	if _, err := p.Allocate(t0, Allocation{Key: "more"}, false); !errors.Is(err, ErrFull) {
+		t.Errorf("after the last address: %v", err)
+	}
+	for _, s := range []string{"10.0.0.0", "10.0.0.15", "10.0.0.32", "10.0.0.47"} {
+		if seen[netip.MustParseAddr(s)] {
+			t.Errorf("%s was handed out", s)
+		}
+	}
+	if n := p.Spare(t0, false, 100); n != 0 {
+		t.Errorf("spare %d", n)
+	}
+}
+
+func TestPoolIsIdempotentByKey(t *testing.T) {
+	p := NewPool(time.Minute)
+	p.Open(netip.MustParsePrefix("10.0.0.0/24"))
+	p.Open(netip.MustParsePrefix("fd00::/64"))
+	a, _ := p.Allocate(t0, Allocation{Key: "x"}, false)
+	six, _ := p.Allocate(t0, Allocation{Key: "x"}, true)
+	again, err := p.Allocate(t0.Add(time.Hour), Allocation{Key: "x"}, false)
+	if err != nil || again != a || !six.Addr.Is6() {
+		t.Errorf("%v then %v, %v; %v", a, again, err, six)
+	}
+	if got := p.Release(t0, "x"); len(got) != 2 {
+		t.Errorf("released %v", got)
+	}
+	if got := p.Release(t0, "x"); got != nil {
+		t.Errorf("released twice: %v", got)
+	}
+}
+
+func TestPoolCooldown(t *testing.T) {
+	p := NewPool(time.Minute)
+	p.Open(netip.MustParsePrefix("10.0.0.0/29"))
+	first, _ := p.Allocate(t0, Allocation{Key: "a"}, false)
+	p.Release(t0, "a")
+	if b, _ := p.Allocate(t0, Allocation{Key: "b"}, false); b.Addr == first.Addr {
+		t.Error("reused at once")
+	}
+	if _, err := p.Allocate(t0.Add(59*time.Second), Allocation{Key: "c", Addr: first.Addr}, false); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("given on request while it rests: %v", err)
+	}
+	if c, err := p.Allocate(t0.Add(time.Minute), Allocation{Key: "c"}, false); err != nil || c.Addr != first.Addr {
+		t.Errorf("after its rest the lowest address is %v, %v", c, err)
+	}
+}
+
+func TestPoolRequestedAddress(t *testing.T) {
+	p := NewPool(time.Minute)
+	p.Open(netip.MustParsePrefix("10.0.0.0/24"))
+	want := netip.MustParseAddr("10.0.0.77")
+	if a, err := p.Allocate(t0, Allocation{Key: "a", Addr: want}, false); err != nil || a.Addr != want {
+		t.Fatal(a, err)
+	}
+	for _, a := range []Allocation{
+		{Key: "b", Addr: want},
+		{Key: "b", Addr: netip.MustParseAddr("10.0.1.1")},
+		{Key: "b", Addr: netip.MustParseAddr("10.0.0.255")},
+		{Key: "a", Addr: netip.MustParseAddr("10.0.0.78")},
+	} {
+		if got, err := p.Allocate(t0, a, false); !errors.Is(err, ErrUnavailable) {
+			t.Errorf("%v: %v, %v", a, got, err)
+		}
+	}
+}
+
+// TestPoolAdopted: addresses of pods whose space is lost are never handed out, in
+// whichever order blocks come and go.
+func TestPoolAdopted(t *testing.T) {
+	p := NewPool(time.Minute)
+	lost := netip.MustParseAddr("10.0.9.1")
+	if !p.Adopt(Allocation{Key: "old", Addr: lost}) || p.Adopt(Allocation{Key: "other", Addr: lost}) {
+		t.Fatal("adoption")
+	}
+	p.Open(netip.MustParsePrefix("10.0.9.0/24"))
+	if b := p.Blocks()[0]; b.Used != 1 {
+		t.Errorf("%v", b)
+	}
+	if a, _ := p.Allocate(t0, Allocation{Key: "new"}, false); a.Addr != lost.Next() {
+		t.Errorf("%v", a)
+	}
+}
+
+// TestPoolRandom holds the pool against a map.
+func TestPoolRandom(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		p := NewPool(10 * time.Second)
+		p.Open(netip.MustParsePrefix("10.0.0.0/28"))
+		now := t0
+		has := make(map[string]netip.Addr)
+		freed := make(map[netip.Addr]time.Time)
+		for range rapid.IntRange(1, 120).Draw(t, "steps") {
+			now = now.Add(time.Duration(rapid.IntRange(0, 4).Draw(t, "wait")) * time.Second)
+			key := fmt.Sprint(rapid.IntRange(0, 19).Draw(t, "key"))
+			if rapid.Bool().Draw(t, "release") {
+				p.Release(now, key)
+				if a, ok := has[key]; ok {
+					freed[a] = now
+					delete(has, key)
+				}
+				continue
+			}
+			a, err := p.Allocate(now, Allocation{Key: key}, false)
+			old, had := has[key]
+			if err != nil {
+				resting := 0
+				for _, at := range freed {
+					if now.Sub(at) < 10*time.Second {
+						resting++
+					}
+				}
+				if had || len(has)+resting < 14 {
+					t.Fatalf("%v with %d of 14 in use and %d resting", err, len(has), resting)
+				}
+				continue
+			}
+			if had {
+				if old != a.Addr {
+					t.Fatalf("%s had %v, gets %v", key, old, a.Addr)
+				}
+				continue
+			}
+			for k, b := range has {
+				if b == a.Addr {
+					t.Fatalf("%v given to %s and %s", b, k, key)
+				}
+			}
+			if at, ok := freed[a.Addr]; ok && now.Sub(at) < 10*time.Second {
+				t.Fatalf("%v given %v after its release", a.Addr, now.Sub(at))
+			}
+			for b := netip.MustParseAddr("10.0.0.1"); b != a.Addr; b = b.Next() {
+				_, rests := freed[b]
+				used := slices.Contains(slices.Collect(values(has)), b)
+				if !used && !(rests && now.Sub(freed[b]) < 10*time.Second) {
+					t.Fatalf("%v given, %v is lower and free", a.Addr, b)
+				}
+			}
+			has[key] = a.Addr
+			delete(freed, a.Addr)
+		}
+	})
+}
+
+func values(m map[string]netip.Addr) func(func(netip.Addr) bool) {
+	return func(yield func(netip.Addr) bool) {
+		for _, v := range m {
+			if !yield(v) {
+				return
+			}
+		}
+	}
+}
+
+func TestDonation(t *testing.T) {
+	for _, tc := range []struct{ free, want string }{
+		{"10.244.0.0/16", "10.244.128.0/17"},
+		{"10.244.1.0/24 10.244.2.0/23 10.244.4.0/22 10.244.8.0/21 10.244.16.0/20 10.244.32.0/19 10.244.64.0/18 10.244.128.0/17", "10.244.128.0/17"},
+		{"10.244.1.0/24", "10.244.1.0/24"}, // at least one block
+		{"10.244.1.0/24 10.244.3.0/24", "10.244.3.0/24"},
+		{"10.244.1.0/24 10.244.3.0/24 10.244.5.0/24", "10.244.3.0/24 10.244.5.0/24"},
+		{"10.244.2.0/23", "10.244.3.0/24"},
+		{"", ""},
+	} {
+		got := Donation(prefixes(tc.free), 24)
+		if !slices.Equal(got, prefixes(tc.want)) {
+			t.Errorf("of %s: %v, want %s", tc.free, got, tc.want)
+		}
+	}
+}
+
+func TestDonationIsAboutHalf(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		owned := prefixes("10.244.0.0/18")
+		var busy []netip.Prefix
+		for range rapid.IntRange(0, 40).Draw(t, "busy") {
+			a := netip.AddrFrom4([4]byte{10, 244, byte(rapid.IntRange(0, 63).Draw(t, "block")), byte(rapid.IntRange(0, 255).Draw(t, "host"))})
+			busy = append(busy, netip.PrefixFrom(a, rapid.IntRange(20, 32).Draw(t, "bits")).Masked())
+		}
+		free := Free(owned, busy, 24)
+		give := Donation(free, 24)
+		total, given := BlockCount(free, 24), BlockCount(give, 24)
+		if total == 0 && len(give) != 0 || total > 0 && (given == 0 || given > total/2+1 || 4*given < total) {
+			t.Fatalf("%d of %d blocks: %v of %v", given, total, give, free)
+		}
+		for i, p := range give {
+			if p != p.Masked() || p.Bits() > 24 || Overlaps(busy, p) || Overlaps(give[:i], p) ||
+				len(Subtract(p, free, 32)) != 0 {
+				t.Fatalf("gives %v of %v, busy %v", p, free, busy)
+			}
+		}
+	})
+}
+
+func TestBlockCountSaturates(t *testing.T) {
+	if n := BlockCount(prefixes("::/0 fd00::/64"), 128); n != math.MaxUint64 {
+		t.Error(n)
+	}
+	if n := BlockCount(prefixes("fd00::/48 fd00:1::/65"), 64); n != 1<<16 {
+		t.Error(n)
+	}
+}
+
+func TestSubtractAndAggregateAreInverse(t *testing.T) {
+	whole := netip.MustParsePrefix("10.0.0.0/24")
+	rapid.Check(t, func(t *rapid.T) {
+		var minus []netip.Prefix
+		for range rapid.IntRange(0, 8).Draw(t, "n") {
+			a := netip.AddrFrom4([4]byte{10, 0, 0, rapid.Byte().Draw(t, "a")})
+			minus = append(minus, netip.PrefixFrom(a, rapid.IntRange(24, 32).Draw(t, "bits")).Masked())
+		}
+		rest := Subtract(whole, minus, 32)
+		for i := range 256 {
+			a := netip.AddrFrom4([4]byte{10, 0, 0, byte(i)})
+			p := netip.PrefixFrom(a, 32)
+			if Overlaps(rest, p) == Overlaps(minus, p) {
+				t.Fatalf("%v - %v = %v is wrong at %v", whole, minus, rest, a)
+			}
+		}
+		if got := Aggregate(slices.Concat(rest, minus)); len(got) != 1 || got[0] != whole {
+			t.Fatalf("%v + %v = %v", rest, minus, got)
+		}
+	})
+}

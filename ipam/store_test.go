@@ -1,0 +1,242 @@
+package ipam
+
+import (
+	"bytes"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+func aState(n int) *State {
+	st := &State{
+		Generation: 7, Node: ID{1}, Cluster: ID{2}, Joined: true,
+		Families: []Family{{netip.MustParsePrefix("10.244.0.0/16"), 24}, {netip.MustParsePrefix("fd00::/48"), 64}},
+		Table:    []byte{1, 0},
+		Blocks:   prefixes("10.244.1.0/24 fd00:0:0:1::/64"),
+		Cooling:  []Cooling{{netip.MustParseAddr("10.244.1.9"), t0}},
+		Peers:    []Peer{{ID{3}, "b", netip.MustParseAddrPort("192.0.2.2:7946")}, {ID: ID{4}}},
+		Granted:  []Granted{{ID{3}, 99}},
+		Promises: []Promise{{ID{4}, ID{3}, t0}},
+	}
+	a := netip.MustParseAddr("10.244.1.1")
+	for i := range n {
+		st.Allocations = append(st.Allocations, Allocation{Addr: a, Key: fmt.Sprint("pod", i), Pod: "default/p", Netns: "/run/netns/p", Since: t0})
+		a = a.Next()
+	}
+	return st
+}
+
+func open(t *testing.T, dir, witness string) *Store {
+	t.Helper()
+	s, err := OpenStore(dir, witness)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func TestStoreKeepsEverything(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "new", "dir")
+	s := open(t, dir, "")
+	if _, err := s.Load(); !errors.Is(err, ErrNoState) {
+		t.Fatal(err)
+	}
+	for n := range 3 {
+		want := aState(n)
+		if err := s.Save(want); err != nil {
+			t.Fatal(err)
+		}
+		got, err := s.Load()
+		if err != nil || !reflect.DeepEqual(got, want) {
+			t.Fatalf("got %+v, %v\nwant %+v", got, err, want)
+		}
+	}
+	if left, _ := filepath.Glob(dir + "/*.tmp"); left != nil {
+		t.Error(left)
+	}
+}
+
+func TestStoreIsLocked(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, "")
+	if _, err := OpenStore(dir, ""); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "--state-dir") {
+		t.Fatal(err)
+	}
+	s.Close()
+	open(t, dir, "")
+}
+
+// TestStoreRefusesDamage: whatever bit flips and wherever the file ends, it is
+// refused by an error that names file, reason and remedy, and stays as it is.
+func TestStoreRefusesDamage(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "state")
+	good, err := EncodeState(aState(2))
+	if err != nil {
+		t.Fatal(err)
+	}
+	refuse := func(name string, b []byte) {
+		t.Helper()
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s, err := OpenStore(dir, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		_, err = s.Load()
+		if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNewer) {
+			t.Fatalf("%s: %v", name, err)
+		}
+		if msg := err.Error(); !strings.Contains(msg, path) || !strings.Contains(msg, "Remedy: ") {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := s.Save(aState(0)); err == nil {
+			t.Errorf("%s: a state that could not be read is overwritten", name)
+		}
+		if now, _ := os.ReadFile(path); !bytes.Equal(now, b) {
+			t.Errorf("%s: the file has changed", name)
+		}
+	}
+	for i := 0; i < len(good); i += 1 + i/40 {
+		refuse(fmt.Sprintf("truncated to %d", i), good[:i])
+		flipped := bytes.Clone(good)
+		flipped[i] ^= 1 << (i % 8)
+		refuse(fmt.Sprintf("bit flipped in byte %d", i), flipped)
+	}
+	refuse("longer", append(bytes.Clone(good), '\n'))
+}
+
+func TestStoreRefusesNewer(t *testing.T) {
+	dir := t.TempDir()
+	newer := []byte("tulle-state 2 blake3:00 17 whatever\nstuff")
+	if err := os.WriteFile(filepath.Join(dir, "state"), newer, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, dir, "")
+	if _, err := s.Load(); !errors.Is(err, ErrNewer) || !strings.Contains(err.Error(), "install the version") {
+		t.Fatal(err)
+	}
+	if err := s.Save(aState(0)); err == nil {
+		t.Fatal("overwritten")
+	}
+}
+
+// TestStoreOnAFullAndAReadOnlyDisk uses a real small file system.
+func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to mount a tmpfs")
+	}
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skipf("mount: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	s, err := OpenStore(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	s.Load()
+	want := aState(3)
+	if err := s.Save(want); err != nil {
+		t.Fatal(err)
+	}
+	err = s.Save(aState(2000))
+	if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "free some space") {
+		t.Fatalf("full: %v", err)
+	}
+	if got, err := s.Load(); err != nil || !reflect.DeepEqual(got, want) {
+		t.Fatalf("after a full disk: %v", err)
+	}
+	if err := s.Save(aState(4)); err != nil {
+		t.Fatalf("the failed attempt has left the disk full: %v", err)
+	}
+	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
+		// The lock file is open for writing: a read-only bind does the same.
+		t.Skipf("remount: %v", err)
+	}
+	if err = s.Save(aState(1)); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
+		t.Fatalf("read-only: %v", err)
+	}
+}
+
+func TestStoreReadOnlyAtStart(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to mount a tmpfs")
+	}
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_RDONLY, "size=64k"); err != nil {
+		t.Skipf("mount: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	if _, err := OpenStore(dir, ""); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
+		t.Fatalf("%v", err)
+	}
+}
+
+// TestStoreWitness: only the last save of this boot is fresh.
+func TestStoreWitness(t *testing.T) {
+	dir, run := t.TempDir(), filepath.Join(t.TempDir(), "witness")
+	fresh := func() bool {
+		s := open(t, dir, run)
+		defer s.Close()
+		s.Load()
+		return s.Fresh()
+	}
+	s := open(t, dir, run)
+	s.Load()
+	old := aState(1)
+	s.Save(old)
+	s.Close()
+	if !fresh() {
+		t.Error("what was just saved is not fresh")
+	}
+	backup, _ := os.ReadFile(filepath.Join(dir, "state"))
+	s = open(t, dir, run)
+	s.Load()
+	next := aState(2)
+	next.Generation++
+	s.Save(next)
+	s.Close()
+	os.WriteFile(filepath.Join(dir, "state"), backup, 0o600)
+	if fresh() {
+		t.Error("an older disk is taken for fresh")
+	}
+	os.Remove(run) // a reboot
+	if fresh() {
+		t.Error("fresh without a witness")
+	}
+}
+
+func FuzzDecodeState(f *testing.F) {
+	good, _ := EncodeState(aState(2))
+	f.Add(good)
+	_, body, _ := bytes.Cut(good, []byte("\n"))
+	f.Add(body)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if !bytes.HasPrefix(b, []byte(stateMagic)) { // a body: past the checksum
+			sum := sha256.Sum256(b)
+			b = append(fmt.Appendf(nil, "%s 1 sha256:%x %d\n", stateMagic, sum, len(b)), b...)
+		}
+		st, err := DecodeState(b)
+		if err != nil {
+			if !errors.Is(err, ErrCorrupt) && !errors.Is(err, ErrNewer) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if _, err := EncodeState(st); err != nil {
+			t.Fatal(err)
+		}
+	})
+}

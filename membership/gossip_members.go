@@ -60,6 +60,8 @@ const (
 	keepLeft = 10 * time.Minute
 	maxPeers = 8192
 	maxKnown = 4096
+
+	pruneInterval = 10 * time.Second // at most this often, and on changes only
 )
 
 // Members returns the other members, dead ones of the last day included,
@@ -126,6 +128,7 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 	}
 	now := time.Now()
 	g.mu.Lock()
+	before := g.liveLocked(id)
 	p := g.peers[id]
 	if p == nil {
 		p = &peer{Member: Member{ID: id, State: StateDead, Since: now}}
@@ -156,8 +159,10 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 		g.known[n.addr] = now
 		g.lastDeath = now
 	}
-	g.pruneLocked(now)
-	g.recountLocked()
+	g.alive.Add(g.liveLocked(id) - before)
+	if now.Sub(g.pruned) > pruneInterval {
+		g.pruneLocked(now)
+	}
 	alone := g.alive.Load() == 0
 	g.mu.Unlock()
 	g.inbox.membersChanged()
@@ -166,20 +171,28 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 	}
 }
 
-// recountLocked counts the live members.
-func (g *Gossip) recountLocked() {
-	alive := 0
-	for id, p := range g.peers {
-		if _, foreign := g.guard.foreign[id]; p.State <= StateSuspect && !foreign {
-			alive++
-		}
+// liveLocked returns 1 if id is a live member, else 0.
+func (g *Gossip) liveLocked(id NodeID) int64 {
+	p := g.peers[id]
+	if _, foreign := g.guard.foreign[id]; p == nil || p.State > StateSuspect || foreign {
+		return 0
 	}
-	g.alive.Store(int64(alive))
+	return 1
+}
+
+// recountLocked counts the live members anew.
+func (g *Gossip) recountLocked() {
+	alive := int64(0)
+	for id := range g.peers {
+		alive += g.liveLocked(id)
+	}
+	g.alive.Store(alive)
 }
 
 // pruneLocked forgets who has been gone for long, and bounds what is kept of
-// the gone. The walk is over a bounded map and happens on changes only.
+// the gone.
 func (g *Gossip) pruneLocked(now time.Time) {
+	g.pruned = now
 	for id, p := range g.peers {
 		age := now.Sub(p.Since)
 		if p.State == StateLeft && age > keepLeft || p.State == StateDead && (age > keepDead || len(g.peers) > maxPeers) {

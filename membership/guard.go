@@ -255,7 +255,7 @@ func (g *Gossip) stateOfClone(e envelope) bool {
 	known := g.bind
 	if e.from != g.cfg.ID {
 		p := g.peers[e.from]
-		if p == nil || p.State != StateAlive {
+		if p == nil || p.State > StateSuspect {
 			return false
 		}
 		known = p.Addr

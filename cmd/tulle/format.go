@@ -75,8 +75,10 @@ func mtu(n int) string {
 // count shows large numbers by three digits and a unit of 1000.
 func count(n uint64) string { return scaled(n, 1000, "", "k", "M", "G", "T", "P", "E") }
 
-// bytes shows sizes in units of 1000, as networks count.
-func bytes(n uint64) string { return scaled(n, 1000, " B", " kB", " MB", " GB", " TB", " PB", " EB") }
+// byteSize shows sizes in units of 1000, as networks count.
+func byteSize(n uint64) string {
+	return scaled(n, 1000, " B", " kB", " MB", " GB", " TB", " PB", " EB")
+}
 
 func scaled(n uint64, base float64, units ...string) string {
 	if n < uint64(base) {

@@ -19,8 +19,12 @@ const (
 	minField = 24 // a last column that would get less goes below its row instead
 )
 
-// line writes one formatted line.
-func (p *printer) line(format string, args ...any) { fmt.Fprintf(p, format+"\n", args...) }
+// line writes one formatted line, or more where it is too long.
+func (p *printer) line(format string, args ...any) {
+	for _, l := range wrap(fmt.Sprintf(format, args...), p.width) {
+		p.WriteString(l + "\n")
+	}
+}
 
 // fields writes a block of "name  value" lines, the values aligned and wrapped; those without a value are left out.
 func (p *printer) fields(pairs ...[2]string) {

@@ -86,7 +86,7 @@ func rootCommand() *cobra.Command {
 	}
 	add("look", statusCommand(), peersCommand(), routeCommand(), pingCommand(), ipamCommand(), versionCommand())
 	add("change", keysCommand(), externalCommand(), forgetCommand(), leaveCommand(), reloadCommand())
-	add("run", agentCommand(), labCommand())
+	add("run", agentCommand(), labCommand(), benchCommand())
 	argsAreUsage(root)
 	return root
 }

@@ -81,12 +81,12 @@ func blocks(bs []api.Block) string {
 			lines = append(lines, fmt.Sprintf("and %d more: see `tulle ipam`", len(bs)-i))
 			break
 		}
-		lines = append(lines, b.Prefix.String()+": "+usage(b))
+		lines = append(lines, b.Prefix.String()+": "+blockUse(b))
 	}
 	return strings.Join(lines, "\n")
 }
 
-func usage(b api.Block) string {
+func blockUse(b api.Block) string {
 	s := fmt.Sprintf("%d of %s used", b.Used, size(b.Size))
 	if b.Cooling > 0 {
 		s += fmt.Sprintf(", %d cooling", b.Cooling)
@@ -148,8 +148,8 @@ func gossip(p *printer, g api.Gossip) string {
 
 func traffic(c api.Counters) string {
 	text := fmt.Sprintf("out %s packets, %s%s; in %s packets, %s%s",
-		count(c.TxPackets), bytes(c.TxBytes), batch(c.TxPackets, c.TxSends, "send"),
-		count(c.RxPackets), bytes(c.RxBytes), batch(c.RxPackets, c.RxReceives, "receive"))
+		count(c.TxPackets), byteSize(c.TxBytes), batch(c.TxPackets, c.TxSends, "send"),
+		count(c.RxPackets), byteSize(c.RxBytes), batch(c.RxPackets, c.RxReceives, "receive"))
 	for _, x := range []struct {
 		n    uint64
 		what string

@@ -5,17 +5,15 @@ import (
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/tulle-net/tulle/internal/agent/config"
 )
 
 // nearestFlag returns the flag of cmd that is spelt most like name, or "".
 func nearestFlag(cmd *cobra.Command, name string) string {
-	// cobra suggests among commands only: lend it the flags as commands.
-	words := &cobra.Command{SuggestionsMinimumDistance: maxDistance}
-	cmd.Flags().VisitAll(func(f *pflag.Flag) {
-		words.AddCommand(&cobra.Command{Use: f.Name, Run: func(*cobra.Command, []string) {}})
+	name, _, _ = strings.Cut(name, "=")
+	return config.Nearest(strings.ReplaceAll(name, "_", "-"), func(yield func(string) bool) {
+		more := true
+		cmd.Flags().VisitAll(func(f *pflag.Flag) { more = more && yield(f.Name) })
 	})
-	if s := words.SuggestionsFor(strings.ReplaceAll(name, "_", "-")); len(s) > 0 {
-		return s[0]
-	}
-	return ""
 }

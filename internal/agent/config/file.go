@@ -130,38 +130,16 @@ func syntaxError(path string, err error) error {
 
 // suggest names the key that was probably meant.
 func suggest(name string) string {
-	best, dist := "", 4
 	norm := strings.ToLower(strings.ReplaceAll(name, "-", "_"))
-	for _, k := range keys {
-		if d := distance(norm, k.name); d < dist && d < len(k.name) {
-			best, dist = k.name, d
+	best := Nearest(norm, func(yield func(string) bool) {
+		for _, k := range keys {
+			if !yield(k.name) {
+				return
+			}
 		}
-	}
+	})
 	if best == "" {
 		return "docs/configuration.md lists the keys, `tulle agent --help` too"
 	}
 	return fmt.Sprintf("did you mean %s?", best)
-}
-
-// distance is Levenshtein's, over bytes, of names that are short (longer ones are far from every key).
-func distance(a, b string) int {
-	if len(a) > 64 {
-		return len(a)
-	}
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diag := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			cost := diag
-			if a[i] != b[j] {
-				cost = 1 + min(diag, row[j], row[j+1])
-			}
-			diag, row[j+1] = row[j+1], cost
-		}
-	}
-	return row[len(b)]
 }

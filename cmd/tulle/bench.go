@@ -1,0 +1,61 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/bench"
+)
+
+func benchCommand() *cobra.Command {
+	return group("bench", "Measure", benchGossip())
+}
+
+func benchGossip() *cobra.Command {
+	o := bench.GossipOptions{}
+	output := "table"
+	cmd := &cobra.Command{
+		Use:   "gossip",
+		Short: "How fast a new table entry is known to all, and what gossip costs at rest",
+		Long: "Runs many gossip members in this one process, over loopback, and prints how long a new table entry takes until all\n" +
+			"know it (median, largest), bytes per node and second at rest, memory per node, and the cost of a lookup.",
+		Example: "  tulle bench gossip --nodes 100\n  tulle bench gossip --nodes 1000 --prefixes 10000 -o json",
+		Args:    exactly(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return usagef("--output %q: want table or json", output)
+			}
+			for _, f := range []struct {
+				name     string
+				n, least int
+			}{{"nodes", o.Nodes, 2}, {"prefixes", o.Prefixes, 0}, {"rounds", o.Rounds, 1}} {
+				if f.n < f.least {
+					return usagef("--%s %d: want at least %d", f.name, f.n, f.least)
+				}
+			}
+			o.Progress = func(s string) { fmt.Fprintln(cmd.ErrOrStderr(), s) }
+			r, err := bench.Gossip(cmd.Context(), o)
+			if err != nil {
+				return err
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				return enc.Encode(r)
+			}
+			return r.Print(cmd.OutOrStdout())
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.IntVar(&o.Nodes, "nodes", 100, "members in this process")
+	f.IntVar(&o.Prefixes, "prefixes", 0, "entries in the table (default: one a node)")
+	f.IntVar(&o.Rounds, "rounds", 20, "new entries whose spreading is timed")
+	f.IntVar(&o.Port, "port", 17947, "port of the members, on addresses from 127.128.0.0 up")
+	f.DurationVar(&o.Rest, "rest", 0*time.Second, "how long traffic at rest is counted (default: one period of push/pull)")
+	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table or json")
+	return cmd
+}

@@ -69,6 +69,7 @@ func (s *Space) MembersChanged(now time.Time) {
 // drive moves the machine as far as it goes without news from outside.
 func (s *Space) drive(now time.Time) {
 	s.seeMembers(now)
+	s.forgetLoss(now)
 	if s.phase == Waiting {
 		s.driveWaiting(now)
 	}
@@ -90,7 +91,7 @@ func (s *Space) drive(now time.Time) {
 // seeMembers remembers the members of this cluster as peers.
 func (s *Space) seeMembers(now time.Time) {
 	for _, m := range s.env.Members() {
-		if m.ID == s.cfg.ID || s.cluster.IsZero() || m.Cluster != s.cluster || !m.Alive {
+		if m.ID == s.cfg.ID || s.cluster.IsZero() || m.Cluster != s.cluster || !m.Alive || s.departed[m.ID] {
 			continue
 		}
 		if old, ok := s.peers[m.ID]; !ok || old.Name != m.Name || m.Addr.IsValid() && old.Addr != m.Addr {
@@ -371,6 +372,7 @@ func (s *Space) learn(now time.Time, entries []Entry) {
 		}
 		for _, old := range before.Within(e.Prefix) {
 			if old.Owner == s.cfg.ID {
+				s.lostAt = now
 				s.lost(old.Prefix, e)
 			}
 		}
@@ -399,6 +401,20 @@ func (s *Space) lost(p netip.Prefix, to Entry) {
 	}
 	s.note("lost "+to.Prefix.String(), fmt.Sprintf("%v, which this node used, belongs to %s since version %d: this node was forgotten while it was away, or its disk is older than that",
 		p, s.name(to.Owner), to.Version), "new pods get addresses from new space; restart pods that still have an old address (tulle ipam check)")
+}
+
+// forgetLoss ends the report of lost space when no pod suffers from it any more
+// and it has been there long enough to be read.
+func (s *Space) forgetLoss(now time.Time) {
+	if s.lostAt.IsZero() || now.Sub(s.lostAt) < reportFor || len(s.stranded()) > 0 {
+		return
+	}
+	for key := range s.notes {
+		if strings.HasPrefix(key, "lost ") {
+			s.unnote(key)
+		}
+	}
+	s.lostAt = time.Time{}
 }
 
 // owned returns this node's space of a family, without what external peers use.

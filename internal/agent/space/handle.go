@@ -156,6 +156,7 @@ func (s *Space) answered(m *message) {
 
 func (s *Space) sawFlags(m *message) {
 	if m.flags&flagLeft != 0 {
+		s.departed[m.sender] = true
 		s.dropPeer(m.sender)
 	}
 }

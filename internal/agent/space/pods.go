@@ -131,13 +131,6 @@ func (s *Space) release(now time.Time, keys ...string) ([]ipam.Allocation, error
 		}
 		return nil, err
 	}
-	if len(s.stranded()) == 0 {
-		for key := range s.notes {
-			if len(key) > 5 && key[:5] == "lost " {
-				s.unnote(key)
-			}
-		}
-	}
 	return out, nil
 }
 

@@ -366,12 +366,24 @@ func (l *law) hasSpaceOrError(h *host) {
 	switch sp.phase {
 	case Ready:
 		l.seen["ready at the end"]++
+		for fam := range sp.params.Families {
+			if p, fixed := sp.fixed(fam); fixed && slices.Contains(sp.pool.Prefixes(), p) {
+				l.seen["fixed block"]++
+			}
+		}
 	case Left:
 		l.seen["left"]++
 	case Joining:
 		for fam := range sp.params.Families {
 			f := sp.params.Families[fam]
 			if slices.ContainsFunc(sp.pool.Prefixes(), f.CIDR.Overlaps) {
+				continue
+			}
+			if _, fixed := sp.fixed(fam); fixed {
+				if _, said := sp.notes["fixed"]; !said {
+					w.fail("L1: %s has no fixed block and no error: %s", h.name, sp.why)
+				}
+				l.seen["fixed block refused"]++
 				continue
 			}
 			l.seen["exhausted at the end"]++

@@ -154,6 +154,14 @@ func (w *world) draw(plant string) {
 		h := &host{w: w, index: i, name: fmt.Sprintf("node-%d", i), pods: make(map[string][]netip.Addr)}
 		h.id = w.newID()
 		h.cfg = Config{Name: h.name, CIDRs: p.cidrs, BlockLen4: p.len4, BlockLen6: p.len6, Bootstrap: i == 0, Cooldown: p.cooldown}
+		if w.rng.IntN(8) == 0 { // a fixed block, perhaps one that somebody uses
+			c := p.cidrs[w.rng.IntN(len(p.cidrs))]
+			a := c.Addr()
+			for range w.rng.IntN(1 << (a.BitLen() - c.Bits())) {
+				a = a.Next()
+			}
+			h.cfg.PodCIDRs = []netip.Prefix{netip.PrefixFrom(a, a.BitLen()-3-w.rng.IntN(4)).Masked()}
+		}
 		if plant == "reuse without cool-down" {
 			h.cfg.Cooldown = time.Nanosecond
 		}

@@ -76,7 +76,7 @@ type host struct {
 	victim     *host
 	victimID   NodeID
 	takeover   *takeover
-	sawVictim  bool // the victim was in reach before this step
+	sawVictim  bool           // the victim was in reach before this step
 	blocks     []netip.Prefix // open, as last looked at
 }
 

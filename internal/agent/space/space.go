@@ -52,6 +52,7 @@ type Space struct {
 	granted    map[NodeID]uint64
 	promises   map[NodeID]promise
 	peers      map[NodeID]ipam.Peer
+	departed   map[NodeID]bool // have said that they left: an ID never comes back from that
 
 	confirm  confirmation
 	asks     [2]ask // by family index: 0 IPv4, 1 IPv6
@@ -60,6 +61,7 @@ type Space struct {
 	forget   *forgetting
 	heldNext time.Time
 	started  time.Time
+	lostAt   time.Time // when space was last found taken
 
 	dirty    bool  // the table holds news that the disk does not
 	saveErr  error // of the last save
@@ -92,6 +94,7 @@ func New(now time.Time, cfg Config, st *ipam.State, env Env) (*Space, error) {
 		granted:  make(map[NodeID]uint64),
 		promises: make(map[NodeID]promise),
 		peers:    make(map[NodeID]ipam.Peer),
+		departed: make(map[NodeID]bool),
 		notes:    make(map[string]Problem),
 		subs:     make(map[chan struct{}]struct{}),
 	}

@@ -123,6 +123,7 @@ const (
 	seedPatience = 3 * time.Second  // bootstrap gives seeds this long at least
 	heldFor      = 10 * time.Minute // rest of an address that another node's pod still has
 	heldEvery    = time.Minute      // how often such a node says so
+	reportFor    = 10 * time.Minute // how long a loss without lasting harm is reported
 )
 
 // A Problem is something an operator should know, with the way out.

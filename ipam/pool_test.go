@@ -16,7 +16,7 @@ import (
 var t0 = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 func prefixes(s string) (out []netip.Prefix) {
-	for _, f := range strings.Fields(s) {
+	for f := range strings.FieldsSeq(s) {
 		out = append(out, netip.MustParsePrefix(f))
 	}
 	return out

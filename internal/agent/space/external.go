@@ -3,6 +3,7 @@ package space
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -121,12 +122,12 @@ func (s *Space) familyOf(p netip.Prefix) int {
 }
 
 func (s *Space) cidrs() string {
-	out := ""
+	var out strings.Builder
 	for i, f := range s.params.Families {
 		if i > 0 {
-			out += ", "
+			out.WriteString(", ")
 		}
-		out += fmt.Sprint(f.CIDR)
+		out.WriteString(fmt.Sprint(f.CIDR))
 	}
-	return out
+	return out.String()
 }

@@ -36,7 +36,8 @@ type forgetting struct {
 // while the node is alive, while its tunnel answers, when another node is
 // forgetting it, and, unless forced, while this node does not see a majority of
 // the members. A node whose table is not confirmed may forget by force only, and
-// only when no living member could confirm it. It goes on in the background.
+// only when no living member could confirm it: the operator then vouches that its
+// disk is not an older one. It goes on in the background.
 func (s *Space) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -3,6 +3,7 @@ package space
 import (
 	"fmt"
 	"net/netip"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -101,11 +102,11 @@ func (s *Space) offer(now time.Time) {
 	}
 	if l.to.IsZero() {
 		if l.op != nil && !s.left {
-			why := ""
+			var why strings.Builder
 			for id, text := range l.no {
-				why += fmt.Sprintf(" %s %s.", s.name(id), text)
+				why.WriteString(fmt.Sprintf(" %s %s.", s.name(id), text))
 			}
-			s.stay(now, errOf(ErrRefused, "no member takes the space of this node:%s", why))
+			s.stay(now, errOf(ErrRefused, "no member takes the space of this node:%s", why.String()))
 			return
 		}
 		l.no, l.sent = nil, now

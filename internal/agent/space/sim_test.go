@@ -381,8 +381,8 @@ func (h *host) leaveCluster() {
 }
 
 func (w *world) forgetSomebody(h *host) {
-	if h.sp == nil || h.victim != nil {
-		return
+	if h.sp == nil || h.victim != nil || h.unsure {
+		return // by a forced forget the operator vouches for the disk
 	}
 	id := w.pick().id
 	if w.rng.IntN(3) == 0 { // somebody of the table, perhaps a wiped identity

@@ -11,7 +11,7 @@ import (
 )
 
 func benchCommand() *cobra.Command {
-	return group("bench", "Measure", benchGossip())
+	return group("bench", "Measure", benchAll(), benchGossip(), benchHelper())
 }
 
 func benchGossip() *cobra.Command {

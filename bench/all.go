@@ -1,0 +1,329 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"slices"
+	"strings"
+	"time"
+)
+
+// AllOptions describe one run of [All]. The zero value of each field but Helper means its default.
+type AllOptions struct {
+	Name    string   // prefix of the labs' names; default "bench"
+	Modes   []string // of [Modes]; default all
+	Rounds  int      // default 5
+	MTU     int      // of the underlay, in bytes; default 1500
+	Timeout time.Duration
+	// Duration is how long each measure counts, after a third of it as a warm-up. Each trial of the search for the
+	// highest rate of datagrams takes a quarter of it. Default 2 s.
+	Duration time.Duration
+	// Binary is the tulle program, for agents. Default: the running one.
+	Binary string
+	// Helper is the command line, with its program first, that ends in [Helper] when the helper's name is appended.
+	Helper []string
+	// Profile is a folder for a CPU profile of each mode, recorded after the last round; "" for none.
+	Profile  string
+	Progress func(string) // told what is going on; may be nil
+}
+
+func (o AllOptions) withDefaults() (AllOptions, error) {
+	if o.Name == "" {
+		o.Name = "bench"
+	}
+	if o.Rounds == 0 {
+		o.Rounds = 5
+	}
+	if o.MTU == 0 {
+		o.MTU = 1500
+	}
+	if o.Timeout == 0 {
+		o.Timeout = time.Minute
+	}
+	if o.Duration == 0 {
+		o.Duration = DefaultDuration
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	if o.Rounds < 1 {
+		return o, fmt.Errorf("%d rounds: want at least 1", o.Rounds)
+	}
+	if o.Duration < shortest {
+		return o, fmt.Errorf("a duration of %v: want at least %v", o.Duration, shortest)
+	}
+	if len(o.Helper) == 0 {
+		return o, errors.New("no command line for helper processes")
+	}
+	_, err := chosen(o.Modes)
+	return o, err
+}
+
+// DefaultDuration is AllOptions.Duration's default.
+const DefaultDuration = 2 * time.Second
+
+const shortest = 100 * time.Millisecond // that a measure may count
+
+// warm is the time before a measure that is not counted.
+func (o *AllOptions) warm() time.Duration { return o.Duration / 3 }
+
+// Validate reports what of the options cannot be.
+func (o AllOptions) Validate() error {
+	_, err := o.withDefaults()
+	return err
+}
+
+// AllResult is what one run of [All] measured, and how.
+type AllResult struct {
+	Started  time.Time    `json:"started"`
+	Seconds  float64      `json:"seconds"` // of the whole run
+	Machine  Machine      `json:"machine"`
+	Rounds   int          `json:"rounds"`
+	Duration float64      `json:"duration_s"` // that each measure counted
+	Warm     float64      `json:"warm_up_s"`
+	Trial    float64      `json:"udp_trial_s"`
+	MTU      int          `json:"mtu"`
+	Notes    []string     `json:"notes"` // on how it was measured
+	Metrics  []Metric     `json:"metrics"`
+	Modes    []ModeResult `json:"modes"`
+	Ratios   []Ratio      `json:"ratios"` // of the modes to the references, round by round
+	Floors   []Floor      `json:"floors"`
+	// Others is the share of the machine that something else used just before each round, while no traffic ran.
+	Others Spread `json:"others_cpu_share"`
+	// Steal is the share of the machine that the hypervisor gave to somebody else in the TCP measures.
+	Steal Spread `json:"steal_share"`
+}
+
+// ModeResult is what was measured of one mode.
+type ModeResult struct {
+	Name    string            `json:"name"`
+	What    string            `json:"what"`
+	Missing string            `json:"missing,omitempty"` // why the mode could not be measured at all
+	Lacking bool              `json:"lacking,omitempty"` // Missing is for want of something on this machine: it is no failure
+	MTU     int               `json:"mtu,omitempty"`
+	Errors  []string          `json:"errors,omitempty"` // measures that failed
+	Summary map[string]Spread `json:"summary,omitempty"`
+	Rounds  []Round           `json:"rounds,omitempty"`
+	Detail  []Detail          `json:"detail,omitempty"`
+}
+
+// Detail is everything that one round found out about one mode; what failed is nil.
+type Detail struct {
+	TCP     []TCP        `json:"tcp"`
+	Latency []Latency    `json:"latency"`
+	UDP     []RateSearch `json:"udp"`
+	RSS     uint64       `json:"rss_bytes"` // of the largest process of the tunnel
+}
+
+// Failed reports whether something failed that this machine should have been able to do.
+func (r *AllResult) Failed() bool {
+	return slices.ContainsFunc(r.Modes, func(m ModeResult) bool { return m.Missing != "" && !m.Lacking || len(m.Errors) > 0 })
+}
+
+// All measures all modes side by side: each measure is taken of one mode after the other, round by round, so that what
+// disturbs the machine for a while disturbs all. What fails for one mode is reported in the result; an error means that
+// there is no result.
+func All(ctx context.Context, o AllOptions) (*AllResult, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	if err := needs(); err != nil {
+		return nil, err
+	}
+	// Threads in system calls must not wait for each other's processor of Go's scheduler.
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(16, 4*runtime.NumCPU())))
+
+	r := &AllResult{
+		Started: time.Now(), Machine: thisMachine(), Rounds: o.Rounds, MTU: o.MTU, Metrics: metrics,
+		Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(),
+	}
+	run := &allRun{o: o, r: r}
+	defer run.down(ctx)
+	if err := run.up(ctx); err != nil {
+		return nil, err
+	}
+	for i := range o.Rounds {
+		if err := run.round(ctx, i); err != nil {
+			return nil, err
+		}
+	}
+	if o.Profile != "" {
+		if err := run.profile(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if err := run.down(ctx); err != nil {
+		return nil, err
+	}
+	run.sumUp()
+	return r, nil
+}
+
+// allRun is a run of All. Stands are the modes that are up; each points at its result by its index in r.Modes.
+type allRun struct {
+	o      AllOptions
+	r      *AllResult
+	stands []*stand
+	result []int
+	others []float64
+	steal  []float64
+}
+
+func (run *allRun) up(ctx context.Context) error {
+	picked, err := chosen(run.o.Modes)
+	if err != nil {
+		return err
+	}
+	for i, m := range picked {
+		run.o.Progress("setting up " + m.name)
+		res := ModeResult{Name: m.name, What: m.what}
+		s, err := m.build(ctx, &run.o, fmt.Sprintf("%s-%d", run.o.Name, i))
+		if ctx.Err() != nil {
+			return errors.Join(ctx.Err(), err)
+		}
+		if err != nil {
+			_, res.Lacking = errors.AsType[lackError](err)
+			res.Missing = err.Error()
+		} else {
+			res.MTU = s.tunnel.mtu
+			run.stands, run.result = append(run.stands, s), append(run.result, i)
+		}
+		run.r.Modes = append(run.r.Modes, res)
+	}
+	if len(run.stands) == 0 {
+		return fmt.Errorf("none of the modes came up: %s", missing(run.r.Modes))
+	}
+	return nil
+}
+
+func missing(modes []ModeResult) string {
+	var out []string
+	for _, m := range modes {
+		out = append(out, m.Name+": "+m.Missing)
+	}
+	return strings.Join(out, "; ")
+}
+
+func (run *allRun) down(ctx context.Context) error {
+	var err error
+	for _, s := range run.stands {
+		err = errors.Join(err, s.down(ctx))
+	}
+	run.stands, run.result = nil, nil
+	return err
+}
+
+// measure is one measure of a round. It fills in a part of the detail.
+type measure struct {
+	what  string
+	awake bool
+	take  func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error
+}
+
+var measures = []measure{
+	{"TCP, one stream", false, takeTCP(1)},
+	{"TCP, four streams", false, takeTCP(4)},
+	{"latency at 64 bytes", true, takeLatency(64)},
+	{"latency at 1,400 bytes", true, takeLatency(1400)},
+	{"UDP rate at 64 bytes", false, takeUDP(64)},
+	{"UDP rate at 1,300 bytes", false, takeUDP(1300)},
+	{"memory", false, takeMemory},
+}
+
+func takeTCP(streams int) func(context.Context, *AllOptions, *stand, *Detail) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error {
+		t, err := measureTCP(ctx, &s.ends, streams, o.warm(), o.Duration, s.tunnel.pids)
+		if err == nil {
+			d.TCP = append(d.TCP, t)
+		}
+		return err
+	}
+}
+
+func takeLatency(payload int) func(context.Context, *AllOptions, *stand, *Detail) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error {
+		from, to, err := sides()
+		if err != nil {
+			return err
+		}
+		unpin, err := pinTunnel(s.tunnel.pids, &from, &to)
+		if err != nil {
+			return err
+		}
+		l, err := measureLatency(ctx, &s.ends, payload, o.warm(), o.Duration)
+		if err == nil {
+			d.Latency = append(d.Latency, l)
+		}
+		return errors.Join(err, unpin())
+	}
+}
+
+func takeUDP(payload int) func(context.Context, *AllOptions, *stand, *Detail) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error {
+		found, err := searchRate(payload, func(rate float64) (Trial, error) {
+			return udpTrial(ctx, &s.ends, payload, rate, o.Duration/4)
+		})
+		if err == nil {
+			d.UDP = append(d.UDP, found)
+		}
+		return err
+	}
+}
+
+func takeMemory(_ context.Context, _ *AllOptions, s *stand, d *Detail) (err error) {
+	d.RSS, err = residentMemory(s.tunnel.pids)
+	return err
+}
+
+// round takes each measure of each mode.
+func (run *allRun) round(ctx context.Context, n int) error {
+	others, err := othersShare(ctx)
+	if err != nil {
+		return err
+	}
+	run.others = append(run.others, others)
+	details := make([]Detail, len(run.stands))
+	for _, m := range measures {
+		run.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, run.o.Rounds, m.what))
+		sleepers := func() {}
+		if m.awake {
+			if sleepers, err = startAwake(ctx, run.o.Helper); err != nil {
+				return err
+			}
+		}
+		for i, s := range run.stands {
+			if err := m.take(ctx, &run.o, s, &details[i]); err != nil && ctx.Err() == nil {
+				res := &run.r.Modes[run.result[i]]
+				res.Errors = append(res.Errors, fmt.Sprintf("round %d, %s: %v", n+1, m.what, err))
+			}
+		}
+		sleepers()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	for i, d := range details {
+		res := &run.r.Modes[run.result[i]]
+		res.Detail = append(res.Detail, d)
+		for _, t := range d.TCP {
+			run.steal = append(run.steal, t.CPU.Steal/t.Seconds/float64(run.r.Machine.CPUs))
+		}
+	}
+	return nil
+}
+
+// othersShare is the share of the machine in use while this program does nothing.
+func othersShare(ctx context.Context) (float64, error) {
+	m, err := startCPU(nil)
+	if err != nil {
+		return 0, err
+	}
+	if err := sleep(ctx, 300*time.Millisecond); err != nil {
+		return 0, err
+	}
+	u, err := m.stop()
+	return (u.Busy + u.Others) / (time.Since(m.begin).Seconds() * float64(m.stat.cpus)), err
+}

@@ -1,0 +1,107 @@
+package bench
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// A halted virtual CPU adds tens of microseconds to the next wake-up, and makes latencies bimodal. So while latency is
+// measured, a process spins on every CPU, in threads of the class SCHED_IDLE: they run only when nothing else wants to,
+// and give way at once (sched(7)). It is a process of its own because Go's scheduler would take such threads for busy
+// ones, and without asynchronous preemption, so that its own scheduler leaves them alone.
+
+const ready = "ready" // is what a helper process prints once it does its work
+
+// Helper runs a helper process of this package, which the program must make reachable: name is the last word of the
+// command line that the package started it with (AllOptions.Helper). It ends when in does, so that it cannot outlive its
+// maker.
+func Helper(name string, in io.Reader, out io.Writer) error {
+	switch name {
+	case "keep-awake":
+		return keepAwake(in, out)
+	case "wireguard-go":
+		return wireguardGo(in, out)
+	}
+	return fmt.Errorf("no helper %q", name)
+}
+
+// keepAwake spins on every CPU that the process may use, until in ends.
+func keepAwake(in io.Reader, out io.Writer) error {
+	var mask unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &mask); err != nil {
+		return fmt.Errorf("which CPUs there are: %w", err)
+	}
+	runtime.GOMAXPROCS(mask.Count() + 1)
+	debug.SetGCPercent(-1) // a collection would wait for threads that hardly run
+	started := make(chan error)
+	n := 0
+	for cpu := range len(mask) * 64 {
+		if mask.IsSet(cpu) {
+			n++
+			go spin(cpu, started) // ends with the process
+		}
+	}
+	var err error
+	for range n {
+		err = errors.Join(err, <-started)
+	}
+	if err != nil {
+		return err
+	}
+	fmt.Fprintln(out, ready)
+	_, err = io.Copy(io.Discard, in)
+	return err
+}
+
+func spin(cpu int, started chan<- error) {
+	runtime.LockOSThread()
+	var one unix.CPUSet
+	one.Set(cpu)
+	err := unix.SchedSetaffinity(0, &one)
+	if err == nil {
+		err = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0)
+	}
+	started <- err
+	for err == nil {
+	}
+}
+
+// startAwake keeps the CPUs awake until the result is called.
+func startAwake(ctx context.Context, helper []string) (stop func(), err error) {
+	cmd := exec.CommandContext(ctx, helper[0], append(helper[1:len(helper):len(helper)], "keep-awake")...)
+	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is its maker's
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	stop = func() {
+		in.Close()
+		_ = cmd.Wait() // that it was killed with ctx is no error
+	}
+	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != ready+"\n" {
+		stop()
+		return nil, fmt.Errorf("keep the CPUs awake: %w: %s", err, strings.TrimSpace(errs.String()))
+	}
+	return stop, nil
+}

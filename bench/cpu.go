@@ -1,0 +1,203 @@
+package bench
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// CPUUse is processor time of a stretch of time, in seconds. Busy is all of the machine's, the kernel's interrupts and
+// softirqs included, but for what other processes were charged. It is the time that has passed, times the CPUs, less the
+// idle time: the kernel counts idle time to the nanosecond where its tick stops on idle CPUs, while the rest of /proc/stat
+// is sampled.
+type CPUUse struct {
+	Busy   float64 `json:"busy_s"`
+	Others float64 `json:"others_s"` // charged to processes that are neither this one nor of the tunnel, not counted as busy
+	Steal  float64 `json:"steal_s"`  // taken by the hypervisor, not counted as busy
+	Agents float64 `json:"agents_s"` // of Busy, what the tunnel's own processes were charged
+}
+
+// clockTick is the unit of times in /proc, USER_HZ: 100 a second on every architecture that Go runs on (time(7)).
+const clockTick = 10 * time.Millisecond
+
+// cpuStat is /proc/stat's first line, in seconds, and how many CPUs are online (proc(5)).
+type cpuStat struct {
+	idle, steal float64
+	cpus        int
+}
+
+func parseStat(b []byte) (cpuStat, error) {
+	var s cpuStat
+	found := false
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) == 0 || !strings.HasPrefix(f[0], "cpu") {
+			continue
+		}
+		if f[0] != "cpu" {
+			s.cpus++
+			continue
+		}
+		if len(f) < 9 { // user nice system idle iowait irq softirq steal: since Linux 2.6.11
+			return s, fmt.Errorf("/proc/stat: %d fields in %q", len(f), line)
+		}
+		var ticks [3]uint64
+		for i, field := range []int{4, 5, 8} {
+			var err error
+			if ticks[i], err = strconv.ParseUint(f[field], 10, 64); err != nil {
+				return s, fmt.Errorf("/proc/stat: %w", err)
+			}
+		}
+		s.idle = float64(ticks[0]+ticks[1]) * clockTick.Seconds()
+		s.steal = float64(ticks[2]) * clockTick.Seconds()
+		found = true
+	}
+	if !found || s.cpus == 0 {
+		return s, errors.New("/proc/stat has no line of all CPUs")
+	}
+	return s, nil
+}
+
+func readStat() (cpuStat, error) {
+	b, err := os.ReadFile("/proc/stat")
+	if err != nil {
+		return cpuStat{}, err
+	}
+	return parseStat(b)
+}
+
+// cpuMeter measures from startCPU to stop.
+type cpuMeter struct {
+	begin  time.Time
+	stat   cpuStat
+	pids   []int
+	agents float64
+	others float64
+}
+
+func startCPU(pids []int) (m cpuMeter, err error) {
+	m.pids = pids
+	if m.agents, m.others, err = m.processes(); err != nil {
+		return m, err
+	}
+	m.stat, err = readStat()
+	m.begin = time.Now()
+	return m, err
+}
+
+func (m *cpuMeter) stop() (CPUUse, error) {
+	passed := time.Since(m.begin).Seconds()
+	now, err := readStat()
+	if err != nil {
+		return CPUUse{}, err
+	}
+	agents, others, err := m.processes()
+	if err != nil {
+		return CPUUse{}, err
+	}
+	return m.use(passed, now, agents, others), nil
+}
+
+func (m *cpuMeter) use(passed float64, now cpuStat, agents, others float64) CPUUse {
+	u := CPUUse{Steal: now.steal - m.stat.steal, Agents: agents - m.agents, Others: max(others-m.others, 0)}
+	u.Busy = max(passed*float64(now.cpus)-(now.idle-m.stat.idle)-u.Steal-u.Others, 0)
+	return u
+}
+
+// processes is the processor time so far of the tunnel's processes, and of those that have nothing to do with it. What
+// children used that have ended counts as their parents', so that nothing is lost when one ends meanwhile. Kernel threads
+// are nobody's: their work, such as softirqs, may be for the tunnel.
+func (m *cpuMeter) processes() (agents, others float64, err error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return 0, 0, err
+	}
+	found := 0
+	for _, dir := range dirs {
+		pid, err := strconv.Atoi(filepath.Base(dir))
+		if err != nil {
+			continue
+		}
+		b, err := os.ReadFile(filepath.Join(dir, "stat"))
+		if err != nil {
+			continue // it has just ended
+		}
+		p, err := parseProcess(b)
+		if err != nil {
+			return 0, 0, fmt.Errorf("%s/stat: %w", dir, err)
+		}
+		switch {
+		case slices.Contains(m.pids, pid):
+			agents += p.own
+			found++
+		case pid != os.Getpid() && !p.kernel:
+			others += p.own + p.children
+		}
+	}
+	if found != len(m.pids) {
+		return 0, 0, fmt.Errorf("of the tunnel's processes %v, %d run", m.pids, found)
+	}
+	return agents, others, nil
+}
+
+// process is what /proc/PID/stat says of a process, times in seconds.
+type process struct {
+	own, children float64 // of its children, those that have ended
+	kernel        bool    // a kernel thread
+}
+
+const kernelThread = 0x00200000 // PF_KTHREAD, linux/sched.h
+
+func parseProcess(b []byte) (process, error) {
+	// The second field is the command in parentheses, and may itself hold anything. Those after it count from 3 (proc(5)).
+	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	const flags, utime, cstime = 9 - 3, 14 - 3, 17 - 3
+	if len(f) <= cstime {
+		return process{}, fmt.Errorf("%d fields after the command", len(f))
+	}
+	word, err := strconv.ParseUint(string(f[flags]), 10, 64)
+	if err != nil {
+		return process{}, err
+	}
+	var t [4]float64 // utime, stime, cutime, cstime
+	for i := range t {
+		ticks, err := strconv.ParseInt(string(f[utime+i]), 10, 64)
+		if err != nil {
+			return process{}, err
+		}
+		t[i] = float64(ticks) * clockTick.Seconds()
+	}
+	return process{own: t[0] + t[1], children: t[2] + t[3], kernel: word&kernelThread != 0}, nil
+}
+
+// residentMemory is the largest resident set among processes, in bytes.
+func residentMemory(pids []int) (largest uint64, err error) {
+	for _, pid := range pids {
+		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		if err != nil {
+			return 0, err
+		}
+		rss, err := parseResident(string(b))
+		if err != nil {
+			return 0, fmt.Errorf("/proc/%d/status: %w", pid, err)
+		}
+		largest = max(largest, rss)
+	}
+	return largest, nil
+}
+
+func parseResident(status string) (uint64, error) {
+	for line := range strings.Lines(status) {
+		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
+			kb, err := strconv.ParseUint(strings.TrimSpace(strings.TrimSuffix(strings.TrimSpace(rest), "kB")), 10, 64)
+			return kb << 10, err
+		}
+	}
+	return 0, errors.New("no VmRSS: the process has ended")
+}

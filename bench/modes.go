@@ -1,0 +1,259 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/lab"
+)
+
+// The modes of [All], in the order in which each round takes them.
+const (
+	NoTunnel        = "no-tunnel"
+	KernelVXLAN     = "kernel-vxlan"
+	KernelIPIP      = "kernel-ipip"
+	KernelWireGuard = "kernel-wireguard"
+	WireGuardGo     = "wireguard-go"
+	TulleUDP        = "tulle-udp"
+	TulleIPIP       = "tulle-ipip"
+)
+
+// A mode is a way from pod to pod. Each has a lab of its own, so that nothing is set up between the measures of a round.
+type mode struct {
+	name, what string
+	paths      string // of the agents; "" for a lab without agents
+	setup      func(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error)
+}
+
+var modes = []mode{
+	{NoTunnel, "the hosts and the router have routes to the pods", "", setupNoTunnel},
+	{KernelVXLAN, "the kernel's VXLAN device on each host", "", setupVXLAN},
+	{KernelIPIP, "the kernel's ipip device on each host", "", setupKernelIPIP},
+	{KernelWireGuard, "the kernel's WireGuard device on each host (encrypts)", "", setupKernelWireGuard},
+	{WireGuardGo, "wireguard-go on each host, from its own module (encrypts)", "", func(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error) {
+		return setupWireguardGo(ctx, l, o.Helper)
+	}},
+	{TulleUDP, "a Tulle agent on each host, --paths udp", "udp", setupTulle},
+	{TulleIPIP, "a Tulle agent on each host, --paths ipip", "ipip", setupTulle},
+}
+
+// Modes lists the names of all modes.
+func Modes() []string {
+	var names []string
+	for _, m := range modes {
+		names = append(names, m.name)
+	}
+	return names
+}
+
+// tunnel is what carries packets between the pods of a lab.
+type tunnel struct {
+	mtu  int   // of the pods
+	pids []int // of its processes, none if it is the kernel's
+	undo []func() error
+}
+
+func (t *tunnel) close() error {
+	var err error
+	for _, u := range slices.Backward(t.undo) {
+		err = errors.Join(err, u())
+	}
+	t.undo = nil
+	return err
+}
+
+// lackError says what this machine has not got for a mode.
+type lackError string
+
+func (e lackError) Error() string { return string(e) }
+
+func setupNoTunnel(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
+	_, err := l.DirectRoutes(ctx)
+	return &tunnel{mtu: l.Options().MTU}, err
+}
+
+func setupVXLAN(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
+	_, err := l.KernelVXLAN(ctx)
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		err = lackError("this kernel has no VXLAN device (CONFIG_VXLAN)")
+	}
+	return &tunnel{mtu: l.Options().MTU - 50}, err
+}
+
+func setupKernelIPIP(_ context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
+	t := &tunnel{mtu: l.Options().MTU - 20}
+	for i, h := range l.Hosts() {
+		peer := l.Hosts()[1-i]
+		err := l.Do(h.Name, func() error {
+			link := &netlink.Iptun{
+				LinkAttrs: netlink.LinkAttrs{Name: "ipip0", MTU: t.mtu}, PMtuDisc: 1, Ttl: 64,
+				Local: h.Addr(false).AsSlice(), Remote: peer.Addr(false).AsSlice(),
+			}
+			if err := netlink.LinkAdd(link); err != nil {
+				return lack(err, "this kernel has no ipip device (CONFIG_NET_IPIP)")
+			}
+			return forwardInto("ipip0", podsOf(l, peer.Name))
+		})
+		if err != nil {
+			return nil, err
+		}
+	}
+	return t, setPodMTU(l, t.mtu)
+}
+
+func setupKernelWireGuard(_ context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
+	err := l.Do(l.Hosts()[0].Name, func() error {
+		return netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: "wgk0"}})
+	})
+	if err != nil {
+		return nil, lack(err, "this kernel has no WireGuard device (CONFIG_WIREGUARD)")
+	}
+	return nil, lackError("this kernel has WireGuard, but this benchmark cannot configure it")
+}
+
+// lack replaces the kernel's word for "no such kind of device".
+func lack(err error, reason string) error {
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		return lackError(reason)
+	}
+	return err
+}
+
+// setupTulle finds the agents that the lab has started, and checks that they take the path that the mode is about.
+func setupTulle(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
+	t := &tunnel{mtu: l.Pods()[0].MTU}
+	want := l.Options().Paths
+	for _, h := range l.Status(ctx).Hosts {
+		if h.Agent == nil {
+			return nil, fmt.Errorf("the agent on %s: %s", h.Name, h.Error)
+		}
+		for _, p := range h.Agent.Peers {
+			if p.Path.Mode != want {
+				return nil, fmt.Errorf("the agent on %s sends to %s by %q, not %q: %s", h.Name, p.Name, p.Path.Mode, want, p.Path.Reason)
+			}
+		}
+		t.pids = append(t.pids, h.PID)
+	}
+	return t, nil
+}
+
+// podsOf are the addresses of a host's pods.
+func podsOf(l *lab.Lab, host string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, p := range l.Pods() {
+		if p.Host == host {
+			a := p.Addr(false)
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out
+}
+
+// setPodMTU sets the MTU of the pods' own devices.
+func setPodMTU(l *lab.Lab, mtu int) error {
+	for _, p := range l.Pods() {
+		err := l.Do(p.Name, func() error {
+			link, err := netlink.LinkByName("eth0")
+			if err != nil {
+				return err
+			}
+			return netlink.LinkSetMTU(link, mtu)
+		})
+		if err != nil {
+			return fmt.Errorf("MTU %d of %s: %w", mtu, p.Name, err)
+		}
+	}
+	return nil
+}
+
+func ipNet(p netip.Prefix) *net.IPNet {
+	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
+}
+
+// stand is a mode that is set up.
+type stand struct {
+	mode
+	lab    *lab.Lab
+	tunnel *tunnel
+	ends   Ends
+}
+
+// build makes a mode's lab and tunnel, and checks that the pods reach each other. It leaves nothing behind if it fails.
+func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, error) {
+	l, err := lab.Up(ctx, lab.Options{
+		Name: name, Nodes: 2, Subnets: 2, Pods: 1, MTU: o.MTU, Underlay: lab.IPv4Only, Overlay: lab.IPv4Only,
+		Bare: m.paths == "", Paths: m.paths, Binary: o.Binary, Replace: true, Timeout: o.Timeout,
+	}, nil)
+	if err != nil {
+		return nil, err
+	}
+	s := &stand{mode: m, lab: l}
+	if s.tunnel, err = m.setup(ctx, l, o); err == nil {
+		err = s.reach(ctx)
+	}
+	if err != nil {
+		return nil, errors.Join(err, s.down(ctx))
+	}
+	return s, nil
+}
+
+// reach fills in the ends, and pings to and fro.
+func (s *stand) reach(ctx context.Context) error {
+	pods := s.lab.Pods()
+	a, b := pods[0], pods[1]
+	s.ends = Ends{From: a.Name, To: b.Name, FromAddr: a.Addr(false), ToAddr: b.Addr(false), Do: s.lab.Do}
+	var last error
+	for range 5 { // the first packet waits for neighbours, or for a handshake
+		there, back := s.lab.Ping(ctx, a.Name, b.Name, s.ends.ToAddr), s.lab.Ping(ctx, b.Name, a.Name, s.ends.FromAddr)
+		if last = errors.Join(there.Err, back.Err, ctx.Err()); last == nil {
+			if there.Source != s.ends.FromAddr {
+				return fmt.Errorf("%s sees pings of %s from %v, not %v: there is NAT in between", b.Name, a.Name, there.Source, s.ends.FromAddr)
+			}
+			return nil
+		}
+	}
+	return fmt.Errorf("the pods do not reach each other: %w", last)
+}
+
+func (s *stand) down(ctx context.Context) error {
+	var err error
+	if s.tunnel != nil {
+		err = s.tunnel.close()
+	}
+	return errors.Join(err, s.lab.Down(context.WithoutCancel(ctx)))
+}
+
+// needs reports why no mode can run here.
+func needs() error {
+	if os.Geteuid() != 0 {
+		return errors.New("this benchmark needs root: it makes network namespaces; run it with sudo")
+	}
+	return nil
+}
+
+func chosen(names []string) ([]mode, error) {
+	if len(names) == 0 {
+		return modes, nil
+	}
+	for _, n := range names {
+		if !slices.Contains(Modes(), n) {
+			return nil, fmt.Errorf("no mode %q; there are %s", n, strings.Join(Modes(), ", "))
+		}
+	}
+	var out []mode
+	for _, m := range modes {
+		if slices.Contains(names, m.name) {
+			out = append(out, m)
+		}
+	}
+	return out, nil
+}

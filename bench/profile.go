@@ -1,0 +1,65 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"time"
+)
+
+// profile records where the whole machine spends its time while each mode carries one TCP stream, and then small
+// datagrams as fast as they go: kernel and processes alike. It needs perf(1).
+func (run *allRun) profile(ctx context.Context) error {
+	perf, err := exec.LookPath("perf")
+	if err != nil {
+		return errors.New("a profile needs perf, which is not installed: install it (Debian: apt install linux-perf), or leave --profile out")
+	}
+	if err := os.MkdirAll(run.o.Profile, 0o755); err != nil {
+		return err
+	}
+	for _, s := range run.stands {
+		run.o.Progress("profile of " + s.name)
+		tcp := func() error {
+			_, err := measureTCP(ctx, &s.ends, 1, 0, run.o.Duration+time.Second, s.tunnel.pids)
+			return err
+		}
+		udp := func() error {
+			_, err := udpTrial(ctx, &s.ends, 64, 0, run.o.Duration+time.Second)
+			return err
+		}
+		for name, traffic := range map[string]func() error{"tcp": tcp, "udp64": udp} {
+			file := filepath.Join(run.o.Profile, s.name+"-"+name)
+			if err := record(ctx, perf, file, run.o.Duration, traffic); err != nil {
+				return fmt.Errorf("profile of %s: %w", s.name, err)
+			}
+		}
+	}
+	return nil
+}
+
+// record writes file.perf, perf's own data, and file.txt, its report by process and symbol, of the time d in the middle
+// of traffic.
+func record(ctx context.Context, perf, file string, d time.Duration, traffic func() error) error {
+	moved := make(chan error, 1)
+	go func() { moved <- traffic() }()
+	var out strings.Builder
+	rec := exec.CommandContext(ctx, perf, "record", "-a", "-g", "-F", "1999", "-o", file+".perf", "--", "sleep", fmt.Sprintf("%.3f", d.Seconds()))
+	rec.Stderr = &out
+	err := rec.Run()
+	if err != nil {
+		err = fmt.Errorf("perf record: %w: %s", err, strings.TrimSpace(out.String()))
+	}
+	if err := errors.Join(err, <-moved); err != nil {
+		return err
+	}
+	report := exec.CommandContext(ctx, perf, "report", "-i", file+".perf", "--stdio", "--no-children", "-g", "none", "--sort", "comm,symbol", "--percent-limit", "0.3")
+	text, err := report.Output()
+	if err != nil {
+		return fmt.Errorf("perf report: %w", err)
+	}
+	return os.WriteFile(file+".txt", text, 0o644)
+}

@@ -1,0 +1,92 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/bench"
+)
+
+const benchAllLong = `Measures ways from pod to pod beside each other: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle by udp and by ipip, each
+in a lab of its own (two hosts in two subnets, a router between them, one pod each), round by round, and prints medians,
+spread, and ratios to the kernel's VXLAN and to wireguard-go. A mode that this kernel lacks is named. It needs root and
+nothing but the kernel.`
+
+func benchAll() *cobra.Command {
+	o := bench.AllOptions{}
+	output := "table"
+	cmd := &cobra.Command{
+		Use:   "all",
+		Short: "Tulle beside no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
+		Long:  benchAllLong,
+		Example: "  tulle bench all\n" +
+			"  tulle bench all --rounds 9 -o json > result.json\n" +
+			"  tulle bench all --modes kernel-vxlan,tulle-udp --rounds 1 --profile /tmp/profile",
+		Args: exactly(),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if output != "table" && output != "json" {
+				return usagef("--output %q: want table or json", output)
+			}
+			if o.Rounds < 1 {
+				return usagef("--rounds %d: want at least 1", o.Rounds)
+			}
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
+			o.Helper = []string{self, "bench", "helper"}
+			if err := o.Validate(); err != nil {
+				return usageError{err}
+			}
+			o.Progress = stopwatch(cmd.ErrOrStderr())
+			ctx, stop := interruptible(cmd)
+			defer stop()
+			r, err := bench.All(ctx, o)
+			if err != nil {
+				return details(cmd, err)
+			}
+			if output == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				enc.SetEscapeHTML(false)
+				err = enc.Encode(r)
+			} else {
+				fmt.Fprintln(cmd.ErrOrStderr())
+				err = r.Print(cmd.OutOrStdout())
+			}
+			if err == nil && r.Failed() {
+				return errUnhealthy
+			}
+			return err
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.IntVar(&o.Rounds, "rounds", 5, "how often each measure is taken of each mode")
+	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "how long each measure counts; a warm-up of a third of it comes before")
+	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all): "+strings.Join(bench.Modes(), ", "))
+	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay, in `BYTES`")
+	f.StringVar(&o.Profile, "profile", "", "after the rounds, record a CPU profile of each mode into `DIR` with perf")
+	f.StringVar(&o.Name, "name", "bench", "`NAME` that the labs' names begin with")
+	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long agents may take to be ready (default 1m0s)")
+	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table or json")
+	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(bench.Modes(), cobra.ShellCompDirectiveNoFileComp))
+	return cmd
+}
+
+// benchHelper is what `tulle bench all` starts itself as.
+func benchHelper() *cobra.Command {
+	return &cobra.Command{
+		Use:    "helper NAME",
+		Short:  "A process that a benchmark needs",
+		Hidden: true,
+		Args:   exactly("NAME"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return bench.Helper(args[0], cmd.InOrStdin(), cmd.OutOrStdout())
+		},
+	}
+}

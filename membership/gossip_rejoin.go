@@ -19,18 +19,20 @@ import (
 type seedState struct {
 	self   bool // it is this node
 	at     time.Time
-	reason string // "" after success
+	addrs  []netip.AddrPort // that its name had
+	reason string           // "" after success
 	remedy string
 	since  time.Time // of the reason
 }
 
 // Bounds of one round of attempts.
 const (
-	parallelJoins  = 8
-	isolatedSample = 16 // last known peers tried in a round while alone
-	healSample     = 2  // missing peers tried in a round otherwise
-	returnSample   = 16 // members told of a new address in a round
-	recentDeath    = 10 * time.Minute
+	parallelJoins   = 8
+	isolatedSample  = 16 // last known peers tried in a round while alone
+	healSample      = 2  // missing peers tried in a round otherwise
+	healersPerRound = 32 // members that try in a round, on average
+	returnSample    = 16 // members told of a new address in a round
+	recentDeath     = 10 * time.Minute
 )
 
 // rejoin brings the node into its cluster and back into it. memberlist gives
@@ -60,7 +62,11 @@ func (g *Gossip) rejoin(ctx context.Context) {
 			wait = p.returning
 		default:
 			backoff = p.rejoinMin
-			g.healRound(ctx)
+			// One bridge heals a partition: in a large cluster not everybody
+			// need try each time.
+			if rand.Int64N(g.alive.Load()+1) < healersPerRound {
+				g.healRound(ctx)
+			}
 			if wait = p.heal; g.lostFor() > recentDeath {
 				wait = p.healSlow
 			}
@@ -121,7 +127,7 @@ func (g *Gossip) healRound(ctx context.Context) {
 		seed := g.cfg.Seeds[rand.IntN(n)]
 		addrs, err := g.resolveSeed(ctx, seed)
 		if err == nil && slices.ContainsFunc(addrs, g.isLive) {
-			g.seedResult(seed, nil)
+			g.seedResult(seed, addrs, nil)
 			return
 		}
 		g.trySeed(ctx, seed)
@@ -220,7 +226,7 @@ func (g *Gossip) joinAll(ctx context.Context, addrs []netip.AddrPort) (int, erro
 func (g *Gossip) trySeed(ctx context.Context, seed string) {
 	addrs, err := g.resolveSeed(ctx, seed)
 	if err != nil {
-		g.seedResult(seed, err)
+		g.seedResult(seed, nil, err)
 		return
 	}
 	g.mu.RLock()
@@ -238,7 +244,7 @@ func (g *Gossip) trySeed(ctx context.Context, seed string) {
 		}
 	}
 	if ctx.Err() == nil {
-		g.seedResult(seed, err)
+		g.seedResult(seed, addrs, err)
 	}
 }
 
@@ -281,12 +287,12 @@ func (g *Gossip) resolveSeed(ctx context.Context, seed string) ([]netip.AddrPort
 var errSeedSyntax = errors.New("unusable seed")
 
 // seedResult notes what an attempt came to, and logs a change of it.
-func (g *Gossip) seedResult(seed string, err error) {
+func (g *Gossip) seedResult(seed string, addrs []netip.AddrPort, err error) {
 	reason, remedy := explainJoin(err, g.cfg.Keyring != nil)
 	g.mu.Lock()
 	old := g.seeds[seed]
 	now := time.Now()
-	st := &seedState{at: now, reason: reason, remedy: remedy, since: now}
+	st := &seedState{at: now, addrs: addrs, reason: reason, remedy: remedy, since: now}
 	changed := old == nil && err != nil || old != nil && old.reason != reason
 	if old != nil && !changed {
 		st.since = old.since
@@ -370,15 +376,24 @@ type Seed struct {
 	Remedy  string    `json:"remedy"`
 }
 
-// Seeds returns what the last attempt on each seed came to.
+// Seeds returns what the last attempt on each seed came to. A seed that did not
+// answer then and is a live member now has answered: it may have come by another
+// way, and is not tried again while it lives.
 func (g *Gossip) Seeds() []Seed {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
+	live := map[netip.AddrPort]bool{}
+	for _, p := range g.peers {
+		live[p.Addr] = p.State <= StateSuspect
+	}
 	list := make([]Seed, 0, len(g.cfg.Seeds))
 	for _, s := range g.cfg.Seeds {
 		seed := Seed{Address: s}
 		if st := g.seeds[s]; st != nil {
 			seed = Seed{s, st.self, st.at, st.reason, st.remedy}
+			if slices.ContainsFunc(st.addrs, func(a netip.AddrPort) bool { return live[a] }) {
+				seed.Reason, seed.Remedy = "", ""
+			}
 		}
 		list = append(list, seed)
 	}

@@ -15,7 +15,7 @@ func (r GossipResult) Print(w io.Writer) error {
 	}
 	line("nodes", "%d (%s; %d CPUs)", r.Nodes, r.Transport, r.CPUs)
 	line("table", "%d prefixes, %s on the wire", r.Prefixes, size(float64(r.TableBytes)))
-	line("all knew all", "after %v, started in batches of 50", r.Form.Round(time.Millisecond))
+	line("all knew all", "after %v, started a few at a time", r.Form.Round(time.Millisecond))
 	line("one new entry known to all", "median %.2f s, max %.2f s (%d rounds)", r.LastNode.Median, r.LastNode.Max, r.LastNode.N)
 	line("one new entry known to one", "median %.2f s, 99%% %.2f s", r.OneNode.Median, r.OneNode.P99)
 	line("sent at rest", "%s/s a node, %.1f packets/s (counted for %v; a push/pull each %v)", size(r.SentPerNode), r.PacketsPerNode, r.Rest.Round(time.Second), r.PushPull)

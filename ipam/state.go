@@ -32,14 +32,17 @@ type Family struct {
 // State is all that a node remembers across restarts. Package ipam keeps it; what
 // Table holds is the business of the replicated table.
 type State struct {
-	Generation  uint64         `json:"generation"` // rises with each save
-	Node        ID             `json:"node"`
-	Cluster     ID             `json:"cluster"`
-	Families    []Family       `json:"families"`
-	Joined      bool           `json:"joined"`         // owned space once, or started the cluster
-	Left        bool           `json:"left,omitempty"` // left for good
-	Table       []byte         `json:"table"`          // encoded entries
-	Blocks      []netip.Prefix `json:"blocks"`         // open, in order of opening
+	Generation uint64   `json:"generation"` // rises with each save
+	Node       ID       `json:"node"`
+	Cluster    ID       `json:"cluster"`
+	Families   []Family `json:"families"`
+	Joined     bool     `json:"joined"`         // owned space once, or started the cluster
+	Left       bool     `json:"left,omitempty"` // left for good
+	// Unsure says that the state goes back to one that may have been older than
+	// the node's last words, and has not been confirmed since.
+	Unsure      bool           `json:"unsure,omitempty"`
+	Table       []byte         `json:"table"`  // encoded entries
+	Blocks      []netip.Prefix `json:"blocks"` // open, in order of opening
 	Allocations []Allocation   `json:"allocations"`
 	Cooling     []Cooling      `json:"cooling,omitempty"`
 	Peers       []Peer         `json:"peers,omitempty"`

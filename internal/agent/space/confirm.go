@@ -98,8 +98,15 @@ func (s *Space) vouched() bool {
 	return false
 }
 
+// confirmed makes what the members told durable before this node acts on it: the
+// one who knew may be gone at the next start.
 func (s *Space) confirmed(now time.Time) {
 	s.confirm.done = true
+	if err := s.save(now); err != nil {
+		s.confirm.done = false
+		s.why = err.Error()
+		return
+	}
 	s.log.Info("the table is confirmed", "members", len(s.confirm.answers))
 	if s.phase == Confirming {
 		s.setPhase(now, Joining, "opening blocks")

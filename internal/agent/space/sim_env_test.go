@@ -88,7 +88,7 @@ func (h *host) write(st *ipam.State) {
 			h.older = slices.Delete(h.older, 0, 1)
 		}
 	}
-	h.disk = st
+	h.disk, h.witness = st, st
 	h.w.law.onDisk(h)
 }
 
@@ -96,6 +96,7 @@ func (h *host) write(st *ipam.State) {
 func (e simEnv) Members() []Member {
 	h, w := e.h, e.h.w
 	var out []Member
+	cut := h.unsure && !h.witnessed() // see reaches: such a host sees nobody, not even as a suspect
 	for _, o := range w.hosts {
 		if o == h || o.run == 0 {
 			continue
@@ -111,7 +112,7 @@ func (e simEnv) Members() []Member {
 			}
 		} else {
 			m.Cluster = h.clusterOf()
-			m.Alive = h.upAt.Before(later(o.downAt, w.parted)) && o.upAt.Before(later(o.downAt, w.parted)) &&
+			m.Alive = !cut && h.upAt.Before(later(o.downAt, w.parted)) && o.upAt.Before(later(o.downAt, w.parted)) &&
 				w.now.Sub(later(o.downAt, w.parted)) < 4*time.Second
 		}
 		out = append(out, m)

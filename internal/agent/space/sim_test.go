@@ -315,7 +315,7 @@ func (h *host) rollBack() {
 	w.logf("%s: the disk is rolled back to generation %d of %d, lost %v", h.name, old.Generation, h.disk.Generation, lost)
 	w.law.rolledBack(h)
 	h.disk, h.lostWord, h.unsure = old, lost, true
-	h.start(false)
+	h.start(true)
 }
 
 // wipe loses the disk and everything that ran on the host.

@@ -63,6 +63,7 @@ type host struct {
 	retired  bool
 	disk     *ipam.State
 	older    []*ipam.State
+	witness  *ipam.State // what was saved last, as ipam.Store.Fresh finds out
 	pods     map[string][]netip.Addr
 	podSeq   int
 	lostWord []Entry // what a rolled back disk does not know of, until confirmed
@@ -180,7 +181,7 @@ func (h *host) start(fresh bool) {
 	w := h.w
 	h.run++
 	h.upAt = w.now
-	h.cfg.ID, h.cfg.Fresh = h.id, fresh && h.disk != nil && !h.unsure
+	h.cfg.ID, h.cfg.Fresh = h.id, fresh && h.disk != nil && h.disk == h.witness
 	h.cfg.Rand = rand.New(rand.NewPCG(w.rng.Uint64(), 1))
 	sp, err := New(w.now, h.cfg, h.disk, simEnv{h})
 	if err != nil {

@@ -210,6 +210,7 @@ func (s *Space) restore(now time.Time, st *ipam.State) error {
 	}
 	s.cluster, s.params = ClusterID(st.Cluster), Params{slices.Clone(st.Families)}
 	s.joined, s.left = st.Joined, st.Left
+	s.cfg.Fresh = s.cfg.Fresh && !st.Unsure
 	s.table.Merge(entries)
 	for _, p := range st.Blocks {
 		s.pool.Open(p)
@@ -253,6 +254,7 @@ func (s *Space) save(now time.Time) error {
 		Families:    s.params.Families,
 		Joined:      s.joined,
 		Left:        s.left,
+		Unsure:      !s.confirm.done && !s.cfg.Fresh,
 		Table:       s.saved,
 		Blocks:      s.pool.Prefixes(),
 		Allocations: s.pool.Allocations(),

@@ -78,6 +78,7 @@ func (a *agent) sessions(ctx context.Context) error {
 		switch {
 		case errors.Is(err, errUnderlayChanged):
 			a.log.Warn("underlay address changed, starting again with the new one", "old", s.link.Addrs)
+			a.forgetTUN(a.cfg.Tun)
 			a.wait(api.Problem{What: "the underlay address of this host has changed", Remedy: "wait a moment: the agent starts again with the new one"})
 		case ctx.Err() != nil && err == nil:
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")

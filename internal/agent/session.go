@@ -95,7 +95,7 @@ func (a *agent) start(ctx context.Context) (s *session, err error) {
 	if err := hostnet.CheckOverlap(a.cfg.Tun, a.cfg.ClusterCIDRs, nil); err != nil {
 		return nil, err
 	}
-	if err := s.openData(); err != nil {
+	if err := s.openData(a); err != nil {
 		return nil, err
 	}
 	if err := s.openCluster(state); err != nil {
@@ -189,13 +189,14 @@ func (s *session) chooseMTU() error {
 }
 
 // openData opens the TUN and the sockets.
-func (s *session) openData() (err error) {
-	if s.device, err = device.Open(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU)}); err != nil {
+func (s *session) openData(a *agent) (err error) {
+	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU)}); err != nil {
 		return err
 	}
 	if err := s.device.Persist(true); err != nil {
 		return err
 	}
+	a.keepTUN(s.device)
 	s.probes = newProber(s.log)
 	s.engine, err = tunnel.New(tunnel.Config{
 		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, CopyDSCP: true,

@@ -1,0 +1,92 @@
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+
+	"github.com/tulle-net/tulle/tunnel/device"
+)
+
+// The TUN's descriptor is kept by systemd (FileDescriptorStoreMax, sd_pid_notify_with_fds(3)) while the agent restarts:
+// packets wait in the device's queue instead of being dropped. Without systemd the device is persistent, and only what
+// arrives in between is lost.
+
+// fdName marks the descriptor of one TUN in the store.
+func fdName(tun string) string { return "tun-" + tun }
+
+// storedTUN takes the TUN's descriptor out of what the service manager passed to this process, -1 if there is none. Others
+// are closed: they are leftovers of another configuration.
+func storedTUN(tun string) int {
+	fd := -1
+	for _, f := range activation.Files(true) {
+		if fd < 0 && f.Name() == fdName(tun) {
+			if n, err := syscall.Dup(int(f.Fd())); err == nil {
+				syscall.CloseOnExec(n)
+				fd = n
+			}
+		}
+		f.Close()
+	}
+	return fd
+}
+
+// openTUN adopts the kept descriptor, if there is one, or opens the device.
+func (a *agent) openTUN(o device.Options) (*device.Device, error) {
+	if fd := storedTUN(o.Name); fd >= 0 {
+		d, err := device.FromFD([]int{fd}, o)
+		if err == nil {
+			a.log.Info("took up the TUN device that the service manager kept", "tun", o.Name)
+			return d, nil
+		}
+		a.log.Warn("the TUN device that the service manager kept is of no use, opening it anew", "error", err)
+		a.forgetTUN(o.Name)
+	}
+	// The service manager lets go of a descriptor in its own time.
+	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		d, err := device.Open(o)
+		if err == nil || !errors.Is(err, device.ErrBusy) || time.Now().After(deadline) || os.Getenv("NOTIFY_SOCKET") == "" {
+			return d, err
+		}
+	}
+}
+
+// keepTUN gives the descriptor to the service manager, if there is one.
+func (a *agent) keepTUN(d *device.Device) {
+	if err := notifyFDs("FDSTORE=1\nFDNAME="+fdName(d.Name()), d.FD()); err != nil {
+		a.log.Warn("the service manager does not keep the TUN device over a restart", "error", err)
+	}
+}
+
+// forgetTUN has the service manager let go of the descriptor.
+func (a *agent) forgetTUN(tun string) {
+	if err := notifyFDs("FDSTOREREMOVE=1\nFDNAME=" + fdName(tun)); err != nil {
+		a.log.Warn("the service manager still holds the TUN device", "error", err)
+	}
+}
+
+// notifyFDs is sd_pid_notify_with_fds(3). Without a service manager it does nothing.
+func notifyFDs(state string, fds ...int) error {
+	socket := os.Getenv("NOTIFY_SOCKET")
+	if socket == "" {
+		return nil
+	}
+	if name, abstract := strings.CutPrefix(socket, "@"); abstract {
+		socket = "\x00" + name
+	}
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	if err != nil {
+		return fmt.Errorf("notify: %w", err)
+	}
+	defer conn.Close()
+	if _, _, err := conn.WriteMsgUnix([]byte(state), syscall.UnixRights(fds...), nil); err != nil {
+		return fmt.Errorf("notify: %w", err)
+	}
+	return nil
+}

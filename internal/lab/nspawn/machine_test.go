@@ -30,6 +30,7 @@ type machine struct {
 	root string // its disk
 	net  string // path of its network namespace
 
+	groups []string      // its cgroups, where there is no systemd to keep them
 	leader int           // its init, as this machine's kernel numbers it
 	ended  chan struct{} // closed when systemd-nspawn has ended
 	out    lockedBuffer
@@ -112,6 +113,7 @@ func (m *machine) cgroups() (string, error) {
 		return "", err
 	}
 	var enter strings.Builder
+	m.groups = nil
 	for line := range strings.Lines(string(mounts)) {
 		f := strings.Fields(line)
 		if f[2] != "cgroup2" && !(f[2] == "cgroup" && strings.Contains(f[3], "name=systemd")) {
@@ -122,20 +124,23 @@ func (m *machine) cgroups() (string, error) {
 			return "", err
 		}
 		fmt.Fprintf(&enter, "echo $$ >%s/cgroup.procs\n", dir)
-		m.t.Cleanup(func() { removeCgroup(dir) })
+		m.groups = append(m.groups, dir)
 	}
 	return enter.String(), nil
 }
 
 // removeCgroup removes a cgroup that has no processes any more, and those below it.
-func removeCgroup(dir string) {
-	entries, _ := os.ReadDir(dir)
+func removeCgroup(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
 	for _, e := range entries {
 		if e.IsDir() {
-			removeCgroup(filepath.Join(dir, e.Name()))
+			err = errors.Join(err, removeCgroup(filepath.Join(dir, e.Name())))
 		}
 	}
-	_ = os.Remove(dir)
+	return errors.Join(err, os.Remove(dir))
 }
 
 // findLeader finds the container's init: the child of systemd-nspawn that is process 1 of a PID namespace of its own.
@@ -224,21 +229,33 @@ func (m *machine) kill() {
 	if m.ended == nil {
 		return
 	}
-	if m.leader > 0 {
-		select {
-		case <-m.ended:
-			return
-		default:
+	select {
+	case <-m.ended:
+	default:
+		if m.leader > 0 { // with it dies its PID namespace, then systemd-nspawn
+			_ = unix.Kill(m.leader, unix.SIGKILL)
 		}
-		_ = unix.Kill(m.leader, unix.SIGKILL) // its PID namespace dies with it, then systemd-nspawn ends
 	}
 	select {
 	case <-m.ended:
 	case <-time.After(30 * time.Second):
 		m.t.Errorf("%s: systemd-nspawn does not end\n%s", m.host, m.out.String())
 	}
-	// systemd-nspawn's own rests, where no systemd tidies up after it.
-	_ = os.Remove(filepath.Join("/run/systemd/nspawn/propagate", m.name))
+	for _, dir := range m.groups {
+		var err error
+		for late := time.Now().Add(5 * time.Second); time.Now().Before(late); runtime.Gosched() {
+			if err = removeCgroup(dir); err == nil { // the kernel empties it a moment after the last process ended
+				break
+			}
+		}
+		if err != nil {
+			m.t.Error(err)
+		}
+	}
+	// systemd-nspawn's own rests: it leaves them if /run is no tmpfs.
+	if err := os.Remove(filepath.Join("/run/systemd/nspawn/propagate", m.name)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		m.t.Error(err)
+	}
 }
 
 // socket is the path under which this machine's other processes see the agent's socket.

@@ -1,0 +1,199 @@
+package clustertest
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/gopacket"
+	"github.com/google/gopacket/layers"
+	"github.com/google/gopacket/pcapgo"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/lab"
+)
+
+func needTshark(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("tshark"); err != nil {
+		t.Fatal("tshark is missing, which decodes the captures: apt-get install tshark")
+	}
+}
+
+// capture sees each tunnel packet once, at the router's port by which it leaves for the host that it is for.
+type capture struct {
+	file  string
+	stop  atomic.Bool
+	done  sync.WaitGroup
+	fds   []int
+	mu    sync.Mutex
+	out   *pcapgo.NgWriter
+	close func() error
+	err   error
+}
+
+func startCapture(t *testing.T, l *lab.Lab) *capture {
+	t.Helper()
+	c := &capture{file: filepath.Join(t.TempDir(), "outer.pcapng")}
+	f, err := os.Create(c.file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c.out, err = pcapgo.NewNgWriter(f, layers.LinkTypeEthernet); err != nil {
+		t.Fatal(err)
+	}
+	c.close = f.Close
+	err = l.Do(lab.Router, func() error {
+		for _, h := range l.Hosts() {
+			if err := c.open(h.Name); err != nil {
+				return fmt.Errorf("capture at the router's port to %s: %w", h.Name, err)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, fd := range c.fds {
+		c.done.Go(func() { c.read(fd) })
+	}
+	t.Cleanup(func() { c.end() })
+	return c
+}
+
+// open opens a packet socket, packet(7), on a device of the calling thread's namespace.
+func (c *capture) open(dev string) error {
+	link, err := netlink.LinkByName(dev)
+	if err != nil {
+		return err
+	}
+	// The kernel segments trains before it shows them to a capture on a device that takes no segments.
+	if err := netlink.LinkSetGSOMaxSegs(link, 1); err != nil {
+		return err
+	}
+	all := binary.NativeEndian.Uint16(binary.BigEndian.AppendUint16(nil, unix.ETH_P_ALL))
+	fd, err := unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(all))
+	if err != nil {
+		return err
+	}
+	c.fds = append(c.fds, fd)
+	wait := unix.NsecToTimeval(int64(50 * time.Millisecond))
+	return errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 64<<20),
+		unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait),
+		unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: all, Ifindex: link.Attrs().Index}),
+	)
+}
+
+// read takes what leaves, until stop says that nothing more is to come and nothing more is there.
+func (c *capture) read(fd int) {
+	buf := make([]byte, 1<<16)
+	for {
+		n, from, err := unix.Recvfrom(fd, buf, 0)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EAGAIN && !c.stop.Load():
+			continue
+		case err != nil:
+			return
+		}
+		if ll, ok := from.(*unix.SockaddrLinklayer); ok && ll.Pkttype == unix.PACKET_OUTGOING && isTunnel(buf[:n]) {
+			c.mu.Lock()
+			info := gopacket.CaptureInfo{Timestamp: time.Now(), CaptureLength: n, Length: n}
+			c.err = errors.Join(c.err, c.out.WritePacket(info, buf[:n]))
+			c.mu.Unlock()
+		}
+	}
+}
+
+// isTunnel tells the outer packets from gossip and neighbour discovery.
+func isTunnel(frame []byte) bool {
+	p := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.DecodeOptions{Lazy: true, NoCopy: true})
+	if p.Layer(layers.LayerTypeARP) != nil {
+		return false
+	}
+	proto := layers.IPProtocol(0)
+	switch ip := p.NetworkLayer().(type) {
+	case *layers.IPv4:
+		proto = ip.Protocol
+	case *layers.IPv6:
+		proto = ip.NextHeader
+	}
+	udp, _ := p.TransportLayer().(*layers.UDP)
+	return proto == layers.IPProtocolIPv4 || proto == layers.IPProtocolIPv6 || proto == layers.IPProtocolUDP && udp != nil && udp.DstPort == 6080
+}
+
+// end closes the file, once.
+func (c *capture) end() error {
+	if c.stop.Swap(true) {
+		return nil
+	}
+	c.done.Wait()
+	for _, fd := range c.fds {
+		unix.Close(fd)
+	}
+	return errors.Join(c.err, c.out.Flush(), c.close())
+}
+
+// check ends the capture, and wants packets of both inner families through the encapsulation, none of them malformed.
+func (c *capture) check(t *testing.T, paths string) {
+	t.Helper()
+	if err := c.end(); err != nil {
+		t.Fatal(err)
+	}
+	for _, inner := range []string{"ip", "ipv6"} {
+		// GUE variant 1 has no header: the inner packet's first nibble tells which of the two it is.
+		file, decode := c.file, []string(nil)
+		want := map[string]string{"ip": "ip.proto==4 || ipv6.nxt==4", "ipv6": "ip.proto==41 || ipv6.nxt==41"}[inner]
+		if paths == "udp" {
+			nibble := map[string]string{"ip": "4", "ipv6": "6"}[inner]
+			want = fmt.Sprintf("udp.dstport==6080 && udp.payload[0:1] >= %s0 && udp.payload[0:1] <= %sf", nibble, nibble)
+		}
+		part := filepath.Join(t.TempDir(), inner+".pcapng")
+		tshark(t, "-r", file, "-Y", want, "-w", part)
+		if paths == "udp" {
+			decode = []string{"-d", "udp.port==6080," + inner}
+		}
+		read := func(filter string) string {
+			return tshark(t, append([]string{"-n", "-r", part, "-Y", filter}, decode...)...)
+		}
+		// The agents' own probes are inner UDP packets to the same port, which tshark has been told to take for IP.
+		if bad := read("(_ws.malformed || _ws.expert.severity==error) && !(frame contains 54:4c:50:52:01)"); bad != "" {
+			t.Errorf("%s in %s: packets that tshark finds malformed:\n%s", inner, paths, bad)
+		}
+		// The port of the test's own traffic shows that tshark looks at the inner headers at all.
+		for _, what := range []string{"tcp.port==9000", "udp.port==9000", map[string]string{"ip": "icmp", "ipv6": "icmpv6"}[inner]} {
+			if n := strings.Count(read(what), "\n"); n == 0 {
+				t.Errorf("%s in %s: the capture has no %s", inner, paths, what)
+			}
+		}
+	}
+}
+
+// tshark runs it over a file.
+func tshark(t *testing.T, args ...string) string {
+	t.Helper()
+	// Only what is expected: the test's ports are the kernel's choice, and some mean a protocol to tshark.
+	all := []string{"--disable-all-protocols"}
+	for _, p := range []string{"frame", "eth", "ethertype", "ip", "ipv6", "ipv6.fraghdr", "udp", "tcp", "icmp", "icmpv6", "data"} {
+		all = append(all, "--enable-protocol", p)
+	}
+	cmd := exec.CommandContext(t.Context(), "tshark", append(all, args...)...)
+	var errOut strings.Builder
+	cmd.Stderr = &errOut
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("%v: %v\n%s", cmd, err, errOut.String())
+	}
+	return string(out)
+}

@@ -152,6 +152,9 @@ func (s *Space) mayGive(now time.Time, fam int, p netip.Prefix) (reason, string)
 	if !ipam.Covers(s.params.Families[fam].CIDR, p) {
 		return refusedElsewhere, fmt.Sprintf("%v is outside the cluster CIDR", p)
 	}
+	if ipam.Overlaps(s.cfg.PodCIDRs, p) {
+		return refusedInUse, fmt.Sprintf("it is in its own --pod-cidr %v", s.cfg.PodCIDRs)
+	}
 	pods := 0
 	for _, a := range s.pool.Allocations() {
 		if p.Contains(a.Addr) {

@@ -91,11 +91,12 @@ func (s *Space) owned(fam int) []netip.Prefix {
 	return out
 }
 
-// busy returns what must not be given away: the open blocks, and addresses outside
-// them that a pod has or that rest.
+// busy returns what must not be given away: the open blocks, addresses outside
+// them that a pod has or that rest, and what this node itself collects for its
+// fixed CIDR (two nodes that want one prefix would pass its parts to and fro).
 func (s *Space) busy(now time.Time) []netip.Prefix {
 	blocks := s.pool.Prefixes()
-	out := slices.Clone(blocks)
+	out := slices.Concat(blocks, s.cfg.PodCIDRs)
 	add := func(a netip.Addr) {
 		if !slices.ContainsFunc(blocks, func(b netip.Prefix) bool { return b.Contains(a) }) {
 			out = append(out, netip.PrefixFrom(a, a.BitLen()))

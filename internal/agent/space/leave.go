@@ -220,8 +220,11 @@ func (s *Space) gone(now time.Time, heir *NodeID) {
 		}
 	}
 	text := "this node owned nothing; it has left"
-	if heir != nil {
+	switch {
+	case heir != nil && !l.to.IsZero():
 		text = fmt.Sprintf("%s has the space of this node", s.name(l.to))
+	case heir != nil: // left before the last restart
+		text = fmt.Sprintf("%s knows who has the space of this node", s.name(*heir))
 	}
 	s.setPhase(now, Left, text)
 	news := message{kind: kindNews, cluster: s.cluster, sender: s.cfg.ID, flags: s.flags()}

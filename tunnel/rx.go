@@ -26,10 +26,21 @@ const (
 	rxSlotSize = 65536
 )
 
+// inSocket is what an rxWorker receives from: a socket of the underlay, or a test's memory.
+type inSocket interface {
+	Recv(*underlay.RecvBatch) (int, error)
+	Wait() error
+	Wake()
+	errorQueue
+	Overflows() uint64
+}
+
+var _ inSocket = (*underlay.Socket)(nil)
+
 // rxWorker moves packets from one socket to the TUN. One goroutine owns it and all its memory.
 type rxWorker struct {
 	e       *Engine
-	sock    *underlay.Socket
+	sock    inSocket
 	carrier carrier
 	proto   uint8 // 4 or 41, of a raw socket
 	mode    encap.Mode

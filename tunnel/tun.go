@@ -10,7 +10,7 @@ import (
 
 // tunWriter writes packets and super-packets to the TUN. Each goroutine has its own.
 type tunWriter struct {
-	w     *device.Writer
+	w     interface{ Write([][]byte) error } // a *device.Writer, or a test's memory
 	split *offload.Splitter
 	hdr   [offload.VnetHdrLen]byte
 	iov   [][]byte

@@ -26,11 +26,34 @@ const (
 	maxGSOBytes = 65507
 )
 
+// tunQueue is what a txWorker reads: a queue of the TUN, or a test's memory.
+type tunQueue interface {
+	Read([]byte) (int, error)
+	Wait() error
+	Wake()
+}
+
+// outSocket is what a sender sends through: a socket of the underlay, or a test's memory.
+type outSocket interface {
+	Send(*underlay.SendBatch) (underlay.SendResult, error)
+	errorQueue
+}
+
+// errorQueue is where a socket keeps the ICMP errors about what it sent.
+type errorQueue interface {
+	DrainErrors(func(underlay.Err)) (int, error)
+}
+
+var (
+	_ tunQueue  = (*device.Queue)(nil)
+	_ outSocket = (*underlay.Socket)(nil)
+)
+
 // txWorker moves packets from one queue of the TUN to the underlay. It reads until the queue is empty, then sends all;
 // nothing waits for a timer. One goroutine owns it and all its memory.
 type txWorker struct {
 	e     *Engine
-	queue *device.Queue
+	queue tunQueue
 	icmp  *icmpWriter
 	split *offload.Splitter
 	out   [2]*outlet // by the outer family, IPv4 first; nil where this node has no underlay address of it
@@ -268,7 +291,7 @@ func (o *outlet) sender(m encap.Mode, in *header.Inner, pkt []byte) *sender {
 // sender collects messages for one socket. For a UDP socket, consecutive packets of one length to one peer (whatever
 // their inner flows) become a train: one message that the kernel cuts by UDP_SEGMENT.
 type sender struct {
-	sock  *underlay.Socket
+	sock  outSocket
 	batch *underlay.SendBatch
 	gso   bool // trains and super-packets go out as one message
 	dirty bool // holds something

@@ -118,20 +118,35 @@ func (g *Gossip) joinRound(ctx context.Context) {
 	}
 }
 
-// healRound tries a few of those that are not alive, and one of the seeds.
+// healRound tries a few of those that are not alive, and one of the seeds: all of
+// those that were never tried, because another member was faster.
 func (g *Gossip) healRound(ctx context.Context) {
 	if missing := g.missingPeers(healSample); len(missing) > 0 {
 		g.joinAll(ctx, missing)
 	}
-	if n := len(g.cfg.Seeds); n > 0 {
-		seed := g.cfg.Seeds[rand.IntN(n)]
+	for _, seed := range g.seedsToTry() {
 		addrs, err := g.resolveSeed(ctx, seed)
 		if err == nil && slices.ContainsFunc(addrs, g.isLive) {
 			g.seedResult(seed, addrs, nil)
-			return
+			continue
 		}
 		g.trySeed(ctx, seed)
 	}
+}
+
+func (g *Gossip) seedsToTry() []string {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	var never []string
+	for _, seed := range g.cfg.Seeds {
+		if g.seeds[seed] == nil {
+			never = append(never, seed)
+		}
+	}
+	if n := len(g.cfg.Seeds); len(never) == 0 && n > 0 {
+		return []string{g.cfg.Seeds[rand.IntN(n)]}
+	}
+	return never
 }
 
 // returnRound tells members of a new address until none lists the old one.

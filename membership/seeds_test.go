@@ -1,6 +1,7 @@
 package membership
 
 import (
+	"net/netip"
 	"testing"
 	"time"
 )
@@ -30,4 +31,37 @@ func TestSeedThatCameByAnotherWay(t *testing.T) {
 		}
 		return true
 	})
+}
+
+// A node that members find before it has looked for its seeds tries all of them in its first round.
+func TestSeedsAreAllTriedOnce(t *testing.T) {
+	self := testAddr()
+	c := Config{ID: NewNodeID(), Name: "n", Bind: self, Port: testPort, Handler: newRecorder(""), pace: quick}
+	c.Meta.Underlay = []netip.Addr{self}
+	c.Seeds = []string{self.String()}
+	var others []netip.AddrPort
+	for range 5 {
+		a := testAddr()
+		others = append(others, netip.AddrPortFrom(a, testPort))
+		c.Seeds = append(c.Seeds, a.String())
+	}
+	g, err := New(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range others {
+		m := Meta{ID: NewNodeID(), Underlay: []netip.Addr{a.Addr()}}
+		wire, err := g.encodeMeta(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		g.memberEvent(sighting{name: m.ID.String(), addr: a, meta: wire, alive: true}, StateAlive)
+	}
+	g.bind = netip.AddrPortFrom(self, testPort)
+	g.healRound(t.Context())
+	for _, s := range g.Seeds() {
+		if s.Tried.IsZero() || s.Reason != "" || s.Self != (s.Address == self.String()) {
+			t.Errorf("%+v", s)
+		}
+	}
 }

@@ -128,7 +128,8 @@ func (s *Space) driveWaiting(now time.Time) {
 // other seeds may be silent only because the network is down, or be new
 // themselves. A node that has other seeds therefore starts a cluster only when
 // every one of them has answered and none is in a cluster; an operator who knows
-// better can force it. A node without other seeds starts at once.
+// better can force it. A second cluster can then only start when every seed has
+// lost its disk. A node without other seeds starts at once.
 func (s *Space) mayBootstrap(now time.Time, newcomers int) string {
 	seeds := s.env.Seeds()
 	if s.cfg.ForceBootstrap {

@@ -353,7 +353,7 @@ func formed(ctx context.Context, o GossipOptions, nodes []*member) error {
 
 // timeEntries times new entries, one after the other, from random nodes.
 func timeEntries(ctx context.Context, o GossipOptions, nodes []*member, res *GossipResult) error {
-	if err := quiet(ctx, nodes); err != nil {
+	if err := quiet(ctx, o, nodes); err != nil {
 		return err
 	}
 	o.Progress(fmt.Sprintf("timing %d new entries", o.Rounds))
@@ -385,7 +385,7 @@ func timeEntries(ctx context.Context, o GossipOptions, nodes []*member, res *Gos
 		slowest := slices.Max(times)
 		one, last = append(one, times...), append(last, slowest)
 		res.Spread = append(res.Spread, time.Duration(slowest*float64(time.Second)))
-		if err := quiet(ctx, nodes); err != nil {
+		if err := quiet(ctx, o, nodes); err != nil {
 			return err
 		}
 	}
@@ -394,11 +394,21 @@ func timeEntries(ctx context.Context, o GossipOptions, nodes []*member, res *Gos
 }
 
 // quiet waits until no node has anything left to pass on.
-func quiet(ctx context.Context, nodes []*member) error {
-	for {
-		busy := slices.ContainsFunc(nodes, func(m *member) bool { return m.Queued() > 0 })
-		if !busy {
+func quiet(ctx context.Context, o GossipOptions, nodes []*member) error {
+	for ticks := 1; ; ticks++ {
+		busy, queued, missing := 0, 0, 0
+		for _, m := range nodes {
+			if n := m.Queued(); n > 0 {
+				busy++
+				queued += n
+			}
+			missing += len(nodes) - 1 - m.Alive()
+		}
+		if busy == 0 {
 			return nil
+		}
+		if ticks%200 == 0 {
+			o.Progress(fmt.Sprintf("%d nodes still pass %d messages on, %d members are held for dead", busy, queued, missing))
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):

@@ -166,12 +166,17 @@ func (e *Engine) newTxWorker(q *device.Queue) *txWorker {
 func (e *Engine) receive(s *underlay.Socket, c carrier, m encap.Mode) *rxWorker {
 	off := e.cfg.Device.Offloads()
 	e.socks = append(e.socks, s)
+	slots := udpSlots
+	if c != overUDP {
+		slots = rawSlots
+	}
 	w := &rxWorker{
 		e:       e,
 		sock:    s,
 		carrier: c,
 		mode:    m,
-		batch:   underlay.NewRecvBatch(rxSlots, rxSlotSize),
+		batch:   underlay.NewRecvBatch(slots, underlay.MaxMessage),
+		slots:   slots,
 		tun:     newTunWriter(e.cfg.Device.Queues()[0]),
 		join:    offload.NewJoiner(off.TSO, off.USO),
 	}

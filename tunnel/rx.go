@@ -21,9 +21,11 @@ const (
 )
 
 const (
-	// rxSlots and rxSlotSize shape a receive: few slots, each of which takes a train that UDP_GRO joined.
-	rxSlots    = 4
-	rxSlotSize = 65536
+	// udpSlots is few: each takes a train that UDP_GRO joined, and together they should stay in a cache.
+	udpSlots = 4
+	// rawSlots is many: a raw socket hands out one packet a slot, of which a batch makes one super-packet. A slot still
+	// has room for what the kernel's GRO may have joined; the pages behind a small packet are never touched.
+	rawSlots = 64
 )
 
 // inSocket is what an rxWorker receives from: a socket of the underlay, or a test's memory.
@@ -45,6 +47,7 @@ type rxWorker struct {
 	proto   uint8 // 4 or 41, of a raw socket
 	mode    encap.Mode
 	batch   *underlay.RecvBatch
+	slots   int // of batch
 	tun     *tunWriter
 	join    *offload.Joiner
 
@@ -99,7 +102,7 @@ func (w *rxWorker) drain() error {
 		}
 		w.flush()
 		w.tally.flush(w.e)
-		if n < rxSlots {
+		if n < w.slots {
 			return nil
 		}
 	}

@@ -76,7 +76,7 @@ func reloadOnHangup(ctx context.Context, hups <-chan os.Signal, socket string, l
 		r, err := api.NewClient(socket).Reload(call)
 		cancel()
 		if err != nil {
-			log.Error("reload failed", "err", err)
+			log.Error("reload failed", "error", err)
 			continue
 		}
 		for _, c := range r.Changed {

@@ -120,7 +120,7 @@ func TestHangupWithoutSocket(t *testing.T) {
 	if err := syscall.Kill(os.Getpid(), syscall.SIGHUP); err != nil {
 		t.Fatal(err)
 	}
-	log.await(t, `msg="reload failed" err="no agent listens on`)
+	log.await(t, `msg="reload failed" error="no agent listens on`)
 	cancel()
 	if err := <-ended; err != nil {
 		t.Errorf("a stop is no failure: %v", err)

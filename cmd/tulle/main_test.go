@@ -62,6 +62,7 @@ func TestScripts(t *testing.T) {
 				e.Setenv(name, path)
 			}
 			e.Setenv("COLUMNS", "80")
+			e.Setenv("GORACE", "atexit_sleep_ms=0") // with -race each program would end with a second of sleep
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){

@@ -126,7 +126,10 @@ func table1(t api.Table) string {
 func gossip(p *printer, g api.Gossip) string {
 	parts := []string{"not encrypted"}
 	if g.Encrypted {
-		parts[0] = "encrypted with " + plural(g.Keys, "key")
+		parts[0] = "encrypted"
+		if g.Keys > 1 {
+			parts[0] += " with " + plural(g.Keys, "key")
+		}
 	}
 	if g.Bind.IsValid() {
 		parts = append(parts, g.Bind.String())

@@ -128,7 +128,7 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer s.calls.Done()
 	defer func() {
 		if p := recover(); p != nil {
-			s.log.Error("request panicked", "method", r.Method, "path", r.URL.Path, "err", p, "stack", string(debug.Stack()))
+			s.log.Error("request panicked", "method", r.Method, "path", r.URL.Path, "error", p, "stack", string(debug.Stack()))
 			fail(w, Errorf(CodeFailed, "the agent failed on %s %s: %v", r.Method, r.URL.Path, p).
 				WithRemedy("please report it with the agent's log"))
 		}
@@ -177,7 +177,7 @@ func decode(body io.Reader, to any) error {
 func answer[Resp any](s *Server, w http.ResponseWriter, r *http.Request, call func(context.Context) (Resp, error)) {
 	resp, err := call(r.Context())
 	if err != nil {
-		s.log.Debug("request failed", "method", r.Method, "path", r.URL.Path, "err", err)
+		s.log.Debug("request failed", "method", r.Method, "path", r.URL.Path, "error", err)
 		fail(w, err)
 		return
 	}

@@ -63,8 +63,8 @@ type session struct {
 
 // start opens a session. It waits for an underlay address, because a host may boot slower than its services; everything
 // else that is wrong is an error.
-func (a *agent) start(ctx context.Context) (s *session, err error) {
-	s = &session{
+func (a *agent) start(ctx context.Context) (*session, error) {
+	s := &session{
 		cfg: a.cfg, log: a.log, started: time.Now(),
 		wake: make(chan struct{}, 1), dirt: make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
@@ -73,35 +73,34 @@ func (a *agent) start(ctx context.Context) (s *session, err error) {
 	if len(s.modes) == 0 {
 		return nil, fmt.Errorf("--paths %v: this version sends %v; name at least one of them", a.cfg.Paths, sendable)
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, s.close())
-			s = nil
-		}
-	}()
+	if err := a.open(ctx, s); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// open opens what the session needs, one after the other, and stops at the first error.
+func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if s.store, err = ipam.OpenStore(a.cfg.StateDir, runFile(a.cfg, "fresh")); err != nil {
-		return nil, err
+		return err
 	}
 	state, err := s.store.Load()
 	if err != nil && !errors.Is(err, ipam.ErrNoState) {
-		return nil, err
+		return err
 	}
 	if err := a.awaitUnderlay(ctx, s); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.chooseMTU(); err != nil {
-		return nil, err
+		return err
 	}
 	if err := hostnet.CheckOverlap(a.cfg.Tun, a.cfg.ClusterCIDRs, nil); err != nil {
-		return nil, err
+		return err
 	}
 	if err := s.openData(a); err != nil {
-		return nil, err
+		return err
 	}
-	if err := s.openCluster(state); err != nil {
-		return nil, err
-	}
-	return s, nil
+	return s.openCluster(state)
 }
 
 // usableModes keeps the encapsulations that can be sent, in order.

@@ -179,7 +179,7 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 		if err := sysctl(at.Netns, forwarding...); err != nil {
 			return nil, err
 		}
-		link, err := addVXLAN(h, &at, outer6, mtu)
+		link, err := addVXLAN(ctx, h, &at, outer6, mtu)
 		if err != nil {
 			return nil, fmt.Errorf("%s: %w", at.Name, err)
 		}
@@ -207,7 +207,7 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 	return append(u, back).run, ctx.Err()
 }
 
-func addVXLAN(h *sys.Netlink, at *Host, outer6 bool, mtu int) (netlink.Link, error) {
+func addVXLAN(ctx context.Context, h *sys.Netlink, at *Host, outer6 bool, mtu int) (netlink.Link, error) {
 	eth0, err := h.LinkByName("eth0")
 	if err != nil {
 		return nil, fmt.Errorf("find eth0: %w", err)
@@ -225,7 +225,7 @@ func addVXLAN(h *sys.Netlink, at *Host, outer6 bool, mtu int) (netlink.Link, err
 		return nil, err
 	}
 	for _, v6 := range []bool{false, true} {
-		if err := addAddr(h, link, hostPrefix(vtepAddr(at, v6))); err != nil {
+		if err := addAddr(ctx, h, link, hostPrefix(vtepAddr(at, v6))); err != nil {
 			return nil, err
 		}
 	}

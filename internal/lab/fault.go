@@ -144,5 +144,8 @@ func removeLink(path, name string) error {
 	} else if err != nil {
 		return fmt.Errorf("find %s: %w", name, err)
 	}
-	return h.LinkDel(link)
+	if err := h.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) { // it goes with its peer, whose namespace went
+		return fmt.Errorf("remove %s: %w", name, err)
+	}
+	return nil
 }

@@ -73,7 +73,10 @@ func (l *Lab) AddHost(ctx context.Context, subnet int) (Host, error) {
 	if err != nil {
 		return h, err
 	}
-	if err := l.buildHost(&h); err != nil || l.st.Options.Bare {
+	if err := l.buildHost(ctx, &h); err != nil {
+		return h, err
+	}
+	if err := l.waitHosts(ctx, h); err != nil || l.st.Options.Bare {
 		return h, err
 	}
 	if err := l.startAgent(h.Name); err != nil {
@@ -114,7 +117,10 @@ func (l *Lab) ResetHost(ctx context.Context, host string) error {
 	if err := l.cutPower(ctx, host); err != nil {
 		return err
 	}
-	return l.buildHost(&h)
+	if err := l.buildHost(ctx, &h); err != nil {
+		return err
+	}
+	return l.waitHosts(ctx, h)
 }
 
 // cutPower ends a host's agent, its pods and its namespace.
@@ -162,7 +168,7 @@ func (l *Lab) addPod(ctx context.Context, host string) (Pod, error) {
 	if err := l.change(func(s *state) { s.Pods = append(s.Pods, p) }); err != nil {
 		return p, err
 	}
-	return p, l.buildPod(&h, &p)
+	return p, l.buildPod(ctx, &h, &p)
 }
 
 // allocate asks the agent for the pod's addresses, again while it says that it cannot give any yet.

@@ -87,16 +87,19 @@ func (l *Lab) build(ctx context.Context, progress Progress) error {
 		return err
 	}
 	progress.say("a router and %s in %s", count(o.Nodes, "host"), count(o.Subnets, "subnet"))
-	if err := l.buildRouter(); err != nil {
+	if err := l.buildRouter(ctx); err != nil {
 		return err
 	}
 	for i := range l.st.Hosts {
-		if err := errors.Join(ctx.Err(), l.buildHost(&l.st.Hosts[i])); err != nil {
+		if err := errors.Join(ctx.Err(), l.buildHost(ctx, &l.st.Hosts[i])); err != nil {
 			return err
 		}
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, o.Timeout, errTimeout{o.Timeout})
 	defer cancel()
+	if err := l.waitHosts(ctx, l.st.Hosts...); err != nil {
+		return err
+	}
 	if !o.Bare {
 		progress.say("an agent on each host")
 		for _, h := range l.st.Hosts {

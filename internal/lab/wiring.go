@@ -1,11 +1,13 @@
 package lab
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -41,14 +43,25 @@ func ipNet(p netip.Prefix) *net.IPNet {
 
 func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
-// addAddr gives a link an address that is usable at once: no duplicate address detection.
-func addAddr(h *sys.Netlink, link netlink.Link, p netip.Prefix) error {
+// addAddr gives a link an address that is usable when it returns: no duplicate address detection, and the kernel, which
+// takes in IPv6 addresses a moment later, does take packets to it.
+func addAddr(ctx context.Context, h *sys.Netlink, link netlink.Link, p netip.Prefix) error {
 	a := &netlink.Addr{IPNet: ipNet(p)}
 	if p.Addr().Is6() {
 		a.Flags = unix.IFA_F_NODAD
 	}
 	if err := h.AddrAdd(link, a); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add address %v to %s: %w", p, link.Attrs().Name, err)
+	}
+	if p.Addr().Is4() || p.Addr().IsLinkLocalUnicast() { // the latter are local to many links, and route get picks one
+		return nil
+	}
+	err := poll(ctx, time.Millisecond, func() (bool, error) {
+		routes, err := h.RouteGet(p.Addr().AsSlice())
+		return err == nil && len(routes) > 0 && routes[0].Type == unix.RTN_LOCAL, nil
+	})
+	if err != nil {
+		return fmt.Errorf("wait until %v on %s is taken in: %w", p, link.Attrs().Name, err)
 	}
 	return nil
 }
@@ -108,7 +121,7 @@ func noDAD(dev string) [2]string { return [2]string{"ipv6/conf/" + dev + "/accep
 var forwarding = [][2]string{{"ipv4/ip_forward", "1"}, {"ipv6/conf/all/forwarding", "1"}}
 
 // buildRouter makes the router's namespace with a bridge for each subnet.
-func (l *Lab) buildRouter() error {
+func (l *Lab) buildRouter(ctx context.Context) error {
 	o := &l.st.Options
 	path := sys.NetnsPath(l.netnsName(Router))
 	if err := sys.NewNetns(l.netnsName(Router)); err != nil {
@@ -144,7 +157,7 @@ func (l *Lab) buildRouter() error {
 			return err
 		}
 		for _, a := range underlayAddrs(s, routerHost, o.Underlay) {
-			if err := addAddr(h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
+			if err := addAddr(ctx, h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
 				return err
 			}
 		}
@@ -153,7 +166,7 @@ func (l *Lab) buildRouter() error {
 }
 
 // buildHost makes a host's namespace and plugs it into its subnet.
-func (l *Lab) buildHost(host *Host) error {
+func (l *Lab) buildHost(ctx context.Context, host *Host) error {
 	o := &l.st.Options
 	if err := os.MkdirAll(host.Dir, 0o755); err != nil {
 		return err
@@ -192,17 +205,17 @@ func (l *Lab) buildHost(host *Host) error {
 	if _, err := linkUp(h, "lo"); err != nil {
 		return err
 	}
-	return l.addressHost(h, host)
+	return l.addressHost(ctx, h, host)
 }
 
 // addressHost brings eth0 up with its addresses and default routes.
-func (l *Lab) addressHost(h *sys.Netlink, host *Host) error {
+func (l *Lab) addressHost(ctx context.Context, h *sys.Netlink, host *Host) error {
 	link, err := linkUp(h, "eth0")
 	if err != nil {
 		return err
 	}
 	for _, a := range host.Underlay {
-		if err := addAddr(h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
+		if err := addAddr(ctx, h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
 			return err
 		}
 	}
@@ -214,8 +227,42 @@ func (l *Lab) addressHost(h *sys.Netlink, host *Host) error {
 	return nil
 }
 
+// waitUp waits until links are operational. The kernel tells IPv6 about a link's carrier up to a second after it is there
+// (it collects such news), and until then IPv6 neither answers nor asks for neighbours.
+func waitUp(ctx context.Context, path string, names ...string) error {
+	h, err := netlinkIn(path)
+	if err != nil {
+		return err
+	}
+	defer h.Close()
+	for _, name := range names {
+		err := poll(ctx, 2*time.Millisecond, func() (bool, error) {
+			link, err := h.LinkByName(name)
+			return err == nil && link.Attrs().OperState == netlink.OperUp, err
+		})
+		if err != nil {
+			return fmt.Errorf("wait for link %s in %s: %w", name, path, err)
+		}
+	}
+	return nil
+}
+
+// waitHosts waits until these hosts are on the network.
+func (l *Lab) waitHosts(ctx context.Context, hosts ...Host) error {
+	for _, h := range hosts {
+		err := waitUp(ctx, h.Netns, "eth0")
+		if err == nil {
+			err = waitUp(ctx, sys.NetnsPath(l.netnsName(Router)), h.Name, bridgeName(h.Subnet))
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // buildPod makes a pod's namespace and joins it to its host as a CNI plugin would.
-func (l *Lab) buildPod(host *Host, pod *Pod) error {
+func (l *Lab) buildPod(ctx context.Context, host *Host, pod *Pod) error {
 	if err := sys.NewNetns(l.netnsName(pod.Name)); err != nil {
 		return err
 	}
@@ -235,16 +282,19 @@ func (l *Lab) buildPod(host *Host, pod *Pod) error {
 	if err := errors.Join(sysctl(host.Netns, noDAD(pod.hostVeth())), sysctl(pod.Netns, noDAD("eth0"))); err != nil {
 		return err
 	}
-	if err := podSide(ph, pod); err != nil {
+	if err := podSide(ctx, ph, pod); err != nil {
 		return fmt.Errorf("pod %s: %w", pod.Name, err)
 	}
-	if err := hostSide(hh, host, pod); err != nil {
+	if err := hostSide(ctx, hh, host, pod); err != nil {
 		return fmt.Errorf("pod %s on %s: %w", pod.Name, host.Name, err)
 	}
-	return nil
+	if err := waitUp(ctx, pod.Netns, "eth0"); err != nil {
+		return err
+	}
+	return waitUp(ctx, host.Netns, pod.hostVeth())
 }
 
-func podSide(h *sys.Netlink, pod *Pod) error {
+func podSide(ctx context.Context, h *sys.Netlink, pod *Pod) error {
 	if _, err := linkUp(h, "lo"); err != nil {
 		return err
 	}
@@ -253,7 +303,7 @@ func podSide(h *sys.Netlink, pod *Pod) error {
 		return err
 	}
 	for _, a := range pod.Addresses {
-		if err := addAddr(h, link, hostPrefix(a)); err != nil {
+		if err := addAddr(ctx, h, link, hostPrefix(a)); err != nil {
 			return err
 		}
 		gw := podGateway4
@@ -270,12 +320,12 @@ func podSide(h *sys.Netlink, pod *Pod) error {
 	return nil
 }
 
-func hostSide(h *sys.Netlink, host *Host, pod *Pod) error {
+func hostSide(ctx context.Context, h *sys.Netlink, host *Host, pod *Pod) error {
 	link, err := linkUp(h, pod.hostVeth())
 	if err != nil {
 		return err
 	}
-	if err := addAddr(h, link, netip.PrefixFrom(podGateway6, 64)); err != nil {
+	if err := addAddr(ctx, h, link, netip.PrefixFrom(podGateway6, 64)); err != nil {
 		return err
 	}
 	for _, a := range pod.Addresses {

@@ -220,7 +220,12 @@ func tulle(t *testing.T, l *lab.Lab, host string, args ...string) result {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return run(t, exec.CommandContext(t.Context(), program, append(args, "--socket", h.Socket)...))
+	return run(t, newCommand(t, append(args, "--socket", h.Socket)...))
+}
+
+// newCommand is the program with arguments.
+func newCommand(t *testing.T, args ...string) *exec.Cmd {
+	return exec.CommandContext(t.Context(), program, args...)
 }
 
 // run runs a command to its end.

@@ -1,0 +1,130 @@
+package clustertest
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// TestDownLeavesNothing compares the machine before and after a lab.
+func TestDownLeavesNothing(t *testing.T) {
+	needRoot(t)
+	before, err := network(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := labName("down")
+	r := run(t, newCommand(t, "lab", "up", "--name", name, "--nodes", "2"))
+	if r.code != 0 {
+		t.Fatalf("lab up: %d\n%s", r.code, r.err)
+	}
+	if n := len(processesOf(t, name)); n != 2 {
+		t.Errorf("%d processes of the lab, want two agents", n)
+	}
+	if r := run(t, newCommand(t, "lab", "down", "--name", name)); r.code != 0 {
+		t.Fatalf("lab down: %d\n%s", r.code, r.err)
+	}
+	after, err := network(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	after.sameAs(t, "the machine's own namespace", before)
+	if left := processesOf(t, name); len(left) > 0 {
+		t.Errorf("processes are left: %v", left)
+	}
+	spaces, err := filepath.Glob(filepath.Join(sys.NetnsDir, name+"-*"))
+	if err != nil || len(spaces) > 0 {
+		t.Errorf("namespaces are left: %v %v", spaces, err)
+	}
+	if _, err := os.Stat(filepath.Join("/run/tulle-lab", name)); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("files are left: %v", err)
+	}
+	mounts, err := os.ReadFile("/proc/self/mounts")
+	if err != nil || bytes.Contains(mounts, []byte(name)) {
+		t.Errorf("mounts are left: %v", err)
+	}
+}
+
+// processesOf lists the processes that carry the lab's mark.
+func processesOf(t *testing.T, name string) (out []string) {
+	t.Helper()
+	files, err := filepath.Glob("/proc/[0-9]*/environ")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		if b, _ := os.ReadFile(f); bytes.Contains(b, []byte("TULLE_LAB="+name+"\x00")) {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// TestCleanup removes what stopped and killed agents leave on a host.
+func TestCleanup(t *testing.T) {
+	t.Parallel()
+	l := up(t, "clean", lab.Options{Nodes: 2, Pods: -1})
+	h, err := l.Host("h2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := inHost(t, l, "h2", "cleanup", "--config", h.Config)
+	oneLineError(t, "cleanup under a running agent", r, 1, "an agent is running", h.Socket, "systemctl stop tulle")
+	if !l.AgentRuns("h2") {
+		t.Fatal("the agent has ended")
+	}
+	r = inHost(t, l, "h2", "cleanup", "--config", h.Config, "--socket", filepath.Join(t.TempDir(), "other.sock"))
+	oneLineError(t, "cleanup of a device in use", r, 1, "tun0", "another process")
+	settled(t, l)
+
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		if err := l.ResetHost(t.Context(), "h2"); err != nil {
+			t.Fatal(err)
+		}
+		fresh := networkOf(t, l, "h2")
+		if err := l.StartAgent(t.Context(), "h2"); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.WaitReady(t.Context(), "h2"); err != nil {
+			t.Fatal(err)
+		}
+		owned := mustStatus(t, l, "h2").Node
+		if err := l.StopAgent(t.Context(), "h2", sig); err != nil {
+			t.Fatal(err)
+		}
+		left := networkOf(t, l, "h2")
+		if len(left.marked()) == 0 || len(left.with("link tun0 ")) != 1 || len(left.with("nft table")) == 0 {
+			t.Errorf("after %v, routes, device or nft table did not stay: %q", sig, left.with("link", "nft"))
+		}
+		for range 2 { // the second time there is nothing to do
+			r := inHost(t, l, "h2", "cleanup", "--config", h.Config)
+			if r.code != 0 || r.err != "" || !strings.Contains(r.out, filepath.Join(h.Dir, "state")) {
+				t.Fatalf("cleanup after %v: %+v", sig, r)
+			}
+			networkOf(t, l, "h2").sameAs(t, "cleanup after "+sig.String(), fresh)
+		}
+		if _, err := os.Lstat(h.Socket); !errors.Is(err, fs.ErrNotExist) {
+			t.Errorf("after %v, the socket's file is left: %v", sig, err)
+		}
+		// The node has not left the cluster.
+		if err := l.StartAgent(t.Context(), "h2"); err != nil {
+			t.Fatal(err)
+		}
+		if err := l.WaitReady(t.Context(), "h2"); err != nil {
+			t.Fatal(err)
+		}
+		sameNode(t, "after cleanup", owned, mustStatus(t, l, "h2").Node)
+		if err := l.StopAgent(context.WithoutCancel(t.Context()), "h2", syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

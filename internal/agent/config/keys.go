@@ -41,7 +41,7 @@ var keys = []key{
 		doc:  "Letters, digits, `-`, `_` and `.`, at most 63 characters. It is for people: nodes are told apart by a random ID that they keep in `state_dir`.",
 		set:  text(func(c *Config, s string) (err error) { c.NodeName, err = parseNodeName(s); return }),
 		show: func(c *Config) string { return c.NodeName }},
-	{name: "join", arg: "HOST[:PORT]", list: true, live: true,
+	{name: "join", arg: "HOST[:PORT]", list: true,
 		help: "a node of the cluster to join; repeatable",
 		doc: "A name or an address, IPv6 in brackets; the port is `gossip_port` if it is left out. All hosts can share one list: a node passes over " +
 			"its own entry. The agent keeps trying until one of them answers.",
@@ -83,7 +83,7 @@ var keys = []key{
 		show: func(c *Config) string { return strconv.Itoa(int(c.GossipPort)) }},
 	{name: "gossip_key_file", arg: "FILE",
 		help: "file with the AES-256 keys of gossip (default: not encrypted)",
-		doc: "One key a line, 32 bytes in base64, the first one encrypts; `tulle keys generate` makes one. Rotate keys with `tulle keys install|use|remove`, " +
+		doc: "Mode 0600. One key a line, 32 bytes in base64, the first one encrypts; `tulle keys generate` makes one. Rotate keys with `tulle keys install|use|remove`, " +
 			"which also writes this file.",
 		set:  text(func(c *Config, s string) (err error) { c.GossipKeyFile, err = parsePath(s); return }),
 		show: func(c *Config) string { return c.GossipKeyFile }},
@@ -100,7 +100,7 @@ var keys = []key{
 		help: "VXLAN network identifier, 0 to 16777215; the same on all nodes",
 		set:  text(func(c *Config, s string) (err error) { c.VNI, err = parseVNI(s); return }),
 		show: func(c *Config) string { return strconv.FormatUint(uint64(c.VNI), 10) }},
-	{name: "paths", arg: "MODE,...", def: "direct,udp,ipip,vxlan", list: true, live: true,
+	{name: "paths", arg: "MODE,...", def: "direct,udp,ipip,vxlan", list: true,
 		help: "encapsulations to send with, in order of preference; one name pins it",
 		doc:  "`direct` (the host's own route, no encapsulation), `udp`, `ipip`, `vxlan`. Whatever is chosen here, all of them are accepted from members.",
 		set:  func(c *Config, v []string) (err error) { c.Paths, err = parsePaths(v); return },

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+func TestFormats(t *testing.T) {
+	for _, tc := range []struct{ got, want string }{
+		{age(-time.Second), "0s"}, {age(59 * time.Second), "59s"}, {age(61 * time.Second), "1m01s"},
+		{age(3*time.Hour + 5*time.Minute), "3h05m"}, {age(49 * time.Hour), "2d01h"},
+		{rtt(0), none}, {rtt(7), "7µs"}, {rtt(999), "999µs"}, {rtt(1000), "1ms"}, {rtt(12_345), "12.3ms"}, {rtt(99_999), "100ms"},
+		{rtt(999_999), "999ms"}, {rtt(1_500_000), "1.5s"},
+		{percent(0), "0%"}, {percent(0.001), "<1%"}, {percent(0.07), "7%"}, {percent(1), "100%"},
+		{count(0), "0"}, {count(999), "999"}, {count(1000), "1k"}, {count(999_499), "999k"}, {count(999_600), "1M"}, {count(1_234_567), "1.23M"},
+		{count(1<<64 - 1), "18.4E"}, {byteSize(12), "12 B"}, {byteSize(1_718_000_000), "1.72 GB"},
+		{size(254), "254"}, {size(api.MaxCount), "2^63 or more"}, {plural(1, "peer"), "1 peer"}, {plural(0, "peer"), "0 peers"},
+		{nodeRef(api.NodeRef{}), none}, {nodeRef(api.NodeRef{Name: "a"}), "a"}, {nodeRef(api.NodeRef{ID: "0123456789"}), "01234567"},
+		{oneLine("a\n  b\tc\n"), "a b c"},
+	} {
+		if tc.got != tc.want {
+			t.Errorf("got %q, want %q", tc.got, tc.want)
+		}
+	}
+}
+
+// However many peers there are, the status is one screen, and those in trouble are on it.
+func TestStatusOfALargeCluster(t *testing.T) {
+	now := time.Now()
+	s := api.Status{Version: "v1", Ready: true, Started: now}
+	for i := range 500 {
+		p := api.Peer{Name: fmt.Sprintf("node-%d", i), State: api.PeerAlive, Path: api.Path{Mode: "udp", State: api.PathUp, RTTUS: 200, MTU: 1472, Since: now}}
+		if i == 444 {
+			p.State, p.Since, p.Reason = api.PeerSuspect, now, "no acknowledgement"
+			p.Path.State = api.PathDown
+			p.Prefixes = append(p.Prefixes, prefix("10.244.9.0/24"))
+		}
+		s.Peers = append(s.Peers, p)
+	}
+	p := &printer{width: 80, now: now}
+	printStatus(p, s)
+	out := p.String()
+	if n := strings.Count(out, "\n"); n > 40 {
+		t.Errorf("%d lines", n)
+	}
+	if !strings.Contains(out, "node-444") || !strings.Contains(out, "and 488 more, none of them in trouble: see `tulle peers`") {
+		t.Errorf("got\n%s", out)
+	}
+}
+
+// Tables keep to their width however narrow it is, as far as single words allow, and lose nothing.
+func TestTableWidths(t *testing.T) {
+	tab := table{head: []string{"NAME", "N", "REASON"}, right: []bool{false, true}}
+	tab.row("node-a\nsecond", "7", "the quick brown fox jumps over the lazy dog and goes on for a while")
+	tab.row("b", "1234", "")
+	tab.row("c", "1", "short")
+	words := func(s string) int { return len(strings.Fields(s)) }
+	unlimited := &printer{}
+	unlimited.table(&tab)
+	for width := 20; width <= 200; width++ {
+		p := &printer{width: width}
+		p.table(&tab)
+		for l := range strings.Lines(p.String()) {
+			if n := utf8.RuneCountInString(strings.TrimSuffix(l, "\n")); n > width {
+				t.Errorf("width %d: %d columns in %q", width, n, l)
+			}
+		}
+		if words(p.String()) != words(unlimited.String()) {
+			t.Errorf("width %d: words are lost:\n%s", width, p.String())
+		}
+	}
+}

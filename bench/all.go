@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -226,8 +227,9 @@ type measure struct {
 var measures = []measure{
 	{"TCP, one stream", false, takeTCP(1)},
 	{"TCP, four streams", false, takeTCP(4)},
-	{"latency at 64 bytes", true, takeLatency(64)},
-	{"latency at 1,400 bytes", true, takeLatency(1400)},
+	{"latency at 64 bytes", true, takeLatency(64, false)},
+	{"latency at 64 bytes, pinned", true, takeLatency(64, true)},
+	{"latency at 1,400 bytes", true, takeLatency(1400, false)},
 	{"UDP rate at 64 bytes", false, takeUDP(64)},
 	{"UDP rate at 1,300 bytes", false, takeUDP(1300)},
 	{"memory", false, takeMemory},
@@ -243,21 +245,32 @@ func takeTCP(streams int) func(context.Context, *AllOptions, *stand, *Detail) er
 	}
 }
 
-func takeLatency(payload int) func(context.Context, *AllOptions, *stand, *Detail) error {
-	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error {
-		from, to, err := sides()
+func takeLatency(payload int, pinned bool) func(context.Context, *AllOptions, *stand, *Detail) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) (err error) {
+		all, err := allCPUs()
 		if err != nil {
 			return err
 		}
-		unpin, err := pinTunnel(s.tunnel.pids, &from, &to)
+		cpus := all
+		if pinned {
+			cpus = all.split()
+		}
+		self := os.Getpid()
+		before, err := autogroup(self)
 		if err != nil {
 			return err
 		}
-		l, err := measureLatency(ctx, &s.ends, payload, o.warm(), o.Duration)
+		defer func() {
+			err = errors.Join(err, placeTunnel(s.tunnel.pids, all, niceNormal), setAutogroup(self, before))
+		}()
+		if err := errors.Join(placeTunnel(s.tunnel.pids, cpus, niceFirst), setAutogroup(self, niceFirst)); err != nil {
+			return err
+		}
+		l, err := measureLatency(ctx, &s.ends, payload, o.warm(), o.Duration, cpus)
 		if err == nil {
 			d.Latency = append(d.Latency, l)
 		}
-		return errors.Join(err, unpin())
+		return err
 	}
 }
 

@@ -18,8 +18,9 @@ func notes(o *AllOptions, r *AllResult) []string {
 		fmt.Sprintf("Each measure is taken of one mode after the other before the next measure begins; %d such rounds. Values are medians "+
 			"over the rounds, with the lowest and the highest in parentheses; ratios are taken within each round, then their median.", o.Rounds),
 		"Half round trip: one UDP datagram at a time, to and fro between blocking sockets, with a SCHED_IDLE thread spinning on each " +
-			"CPU so that none halts; sender and its host's tunnel process pinned to the first half of the CPUs, receiver and its host's " +
-			"to the second. In all other measures CPUs may halt, and nothing is pinned.",
+			"CPU so that none halts. Nothing is pinned to a CPU, so that the scheduler mostly brings both ends together on one; where " +
+			"it says pinned, sender and its host's tunnel process have the first half of the CPUs, receiver and its host's the second, " +
+			"and each trip crosses from CPU to CPU. Ends and tunnel run at nice -20, before what else runs here. In all other measures CPUs may halt, and nothing is pinned or preferred.",
 		fmt.Sprintf("UDP: the highest rate at which at most %.1f %% of a %v trial's datagrams are lost, in datagrams received a second, sent with "+
 			"sendmmsg about every %v, received with recvmmsg. A rate holds if one of two trials holds. Where the unpaced sender loses "+
 			"nothing, the sender is the limit.", 100*lossAllowed, o.Duration/4, pace),
@@ -40,12 +41,13 @@ func notes(o *AllOptions, r *AllResult) []string {
 var groups = [][]string{
 	{"tcp1_gbps", "tcp4_gbps", "cpu_s_per_gb", "tunnel_cpu_s_per_gb"},
 	{"rtt64_p50_us", "rtt64_p99_us", "rtt64_p99_9_us"},
+	{"rtt64_pinned_p50_us", "rtt64_pinned_p99_us", "rtt64_pinned_p99_9_us"},
 	{"rtt1400_p50_us", "rtt1400_p99_us", "rtt1400_p99_9_us"},
 	{"udp64_kpps", "udp1300_kpps", "rss_mb"},
 }
 
 // compared are the metrics whose ratios are printed.
-var compared = []string{"tcp1_gbps", "tcp4_gbps", "cpu_s_per_gb", "rtt64_p50_us", "rtt1400_p50_us", "udp64_kpps", "udp1300_kpps"}
+var compared = []string{"tcp1_gbps", "tcp4_gbps", "cpu_s_per_gb", "rtt64_p50_us", "rtt64_pinned_p50_us", "rtt1400_p50_us", "udp64_kpps", "udp1300_kpps"}
 
 func metricOf(key string) Metric {
 	for _, m := range metrics {

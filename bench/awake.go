@@ -20,6 +20,10 @@ import (
 // measured, a process spins on every CPU, in threads of the class SCHED_IDLE: they run only when nothing else wants to,
 // and give way at once (sched(7)). It is a process of its own because Go's scheduler would take such threads for busy
 // ones, and without asynchronous preemption, so that its own scheduler leaves them alone.
+//
+// The class says only how threads of one group share what their group gets, and with autogroups each session is a group:
+// there such a thread takes half of a CPU from whatever runs in another session, such as an agent. So these threads are made
+// while autogroups are off, which puts them in the root group for good.
 
 const ready = "ready" // is what a helper process prints once it does its work
 
@@ -92,16 +96,35 @@ func startAwake(ctx context.Context, helper []string) (stop func(), err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
 	stop = func() {
 		in.Close()
 		_ = cmd.Wait() // that it was killed with ctx is no error
 	}
-	if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != ready+"\n" {
-		stop()
-		return nil, fmt.Errorf("keep the CPUs awake: %w: %s", err, strings.TrimSpace(errs.String()))
+	err = withoutAutogroups(func() error {
+		if err := cmd.Start(); err != nil {
+			return err
+		}
+		if line, err := bufio.NewReader(out).ReadString('\n'); err != nil || line != ready+"\n" {
+			stop()
+			return fmt.Errorf("%w: %s", err, strings.TrimSpace(errs.String()))
+		}
+		return nil
+	})
+	if err != nil {
+		return nil, fmt.Errorf("keep the CPUs awake: %w", err)
 	}
 	return stop, nil
+}
+
+// withoutAutogroups runs fn while threads are made in no autogroup (sched(7)).
+func withoutAutogroups(fn func() error) error {
+	const path = "/proc/sys/kernel/sched_autogroup_enabled"
+	was, err := os.ReadFile(path)
+	if err != nil || strings.TrimSpace(string(was)) == "0" {
+		return fn() // a kernel without them, or switched off
+	}
+	if err := os.WriteFile(path, []byte("0"), 0); err != nil {
+		return err
+	}
+	return errors.Join(fn(), os.WriteFile(path, was, 0))
 }

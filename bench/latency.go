@@ -17,6 +17,7 @@ import (
 // in microseconds.
 type Latency struct {
 	Payload int     `json:"payload"` // bytes of UDP payload
+	Pinned  bool    `json:"pinned"`  // each side to CPUs of its own
 	Answers int64   `json:"answers"`
 	Lost    int64   `json:"lost"` // not answered within 50 ms
 	Min     float64 `json:"min_us"`
@@ -35,11 +36,7 @@ const (
 
 // measureLatency sends datagrams to and fro for warm, and counts those of the time d after that. Both ends are blocking
 // sockets on threads of their own, each on its side's CPUs.
-func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Duration) (Latency, error) {
-	fromCPUs, toCPUs, err := sides()
-	if err != nil {
-		return Latency{}, err
-	}
+func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Duration, cpus Sides) (Latency, error) {
 	from, to, err := e.udpPair()
 	if err != nil {
 		return Latency{}, err
@@ -50,7 +47,7 @@ func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Dura
 	served.Go(func() {
 		defer unix.Close(to)
 		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
-		if err := unix.SchedSetaffinity(0, &toCPUs); err == nil {
+		if err := placeThread(0, &cpus.To, niceFirst); err == nil {
 			echo(to, &stop)
 		}
 	})
@@ -67,7 +64,7 @@ func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Dura
 		runtime.LockOSThread()
 		var o outcome
 		o.h = hdrhistogram.New(int64(shortestTrip), int64(longestTrip), 3)
-		if o.err = unix.SchedSetaffinity(0, &fromCPUs); o.err == nil {
+		if o.err = placeThread(0, &cpus.From, niceFirst); o.err == nil {
 			o.lost, o.err = pingPong(ctx, from, payload, warm, d, o.h)
 		}
 		done <- o
@@ -82,7 +79,7 @@ func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Dura
 	half := func(ns float64) float64 { return ns / 2 / 1e3 }
 	at := func(percent float64) float64 { return half(float64(o.h.ValueAtQuantile(percent))) }
 	return Latency{
-		Payload: payload, Answers: o.h.TotalCount(), Lost: o.lost, Min: half(float64(o.h.Min())), Mean: half(o.h.Mean()),
+		Payload: payload, Pinned: cpus.From != cpus.To, Answers: o.h.TotalCount(), Lost: o.lost, Min: half(float64(o.h.Min())), Mean: half(o.h.Mean()),
 		P50: at(50), P99: at(99), P999: at(99.9), Max: half(float64(o.h.Max())),
 	}, nil
 }

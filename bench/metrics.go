@@ -17,6 +17,9 @@ var metrics = []Metric{
 	{"rtt64_p50_us", "half RTT 64 B p50", "µs", false},
 	{"rtt64_p99_us", "half RTT 64 B p99", "µs", false},
 	{"rtt64_p99_9_us", "half RTT 64 B p99.9", "µs", false},
+	{"rtt64_pinned_p50_us", "half RTT 64 B pinned p50", "µs", false},
+	{"rtt64_pinned_p99_us", "half RTT 64 B pinned p99", "µs", false},
+	{"rtt64_pinned_p99_9_us", "half RTT 64 B pinned p99.9", "µs", false},
 	{"rtt1400_p50_us", "half RTT 1,400 B p50", "µs", false},
 	{"rtt1400_p99_us", "half RTT 1,400 B p99", "µs", false},
 	{"rtt1400_p99_9_us", "half RTT 1,400 B p99.9", "µs", false},
@@ -41,6 +44,9 @@ func (d *Detail) values() Round {
 	}
 	for _, l := range d.Latency {
 		key := map[int]string{64: "rtt64", 1400: "rtt1400"}[l.Payload]
+		if l.Pinned {
+			key += "_pinned"
+		}
 		r[key+"_p50_us"], r[key+"_p99_us"], r[key+"_p99_9_us"] = l.P50, l.P99, l.P999
 	}
 	for _, u := range d.UDP {
@@ -84,6 +90,7 @@ var floors = []Floor{
 	{Mode: TulleUDP, Metric: "tcp1_gbps", To: WireGuardGo, Bound: 3, AtLeast: true},
 	{Mode: TulleUDP, Metric: "tcp4_gbps", To: KernelVXLAN, Bound: 0.5, AtLeast: true},
 	{Mode: TulleUDP, Metric: "rtt64_p50_us", To: KernelVXLAN, Bound: 2.0},
+	{Mode: TulleUDP, Metric: "rtt64_pinned_p50_us", To: KernelVXLAN, Bound: 2.0},
 	{Mode: TulleUDP, Metric: "rtt1400_p50_us", To: KernelVXLAN, Bound: 2.0},
 	{Mode: TulleUDP, Metric: "udp64_kpps", To: KernelVXLAN, Bound: 0.8, AtLeast: true},
 	{Mode: TulleUDP, Metric: "cpu_s_per_gb", To: KernelVXLAN, Bound: 1.6},

@@ -6,43 +6,58 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
 
-// sides splits the CPUs that this program may use between the two ends, as if each host had its own: whatever runs for
-// From gets the first half, whatever runs for To the second. Left to itself the scheduler sometimes puts both ends on one
-// CPU and sometimes not, which makes latencies of one and the same tunnel differ by a factor. With a single CPU both get it.
-func sides() (from, to unix.CPUSet, err error) {
+// Sides are the CPUs on which each end runs.
+type Sides struct{ From, To unix.CPUSet }
+
+// allCPUs lets both ends run on all CPUs that this program may use: the scheduler then mostly brings sender and receiver
+// together on one, where waking each other is cheapest.
+func allCPUs() (Sides, error) {
 	var all unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &all); err != nil {
-		return from, to, fmt.Errorf("which CPUs there are: %w", err)
+		return Sides{}, fmt.Errorf("which CPUs there are: %w", err)
 	}
-	from, to = splitCPUs(&all)
-	return from, to, nil
+	return Sides{all, all}, nil
 }
 
-func splitCPUs(all *unix.CPUSet) (from, to unix.CPUSet) {
-	n := all.Count()
+// split shares the CPUs among the ends, as if each host had its own: a packet then always wakes somebody on another CPU.
+// A single CPU is both's.
+func (s Sides) split() Sides {
+	all := s.From
+	n, seen := all.Count(), 0
 	if n < 2 {
-		return *all, *all
+		return s
 	}
-	seen := 0
+	var out Sides
 	for cpu := range len(all) * 64 {
-		if all.IsSet(cpu) {
-			if seen < n/2 {
-				from.Set(cpu)
-			} else {
-				to.Set(cpu)
-			}
-			seen++
+		if !all.IsSet(cpu) {
+			continue
 		}
+		if seen < n/2 {
+			out.From.Set(cpu)
+		} else {
+			out.To.Set(cpu)
+		}
+		seen++
 	}
-	return from, to
+	return out
 }
 
-// pinProcess confines all threads of a process, and those that they start, to CPUs.
-func pinProcess(pid int, to *unix.CPUSet) error {
+// The nice values at which latency is measured, and everything else. At the former the ends and the tunnel's processes get
+// their CPU before what else runs on the machine, so that its load is not taken for the tunnel's slowness. It makes no
+// difference on an idle machine. Throughput is measured at 0: there, processes compete with the kernel's own threads.
+const (
+	niceFirst  = -20
+	niceNormal = 0
+)
+
+// place confines all threads of a process, and those that they start later, to CPUs, and sets their nice value and that of
+// their autogroup.
+func place(pid int, on *unix.CPUSet, nice int) error {
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*", pid))
 	if err != nil || len(tasks) == 0 {
 		return errors.Join(err, fmt.Errorf("process %d has ended", pid))
@@ -52,34 +67,61 @@ func pinProcess(pid int, to *unix.CPUSet) error {
 		if err != nil {
 			return err
 		}
-		if err := unix.SchedSetaffinity(tid, to); err != nil && !errors.Is(err, unix.ESRCH) {
-			return fmt.Errorf("pin thread %d of process %d: %w", tid, pid, err)
+		if err := placeThread(tid, on, nice); err != nil && !errors.Is(err, unix.ESRCH) {
+			return fmt.Errorf("thread %d of process %d: %w", tid, pid, err)
 		}
+	}
+	return setAutogroup(pid, nice)
+}
+
+// setAutogroup sets the nice value of a process's autogroup, which all processes of its session share.
+func setAutogroup(pid, nice int) error {
+	err := os.WriteFile(autogroupPath(pid), []byte(strconv.Itoa(nice)), 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil // a kernel without autogroups
+	}
+	return err
+}
+
+// autogroup is the nice value of a process's autogroup, 0 if the kernel has none.
+func autogroup(pid int) (nice int, err error) {
+	b, err := os.ReadFile(autogroupPath(pid))
+	if errors.Is(err, os.ErrNotExist) {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, err
+	}
+	_, value, _ := strings.Cut(strings.TrimSpace(string(b)), " nice ") // "/autogroup-53 nice 0"
+	if nice, err = strconv.Atoi(value); err != nil {
+		return 0, fmt.Errorf("%s: %w", autogroupPath(pid), err)
+	}
+	return nice, nil
+}
+
+func autogroupPath(pid int) string { return fmt.Sprintf("/proc/%d/autogroup", pid) }
+
+// placeThread is place for one thread; 0 is the calling one.
+func placeThread(tid int, on *unix.CPUSet, nice int) error {
+	if err := unix.SchedSetaffinity(tid, on); err != nil {
+		return fmt.Errorf("pin: %w", err)
+	}
+	if err := unix.Setpriority(unix.PRIO_PROCESS, tid, nice); err != nil {
+		return fmt.Errorf("nice value %d: %w", nice, err)
 	}
 	return nil
 }
 
-// pinTunnel pins the tunnel's processes, the first to from and the second to to. The result lets them go again.
-func pinTunnel(pids []int, from, to *unix.CPUSet) (undo func() error, err error) {
-	var all unix.CPUSet
-	if err := unix.SchedGetaffinity(os.Getpid(), &all); err != nil {
-		return nil, err
-	}
-	undo = func() error {
-		var err error
-		for _, pid := range pids {
-			err = errors.Join(err, pinProcess(pid, &all))
-		}
-		return err
-	}
+// placeTunnel places the tunnel's processes, the first on its side's CPUs and the second on the other's.
+func placeTunnel(pids []int, cpus Sides, nice int) error {
 	for i, pid := range pids {
-		set := from
+		on := &cpus.From
 		if i%2 == 1 {
-			set = to
+			on = &cpus.To
 		}
-		if err := pinProcess(pid, set); err != nil {
-			return nil, errors.Join(err, undo())
+		if err := place(pid, on, nice); err != nil {
+			return err
 		}
 	}
-	return undo, nil
+	return nil
 }

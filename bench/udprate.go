@@ -20,8 +20,9 @@ type Trial struct {
 	Offered   float64 `json:"offered_pps"` // datagrams a second that were asked for; 0: as many as went
 	Sent      uint64  `json:"sent"`
 	Received  uint64  `json:"received"`
-	Reordered uint64  `json:"reordered"` // received after one that was sent later
-	Seconds   float64 `json:"seconds"`   // of sending
+	Reordered uint64  `json:"reordered"`  // received after one that was sent later
+	Seconds   float64 `json:"seconds"`    // of sending
+	Arriving  float64 `json:"arriving_s"` // from the first to the last that was received
 }
 
 // Loss is the share of the sent datagrams that did not arrive.
@@ -32,9 +33,10 @@ func (t *Trial) Loss() float64 {
 	return 1 - float64(min(t.Received, t.Sent))/float64(t.Sent)
 }
 
-// SentRate and Rate are datagrams a second, sent and received.
+// SentRate and Rate are datagrams a second, sent and received. What a queue still holds when the sender stops takes its
+// time to arrive: a tunnel is not faster for having long queues.
 func (t *Trial) SentRate() float64 { return float64(t.Sent) / t.Seconds }
-func (t *Trial) Rate() float64     { return float64(t.Received) / t.Seconds }
+func (t *Trial) Rate() float64     { return float64(t.Received) / max(t.Seconds, t.Arriving) }
 
 const (
 	batch = 64 // datagrams of one sendmmsg or recvmmsg
@@ -68,7 +70,7 @@ func udpTrial(ctx context.Context, e *Ends, payload int, rate float64, d time.Du
 	t := Trial{Offered: rate}
 	var received atomic.Uint64
 	ended := make(chan error, 1)
-	go func() { ended <- udpSink(sink, &received, &t.Reordered) }() // ends when sink is closed
+	go func() { ended <- udpSink(sink, &received, &t) }() // ends when sink is closed
 	sent := make(chan error, 1)
 	go func() { sent <- udpSource(ctx, source, max(payload, 8), d, &t) }()
 	err = <-sent
@@ -151,10 +153,12 @@ func bare(err error) error {
 	return err
 }
 
-// udpSink counts until c is closed.
-func udpSink(c *ipv4.PacketConn, received *atomic.Uint64, reordered *uint64) error {
+// udpSink counts until c is closed, and fills in what it alone knows.
+func udpSink(c *ipv4.PacketConn, received *atomic.Uint64, t *Trial) error {
 	ms := messages(2048)
 	next := uint64(0)
+	var first, last time.Time
+	defer func() { t.Arriving = last.Sub(first).Seconds() }()
 	for {
 		n, err := c.ReadBatch(ms, 0)
 		if errors.Is(err, net.ErrClosed) {
@@ -163,10 +167,13 @@ func udpSink(c *ipv4.PacketConn, received *atomic.Uint64, reordered *uint64) err
 		if err != nil && !passing(bare(err)) {
 			return fmt.Errorf("receive: %w", err)
 		}
+		if last = time.Now(); first.IsZero() {
+			first = last
+		}
 		for i := range max(n, 0) {
 			seq := binary.BigEndian.Uint64(ms[i].Buffers[0])
 			if seq < next {
-				*reordered++
+				t.Reordered++
 			} else {
 				next = seq + 1
 			}

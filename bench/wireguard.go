@@ -15,6 +15,7 @@ import (
 	"strings"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 	"golang.zx2c4.com/wireguard/conn"
 	"golang.zx2c4.com/wireguard/device"
 	"golang.zx2c4.com/wireguard/tun"
@@ -41,6 +42,9 @@ type wireguardConfig struct {
 
 // wireguardGo runs a device in the network namespace of this process until in ends.
 func wireguardGo(in io.Reader, out io.Writer) error {
+	if _, err := unix.Setsid(); err != nil { // as the agents do, so that the kernel schedules both alike
+		return fmt.Errorf("session: %w", err)
+	}
 	input := bufio.NewReader(in)
 	line, err := input.ReadBytes('\n')
 	if err != nil {

@@ -100,7 +100,7 @@ func needRoot(t testing.TB) {
 }
 
 // patience bounds every wait for something that must happen; nothing is asserted about how long it takes.
-const patience = 30 * time.Second
+const patience = 20 * time.Second
 
 // eventually polls until ok.
 func eventually(t testing.TB, what string, ok func() bool) {
@@ -213,7 +213,7 @@ func startPair(t testing.TB, l testLink) (a, b *testNode) {
 			if n.under.Is6() {
 				bits = 64
 			}
-			return giveAddress(nl, "eth0", netip.PrefixFrom(n.under, bits))
+			return giveAddress(t, nl, "eth0", netip.PrefixFrom(n.under, bits))
 		})
 	}
 	a.start(t, l, b)
@@ -249,14 +249,32 @@ func veth(t testing.TB, ns1, name1, ns2, name2 string, linkMTU int) {
 			return nil
 		})
 	}
+	// The kernel activates a device some time after it got its carrier; what is sent before is lost.
+	for ns, name := range map[string]string{ns1: name1, ns2: name2} {
+		withNetlink(t, ns, func(nl *sys.Netlink) error {
+			eventually(t, name+" is up", func() bool {
+				link, err := nl.LinkByName(name)
+				return err == nil && link.Attrs().OperState == netlink.OperUp
+			})
+			return nil
+		})
+	}
 }
 
-func giveAddress(nl *sys.Netlink, name string, p netip.Prefix) error {
+func giveAddress(t testing.TB, nl *sys.Netlink, name string, p netip.Prefix) error {
 	link, err := nl.LinkByName(name)
 	if err != nil {
 		return err
 	}
-	return nl.AddrAdd(link, &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD})
+	if err := nl.AddrAdd(link, &netlink.Addr{IPNet: ipNet(p), Flags: unix.IFA_F_NODAD}); err != nil {
+		return err
+	}
+	// Of an IPv6 address, a kernel worker makes the route some time later.
+	eventually(t, p.String()+" is local", func() bool {
+		routes, err := nl.RouteGet(p.Addr().AsSlice())
+		return err == nil && len(routes) == 1 && routes[0].Type == unix.RTN_LOCAL
+	})
+	return nil
 }
 
 func ipNet(p netip.Prefix) *net.IPNet {
@@ -279,7 +297,7 @@ func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 		})
 		return err
 	}))
-	withNetlink(t, n.ns, func(nl *sys.Netlink) error { return n.address(nl, l) })
+	withNetlink(t, n.ns, func(nl *sys.Netlink) error { return n.address(t, nl, l) })
 	n.update(peer.asPeer(l))
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
@@ -304,12 +322,12 @@ func (n *testNode) update(peers ...Peer) {
 }
 
 // address gives the TUN its addresses and routes the cluster's space into it.
-func (n *testNode) address(nl *sys.Netlink, l testLink) error {
+func (n *testNode) address(t testing.TB, nl *sys.Netlink, l testLink) error {
 	for f, a := range n.tun {
 		if a.Is6() && l.mtu() < mtu.Min6 {
 			continue
 		}
-		if err := giveAddress(nl, "tun0", netip.PrefixFrom(a, a.BitLen())); err != nil {
+		if err := giveAddress(t, nl, "tun0", netip.PrefixFrom(a, a.BitLen())); err != nil {
 			return err
 		}
 		cluster := []string{"10.77.0.0/16", "fd77::/48"}[f]

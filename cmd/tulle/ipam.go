@@ -77,7 +77,7 @@ func printIPAM(p *printer, r api.IPAM) {
 		if !a.Until.IsZero() {
 			state += " for " + age(a.Until.Sub(p.now))
 		}
-		t.row(list(a.Addresses, "\n"), state, p.since(a.Since), orNone(a.Name), a.ID)
+		t.row(list(a.Addresses, "\n"), state, p.since(a.Since), orNone(a.Name), orNone(a.ID))
 	}
 	p.line("")
 	p.table(&t)

@@ -150,18 +150,19 @@ func gossip(p *printer, g api.Gossip) string {
 }
 
 func traffic(c api.Counters) string {
-	text := fmt.Sprintf("out %s packets, %s%s; in %s packets, %s%s",
-		count(c.TxPackets), byteSize(c.TxBytes), batch(c.TxPackets, c.TxSends, "send"),
-		count(c.RxPackets), byteSize(c.RxBytes), batch(c.RxPackets, c.RxReceives, "receive"))
+	parts := []string{
+		fmt.Sprintf("out %s packets, %s%s", count(c.TxPackets), byteSize(c.TxBytes), batch(c.TxPackets, c.TxSends, "send")),
+		fmt.Sprintf("in %s packets, %s%s", count(c.RxPackets), byteSize(c.RxBytes), batch(c.RxPackets, c.RxReceives, "receive")),
+	}
 	for _, x := range []struct {
 		n    uint64
 		what string
 	}{{c.GSOFallbacks, "GSO fallbacks"}, {c.SocketOverflows, "lost in a full socket"}, {c.TunDrops, "lost in a full TUN"}, {c.Repairs, "host settings mended"}} {
 		if x.n > 0 {
-			text += fmt.Sprintf("; %s %s", count(x.n), x.what)
+			parts = append(parts, count(x.n)+" "+x.what)
 		}
 	}
-	return text
+	return strings.Join(parts, "; ")
 }
 
 func batch(packets, calls uint64, verb string) string {

@@ -148,8 +148,7 @@ func TestEveryVerb(t *testing.T) {
 		"ExternalAdd": ExternalRequest{Prefix: prefix, Endpoint: netip.MustParseAddr("192.0.2.9"), Encapsulation: "ipip"}, "ExternalRemove": netip.MustParsePrefix("fd00::/64"),
 		"KeyInstall": KeyRequest{Key: []byte(strings.Repeat("k", KeySize))}, "KeyUse": KeyRequest{ID: "k1"}, "KeyRemove": KeyRequest{ID: "k1"},
 	}
-	for i := range verbs.NumMethod() {
-		m := verbs.Method(i)
+	for m := range verbs.Methods() {
 		t.Run(m.Name, func(t *testing.T) {
 			in := []reflect.Value{reflect.ValueOf(ctx)}
 			if m.Type.NumIn() == 2 {
@@ -183,7 +182,7 @@ func TestStatusFields(t *testing.T) {
 	s.Node.Blocks = []Block{{}}
 	s.Problems = []Problem{{}}
 	b, _ := json.Marshal(s)
-	for _, path := range strings.Fields(`version node.name node.id node.underlay node.tun.name node.tun.mtu node.tun.addresses node.prefixes
+	for path := range strings.FieldsSeq(`version node.name node.id node.underlay node.tun.name node.tun.mtu node.tun.addresses node.prefixes
 		node.blocks.0.prefix node.blocks.0.used node.blocks.0.size cluster.id cluster.members cluster.alive cluster.isolated
 		peers.0.name peers.0.id peers.0.state peers.0.underlay peers.0.prefixes peers.0.path.mode peers.0.path.state peers.0.path.rtt_us
 		peers.0.path.loss peers.0.path.mtu peers.0.path.since peers.0.path.reason peers.0.candidates.0.mode

@@ -2,6 +2,7 @@ package api
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"unicode"
 )
@@ -76,10 +77,8 @@ func (r ExternalRequest) validate() error {
 	if !r.Endpoint.IsValid() || r.Endpoint.Zone() != "" || r.Endpoint.Is4In6() || !r.Endpoint.IsGlobalUnicast() {
 		return usage("endpoint %q: want the unicast address of the external peer", r.Endpoint)
 	}
-	for _, e := range encapsulations {
-		if r.Encapsulation == e {
-			return nil
-		}
+	if slices.Contains(encapsulations, r.Encapsulation) {
+		return nil
 	}
 	return usage("encapsulation %q: want one of %s", r.Encapsulation, strings.Join(encapsulations, ", "))
 }

@@ -251,6 +251,7 @@ func (g *Gossip) memberlistConfig(tr *transport, d *delegate) (*memberlist.Confi
 	c.UDPBufferSize = g.cfg.packetSize()
 	c.RetransmitMult = retransmitMult
 	c.DeadNodeReclaimTime = p.reclaim // the default of 0 locks out a node that returns with a new address
+	c.HandoffQueueDepth = 4096        // messages that wait for the handler; a burst of news must not be cut short
 	c.GossipVerifyIncoming, c.GossipVerifyOutgoing = true, true
 	// LZW allocates tens of kilobytes a packet, and encrypted metadata, IDs
 	// and prefixes hardly shrink.

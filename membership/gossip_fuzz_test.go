@@ -182,7 +182,7 @@ func FuzzReceived(f *testing.F) {
 	f.Fuzz(func(t *testing.T, b []byte) {
 		g.received(b)
 		g.receivedState(b, true)
-		(&logWriter{g}).Write(b)
+		(&logWriter{g: g}).Write(b)
 		_ = g.checkAlive(sighting{name: string(b), meta: b}, g.bind)
 		_ = g.checkMerge([]sighting{{name: string(b), meta: b, alive: true}}, g.bind)
 		g.memberEvent(sighting{name: string(b), meta: b}, StateAlive)

@@ -4,14 +4,44 @@ import (
 	"context"
 	"log/slog"
 	"strings"
+	"sync"
+	"time"
 )
 
 // logWriter takes memberlist's log lines apart: they become slog records, and
 // some are the only sign of an event that is counted. memberlist writes one line
 // a call.
-type logWriter struct{ g *Gossip }
+type logWriter struct {
+	g *Gossip
 
-const maxLogLine = 512 // bytes; some lines print metadata as decimal bytes
+	mu         sync.Mutex
+	window     time.Time // when the present one began
+	lines      int       // in it
+	suppressed int
+}
+
+const (
+	maxLogLine = 512 // bytes; some lines print metadata as decimal bytes
+	// memberlist logs a line for each bad packet. Of what is left to log,
+	// this much passes in each window.
+	logWindow   = 10 * time.Second
+	linesWindow = 50
+)
+
+// pass reports whether a line may be logged, and how many were not in the
+// window before.
+func (w *logWriter) pass(now time.Time) (ok bool, suppressed int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if now.Sub(w.window) > logWindow {
+		suppressed, w.window, w.lines, w.suppressed = w.suppressed, now, 0, 0
+	}
+	if w.lines++; w.lines > linesWindow {
+		w.suppressed++
+		return false, 0
+	}
+	return true, suppressed
+}
 
 func (w *logWriter) Write(b []byte) (int, error) {
 	n := len(b)
@@ -34,7 +64,15 @@ func (w *logWriter) Write(b []byte) (int, error) {
 	if w.g.logEvent(line) || strings.Contains(line, "use of closed network connection") {
 		level = slog.LevelDebug // counted, and shown as a problem; or the end of a probe after shutdown
 	}
-	if l := w.g.log; l.Enabled(context.Background(), level) {
+	l := w.g.log
+	if !l.Enabled(context.Background(), level) {
+		return n, nil
+	}
+	ok, suppressed := w.pass(time.Now())
+	if suppressed > 0 {
+		l.Warn("gossip: log lines were suppressed", "lines", suppressed)
+	}
+	if ok {
 		l.Log(context.Background(), level, "gossip: "+line)
 	}
 	return n, nil
@@ -51,6 +89,9 @@ func (g *Gossip) logEvent(line string) (told bool) {
 	case strings.HasPrefix(line, "Was able to connect to "):
 		name, _, _ := strings.Cut(strings.TrimPrefix(line, "Was able to connect to "), " ")
 		g.udpBlocked(name)
+		return true
+	case strings.HasPrefix(line, "handler queue full"):
+		g.inbox.dropped.Add(1)
 		return true
 	case undecryptable(lower):
 		g.count.undecryptable.Add(1)

@@ -36,7 +36,7 @@ func quietGossip(t *testing.T) (g *Gossip, peer NodeID, logged *bytes.Buffer) {
 // memberlist tells some events in its log only.
 func TestLogEvents(t *testing.T) {
 	g, peer, logged := quietGossip(t)
-	w := &logWriter{g}
+	w := &logWriter{g: g}
 	state := func() MemberState { m, _ := g.Member(peer); return m.State }
 
 	fmt.Fprintf(w, "[INFO] memberlist: Suspect %v has failed, no acks received\n", peer)
@@ -76,6 +76,26 @@ func TestLogEvents(t *testing.T) {
 	fmt.Fprintf(w, "[ERR] memberlist: %s\n", strings.Repeat("9 ", 5000))
 	if s := logged.String(); !strings.Contains(s, `level=WARN msg="gossip: something new"`) || strings.Contains(s, "chatter") || len(s) > 2*maxLogLine {
 		t.Errorf("log: %s", s)
+	}
+
+	logged.Reset()
+	w.window = time.Time{}
+	for range 10 * linesWindow {
+		fmt.Fprint(w, "[WARN] memberlist: Got ping for unexpected node\n")
+	}
+	if n := strings.Count(logged.String(), "unexpected node"); n != linesWindow {
+		t.Errorf("%d lines for %d bad packets", n, 10*linesWindow)
+	}
+	w.window = time.Time{}
+	fmt.Fprint(w, "[WARN] memberlist: later\n")
+	if s := logged.String(); !strings.Contains(s, fmt.Sprint("lines=", 9*linesWindow)) || !strings.Contains(s, "later") {
+		t.Errorf("log: %s", s)
+	}
+	for range 3 {
+		fmt.Fprint(w, "[WARN] memberlist: handler queue full, dropping message (8) from=192.0.2.9:7946\n")
+	}
+	if n := g.Stats().Dropped; n != 3 {
+		t.Errorf("%d dropped messages counted", n)
 	}
 }
 

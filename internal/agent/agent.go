@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"os"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -31,9 +32,12 @@ type agent struct {
 // Run is the agent: it serves the control socket and moves packets until ctx is done, which is a clean stop and no error.
 // The host's routes, TUN device and nft table stay.
 func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
-	if err := checkCapabilities(); err != nil {
+	if err := checkCapabilities("tulle agent"); err != nil {
 		return err
 	}
+	// The packet loops wait without giving up their processor (sys.Poller): two of them are at it for each conversation,
+	// and the rest of the agent must not wait for them.
+	runtime.GOMAXPROCS(runtime.NumCPU() + 4)
 	a := &agent{cfg: cfg, log: log, started: time.Now()}
 	listener, err := api.Listen(cfg.Socket)
 	if err != nil {
@@ -97,15 +101,15 @@ func (a *agent) wait(p api.Problem) {
 	a.pending = p
 }
 
-// checkCapabilities says early, in one line, what would otherwise fail late and in many places.
-func checkCapabilities() error {
+// checkCapabilities says early, for the command what, in one line, what would otherwise fail late and in many places.
+func checkCapabilities(what string) error {
 	const netAdmin, netRaw = 12, 13 // linux/capability.h
 	eff, err := effectiveCapabilities()
 	if err != nil {
 		return err
 	}
 	if eff&(1<<netAdmin) == 0 || eff&(1<<netRaw) == 0 {
-		return &api.Error{Code: api.CodeFailed, Message: "tulle agent needs CAP_NET_ADMIN and CAP_NET_RAW, which this process (uid " + uid() + ") does not have",
+		return &api.Error{Code: api.CodeFailed, Message: what + " needs CAP_NET_ADMIN and CAP_NET_RAW, which this process (uid " + uid() + ") does not have",
 			Remedy: "run it as root, or by its systemd unit (systemctl start tulle)"}
 	}
 	return nil

@@ -1,0 +1,42 @@
+package main
+
+import (
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/tulle-net/tulle/internal/agent"
+	"github.com/tulle-net/tulle/internal/agent/config"
+)
+
+func cleanupCommand() *cobra.Command {
+	cmd := &cobra.Command{
+		Use:   "cleanup",
+		Short: "Remove what a stopped agent left in this host's network",
+		Long: "Remove what a stopped agent left in this host's network, where it stays on purpose so that pods keep talking: the TUN\n" +
+			"device, its addresses and routes, and the nft table. Sysctls that the agent changed become what they were. Pods and\n" +
+			"their interfaces are left alone. Refused while the agent runs.\n\n" +
+			"The state directory stays: this node keeps its address space, and takes it up again if the agent is started.\n" +
+			"To give it back, run `tulle leave` before you stop the agent.",
+		Example: "  tulle leave && systemctl disable --now tulle && tulle cleanup    # this host is done with tulle",
+		Args:    exactly(),
+	}
+	all := pflag.NewFlagSet("agent", pflag.ContinueOnError)
+	config.AddFlags(all)
+	for _, name := range []string{"config", "tun", "socket"} {
+		cmd.Flags().AddFlag(all.Lookup(name))
+	}
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		cfg, err := config.Load(cmd.Flags(), "")
+		if err != nil {
+			return usageError{err}
+		}
+		if err := agent.Cleanup(cmd.Context(), cfg); err != nil {
+			return err
+		}
+		p := &printer{}
+		p.line("nothing of tulle is left in this host's network; the state in %s stays", cfg.StateDir)
+		_, err = cmd.OutOrStdout().Write([]byte(p.String()))
+		return err
+	}
+	return cmd
+}

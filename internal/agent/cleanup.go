@@ -1,0 +1,77 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/tunnel/device"
+)
+
+// Cleanup takes from this host's network what an agent that has stopped left there, because routes and pods outlive it:
+// the TUN device, routes and addresses that carry our mark, the nft table, a socket's file; changed sysctls are put back.
+// What is gone already is no error. It is refused while an agent runs. The state directory stays: the node keeps its
+// address space (see Leave).
+func Cleanup(ctx context.Context, cfg config.Config) error {
+	if err := checkCapabilities("tulle cleanup"); err != nil {
+		return err
+	}
+	if err := refuseRunning(ctx, cfg.Socket); err != nil {
+		return err
+	}
+	// Held from here on, the device keeps an agent from starting in between.
+	dev, err := holdTun(cfg.Tun)
+	if err != nil {
+		return err
+	}
+	host, err := hostnet.New(hostnet.Options{Tun: cfg.Tun, SysctlFile: runFile(cfg, "sysctls")})
+	if err == nil {
+		err = errors.Join(host.Remove(ctx), host.Close())
+	}
+	if dev != nil {
+		err = errors.Join(err, dev.Persist(false), dev.Close())
+	}
+	return err
+}
+
+// refuseRunning is an error if an agent listens on the socket; the file of one that was killed is removed.
+func refuseRunning(ctx context.Context, socket string) error {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	c, err := new(net.Dialer).DialContext(ctx, "unix", socket)
+	if err == nil {
+		c.Close()
+		return api.Errorf(api.CodeRefused, "an agent is running: it listens on %s", socket).
+			WithRemedy("stop it first (systemctl stop tulle), or name another one's --socket")
+	}
+	if _, serr := os.Lstat(socket); errors.Is(serr, fs.ErrNotExist) {
+		return nil
+	}
+	if st, serr := os.Lstat(socket); serr == nil && st.Mode()&fs.ModeSocket == 0 {
+		return fmt.Errorf("%s is no socket: name the agent's with --socket", socket)
+	}
+	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the socket of an agent that was killed: %w", err)
+	}
+	return nil
+}
+
+// holdTun opens the TUN device if it is there; nil if it is not.
+func holdTun(name string) (*device.Device, error) {
+	if _, err := netlink.LinkByName(name); err != nil {
+		if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+			return nil, nil
+		}
+		return nil, fmt.Errorf("TUN device %s: %w", name, err)
+	}
+	return device.Open(device.Options{Name: name})
+}

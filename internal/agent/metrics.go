@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/api"
 )
@@ -18,6 +19,10 @@ import (
 // serveMetrics serves /metrics, /healthz and /readyz until ctx is done.
 func (a *agent) serveMetrics(ctx context.Context) error {
 	l, err := net.Listen("tcp", a.cfg.Metrics)
+	if errors.Is(err, unix.EADDRINUSE) {
+		_, port, _ := net.SplitHostPort(a.cfg.Metrics)
+		return fmt.Errorf("--metrics %s: TCP port %s is in use: see who holds it with `ss -ltnp 'sport = :%[2]s'`; choose another address, or off", a.cfg.Metrics, port)
+	}
 	if err != nil {
 		return fmt.Errorf("--metrics %s: %w; choose another address, or off", a.cfg.Metrics, err)
 	}

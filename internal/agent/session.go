@@ -100,7 +100,15 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err := s.openData(a); err != nil {
 		return err
 	}
-	return s.openCluster(state)
+	if err := s.openCluster(state); err != nil {
+		return err
+	}
+	// Only now, so that an agent that does not come this far leaves no device behind.
+	if err := s.device.Persist(true); err != nil {
+		return err
+	}
+	a.keepTUN(s.device)
+	return nil
 }
 
 // usableModes keeps the encapsulations that can be sent, in order.
@@ -192,10 +200,6 @@ func (s *session) openData(a *agent) (err error) {
 	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU)}); err != nil {
 		return err
 	}
-	if err := s.device.Persist(true); err != nil {
-		return err
-	}
-	a.keepTUN(s.device)
 	s.probes = newProber(s.log)
 	s.engine, err = tunnel.New(tunnel.Config{
 		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, CopyDSCP: true,

@@ -67,6 +67,14 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 		if !p.IsValid() || p.Bits() == 0 || ours(rt, tunIndex) || tunIndex != 0 && rt.LinkIndex == tunIndex || inOwn(p) {
 			continue
 		}
+		if rt.Protocol == Protocol {
+			for _, c := range clusterCIDRs {
+				if c.Overlaps(p) {
+					return fmt.Errorf("cluster CIDR %v overlaps this host's route %s, which an agent with --tun %s has made: stop that agent and run `tulle cleanup --tun %[3]s`, or choose another --cluster-cidr",
+						c.Masked(), routeText(rt, d.name), d.name(rt.LinkIndex))
+				}
+			}
+		}
 		connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST
 		for _, c := range clusterCIDRs {
 			if contains(c.Masked(), p) || connected && contains(p, c) {

@@ -147,7 +147,7 @@ func (d *Device) lookAtOld(o Options) error {
 		if ok {
 			kind = "tap"
 		}
-		return fmt.Errorf("TUN device %s: an interface of type %s has this name: rename it (`ip link set %s name NEW`) or choose another name", o.Name, kind, o.Name)
+		return fmt.Errorf("TUN device %s: an interface of type %s has this name: rename it (`ip link set %s name NEW`) or choose another name with --tun", o.Name, kind, o.Name)
 	}
 	// With one queue the kernel itself refuses a second holder. With several it
 	// would let us join, and each would see some of the packets.
@@ -200,7 +200,7 @@ func explainAttach(name string, err error) error {
 	case errors.Is(err, unix.EPERM):
 		return fmt.Errorf("TUN device %s: not permitted: run as root, or with the capability CAP_NET_ADMIN: %w", name, err)
 	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("TUN device %s: %w: see which with `fuser -v %s`, stop it, or choose another device name", name, errors.Join(ErrBusy, err), sys.TunPath)
+		return fmt.Errorf("TUN device %s: %w (%w): see which with `fuser -v %s`, stop it, or choose another device name with --tun", name, ErrBusy, err, sys.TunPath)
 	}
 	return fmt.Errorf("TUN device %s: TUNSETIFF: %w", name, err)
 }

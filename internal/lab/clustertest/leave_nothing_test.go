@@ -90,7 +90,13 @@ func TestCleanup(t *testing.T) {
 		if err := l.ResetHost(t.Context(), "h2"); err != nil {
 			t.Fatal(err)
 		}
-		fresh := networkOf(t, l, "h2")
+		var fresh snapshot
+		until(t, "the link of h2 comes up", func() error {
+			if fresh = networkOf(t, l, "h2"); len(fresh.with("route fe80::/64")) == 0 {
+				return errors.New("no link-local route")
+			}
+			return nil
+		})
 		if err := l.StartAgent(t.Context(), "h2"); err != nil {
 			t.Fatal(err)
 		}

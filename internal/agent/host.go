@@ -2,7 +2,9 @@ package agent
 
 import (
 	"bufio"
+	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"os"
 	"strconv"
@@ -27,10 +29,11 @@ func effectiveCapabilities() (uint64, error) {
 	return 0, fmt.Errorf("%s has no CapEff line", f.Name())
 }
 
-// namespaceLives reports whether the file that names a network namespace is there.
+// namespaceLives reports whether the file that names a network namespace is there, or may be: one that this process has
+// no right to look at (/proc/PID/ns/net of another user) is not gone.
 func namespaceLives(path string) bool {
 	_, err := os.Stat(path)
-	return err == nil
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 func uid() string { return strconv.Itoa(os.Geteuid()) }

@@ -42,6 +42,7 @@ type session struct {
 	store   *ipam.Store
 	space   *space.Space
 	gossip  *membership.Gossip
+	keys    *membership.Keyring // nil: gossip is not encrypted
 	cluster *cluster
 	device  *device.Device
 	engine  *tunnel.Engine
@@ -226,9 +227,8 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 	if state != nil {
 		id = membership.NodeID(state.Node)
 	}
-	var keys *membership.Keyring
 	if s.cfg.GossipKeyFile != "" {
-		if keys, err = membership.LoadKeyring(s.cfg.GossipKeyFile); err != nil {
+		if s.keys, err = membership.LoadKeyring(s.cfg.GossipKeyFile); err != nil {
 			return err
 		}
 	}
@@ -245,6 +245,9 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		return err
 	}
 	s.cluster.space = s.space
+	if err := s.takeStock(); err != nil {
+		return err
+	}
 	var known []netip.AddrPort
 	for _, p := range s.space.Peers() {
 		if p.Addr.IsValid() {
@@ -253,10 +256,60 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 	}
 	s.gossip, err = membership.New(membership.Config{
 		ID: id, Name: s.cfg.NodeName, Bind: s.link.Addrs[0], Port: int(s.cfg.GossipPort), MTU: s.link.MTU,
-		Seeds: s.cfg.Join, LastPeers: known, Meta: s.meta(), Keyring: keys, Handler: handler{s.cluster}, Logger: s.log,
+		Seeds: s.cfg.Join, LastPeers: known, Meta: s.meta(), Keyring: s.keys, Handler: handler{s.cluster}, Logger: s.log,
 	})
 	s.cluster.gossip = s.gossip
 	return err
+}
+
+// takeStock compares allocations with the host before anything is served: pods that the state does not know (it was lost,
+// or is older than they are) keep their addresses out of use, and what is left of pods whose namespace is gone, as after
+// a reboot, is released. Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
+func (s *session) takeStock() error {
+	cidrs := s.cfg.ClusterCIDRs
+	for _, f := range s.space.Params().Families {
+		cidrs = append(slices.Clone(cidrs), f.CIDR)
+	}
+	routes, err := hostnet.PodRoutes(s.cfg.Tun, cidrs)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	routed := map[netip.Addr]bool{}
+	allocated := map[netip.Addr]bool{}
+	var unknown, live []ipam.Allocation
+	var dead []string
+	for _, l := range s.space.Allocations() {
+		allocated[l.Addr] = true
+	}
+	for _, r := range routes {
+		routed[r.Addr] = true
+		l := ipam.Allocation{Addr: r.Addr, Key: "found on " + r.Device, Pod: r.Device, Since: now}
+		live = append(live, l)
+		if !allocated[r.Addr] {
+			unknown = append(unknown, l)
+		}
+	}
+	for _, l := range s.space.Allocations() {
+		if l.Netns != "" && !routed[l.Addr] && !namespaceLives(l.Netns) {
+			dead = append(dead, l.Key)
+		}
+	}
+	if len(unknown) > 0 {
+		refused, err := s.space.Adopt(now, unknown)
+		if err != nil {
+			return err
+		}
+		s.log.Warn("found pods that the state does not know; their addresses stay out of use", "found", len(unknown), "refused", len(refused))
+	}
+	if len(dead) > 0 {
+		released, err := s.space.ReleaseLeaked(now, live, leakGrace, dead...)
+		if err != nil {
+			return err
+		}
+		s.log.Info("released the addresses of pods that are gone", "addresses", len(released))
+	}
+	return nil
 }
 
 // meta is what the other members learn about this node.

@@ -182,6 +182,9 @@ func (s *session) fillGossip(st *api.Status) {
 		Bind: netip.AddrPortFrom(s.link.Addrs[0], s.cfg.GossipPort), Encrypted: s.cfg.GossipKeyFile != "",
 		Undecrypted: g.Undecryptable, Rejected: g.Refused, Health: g.Health, Queued: g.Queue,
 	}
+	if s.keys != nil {
+		st.Gossip.Keys = len(s.keys.Keys())
+	}
 }
 
 func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {

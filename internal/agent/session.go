@@ -284,7 +284,7 @@ func (s *session) takeStock() error {
 	}
 	for _, r := range routes {
 		routed[r.Addr] = true
-		l := ipam.Allocation{Addr: r.Addr, Key: "found on " + r.Device, Pod: r.Device, Since: now}
+		l := ipam.Allocation{Addr: r.Addr, Key: "found " + r.Addr.String(), Pod: r.Device, Since: now}
 		live = append(live, l)
 		if !allocated[r.Addr] {
 			unknown = append(unknown, l)

@@ -44,6 +44,7 @@ type target struct {
 	udp         *underlay.Dest // endpoint and its udp port
 	raw         *underlay.Dest // endpoint, for protocols 4 and 41
 	tunAddrs    [2]netip.Addr  // the peer's, where known: IPv4, IPv6
+	underlay    []netip.Addr   // the peer\'s: it may send from them, too
 	count       *peerCounters
 }
 
@@ -82,6 +83,7 @@ func newForwarding(local Local, peers []Peer, counters func(id string) *peerCoun
 			mtu:         int(p.MTU),
 			id:          p.ID,
 			endpoint:    p.Endpoint,
+			underlay:    p.Accept,
 			count:       counters(p.ID),
 		}
 		if p.Endpoint.IsValid() {

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"errors"
 	"net/netip"
+	"slices"
 
 	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -193,12 +194,13 @@ func (w *rxWorker) Ours(src netip.Addr) bool {
 	return w.owner != nil && w.owner.local
 }
 
-// MaySend reports whether src is in the sending peer's space. Ours was asked just before.
+// MaySend reports whether src is in the sending peer's space, or is the peer's host itself: what a host answers to a pod
+// that knows it by its underlay address comes from there. Ours was asked just before.
 func (w *rxWorker) MaySend(src netip.Addr) bool {
 	if src == w.lastSrc {
 		return true
 	}
-	if w.owner != w.from {
+	if w.owner != w.from && !slices.Contains(w.from.underlay, src) {
 		return false
 	}
 	w.lastSrc = src

@@ -112,6 +112,24 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	return nil
 }
 
+// checkOverlap refuses a cluster CIDR that the host uses for something else. Routes to single addresses inside it are pods
+// of an agent whose state is lost.
+func checkOverlap(cfg config.Config) error {
+	cidrs := cfg.ClusterCIDRs
+	if cfg.Bootstrap {
+		cidrs = cfg.BootstrapCIDRs()
+	}
+	routes, err := hostnet.PodRoutes(cfg.Tun, cidrs)
+	if err != nil {
+		return err
+	}
+	var pods []netip.Prefix
+	for _, r := range routes {
+		pods = append(pods, netip.PrefixFrom(r.Addr, r.Addr.BitLen()))
+	}
+	return hostnet.CheckOverlap(cfg.Tun, cidrs, pods)
+}
+
 // usableModes keeps the encapsulations that can be sent, in order.
 func usableModes(paths []string) []encap.Mode {
 	var out []encap.Mode

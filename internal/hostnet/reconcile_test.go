@@ -36,6 +36,7 @@ func TestReconcileFromEmpty(t *testing.T) {
 	for name, want := range map[string]string{
 		"net/ipv4/ip_forward": "1", "net/ipv6/conf/all/forwarding": "1",
 		"net/ipv4/conf/tun0/rp_filter": "2", "net/ipv4/conf/tun0/send_redirects": "0",
+		"net/ipv4/conf/tun0/accept_local":  "1",
 		"net/ipv6/conf/tun0/addr_gen_mode": "1", "net/ipv6/conf/tun0/accept_ra": "0",
 	} {
 		if got := h.sysctl(name); got != want {

@@ -41,6 +41,10 @@ func sysctlsFor(tun string, v4, v6 bool, keepRA []string) []sysctl {
 			// through the tunnel while our way back to it is direct. With all=2
 			// nothing changes. Which peer may send which source is the agent's check.
 			sysctl{name: dev + "rp_filter", value: "2"},
+			// The ICMP errors that the agent writes to the device come from the device's own
+			// address, which the kernel otherwise takes for a martian source (fib_frontend.c,
+			// fib_validate_source). What peers send from our addresses the agent has dropped.
+			sysctl{name: dev + "accept_local", value: "1"},
 			// The kernel ORs send_redirects with conf/all, which is 1 by default and
 			// not ours to change; the nft table drops what still gets made.
 			sysctl{name: dev + "send_redirects", value: "0"},

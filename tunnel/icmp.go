@@ -36,12 +36,12 @@ func (w *icmpWriter) allow(src netip.Addr, now time.Time) bool {
 		h = (h ^ uint32(c)) * 16777619
 	}
 	b := &w.buckets[(h^h>>16)%icmpBuckets]
-	if n := int(now.Sub(b.last) / icmpEvery); n > 0 || b.last.IsZero() {
-		b.tokens = min(icmpBurst, b.tokens+n)
-		if b.last.IsZero() {
-			b.tokens = icmpBurst
-		}
-		b.last = now
+	switch n := now.Sub(b.last) / icmpEvery; {
+	case n >= icmpBurst: // or never used
+		b.tokens, b.last = icmpBurst, now
+	case n > 0:
+		b.tokens = min(icmpBurst, b.tokens+int(n))
+		b.last = b.last.Add(n * icmpEvery)
 	}
 	if b.tokens == 0 {
 		return false

@@ -142,13 +142,13 @@ func (w *txWorker) packet(pkt []byte, h offload.VnetHdr) bool {
 	}
 	o := w.out[outer(t.six)]
 	if o == nil {
-		w.e.drop(encap.DropNoEncapSocket)
+		w.refuse(pkt, encap.DropNoEncapSocket)
 		return false
 	}
 	tos := encap.OuterTOS(in.TOS, w.e.copyDSCP)
 	s := o.sender(t.mode, in, pkt)
 	if s == nil {
-		w.e.drop(encap.DropNoPath)
+		w.refuse(pkt, encap.DropNoPath)
 		return false
 	}
 	w.tally.tx(&w.e.stats, t, len(pkt))
@@ -224,7 +224,7 @@ func (w *txWorker) refuse(pkt []byte, d encap.Drop) {
 	switch d {
 	case encap.DropNoOwner:
 		w.icmp.answer(w.fwd, pkt, header.NetUnreachable, 0)
-	case encap.DropPeerDown, encap.DropNoPath:
+	case encap.DropPeerDown, encap.DropNoPath, encap.DropNoEncapSocket:
 		w.icmp.answer(w.fwd, pkt, header.HostUnreachable, 0)
 	}
 }

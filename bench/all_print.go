@@ -22,8 +22,8 @@ func notes(o *AllOptions, r *AllResult) []string {
 			"it says pinned, sender and its host's tunnel process have the first half of the CPUs, receiver and its host's the second, " +
 			"and each trip crosses from CPU to CPU. Ends and tunnel run at nice -20, before what else runs here. In all other measures CPUs may halt, and nothing is pinned or preferred.",
 		fmt.Sprintf("UDP: the highest rate at which at most %.1f %% of a %v trial's datagrams are lost, in datagrams received a second, sent with "+
-			"sendmmsg about every %v, received with recvmmsg. A rate holds if one of two trials holds. Where the unpaced sender loses "+
-			"nothing, the sender is the limit.", 100*lossAllowed, o.Duration/4, pace),
+			"sendmmsg about every %v, received with recvmmsg; the median of the trials that confirm it, of which two of three must hold. Where the unpaced "+
+			"sender loses nothing, the sender is the limit.", 100*lossAllowed, o.Duration/4, pace),
 		"CPU: all that was not idle on the machine during TCP with one stream, softirqs, sender and receiver included, less what " +
 			"processes were charged that have nothing to do with it, per 10^9 bytes received.",
 		"Memory: resident set of the larger of the tunnel's two processes at the end of each round.",

@@ -48,37 +48,50 @@ func keepAwake(in io.Reader, out io.Writer) error {
 	}
 	runtime.GOMAXPROCS(mask.Count() + 1)
 	debug.SetGCPercent(-1) // a collection would wait for threads that hardly run
-	started := make(chan error)
-	n := 0
+	started := make(chan spinner)
+	var spinners []spinner
+	var err error
 	for cpu := range len(mask) * 64 {
 		if mask.IsSet(cpu) {
-			n++
 			go spin(cpu, started) // ends with the process
+			s := <-started
+			spinners = append(spinners, s)
+			err = errors.Join(err, s.err)
 		}
 	}
-	var err error
-	for range n {
-		err = errors.Join(err, <-started)
+	// The threads become idle ones only now, and not in the end: as such they might not get to say so for long.
+	for _, s := range spinners {
+		err = errors.Join(err, setPolicy(s.tid, unix.SCHED_IDLE))
 	}
 	if err != nil {
 		return err
 	}
 	fmt.Fprintln(out, ready)
 	_, err = io.Copy(io.Discard, in)
+	for _, s := range spinners {
+		err = errors.Join(err, setPolicy(s.tid, unix.SCHED_NORMAL))
+	}
 	return err
 }
 
-func spin(cpu int, started chan<- error) {
+// spinner is a thread that spins.
+type spinner struct {
+	tid int
+	err error
+}
+
+func spin(cpu int, started chan<- spinner) {
 	runtime.LockOSThread()
 	var one unix.CPUSet
 	one.Set(cpu)
 	err := unix.SchedSetaffinity(0, &one)
-	if err == nil {
-		err = unix.SchedSetAttr(0, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: unix.SCHED_IDLE}, 0)
-	}
-	started <- err
+	started <- spinner{unix.Gettid(), err}
 	for err == nil {
 	}
+}
+
+func setPolicy(tid int, policy uint32) error {
+	return unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: policy}, 0)
 }
 
 // startAwake keeps the CPUs awake until the result is called.

@@ -312,7 +312,7 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 		// A thousand hosts that start within a second on two cores measure the
 		// cores: every join makes work for all who are there. Let a batch
 		// settle before the next one, and make it the smaller the more they are.
-		if batch++; batch >= min(50, max(4, 4000/len(nodes))) || len(nodes) == o.Nodes {
+		if batch++; batch >= min(50, max(1, 1200/len(nodes))) || len(nodes) == o.Nodes {
 			batch = 0
 			if err := formed(ctx, o, nodes); err != nil {
 				return nodes, wait, err

@@ -251,7 +251,7 @@ func (e *Engine) Update(local Local, peers []Peer) {
 		return c
 	}))
 	e.counters = keep
-	// Workers load the tables when they wake; those that sleep now have nothing looked up in the old ones.
+	// Workers load the tables when they wake and with each batch; those that sleep now have nothing looked up in the old ones.
 }
 
 // errorsEvery is how often the error queues of sockets that only send are looked into.

@@ -44,7 +44,7 @@ type target struct {
 	udp         *underlay.Dest // endpoint and its udp port
 	raw         *underlay.Dest // endpoint, for protocols 4 and 41
 	tunAddrs    [2]netip.Addr  // the peer's, where known: IPv4, IPv6
-	underlay    []netip.Addr   // the peer\'s: it may send from them, too
+	underlay    []netip.Addr   // the peer's: it may send from them, too
 	count       *peerCounters
 }
 

@@ -84,13 +84,19 @@ func (w *rxWorker) run() error {
 	}
 }
 
-// drain receives until the socket is empty.
-func (w *rxWorker) drain() error {
+// refresh takes new tables, if there are any.
+func (w *rxWorker) refresh() {
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.from = f, nil
 		w.lastOuter, w.lastSrc, w.lastDst = netip.Addr{}, netip.Addr{}, netip.Addr{}
 	}
-	for {
+}
+
+// drain receives until the socket is empty. Under full load that may be never: with each batch it takes new tables and
+// looks whether it shall end.
+func (w *rxWorker) drain() error {
+	for !w.e.stopping.Load() {
+		w.refresh()
 		n, err := w.sock.Recv(w.batch)
 		if err != nil {
 			if errors.Is(err, sys.ErrAgain) {
@@ -107,6 +113,7 @@ func (w *rxWorker) drain() error {
 			return nil
 		}
 	}
+	return nil
 }
 
 // datagram takes what one receive slot holds: one packet, or a train that UDP_GRO joined.

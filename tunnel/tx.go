@@ -20,6 +20,8 @@ const (
 	arenaSize = 4 * (maxRead + 64)
 	// headerArena holds the headers that the splitter wrote for the super-packets in the arena.
 	headerArena = 128 << 10
+	// maxReads bounds what a worker reads before it sends what it holds, though most of it was refused.
+	maxReads = 1024
 	// maxSegments is the most segments that one UDP_SEGMENT send may have (UDP_MAX_SEGMENTS of older kernels).
 	maxSegments = 64
 	// maxGSOBytes is the most bytes of UDP payload that one UDP_SEGMENT send may have: what an IPv4 datagram holds.
@@ -89,12 +91,18 @@ func (w *txWorker) run() error {
 	}
 }
 
-// drain reads until the queue is empty and sends what it read.
-func (w *txWorker) drain() error {
+// refresh takes new tables, if there are any.
+func (w *txWorker) refresh() {
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.last, w.lastDst = f, nil, netip.Addr{}
 	}
-	for {
+}
+
+// drain reads until the queue is empty and sends what it read. Under full load that may be never: then it sends, takes
+// new tables and looks whether it shall end whenever the arena is full, or after maxReads.
+func (w *txWorker) drain() error {
+	w.refresh()
+	for reads := 1; ; reads++ {
 		n, err := w.queue.Read(w.arena[w.used : w.used+maxRead])
 		if err != nil {
 			w.flush()
@@ -103,18 +111,26 @@ func (w *txWorker) drain() error {
 			}
 			return err
 		}
-		if n < offload.VnetHdrLen {
-			w.e.drop(encap.DropTxMalformed)
-			continue
-		}
-		buf := w.arena[w.used : w.used+n]
-		w.vnet.Decode(buf)
-		if w.packet(buf[offload.VnetHdrLen:], w.vnet) {
-			w.used += n
-		}
-		if w.used+maxRead > len(w.arena) {
+		w.read(w.arena[w.used : w.used+n])
+		if w.used+maxRead > len(w.arena) || reads == maxReads {
 			w.flush()
+			if w.e.stopping.Load() {
+				return nil
+			}
+			w.refresh()
+			reads = 0
 		}
+	}
+}
+
+// read takes what one read of the queue gave: buf is the arena's, just behind what is used.
+func (w *txWorker) read(buf []byte) {
+	if w.vnet.Decode(buf) != nil {
+		w.e.drop(encap.DropTxMalformed)
+		return
+	}
+	if w.packet(buf[offload.VnetHdrLen:], w.vnet) {
+		w.used += len(buf)
 	}
 }
 

@@ -3,6 +3,8 @@ package tunnel
 import (
 	"encoding/binary"
 	"fmt"
+	"os"
+	"runtime"
 	"slices"
 	"sync"
 	"testing"
@@ -213,10 +215,15 @@ func runRelay(t testing.TB, ns, devA, devB string, r relay) {
 const (
 	featureChecksum = "tx-checksum-ip-generic"
 	featureGSO      = "tx-generic-segmentation"
-	featureTSO      = "tx-tcp-segmentation"
 	featureUSO      = "tx-udp-segmentation"
 	featureGRO      = "rx-gro"
 )
+
+// segmentation is everything by which a device takes super-packets. A veth device does GRO only on what comes from a peer
+// without TSO (drivers/net/veth.c, veth_skb_is_eligible_for_gro).
+var segmentation = []string{
+	featureGSO, featureUSO, "tx-tcp-segmentation", "tx-tcp-ecn-segmentation", "tx-tcp-mangleid-segmentation", "tx-tcp6-segmentation",
+}
 
 // Numbers of linux/ethtool_netlink.h.
 const (
@@ -262,4 +269,34 @@ func features(t testing.TB, ns, dev string, on bool, names ...string) {
 	if err != nil {
 		t.Fatal(fmt.Errorf("features %v of %s: %w", names, dev, err))
 	}
+}
+
+// writeSysfs writes a file of the namespace's own sysfs.
+func writeSysfs(t testing.TB, ns, file, value string) {
+	t.Helper()
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // and never unlock: the thread ends with the goroutine, and its mounts with it
+		done <- func() error {
+			netns, err := os.Open(sys.NetnsPath(ns))
+			if err != nil {
+				return err
+			}
+			defer netns.Close()
+			if err := unix.Setns(int(netns.Fd()), unix.CLONE_NEWNET); err != nil {
+				return err
+			}
+			if err := unix.Unshare(unix.CLONE_FS | unix.CLONE_NEWNS); err != nil {
+				return err
+			}
+			if err := unix.Mount("", "/", "none", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+				return err
+			}
+			if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
+				return err
+			}
+			return os.WriteFile("/sys/"+file, []byte(value), 0)
+		}()
+	}()
+	must(t, <-done)
 }

@@ -28,7 +28,7 @@ type Config struct {
 	UDPPort   uint16       // of the udp encapsulation, here
 	VXLANPort uint16       // of the vxlan encapsulation, here: only to recognise nested packets
 	CopyDSCP  bool         // outer DSCP is the inner one's copy, else 0
-	Senders   int          // UDP source ports in use at once, of each queue; 0 means defaultSenders
+	Senders   int          // UDP source ports in use at once, of all queues; 0 means defaultSenders
 
 	// Probed is called for each probe packet from a peer, on a receiving goroutine: it must not block, and payload is
 	// valid only during the call. size is the inner packet's, in bytes.
@@ -40,8 +40,12 @@ type Config struct {
 	Logger *slog.Logger
 }
 
-// defaultSenders is how many UDP source ports spread the flows of one TUN queue over equal-cost paths and NIC queues.
-const defaultSenders = 16
+// defaultSenders is how many UDP source ports spread flows over equal-cost paths and NIC queues; each queue of the TUN has
+// its share, and minSenders at least.
+const (
+	defaultSenders = 16
+	minSenders     = 4
+)
 
 // Engine moves packets. Make one with New, feed it with Update, run it with Run.
 type Engine struct {
@@ -96,12 +100,15 @@ func (e *Engine) open() error {
 // openFamily opens everything that is bound to one underlay address.
 func (e *Engine) openFamily(a netip.Addr) error {
 	f := family(a)
-	udp, err := underlay.ListenUDP(underlay.Options{Bind: netip.AddrPortFrom(a, e.cfg.UDPPort)})
+	udp, err := listenUDP(netip.AddrPortFrom(a, e.cfg.UDPPort), len(e.tx))
+	for i, s := range udp {
+		e.receive(s, i, overUDP, encap.UDP)
+	}
 	if err != nil {
 		return err
 	}
-	e.receive(udp, overUDP, encap.UDP)
-	e.prober.out[f].udp = &sender{sock: udp, batch: underlay.NewSendBatch(1, 1)}
+	e.prober.out[f].udp = &sender{sock: udp[0], batch: underlay.NewSendBatch(1, 1)}
+	// A second raw socket would get every packet again: they have one, whatever the number of queues.
 	raw := [2]*underlay.Socket{}
 	for i, proto := range [2]int{header.ProtoIPv4, header.ProtoIPv6} {
 		s, err := underlay.ListenRaw(a, proto, underlay.Options{})
@@ -112,13 +119,13 @@ func (e *Engine) openFamily(a netip.Addr) error {
 		if a.Is6() {
 			c = overRaw6
 		}
-		e.receive(s, c, encap.IPIP).proto = uint8(proto)
+		e.receive(s, 0, c, encap.IPIP).proto = uint8(proto)
 		raw[i] = s
 		e.prober.out[f].raw[i] = &sender{sock: s, batch: underlay.NewSendBatch(1, 1)}
 	}
 	for _, w := range e.tx {
 		o := &outlet{}
-		for range e.cfg.Senders {
+		for range max(minSenders, e.cfg.Senders/len(e.tx)) {
 			s, err := openSender(a)
 			if err != nil {
 				return err
@@ -132,6 +139,29 @@ func (e *Engine) openFamily(a netip.Addr) error {
 		w.out[f] = o
 	}
 	return nil
+}
+
+// listenUDP opens n sockets on one port. The kernel spreads peers' flows over them and keeps each flow on one.
+func listenUDP(at netip.AddrPort, n int) ([]*underlay.Socket, error) {
+	if n > 1 {
+		// Sockets that share a port also share it with another process of ours: look whether the port is free first.
+		s, err := underlay.ListenUDP(underlay.Options{Bind: at})
+		if err != nil {
+			return nil, err
+		}
+		if err := s.Close(); err != nil {
+			return nil, err
+		}
+	}
+	var out []*underlay.Socket
+	for range n {
+		s, err := underlay.ListenUDP(underlay.Options{Bind: at, ReusePort: n > 1})
+		if err != nil {
+			return out, err
+		}
+		out = append(out, s)
+	}
+	return out, nil
 }
 
 // openSender opens a socket with a free source port of the range that is a flow hash's.
@@ -162,8 +192,8 @@ func (e *Engine) newTxWorker(q *device.Queue) *txWorker {
 	}
 }
 
-// receive adds a worker for a socket that receives.
-func (e *Engine) receive(s *underlay.Socket, c carrier, m encap.Mode) *rxWorker {
+// receive adds a worker for a socket that receives, which writes to the TUN's queue of that number.
+func (e *Engine) receive(s *underlay.Socket, queue int, c carrier, m encap.Mode) *rxWorker {
 	off := e.cfg.Device.Offloads()
 	e.socks = append(e.socks, s)
 	slots := udpSlots
@@ -177,7 +207,7 @@ func (e *Engine) receive(s *underlay.Socket, c carrier, m encap.Mode) *rxWorker 
 		mode:    m,
 		batch:   underlay.NewRecvBatch(slots, underlay.MaxMessage),
 		slots:   slots,
-		tun:     newTunWriter(e.cfg.Device.Queues()[0]),
+		tun:     newTunWriter(e.cfg.Device.Queues()[queue]),
 		join:    offload.NewJoiner(off.TSO, off.USO),
 	}
 	e.rx = append(e.rx, w)

@@ -39,13 +39,16 @@ func storedTUN(tun string) int {
 
 // openTUN adopts the kept descriptor, if there is one, or opens the device.
 func (a *agent) openTUN(o device.Options) (*device.Device, error) {
-	if fd := storedTUN(o.Name); fd >= 0 {
+	if fd := storedTUN(o.Name); fd >= 0 && o.Queues == 1 {
 		d, err := device.FromFD([]int{fd}, o)
 		if err == nil {
 			a.log.Info("took up the TUN device that the service manager kept", "tun", o.Name)
 			return d, nil
 		}
 		a.log.Warn("the TUN device that the service manager kept is of no use, opening it anew", "error", err)
+		a.forgetTUN(o.Name)
+	} else if fd >= 0 {
+		syscall.Close(fd)
 		a.forgetTUN(o.Name)
 	}
 	// The service manager lets go of a descriptor in its own time.
@@ -58,7 +61,11 @@ func (a *agent) openTUN(o device.Options) (*device.Device, error) {
 }
 
 // keepTUN gives the descriptor to the service manager, if there is one.
+// A device of several queues is not kept: it would come back with one.
 func (a *agent) keepTUN(d *device.Device) {
+	if len(d.Queues()) > 1 {
+		return
+	}
 	if err := notifyFDs("FDSTORE=1\nFDNAME="+fdName(d.Name()), d.FD()); err != nil {
 		a.log.Warn("the service manager does not keep the TUN device over a restart", "error", err)
 	}

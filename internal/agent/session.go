@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"reflect"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -216,7 +217,7 @@ func (s *session) chooseMTU() error {
 
 // openData opens the TUN and the sockets.
 func (s *session) openData(a *agent) (err error) {
-	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU)}); err != nil {
+	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU), Queues: queues(s.cfg.Queues)}); err != nil {
 		return err
 	}
 	s.probes = newProber(s.log)
@@ -232,6 +233,15 @@ func (s *session) openData(a *agent) (err error) {
 	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
 	s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")})
 	return err
+}
+
+// queues is the number of the TUN's queues. Up to four CPUs, where the pods' own work shares them, a second queue costs
+// more than it brings.
+func queues(configured int) int {
+	if configured > 0 {
+		return configured
+	}
+	return min(max(1, runtime.NumCPU()/4), 8)
 }
 
 // runFile is a small file beside the socket, on a file system that a reboot empties, of this TUN's agent.

@@ -43,6 +43,7 @@ type Config struct {
 	Paths          []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
 	Tun            string
 	MTU            int // of the TUN, bytes; 0: found out of the underlay's
+	Queues         int // of the TUN; 0: by the number of CPUs
 	Masquerade     bool
 	StateDir       string
 	Socket         string

@@ -78,6 +78,7 @@ vni: 77
 paths: udp, ipip
 tun: tulle0
 mtu: 1400
+queues: 2
 masquerade: false
 state_dir: /srv/tulle/
 socket: /run/t.sock
@@ -92,7 +93,7 @@ func TestEveryKey(t *testing.T) {
 		"node_name": "node-a", "join": "node-a:7950,192.0.2.7:7000,[2001:db8::1]:7950,[2001:db8::2]:7001", "bootstrap": "true",
 		"cluster_cidr": "10.32.0.0/12,fd00:10:244::/48", "node_prefix_len": "26,80", "pod_cidr": "10.33.0.0/20", "underlay": "eth1",
 		"gossip_port": "7950", "gossip_key_file": "/etc/tulle/gossip.key", "udp_port": "6081", "vxlan_port": "4790", "vni": "77",
-		"paths": "udp,ipip", "tun": "tulle0", "mtu": "1400", "masquerade": "false", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
+		"paths": "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
 		"metrics": "off", "log_level": "debug", "log_format": "json",
 	}
 	for _, k := range keys {
@@ -219,6 +220,7 @@ func TestRefusals(t *testing.T) {
 		{"tun", "", "--tun=a-name-that-is-too-long", []string{"1 to 15"}},
 		{"tun pattern", "", "--tun=tun%d", []string{"--tun"}},
 		{"mtu", "", "--mtu=100", []string{"576 to 65535"}},
+		{"queues", "", "--queues=0", []string{"--queues", "1 to 64"}},
 		{"mtu of IPv6", "", "--mtu=1000 --cluster-cidr=fd00:1::/48", []string{"1280"}},
 		{"switch", "masquerade: maybe\n", "", []string{f + `1: masquerade "maybe"`, "true or false"}},
 		{"relative", "", "--state-dir=var", []string{"absolute path"}},

@@ -226,7 +226,22 @@ func parseMTU(s string) (int, error) {
 	return n, nil
 }
 
-func showMTU(n int) string {
+// maxQueues bounds --queues: each queue costs a few MB of buffers.
+const maxQueues = 64
+
+func parseQueues(s string) (int, error) {
+	if s == "auto" {
+		return 0, nil
+	}
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 1 || n > maxQueues {
+		return 0, fmt.Errorf("%q: want 1 to %d, or auto", s, maxQueues)
+	}
+	return n, nil
+}
+
+// showAuto shows a number that is chosen at run time if it is 0.
+func showAuto(n int) string {
 	if n == 0 {
 		return "auto"
 	}

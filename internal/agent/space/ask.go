@@ -100,6 +100,12 @@ func (s *Space) askAround(now time.Time, fam int, fixed netip.Prefix) {
 	if now.Before(a.resume) {
 		return
 	}
+	// What is given to an ID that a crash makes this node forget is lost to everybody.
+	if s.generation == 0 || s.saveErr != nil {
+		if s.save(now) != nil {
+			return
+		}
+	}
 	if a.seq != 0 {
 		if now.Sub(a.sent) < retryEvery {
 			return

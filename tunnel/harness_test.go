@@ -205,6 +205,9 @@ func startPair(t testing.TB, l testLink) (a, b *testNode) {
 		p := newNetns(t)
 		veth(t, a.ns, "eth0", p, "eth0", l.linkMTU)
 		veth(t, b.ns, "eth0", p, "eth1", l.linkMTU)
+		for _, dev := range []string{"eth0", "eth1"} {
+			features(t, p, dev, false, segmentation...)
+		}
 		runRelay(t, p, "eth0", "eth1", l.between)
 	}
 	for _, n := range []*testNode{a, b} {
@@ -352,6 +355,18 @@ func (n *testNode) counts() map[string]uint64 {
 	m := n.engine.Stats().Drops
 	delete(m, encap.DropLocalMulticast.String())
 	return m
+}
+
+// noDrops requires that the engines have dropped nothing since they started.
+func noDrops(t testing.TB, nodes ...*testNode) {
+	t.Helper()
+	for _, n := range nodes {
+		for name, k := range n.counts() {
+			if k != 0 {
+				t.Errorf("%s: %d packets dropped: %s", n.ns, k, name)
+			}
+		}
+	}
 }
 
 // moved waits until the counter of d has moved by k since before, and requires that none else has.

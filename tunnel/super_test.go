@@ -40,6 +40,7 @@ func TestSuperPackets(t *testing.T) {
 			}
 		}
 		cleanChecksums(t, a, b)
+		noDrops(t, a, b)
 	})
 }
 
@@ -82,6 +83,7 @@ func TestOffloadsChangeUnderTraffic(t *testing.T) {
 			}
 		}
 		cleanChecksums(t, a, b)
+		noDrops(t, a, b)
 	})
 }
 
@@ -108,6 +110,7 @@ func TestKernelJoinsIPIP(t *testing.T) {
 				}
 			}
 			cleanChecksums(t, a, b)
+			noDrops(t, a, b)
 		})
 	}
 }
@@ -143,6 +146,7 @@ func TestGSOSender(t *testing.T) {
 			}
 		}
 		cleanChecksums(t, a, b)
+		noDrops(t, a, b)
 	})
 }
 
@@ -224,6 +228,7 @@ func TestOrderWithinFlows(t *testing.T) {
 			})
 		}
 		cleanChecksums(t, a, b)
+		noDrops(t, a, b)
 	})
 }
 

@@ -39,13 +39,7 @@ func TestTraffic(t *testing.T) {
 			bulk(t, a.dialTCP(t, a.tun[f], b.tun[f]), 8<<20, nil)
 		}
 		cleanChecksums(t, a, b)
-		for _, n := range []*testNode{a, b} {
-			for name, k := range n.counts() {
-				if k != 0 {
-					t.Errorf("%s: %d packets dropped: %s", n.ns, k, name)
-				}
-			}
-		}
+		noDrops(t, a, b)
 	})
 }
 

@@ -34,6 +34,7 @@ type testNode struct {
 	local  Local
 	peers  []Peer // those of the last Update by the harness
 	probes chan probe
+	hints  chan hint
 	stop   func() // ends the engine and waits for it; may be called again
 }
 
@@ -42,6 +43,12 @@ type probe struct {
 	mode encap.Mode
 	body []byte
 	size int
+}
+
+// hint is a call of Config.PathMTU.
+type hint struct {
+	peer string
+	link mtu.Link
 }
 
 // testLink is what a test varies.
@@ -150,7 +157,7 @@ func withNetlink(t testing.TB, ns string, f func(nl *sys.Netlink) error) {
 // newNode numbers its node: 0 has 10.77.0.0/24, fd77::/64 and underlay address 192.168.77.1 or fd00:77::1.
 func newNode(t testing.TB, i int, l testLink) *testNode {
 	t.Helper()
-	n := &testNode{ns: newNetns(t), probes: make(chan probe, 64)}
+	n := &testNode{ns: newNetns(t), probes: make(chan probe, 64), hints: make(chan hint, 64)}
 	for f := range n.tun {
 		n.space[f] = spaceOf(f, i)
 		n.tun[f] = n.space[f].Addr()
@@ -297,6 +304,7 @@ func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 			Probed: func(peer string, m encap.Mode, body []byte, size int) {
 				n.probes <- probe{peer, m, bytes.Clone(body), size}
 			},
+			PathMTU: func(peer string, link mtu.Link) { n.hints <- hint{peer, link} },
 		})
 		return err
 	}))

@@ -158,6 +158,10 @@ func (i *intruder) attacks(f int) (as []attack) {
 	for _, s := range append(outside, podOf(f, [2]netip.Prefix{spaceOf(0, 2), spaceOf(1, 2)}).String()) {
 		add("source "+s, encap.DropSourceNotSenders, func(d *datagram) { d.src = netip.MustParseAddr(s) })
 	}
+	if i.l.underlay6 != v4 {
+		add("another member's host as source", encap.DropSourceNotSenders, func(d *datagram) { d.src = i.other })
+		add("our host as source", encap.DropSourceNotSenders, func(d *datagram) { d.src = b.under })
+	}
 	as = append(as, attack{name: "one member as another", drop: encap.DropSourceNotSenders, other: true, inner: good})
 	dsts := []string{a.pod(f).String(), podOf(f, [2]netip.Prefix{spaceOf(0, 2), spaceOf(1, 2)}).String()}
 	if v4 {
@@ -245,6 +249,21 @@ func TestGoodPackets(t *testing.T) {
 			}
 			i.victim.moved(t, before, encap.DropNone, 0)
 		}
+	})
+}
+
+// A member's host may answer pods from its underlay address.
+func TestHostAsSource(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		i := newIntruder(t, l)
+		f := map[bool]int{false: 0, true: 1}[l.underlay6]
+		good := datagram{src: i.member.under, dst: i.victim.pod(f), sport: 1, dport: 9, payload: []byte("hello")}.bytes(t)
+		before := i.victim.counts()
+		i.wire.emit(outerPacket(t, l.mode, i.member.under, i.victim.under, 0, protoOf(f), good))
+		if got := i.pods.next("hello", carries("hello")); !bytes.Equal(got, good) {
+			t.Errorf("arrived:\n% x, want\n% x", got, good)
+		}
+		i.victim.moved(t, before, encap.DropNone, 0)
 	})
 }
 

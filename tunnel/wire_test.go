@@ -300,3 +300,14 @@ func writeSysfs(t testing.TB, ns, file, value string) {
 	}()
 	must(t, <-done)
 }
+
+func removeLink(t testing.TB, ns, name string) {
+	t.Helper()
+	withNetlink(t, ns, func(nl *sys.Netlink) error {
+		link, err := nl.LinkByName(name)
+		if err != nil {
+			return err
+		}
+		return nl.LinkDel(link)
+	})
+}

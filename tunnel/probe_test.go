@@ -1,0 +1,207 @@
+package tunnel
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/netip"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+// probed waits for a probe.
+func (n *testNode) probed(t testing.TB) probe {
+	t.Helper()
+	select {
+	case p := <-n.probes:
+		return p
+	case <-time.After(patience):
+		t.Fatal("no probe arrived")
+		return probe{}
+	}
+}
+
+// Probes go by every encapsulation, whatever the peer's mode is, in every size that the link takes, and no larger. Pods see
+// nothing of them.
+func TestProbe(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		a, b := startPair(t, l)
+		pods := b.tap(t, "tun0")
+		for f, family := range [][]netip.Addr{a.tun[:], a.tun[1:]} { // with only IPv6 inside, probes are IPv6
+			local := a.local
+			local.TunAddrs = family
+			a.engine.Update(local, a.peers)
+			for _, m := range []encap.Mode{encap.UDP, encap.IPIP} {
+				largest := int(mtu.Link(1500).TUN(encap.Overhead(m, l.underlay6)))
+				least := []int{28, 48}[f] + 16
+				for _, size := range []int{0, least, least + 1, 1280, largest - 1, largest} {
+					payload := fmt.Appendf(nil, "nonce %10d", size)
+					if err := a.engine.Probe(b.ns, m, payload, size); err != nil {
+						t.Fatalf("%v, %d bytes: %v", m, size, err)
+					}
+					got := b.probed(t)
+					body := make([]byte, max(size, least)-[]int{28, 48}[f])
+					copy(body, payload)
+					if got.peer != a.ns || got.mode != m || got.size != max(size, least) || !bytes.Equal(got.body, body) {
+						t.Errorf("%v, %d bytes: probed by %s, %v, %d bytes, % x", m, size, got.peer, got.mode, got.size, got.body)
+					}
+				}
+				if err := a.engine.Probe(b.ns, m, []byte("x"), largest+1); !errors.Is(err, unix.EMSGSIZE) {
+					t.Errorf("%v, %d bytes on a link of 1500: %v, want EMSGSIZE", m, largest+1, err)
+				}
+				if err := a.engine.Probe(b.ns, m, []byte("after"), 0); err != nil {
+					t.Errorf("%v after EMSGSIZE: %v", m, err)
+				}
+				b.probed(t)
+			}
+		}
+		for _, pkt := range pods.drain() {
+			if udp, ok := udpOf(pkt); ok && udp.DstPort == ProbePort {
+				t.Errorf("a probe reached the host: % x", pkt)
+			}
+		}
+		sent, got := a.engine.Stats(), b.engine.Stats()
+		if sent.ProbesSent != got.ProbesReceived || sent.ProbesSent == 0 {
+			t.Errorf("%d probes sent, %d received", sent.ProbesSent, got.ProbesReceived)
+		}
+		noDrops(t, a, b)
+	})
+}
+
+// A probe is refused where none can be sent.
+func TestProbeRefused(t *testing.T) {
+	l := testLink{mode: encap.UDP}
+	a, b := startPair(t, l)
+	nowhere, mute, six := b.asPeer(l), b.asPeer(l), b.asPeer(l)
+	nowhere.ID, nowhere.Endpoint, nowhere.Accept = "nowhere", netip.Addr{}, nil
+	mute.ID, mute.TunAddrs = "mute", nil
+	six.ID, six.Endpoint, six.Accept = "six", underlayOf(true, 1), nil
+	a.update(b.asPeer(l), nowhere, mute, six)
+	for _, tt := range []struct {
+		peer string
+		mode encap.Mode
+		want error
+	}{
+		{"nobody", encap.UDP, ErrNoPeer},
+		{"mute", encap.UDP, ErrNoAddress},
+		{"nowhere", encap.UDP, ErrNoSocket},
+		{"six", encap.UDP, ErrNoSocket},
+		{"six", encap.IPIP, ErrNoSocket},
+		{b.ns, encap.VXLAN, ErrNoSocket},
+		{b.ns, encap.Direct, ErrNoSocket},
+	} {
+		if err := a.engine.Probe(tt.peer, tt.mode, []byte("x"), 100); !errors.Is(err, tt.want) {
+			t.Errorf("probe of %s by %v: %v, want %v", tt.peer, tt.mode, err, tt.want)
+		}
+	}
+	if n := a.engine.Stats().ProbesSent; n != 0 {
+		t.Errorf("%d probes counted", n)
+	}
+	a.stop()
+	if err := a.engine.Probe(b.ns, encap.UDP, []byte("x"), 100); !errors.Is(err, ErrNoSocket) {
+		t.Errorf("probe after the end: %v, want %v", err, ErrNoSocket)
+	}
+}
+
+// Nobody but a member can make a probe arrive, and only from its own tun address to ours; what merely looks like a probe
+// goes where other packets go.
+func TestForgedProbes(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		i := newIntruder(t, l)
+		a, b := i.member, i.victim
+		for f := range 2 {
+			b.listenUDP(t, netip.AddrPortFrom(b.tun[f], 6081))
+			probe := datagram{src: a.tun[f], dst: b.tun[f], sport: ProbePort, dport: ProbePort, payload: []byte("nonce")}
+			emit := func(from netip.Addr, d datagram) {
+				i.wire.emit(outerPacket(t, l.mode, from, b.under, 0, protoOf(f), d.bytes(t)))
+			}
+			change := func(c func(*datagram)) datagram { d := probe; c(&d); return d }
+			before := b.counts()
+			emit(i.nobody, probe)
+			i.marker(f)
+			b.moved(t, before, encap.DropNotMember, 1)
+			i.silent(i.nobody)
+			before = b.counts()
+			emit(i.other, probe)
+			i.marker(f)
+			b.moved(t, before, encap.DropSourceNotSenders, 1)
+
+			emit(a.under, probe)
+			if p := b.probed(t); string(p.body) != "nonce" || p.peer != a.ns {
+				t.Errorf("a real probe arrived as %+v", p)
+			}
+			before = b.counts()
+			// To a pod's address, or to another port, it is a pod's packet.
+			emit(a.under, change(func(d *datagram) { d.dst, d.payload = b.pod(f), []byte("to a pod") }))
+			i.pods.next("a packet to a pod", carries("to a pod"))
+			emit(a.under, change(func(d *datagram) { d.dport, d.payload = 6081, []byte("other port") }))
+			i.pods.next("a packet to another port", carries("other port"))
+			i.marker(f)
+			b.moved(t, before, encap.DropNone, 0)
+			// A probe without payload is nobody's.
+			emit(a.under, change(func(d *datagram) { d.payload = nil }))
+			i.marker(f)
+			select {
+			case p := <-b.probes:
+				t.Errorf("a forged probe arrived: %+v", p)
+			default:
+			}
+		}
+	})
+}
+
+// ICMP errors about the tunnel's own packets: "too big" is passed on as a hint if it is about a member; none of them
+// stops or loses what is sent next.
+func TestICMPFromUnderlay(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		a, b := startPair(t, l)
+		features(t, a.ns, "eth0", false, featureChecksum)
+		host, out, far := a.tap(t, "tun0"), b.tap(t, "eth0").toward(a.ns, "eth0"), b.tap(t, "tun0")
+		inner := datagram{src: a.pod(0), dst: b.pod(0), sport: 1, dport: 9, payload: []byte("quoted later")}.bytes(t)
+		host.emit(inner)
+		outer := out.next("the outer packet", func(pkt []byte) bool { return bytes.HasSuffix(pkt, inner) })
+		far.next("the first", carries("quoted later"))
+
+		router := underlayOf(l.underlay6, 50)
+		// The error queue, which a worker looks into once a second or when a send fails, says it all in the end.
+		about := func(quote []byte, kind header.ICMPKind, linkMTU int) []byte {
+			return header.AppendICMPError(nil, quote, router, kind, linkMTU)
+		}
+		stranger := bytes.Clone(outer)
+		if l.underlay6 {
+			copy(stranger[24:], underlayOf(true, 98).AsSlice())
+		} else {
+			copy(stranger[16:], underlayOf(false, 98).AsSlice())
+		}
+		for _, pkt := range [][]byte{about(stranger, header.TooBig, 1333), about(outer, header.HostUnreachable, 0), about(outer, header.NetUnreachable, 0)} {
+			out.emit(pkt)
+		}
+		const n = 20
+		for k := range n {
+			text := fmt.Sprint("after errors ", k)
+			host.emit(datagram{src: a.pod(0), dst: b.pod(0), sport: 1, dport: 9, payload: []byte(text)}.bytes(t))
+			far.next(text, carries(text))
+		}
+		out.emit(about(outer, header.TooBig, 1400))
+		host.emit(datagram{src: a.pod(0), dst: b.pod(0), sport: 1, dport: 9, payload: []byte("after too big")}.bytes(t))
+		far.next("after too big", carries("after too big"))
+		select {
+		case h := <-a.hints:
+			if h.peer != b.ns || h.link != 1400 {
+				t.Errorf("hint %+v, want %s and 1400", h, b.ns)
+			}
+		case <-time.After(patience):
+			t.Errorf("no hint; %+v", a.engine.Stats())
+		}
+		noDrops(t, a, b)
+		if got := a.engine.Stats().ICMPReceived; got == 0 {
+			t.Error("no error counted")
+		}
+	})
+}

@@ -141,6 +141,9 @@ func (s *session) memberView(now time.Time, m membership.Member, prefixes []neti
 	// A good route is not withdrawn because gossip flaps, nor because probes are lost: both have to say so, for a while.
 	if dead := m.State == membership.StateDead || m.State == membership.StateLeft; !dead || p.path.Up {
 		delete(s.gone, m.ID)
+		if m.State == membership.StateDead && p.path.Up {
+			p.why = "gossip has lost it, but it answers through the tunnel: its routes stay"
+		}
 		return p
 	}
 	since, ok := s.gone[m.ID]

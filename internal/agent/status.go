@@ -221,6 +221,11 @@ func (s *session) problems(v *view) []api.Problem {
 				What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, p.path.Reason),
 				Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p), s.link.Addrs[0], p.endpoint), Since: p.path.Since,
 			})
+		} else if p.state == api.PeerDead && p.probed && p.path.Up {
+			out = append(out, api.Problem{
+				What:   p.name + " is lost for gossip, but answers through the tunnel: its routes stay",
+				Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.link.Addrs[0], p.endpoint), Since: p.since,
+			})
 		} else if p.state == api.PeerDead && p.gone {
 			out = append(out, api.Problem{What: p.name + " is gone: gossip and data path both lost it", Remedy: "start its agent; if it is gone for good: tulle forget " + p.name, Since: p.since})
 		} else if !p.endpoint.IsValid() && p.why != "" && p.state != api.PeerLeft {

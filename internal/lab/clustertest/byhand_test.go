@@ -142,3 +142,6 @@ func (s *stream) lossless(t *testing.T, least uint64) {
 		t.Errorf("the stream %s was %d packets, too short to show anything", s.what, s.sent)
 	}
 }
+
+// soon is when to give up on something that is there at once or not at all.
+func soon() time.Time { return time.Now().Add(2 * time.Second) }

@@ -42,15 +42,21 @@ func newStray(t *testing.T, args ...string) *stray {
 // start starts it, to be stopped with the test at the latest.
 func (s *stray) start(t *testing.T, l *lab.Lab, host string, more ...string) {
 	t.Helper()
+	again := s.cmd != nil
 	s.cmd = exec.Command(program, append(s.args, more...)...)
 	s.cmd.Stdout, s.cmd.Stderr = &s.log, &s.log
 	if err := l.Do(host, s.cmd.Start); err != nil {
 		t.Fatal(err)
 	}
+	if again {
+		return
+	}
 	t.Cleanup(func() {
 		s.stop()
 		if t.Failed() {
-			t.Logf("the log of the agent on %s:\n%s", host, s.log.String())
+			const most = 6000 // bytes
+			b := s.log.Bytes()
+			t.Logf("the log of the agent on %s:\n%s", host, b[max(0, len(b)-most):])
 		}
 	})
 }

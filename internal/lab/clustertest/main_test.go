@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -77,9 +78,8 @@ func showLogs(t *testing.T, l *lab.Lab) {
 	const most = 6000 // bytes of each
 	for _, h := range l.Hosts() {
 		b, err := os.ReadFile(h.Log)
-		if err != nil {
-			t.Logf("%s: %v", h.Name, err)
-			continue
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // a bare lab
 		}
 		t.Logf("the log of %s:\n%s", h.Name, b[max(0, len(b)-most):])
 	}

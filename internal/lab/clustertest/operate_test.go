@@ -1,0 +1,330 @@
+package clustertest
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// TestAddressChange gives a host another underlay address while its agent runs.
+func TestAddressChange(t *testing.T) {
+	t.Parallel()
+	l := up(t, "addr", lab.Options{Underlay: lab.IPv4Only})
+	settled(t, l)
+	before := mustStatus(t, l, "h3").Node
+	if !slices.Equal(before.Underlay, []netip.Addr{netip.MustParseAddr("192.168.1.13")}) {
+		t.Fatalf("underlay %v", before.Underlay)
+	}
+	h3, err := l.Host("h3")
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = l.Do("h3", func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err != nil {
+			return err
+		}
+		addr := func(s string) *netlink.Addr { a, _ := netlink.ParseAddr(s); return a }
+		return errors.Join(
+			netlink.AddrDel(link, addr("192.168.1.13/24")), // and with it the default route
+			netlink.AddrAdd(link, addr("192.168.1.99/24")),
+			netlink.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: net.IPv4(192, 168, 1, 1)}),
+		)
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	moved := netip.MustParseAddr("192.168.1.99")
+	untilWithin(t, 2*patience, "everybody knows the new address", func() error {
+		for _, h := range hostNames(l) {
+			st := mustStatus(t, l, h)
+			if !st.Ready {
+				return fmt.Errorf("%s: %+v", h, st.Problems)
+			}
+			if h == "h3" {
+				if !slices.Contains(st.Node.Underlay, moved) {
+					return fmt.Errorf("h3 itself is at %v", st.Node.Underlay)
+				}
+				continue
+			}
+			if p, err := peerOf(&st, "h3"); err != nil || !slices.Contains(p.Underlay, moved) || p.Path.State != api.PathUp || p.State != api.PeerAlive {
+				return fmt.Errorf("%s: %+v %w", h, p, err)
+			}
+		}
+		return nil
+	})
+	sameNode(t, "at the new address", before, mustStatus(t, l, "h3").Node)
+	pingAll(t, l, hostStations(t, l))
+	if h, err := l.Host("h3"); err != nil || h.PID != h3.PID || !l.AgentRuns("h3") {
+		t.Errorf("the agent of h3 was restarted: %v", err)
+	}
+}
+
+// ask runs a command and decodes its JSON.
+func ask[T any](t *testing.T, l *lab.Lab, host string, args ...string) (v T) {
+	t.Helper()
+	r := tulle(t, l, host, append(args, "-o", "json")...)
+	if err := json.Unmarshal([]byte(r.out), &v); err != nil || r.code != 0 {
+		t.Fatalf("%s: tulle %q: code %d, %v: %s%s", host, args, r.code, err, r.out, r.err)
+	}
+	return v
+}
+
+// refused wants exit code 1 and one line with the words.
+func refused(t *testing.T, r result, words ...string) {
+	t.Helper()
+	if missing := lacks(r.err, words...); r.code != 1 || len(missing) > 0 || strings.Count(r.err, "\n") != 1 {
+		t.Errorf("code %d, lacks %q: %s%s", r.code, missing, r.out, r.err)
+	}
+	t.Logf("refused: %s", strings.TrimSpace(r.err))
+}
+
+// TestLeaveAndForget takes nodes out of a cluster, with and without their help.
+func TestLeaveAndForget(t *testing.T) {
+	t.Parallel()
+	l := up(t, "leave", lab.Options{Nodes: 4, Pods: -1})
+	settled(t, l)
+	const cidr4, cidr6 = "10.244.0.0/16", "fd00:10:244::/48"
+
+	refused(t, tulle(t, l, "h1", "forget", "h2"), "h2", "alive")
+	refused(t, tulle(t, l, "h1", "forget", "h2", "--force"), "h2", "alive")
+	refused(t, tulle(t, l, "h1", "forget", "nobody"), "nobody", "h2", "h3", "h4")
+
+	left := ask[api.LeaveResult](t, l, "h4", "leave")
+	if len(left.Transfers) < 2 {
+		t.Errorf("h4 gave back %+v", left)
+	}
+	if r := tulle(t, l, "h4", "status"); r.code != 1 || len(lacks(r.out, "left the cluster")) > 0 {
+		t.Errorf("status of a node that left: %d %s", r.code, r.out)
+	}
+	if err := l.StopAgent(t.Context(), "h4", syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	rest := []string{"h1", "h2", "h3"}
+	owned := func() (out map[string][]netip.Prefix) {
+		out = map[string][]netip.Prefix{}
+		for _, h := range rest {
+			out[h] = mustStatus(t, l, h).Node.Prefixes
+		}
+		return out
+	}
+	until(t, "the space of h4 is with the others", func() error {
+		return errors.Join(conserved(owned(), netip.MustParsePrefix(cidr4)), conserved(owned(), netip.MustParsePrefix(cidr6)))
+	})
+	if err := settledNow(t.Context(), l, rest); err != nil {
+		t.Errorf("a node that has left is no trouble: %v", err)
+	}
+
+	if err := l.RemoveHost(t.Context(), "h3"); err != nil {
+		t.Fatal(err)
+	}
+	rest = rest[:2]
+	until(t, "h3 is gone", func() error {
+		if r := tulle(t, l, "h1", "forget", "h3"); r.code != 0 {
+			return errors.New(r.err)
+		}
+		return nil
+	})
+	quiet(t, l, rest, cidr4, cidr6)
+
+	// Of two nodes, one alone is no majority.
+	if err := l.RemoveHost(t.Context(), "h2"); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "h2 is gone, and h1 alone does not see a majority", func() error {
+		if r := tulle(t, l, "h1", "forget", "h2"); r.code != 1 || len(lacks(r.err, "majority", "--force")) > 0 {
+			return fmt.Errorf("%d %s%s", r.code, r.out, r.err)
+		}
+		return nil
+	})
+	if r := tulle(t, l, "h1", "forget", "h2", "--force"); r.code != 0 {
+		t.Errorf("forget --force: %+v", r)
+	}
+	rest = rest[:1]
+	quiet(t, l, rest, cidr4, cidr6)
+}
+
+// TestExternal gives a prefix to a host that has no agent: a plain socket stands for its kernel's tunnel.
+func TestExternal(t *testing.T) {
+	t.Parallel()
+	l := up(t, "ext", lab.Options{Underlay: lab.IPv4Only, Overlay: lab.IPv4Only, Nodes: 2})
+	settled(t, l)
+	const endpoint = "192.168.1.1" // the router
+	own := mustStatus(t, l, "h1").Node.Prefixes[0]
+	b := lastOf(own).As4()
+	prefix := netip.PrefixFrom(netip.AddrFrom4([4]byte{b[0], b[1], b[2], 0}), 24)
+	outer, err := l.ListenPacket(t.Context(), lab.Router, "udp4", endpoint+":6080")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer outer.Close()
+
+	theirs := mustStatus(t, l, "h2").Node.Prefixes[0]
+	refused(t, tulle(t, l, "h1", "external", "add", netip.PrefixFrom(lastOf(theirs), 24).Masked().String(), endpoint), "belongs to h2", "tulle ipam show")
+	e := ask[api.External](t, l, "h1", "external", "add", prefix.String(), endpoint, "--encap", "udp")
+	if e.Prefix != prefix || e.Endpoint.String() != endpoint || e.Encapsulation != "udp" || e.Owner.Name != "h1" {
+		t.Errorf("added %+v", e)
+	}
+	for _, h := range hostNames(l) {
+		until(t, h+" knows the external peer", func() error {
+			list := ask[[]api.External](t, l, h, "external", "list")
+			if len(list) != 1 || list[0].Prefix != prefix {
+				return fmt.Errorf("%+v", list)
+			}
+			return nil
+		})
+	}
+	// Each node sends there, and takes what comes from there.
+	target := prefix.Addr().Next()
+	for _, pod := range pods(l) {
+		until(t, pod.name+" reaches the external peer", func() error {
+			return externalEcho(t, l, outer, pod, target)
+		})
+	}
+	if r := ask[api.RouteAnswer](t, l, "h2", "route", "get", target.String()); r.Kind != api.RouteExternal || r.Endpoint.String() != endpoint+":6080" {
+		t.Errorf("route: %+v", r)
+	}
+	ask[api.External](t, l, "h1", "external", "remove", prefix.String())
+	until(t, "nobody lists it any more", func() error {
+		for _, h := range hostNames(l) {
+			if list := ask[[]api.External](t, l, h, "external", "list"); len(list) > 0 {
+				return fmt.Errorf("%s: %+v", h, list)
+			}
+		}
+		return nil
+	})
+	refused(t, tulle(t, l, "h1", "external", "remove", prefix.String()), prefix.String(), "tulle external list")
+	settled(t, l)
+}
+
+// externalEcho sends a datagram from a pod and plays the far end's part: it unwraps the packet, and sends one back.
+func externalEcho(t *testing.T, l *lab.Lab, outer net.PacketConn, pod station, target netip.Addr) error {
+	t.Helper()
+	c, err := l.Dial(t.Context(), pod.name, "udp", netip.AddrPortFrom(target, 4000).String())
+	if err != nil {
+		return err
+	}
+	defer c.Close()
+	if _, err := c.Write([]byte("ping " + pod.name)); err != nil {
+		return err
+	}
+	buf := make([]byte, 2048)
+	if err := outer.SetReadDeadline(soon()); err != nil {
+		return err
+	}
+	n, from, err := outer.ReadFrom(buf)
+	if err != nil {
+		return err
+	}
+	inner, d := encap.UnwrapUDP(buf[:n])
+	if d != encap.DropNone || len(inner) < 28 || string(inner[28:]) != "ping "+pod.name {
+		return fmt.Errorf("drop %v, inner packet %x", d, inner)
+	}
+	// Back: addresses and ports change places, which no checksum minds.
+	back := slices.Clone(inner)
+	copy(back[12:16], inner[16:20])
+	copy(back[16:20], inner[12:16])
+	copy(back[20:22], inner[22:24])
+	copy(back[22:24], inner[20:22])
+	if _, err := outer.WriteTo(back, &net.UDPAddr{IP: from.(*net.UDPAddr).IP, Port: 6080}); err != nil {
+		return err
+	}
+	if err := c.SetReadDeadline(soon()); err != nil {
+		return err
+	}
+	n, err = c.Read(buf)
+	if err == nil && string(buf[:n]) != "ping "+pod.name {
+		err = fmt.Errorf("got %q", buf[:n])
+	}
+	return err
+}
+
+// TestAddresses is about single addresses: what leaks, fixed blocks, and a cluster that is full.
+func TestAddresses(t *testing.T) {
+	t.Parallel()
+	l := up(t, "ipam", lab.Options{Bare: true, Nodes: 3, Subnets: 1, Pods: -1, Underlay: lab.IPv4Only})
+	hosts := l.Hosts()
+	first := newStray(t, "--node-name", "h1", "--bootstrap", "--cluster-cidr", "10.77.0.0/25", "--node-prefix-len", "28")
+	first.start(t, l, "h1")
+	first.ready(t)
+	join := []string{"--join", hosts[0].Underlay[0].String()}
+	fixed := newStray(t, append(join, "--node-name", "h2", "--pod-cidr", "10.77.0.112/28")...)
+	fixed.start(t, l, "h2")
+	st := fixed.ready(t)
+	if want := []netip.Prefix{netip.MustParsePrefix("10.77.0.112/28")}; !slices.Equal(st.Node.Prefixes, want) || len(st.Node.Blocks) != 1 {
+		t.Errorf("--pod-cidr: owns %v, blocks %v, want %v", st.Node.Prefixes, st.Node.Blocks, want)
+	}
+	cli := func(s *stray, args ...string) result {
+		t.Helper()
+		return run(t, newCommand(t, append(args, "--socket", s.socket)...))
+	}
+	// A pod whose namespace is gone.
+	c := api.NewClient(first.socket)
+	space := filepath.Join(t.TempDir(), "netns")
+	write(t, space, "", 0o600)
+	a, err := c.Allocate(t.Context(), api.AllocateRequest{ID: "leaky", Netns: space})
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := a.Addresses[0].Address
+	if r := cli(first, "ipam", "check"); r.code != 0 {
+		t.Errorf("check of a pod that lives: %+v", r)
+	}
+	if err := os.Remove(space); err != nil {
+		t.Fatal(err)
+	}
+	// It is younger than a pod's setup may take, so it is no leak yet, and cannot be released.
+	if r := cli(first, "ipam", "check"); r.code != 0 {
+		t.Errorf("check of a pod that is being set up: %+v", r)
+	}
+	if r := cli(first, "ipam", "release", addr.String()); r.code != 1 || len(lacks(r.out+r.err, addr.String(), "too young")) > 0 {
+		t.Errorf("release of a pod that is being set up: %+v", r)
+	}
+
+	// Requested addresses.
+	want := addr.Next().Next()
+	got, err := c.Allocate(t.Context(), api.AllocateRequest{ID: "wanted", Requested: []netip.Addr{want}})
+	if err != nil || got.Addresses[0].Address != want {
+		t.Errorf("requested %v: %+v, %v", want, got, err)
+	}
+	if _, err := c.Allocate(t.Context(), api.AllocateRequest{ID: "too late", Requested: []netip.Addr{want}}); err == nil || len(lacks(err.Error(), want.String())) > 0 {
+		t.Errorf("requested twice: %v", err)
+	}
+	if _, err := c.Allocate(t.Context(), api.AllocateRequest{ID: "outside", Requested: []netip.Addr{netip.MustParseAddr("192.0.2.1")}}); err == nil || len(lacks(err.Error(), "192.0.2.1", "10.77.0.0/25")) > 0 {
+		t.Errorf("requested outside: %v", err)
+	}
+
+	// All of it is used up.
+	var full error
+	for i := 0; full == nil && i < 200; i++ {
+		until(t, "an answer", func() error {
+			_, err := c.Allocate(t.Context(), api.AllocateRequest{ID: fmt.Sprint("filler-", i)})
+			if err != nil && len(lacks(err.Error(), "owns")) > 0 {
+				return err
+			}
+			full = err
+			return nil
+		})
+	}
+	if full == nil || len(lacks(full.Error(), "10.77.0.0/25", "h1", "h2", "owns")) > 0 {
+		t.Errorf("a full cluster: %v", full)
+	}
+	t.Logf("full: %v", full)
+	late := newStray(t, append(join, "--node-name", "h3")...)
+	late.start(t, l, "h3")
+	late.says(t, "no pod addresses", "10.77.0.0/25", "h1", "owns")
+}

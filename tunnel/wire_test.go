@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
@@ -239,11 +238,36 @@ const (
 	ethtoolBitValue       = 3
 )
 
+// genl is the header of a generic netlink message: command, version, reserved.
+type genl [4]byte
+
+func (g genl) Len() int          { return len(g) }
+func (g genl) Serialize() []byte { return g[:] }
+
+// ethtoolFamily asks for the number of the generic netlink family "ethtool" (linux/genetlink.h).
+func ethtoolFamily() (int, error) {
+	const controller, getFamily, attrID, attrName = 0x10, 3, 1, 2
+	req := nl.NewNetlinkRequest(controller, unix.NLM_F_ACK)
+	req.AddData(genl{getFamily, 1})
+	req.AddData(nl.NewRtAttr(attrName, nl.ZeroTerminated("ethtool")))
+	msgs, err := req.Execute(unix.NETLINK_GENERIC, 0)
+	if err != nil || len(msgs) == 0 {
+		return 0, fmt.Errorf("no generic netlink family ethtool: %w", err)
+	}
+	attrs, err := nl.ParseRouteAttr(msgs[0][len(genl{}):])
+	for _, a := range attrs {
+		if a.Attr.Type == attrID {
+			return int(binary.NativeEndian.Uint16(a.Value)), nil
+		}
+	}
+	return 0, fmt.Errorf("generic netlink family ethtool has no number: %w", err)
+}
+
 // features switches features of a device on or off, as `ethtool -K` does.
 func features(t testing.TB, ns, dev string, on bool, names ...string) {
 	t.Helper()
 	err := inNetns(ns, func() error {
-		family, err := netlink.GenlFamilyGet("ethtool")
+		family, err := ethtoolFamily()
 		if err != nil {
 			return err
 		}
@@ -259,8 +283,8 @@ func features(t testing.TB, ns, dev string, on bool, names ...string) {
 				bit.AddRtAttr(ethtoolBitValue, nil)
 			}
 		}
-		req := nl.NewNetlinkRequest(int(family.ID), unix.NLM_F_ACK)
-		req.AddData(&nl.Genlmsg{Command: ethtoolFeaturesSet, Version: 1})
+		req := nl.NewNetlinkRequest(family, unix.NLM_F_ACK)
+		req.AddData(genl{ethtoolFeaturesSet, 1})
 		req.AddData(header)
 		req.AddData(wanted)
 		_, err = req.Execute(unix.NETLINK_GENERIC, 0)

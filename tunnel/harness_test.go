@@ -58,10 +58,15 @@ type testLink struct {
 	linkMTU   int   // of the underlay; 0 means 1500
 	between   relay // sees every frame on the way; nil: the veth pair joins the nodes directly
 	dscp0     bool  // outer DSCP 0 instead of the inner one's copy
+	queues    int   // of the TUN; 0 means 1
 }
 
 func (l testLink) String() string {
-	return fmt.Sprintf("%s over %s", l.mode, familyName(l.underlay6))
+	name := fmt.Sprintf("%s over %s", l.mode, familyName(l.underlay6))
+	if l.queues > 1 {
+		name += fmt.Sprintf(", %d queues", l.queues)
+	}
+	return name
 }
 
 func familyName(six bool) string { return map[bool]string{false: "IPv4", true: "IPv6"}[six] }
@@ -85,9 +90,14 @@ func allLinks() []testLink {
 	return ls
 }
 
+// severalQueues are links with a worker for each of a few queues.
+func severalQueues() []testLink {
+	return []testLink{{mode: encap.UDP, queues: 2}, {mode: encap.UDP, underlay6: true, queues: 3}, {mode: encap.IPIP, queues: 2}}
+}
+
 // eachLink runs f for every encapsulation and outer family.
-func eachLink(t *testing.T, f func(t *testing.T, l testLink)) {
-	for _, l := range allLinks() {
+func eachLink(t *testing.T, f func(t *testing.T, l testLink), more ...testLink) {
+	for _, l := range append(allLinks(), more...) {
 		t.Run(l.String(), func(t *testing.T) { f(t, l) })
 	}
 }
@@ -295,7 +305,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 	t.Helper()
 	must(t, n.in(func() (err error) {
-		if n.dev, err = device.Open(device.Options{Name: "tun0", MTU: int(l.mtu())}); err != nil {
+		if n.dev, err = device.Open(device.Options{Name: "tun0", MTU: int(l.mtu()), Queues: l.queues}); err != nil {
 			return err
 		}
 		n.engine, err = New(Config{

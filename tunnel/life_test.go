@@ -69,7 +69,7 @@ func TestStopUnderTraffic(t *testing.T) {
 		}
 		a.stop()
 		b.stop()
-	})
+	}, severalQueues()...)
 }
 
 // Tables change all the time under full traffic: nothing is lost, counters go on.
@@ -112,7 +112,7 @@ func TestUpdateUnderTraffic(t *testing.T) {
 		}
 		noDrops(t, a, b)
 		cleanChecksums(t, a, b)
-	})
+	}, severalQueues()...)
 }
 
 // A peer that is taken out gets nothing more and is a stranger from then on; put in again, it starts from zero.
@@ -137,22 +137,26 @@ func TestPeerRemoved(t *testing.T) {
 
 // Without its port, an engine does not start, says why, and leaves nothing behind.
 func TestBusyPort(t *testing.T) {
-	a, _ := startPair(t, testLink{mode: encap.UDP})
-	before := descriptors(t)
-	must(t, a.in(func() error {
-		dev, err := device.Open(device.Options{Name: "tun1"})
-		if err != nil {
-			return err
+	for _, holder := range []int{1, 2} {
+		a, _ := startPair(t, testLink{mode: encap.UDP, queues: holder})
+		for _, queues := range []int{1, 2} { // several queues share a port among themselves, and with nobody else
+			before := descriptors(t)
+			must(t, a.in(func() error {
+				dev, err := device.Open(device.Options{Name: "tun1", Queues: queues})
+				if err != nil {
+					return err
+				}
+				defer dev.Close()
+				_, err = New(Config{Device: dev, Underlay: []netip.Addr{a.under}, UDPPort: 6080})
+				if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "--udp-port") {
+					t.Errorf("New on a busy port: %v, want EADDRINUSE and the flag that helps", err)
+				}
+				return nil
+			}))
+			if now := descriptors(t); now != before {
+				t.Errorf("%d descriptors before, %d after", before, now)
+			}
 		}
-		defer dev.Close()
-		_, err = New(Config{Device: dev, Underlay: []netip.Addr{a.under}, UDPPort: 6080})
-		if !errors.Is(err, unix.EADDRINUSE) || !strings.Contains(err.Error(), "--udp-port") {
-			t.Errorf("New on a busy port: %v, want EADDRINUSE and the flag that helps", err)
-		}
-		return nil
-	}))
-	if now := descriptors(t); now != before {
-		t.Errorf("%d descriptors before, %d after", before, now)
 	}
 }
 

@@ -229,7 +229,7 @@ func TestOrderWithinFlows(t *testing.T) {
 		}
 		cleanChecksums(t, a, b)
 		noDrops(t, a, b)
-	})
+	}, severalQueues()...)
 }
 
 // receiveInOrder reads n datagrams that begin with the number of their flow and their number in it.

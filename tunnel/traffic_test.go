@@ -40,7 +40,7 @@ func TestTraffic(t *testing.T) {
 		}
 		cleanChecksums(t, a, b)
 		noDrops(t, a, b)
-	})
+	}, severalQueues()...)
 }
 
 // The tunnel's packets are never fragmented themselves: what is too long for the way fails instead, and pods' own fragments

@@ -123,6 +123,8 @@ func (c *cluster) Seeds() space.Seeds {
 			s.Others++
 			if seed.Reason == "" {
 				s.Answered++
+			} else {
+				s.Silent = append(s.Silent, seed.Address)
 			}
 		}
 	}

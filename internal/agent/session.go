@@ -266,8 +266,8 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		cidrs = s.cfg.BootstrapCIDRs()
 	}
 	s.space, err = space.New(time.Now(), space.Config{
-		ID: id, Name: s.cfg.NodeName, Bootstrap: s.cfg.Bootstrap, CIDRs: cidrs,
-		BlockLen4: s.cfg.NodePrefixLen4, BlockLen6: s.cfg.NodePrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
+		ID: id, Name: s.cfg.NodeName, Bootstrap: s.cfg.Bootstrap, ForceBootstrap: s.cfg.ForceBootstrap, Bootstrapper: s.cfg.Bootstrapper, CIDRs: cidrs,
+		BlockLen4: s.cfg.AskedPrefixLen4, BlockLen6: s.cfg.AskedPrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
 	}, state, s.cluster)
 	if err != nil {
 		return err

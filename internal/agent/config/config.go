@@ -28,28 +28,35 @@ const DefaultFile = "/etc/tulle/tulle.yaml"
 type Config struct {
 	NodeName  string
 	Join      []string // HOST:PORT, each once, IPv6 in brackets
-	Bootstrap bool     // this node starts the cluster if no seed answers
+	Bootstrap bool     // this node starts the cluster when its seeds have answered and are in none
+	// ForceBootstrap: it does so although some of them are silent.
+	ForceBootstrap bool
+	// Bootstrapper is the node that the file names to start the cluster; empty if the file or the flags say otherwise.
+	Bootstrapper string
 	// ClusterCIDRs is what was asked for, at most one prefix a family; empty means "the cluster's, or BootstrapCIDRs".
 	ClusterCIDRs   []netip.Prefix
 	NodePrefixLen4 int // length of an IPv4 block, bits
 	NodePrefixLen6 int // length of an IPv6 block, bits
-	PodCIDRs       []netip.Prefix
-	Underlay       Underlay
-	GossipPort     uint16
-	GossipKeyFile  string // empty: gossip is not encrypted
-	UDPPort        uint16
-	VXLANPort      uint16
-	VNI            uint32
-	Paths          []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
-	Tun            string
-	MTU            int // of the TUN, bytes; 0: found out of the underlay's
-	Queues         int // of the TUN; 0: by the number of CPUs
-	Masquerade     bool
-	StateDir       string
-	Socket         string
-	Metrics        string // HOST:PORT; empty: not served
-	LogLevel       slog.Level
-	LogFormat      string // text or json
+	// AskedPrefixLen4 and AskedPrefixLen6 are the same where they were given, else 0.
+	AskedPrefixLen4, AskedPrefixLen6 int
+
+	PodCIDRs      []netip.Prefix
+	Underlay      Underlay
+	GossipPort    uint16
+	GossipKeyFile string // empty: gossip is not encrypted
+	UDPPort       uint16
+	VXLANPort     uint16
+	VNI           uint32
+	Paths         []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
+	Tun           string
+	MTU           int // of the TUN, bytes; 0: found out of the underlay's
+	Queues        int // of the TUN; 0: by the number of CPUs
+	Masquerade    bool
+	StateDir      string
+	Socket        string
+	Metrics       string // HOST:PORT; empty: not served
+	LogLevel      slog.Level
+	LogFormat     string // text or json
 
 	file  string // that was read, or would have been
 	given given
@@ -152,6 +159,9 @@ func load(g given, file string, named bool) (Config, error) {
 		}
 		if err != nil {
 			return c, at.wrap(k.name, err)
+		}
+		if k.name == "node_prefix_len" && where != "" {
+			c.AskedPrefixLen4, c.AskedPrefixLen6 = askedLens(texts)
 		}
 	}
 	return c, c.validate(at)

@@ -139,8 +139,35 @@ func TestBootstrapIsOneNode(t *testing.T) {
 			t.Errorf("%s: bootstrap %v", name, c.Bootstrap)
 		}
 	}
-	if c := must(t, "", "--bootstrap"); !c.Bootstrap {
-		t.Error("--bootstrap does not bootstrap")
+	if c := must(t, file, "--node-name", "node-b"); c.Bootstrapper != "node-a" {
+		t.Errorf("bootstrapper %q", c.Bootstrapper)
+	}
+	if c := must(t, "", "--bootstrap"); !c.Bootstrap || c.ForceBootstrap || c.Bootstrapper != "" {
+		t.Errorf("--bootstrap: %+v", c)
+	}
+	if c := must(t, file, "--node-name", "node-b", "--bootstrap=force"); !c.Bootstrap || !c.ForceBootstrap {
+		t.Errorf("--bootstrap=force: %+v", c)
+	}
+}
+
+func TestAskedPrefixLens(t *testing.T) {
+	for _, tc := range []struct {
+		text               string
+		len4, len6, a4, a6 int
+	}{
+		{"", 24, 64, 0, 0},
+		{"26", 26, 64, 26, 0},
+		{"72", 24, 72, 0, 72},
+		{"24,64", 24, 64, 24, 64},
+	} {
+		var args []string
+		if tc.text != "" {
+			args = append(args, "--node-prefix-len="+tc.text)
+		}
+		c := must(t, "", args...)
+		if c.NodePrefixLen4 != tc.len4 || c.NodePrefixLen6 != tc.len6 || c.AskedPrefixLen4 != tc.a4 || c.AskedPrefixLen6 != tc.a6 {
+			t.Errorf("%q: %d %d, asked %d %d", tc.text, c.NodePrefixLen4, c.NodePrefixLen6, c.AskedPrefixLen4, c.AskedPrefixLen6)
+		}
 	}
 }
 
@@ -176,6 +203,8 @@ func TestRefusals(t *testing.T) {
 		{"a list", "- a\n- b\n", "", []string{f + "1: want lines of the form"}},
 		{"not YAML", "tun: tun1\n\tmtu: 5\n", "", []string{f + "2:"}},
 		{"two documents", "tun: tun1\n---\nmtu: 1400\n", "", []string{f + "3: a second YAML document"}},
+		{"bootstrap forced for ever", "bootstrap: force\n", "", []string{f + "1: bootstrap force", "--bootstrap=force once"}},
+		{"bootstrap as a word", "", "--bootstrap=please", []string{"--bootstrap", "true or false, or force"}},
 		{"bootstrap as a switch", "node_name: n1\nbootstrap: true\n", "", []string{f + "2: bootstrap true", "write bootstrap: n1"}},
 		{"value with line", "tun: a\nmtu: big\n", "", []string{f + `2: mtu "big"`, "576 to 65535"}},
 

@@ -48,9 +48,11 @@ var keys = []key{
 		set:  func(c *Config, v []string) error { c.Join = v; return nil }, // read by validate, which knows the gossip port
 		show: func(c *Config) string { return strings.Join(c.Join, ",") }},
 	{name: "bootstrap", arg: "NODE-NAME", kind: kindBootstrap,
-		help: "start a new cluster if no seed answers; on one node only",
+		help: "start a new cluster, unless a seed is in one; on one node only (=force: although seeds are silent)",
 		doc: "As a flag it is a switch: `--bootstrap` on the one node that starts the cluster. In the file it names that node, so that all hosts can " +
-			"share the file. The node first tries the addresses of `join`, and joins if one of them answers; once it has state it never bootstraps again.",
+			"share the file. The node first tries the addresses of `join`. If one of them is in a cluster, it joins that. It starts one when all of them have " +
+			"answered and are in none. If some of them cannot answer, start the node once with `--bootstrap=force`, and be sure that they are in no " +
+			"cluster. Once it has state it never bootstraps again.",
 		show: func(c *Config) string { return strconv.FormatBool(c.Bootstrap) }},
 	{name: "cluster_cidr", arg: "PREFIX", list: true,
 		help: "address space of all pods, one prefix a family; repeatable (default of a new cluster: " + defaultClusterCIDR.String() + ")",

@@ -8,6 +8,10 @@ import (
 	"strconv"
 )
 
+// forceWord is the value of --bootstrap that does not wait for silent seeds. It is for the command line only: in a file it
+// would start a second cluster the day that the node loses its disk.
+const forceWord = "force"
+
 // setBootstrap reads a switch (from the flag) or the name of the node that starts the cluster (from the file).
 func (c *Config) setBootstrap(texts []string, byFlag bool) error {
 	if len(texts) == 0 {
@@ -15,15 +19,25 @@ func (c *Config) setBootstrap(texts []string, byFlag bool) error {
 	}
 	s := texts[len(texts)-1]
 	if byFlag {
+		if s == forceWord {
+			c.Bootstrap, c.ForceBootstrap = true, true
+			return nil
+		}
 		on, err := parseBool(s)
 		c.Bootstrap = on
-		return err
+		if err != nil {
+			return fmt.Errorf("%w, or %s", err, forceWord)
+		}
+		return nil
+	}
+	if s == forceWord {
+		return fmt.Errorf("%s: in the file it names the node that starts the cluster; to force a start, give that node the flag --bootstrap=%[1]s once", s)
 	}
 	if _, err := parseBool(s); err == nil {
 		return fmt.Errorf("%s: in the file it names the node that starts the cluster, so that all hosts can share the file; write bootstrap: %s, or use the flag --bootstrap", s, c.NodeName)
 	}
 	name, err := parseNodeName(s)
-	c.Bootstrap = name == c.NodeName
+	c.Bootstrap, c.Bootstrapper = name == c.NodeName, name
 	return err
 }
 

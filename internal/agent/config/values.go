@@ -143,6 +143,18 @@ func parseLens(v []string) (len4, len6 int, err error) {
 	return len4, len6, nil
 }
 
+// askedLens is what parseLens has read, without the defaults.
+func askedLens(v []string) (len4, len6 int) {
+	len4, len6, _ = parseLens(v)
+	switch n, _ := strconv.Atoi(v[0]); {
+	case len(v) == 2:
+		return len4, len6
+	case n <= 32:
+		return len4, 0
+	}
+	return 0, len6
+}
+
 func parseUnderlay(v []string) (Underlay, error) {
 	var u Underlay
 	for _, s := range v {

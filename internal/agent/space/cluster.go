@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -132,40 +133,59 @@ func (s *Space) driveWaiting(now time.Time) {
 // lost its disk. A node without other seeds starts at once.
 func (s *Space) mayBootstrap(now time.Time, newcomers int) string {
 	seeds := s.env.Seeds()
-	if s.cfg.ForceBootstrap {
+	switch {
+	case !s.cfg.Bootstrap && !s.cfg.ForceBootstrap:
+		return s.mayNot(seeds, newcomers)
+	case seeds.Others == 0:
 		return ""
-	}
-	if !s.cfg.Bootstrap {
-		if seeds.Others == 0 {
-			return "no state, no seed to join and no bootstrap word: give --join HOST, or --bootstrap on exactly one node"
-		}
-		if newcomers > 0 || seeds.Answered > 0 {
-			return "the seeds that answer are in no cluster yet: one node has to be started with --bootstrap"
-		}
-		return fmt.Sprintf("none of %d seeds answers: is an agent running there, is the gossip port open, is the key the same?", seeds.Others)
-	}
-	if seeds.Others == 0 {
-		return ""
-	}
-	if !seeds.Tried || now.Sub(s.started) < seedPatience {
+	case !seeds.Tried || now.Sub(s.started) < seedPatience:
 		return "trying the seeds before starting a cluster"
-	}
-	if seeds.Answered < seeds.Others {
-		return fmt.Sprintf("this node may start the cluster, but %d of its %d other seeds do not answer, and they may already be one. "+
-			"Start them; if this really is a new cluster, force the bootstrap, or start this node without --join", seeds.Others-seeds.Answered, seeds.Others)
+	case seeds.Answered < seeds.Others && !s.cfg.ForceBootstrap:
+		return fmt.Sprintf("this node may start the cluster, but %d of its %d other seeds do not answer, and they may already be one%s. "+
+			"Start them; if this really is a new cluster, start this node once with --bootstrap=force", seeds.Others-seeds.Answered, seeds.Others, listed(": ", seeds.Silent))
 	}
 	return ""
 }
 
-// Bootstrap starts a cluster now, whatever the seeds say. It is refused when the
-// node is in one.
-func (s *Space) Bootstrap(now time.Time) error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.phase != Waiting {
-		return fmt.Errorf("%w: this node is in cluster %s already", ErrRefused, s.cluster)
+// mayNot says what a node waits for that is not to start a cluster.
+func (s *Space) mayNot(seeds Seeds, newcomers int) string {
+	answered := newcomers > 0 || seeds.Answered > 0
+	named := s.cfg.Bootstrapper
+	switch {
+	case seeds.Others > 0 && !answered:
+		return fmt.Sprintf("none of %d seeds answers: is an agent running there, is the gossip port open, is the key the same?", seeds.Others)
+	case named != "" && slices.ContainsFunc(s.env.Members(), func(m Member) bool { return m.Alive && m.Name == named }):
+		return fmt.Sprintf("%s, which is to start the cluster, waits itself: tulle status there says for what", named)
+	case named != "":
+		var names []string
+		for _, m := range s.env.Members() {
+			if m.Alive {
+				names = append(names, m.Name)
+			}
+		}
+		slices.Sort(names)
+		others := ""
+		if len(names) > 0 {
+			others = listed(" (", names) + ")"
+		}
+		return fmt.Sprintf("no cluster yet: the configuration says that %s starts it (bootstrap: %[1]s), and neither this node (%s) nor any that answers%s has that name: "+
+			"start that host, or correct `bootstrap` or `node_name`", named, s.cfg.Name, others)
+	case seeds.Others == 0 && !answered:
+		return "no state, no seed to join and no bootstrap word: give --join HOST, or --bootstrap on exactly one node"
 	}
-	return s.bootstrap(now)
+	return "the seeds that answer are in no cluster yet: one node has to be started with --bootstrap"
+}
+
+// listed is the first few names behind a separator; "" if there are none.
+func listed(sep string, names []string) string {
+	const most = 5
+	switch {
+	case len(names) == 0:
+		return ""
+	case len(names) > most:
+		return fmt.Sprintf("%s%s and %d more", sep, strings.Join(names[:most], ", "), len(names)-most)
+	}
+	return sep + strings.Join(names, ", ")
 }
 
 func (s *Space) bootstrap(now time.Time) error {
@@ -218,16 +238,22 @@ func (s *Space) adopt(now time.Time, m *message) error {
 // checkParams compares the cluster's parameters with the configuration's. The
 // cluster's hold.
 func (s *Space) checkParams() {
-	if len(s.cfg.CIDRs) == 0 {
-		return
-	}
 	want := slices.Clone(s.cfg.CIDRs)
 	ipam.Sort(want)
 	var have []netip.Prefix
+	s.unnote("block length")
 	for _, f := range s.params.Families {
 		have = append(have, f.CIDR)
+		asked := s.cfg.BlockLen4
+		if f.CIDR.Addr().Is6() {
+			asked = s.cfg.BlockLen6
+		}
+		if asked != 0 && asked != f.BlockLen {
+			s.note("block length", fmt.Sprintf("the configuration says --node-prefix-len %d, the cluster's blocks in %v are /%d", asked, f.CIDR, f.BlockLen),
+				"correct --node-prefix-len, or leave it out on nodes that join; it is fixed when the cluster starts")
+		}
 	}
-	if slices.Equal(want, have) {
+	if len(want) == 0 || slices.Equal(want, have) {
 		s.unnote("params")
 		return
 	}

@@ -94,23 +94,36 @@ func TestClusterForms(t *testing.T) {
 
 func TestWaitingSaysWhy(t *testing.T) {
 	for _, tc := range []struct {
-		name           string
-		bootstrap      bool
-		others, answer int
-		starts         bool
-		why            string
+		name             string
+		bootstrap, force bool
+		named            string // by the file that all hosts share
+		others, answer   int
+		starts           bool
+		why              string
 	}{
-		{"nothing given", false, 0, 0, false, "--bootstrap on exactly one node"},
-		{"silent seeds", false, 2, 0, false, "none of 2 seeds answers"},
-		{"new seeds", false, 2, 1, false, "in no cluster yet"},
-		{"bootstrap alone", true, 0, 0, true, ""},
-		{"bootstrap, silent seeds", true, 2, 0, false, "2 of its 2 other seeds do not answer"},
-		{"bootstrap, one seed silent", true, 2, 1, false, "1 of its 2 other seeds do not answer"},
-		{"bootstrap, all seeds new", true, 2, 2, true, ""},
+		{"nothing given", false, false, "", 0, 0, false, "--bootstrap on exactly one node"},
+		{"silent seeds", false, false, "node-a", 2, 0, false, "none of 2 seeds answers"},
+		{"new seeds", false, false, "", 2, 1, false, "in no cluster yet"},
+		{"new seeds, one of them named", false, false, "new-1", 2, 1, false, "new-1, which is to start the cluster, waits itself: tulle status there"},
+		{"nobody has the name", false, false, "node-a", 2, 1, false, "node-a starts it (bootstrap: node-a), and neither this node (node-b) nor any that answers (new-1) has that name"},
+		{"nobody has the name, nobody else", false, false, "node-a", 0, 0, false, "neither this node (node-b) nor any that answers has that name"},
+		{"bootstrap alone", true, false, "", 0, 0, true, ""},
+		{"bootstrap, silent seeds", true, false, "", 2, 0, false, "2 of its 2 other seeds do not answer, and they may already be one: silent-1, silent-2. Start them; "},
+		{"bootstrap, one seed silent", true, false, "", 2, 1, false, "1 of its 2 other seeds do not answer, and they may already be one: silent-1. Start them; " +
+			"if this really is a new cluster, start this node once with --bootstrap=force"},
+		{"bootstrap, all seeds new", true, false, "", 2, 2, true, ""},
+		{"forced, silent seeds", true, true, "", 2, 0, true, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			env := &stubEnv{seeds: Seeds{Others: tc.others, Answered: tc.answer, Tried: true}}
-			s, err := New(simStart, Config{ID: NodeID{1}, Bootstrap: tc.bootstrap, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
+			for i := range tc.others - tc.answer {
+				env.seeds.Silent = append(env.seeds.Silent, fmt.Sprintf("silent-%d", i+1))
+			}
+			for i := range tc.answer {
+				env.members = append(env.members, Member{ID: NodeID{2, byte(i)}, Name: fmt.Sprintf("new-%d", i+1), Alive: true})
+			}
+			s, err := New(simStart, Config{ID: NodeID{1}, Name: "node-b", Bootstrap: tc.bootstrap, ForceBootstrap: tc.force, Bootstrapper: tc.named,
+				CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -122,12 +135,48 @@ func TestWaitingSaysWhy(t *testing.T) {
 			if started := !st.Cluster.IsZero(); started != tc.starts || !strings.Contains(st.Why, tc.why) {
 				t.Errorf("phase %v, cluster %v, why %q", st.Phase, st.Cluster, st.Why)
 			}
-			if !tc.starts && tc.bootstrap {
-				if err := s.Bootstrap(now); err != nil || s.Phase() != Ready {
-					t.Errorf("forced: %v, %v", s.Phase(), err)
-				}
-			}
 		})
+	}
+}
+
+// A seed that is in a cluster is joined, whatever was forced; and it is waited for a moment.
+func TestForceDoesNotMakeASecondCluster(t *testing.T) {
+	env := &stubEnv{seeds: Seeds{Others: 2}}
+	s, err := New(simStart, Config{ID: NodeID{1}, Bootstrap: true, ForceBootstrap: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	now := s.Tick(simStart)
+	if st := s.Status(now); !st.Cluster.IsZero() || !strings.Contains(st.Why, "trying the seeds") {
+		t.Errorf("before the seeds were tried: %+v", st)
+	}
+	env.seeds.Tried = true
+	env.members = []Member{{ID: NodeID{2}, Cluster: ClusterID{7}, Alive: true}}
+	for range 20 {
+		now = s.Tick(now)
+	}
+	if st := s.Status(now); !st.Cluster.IsZero() {
+		t.Errorf("beside a live cluster: %+v", st)
+	}
+}
+
+// What a node's configuration says about the cluster that it joins is compared with what holds there.
+func TestParametersThatDiffer(t *testing.T) {
+	w := quiet(t, 3, "10.244.0.0/16", "fd00::/48")
+	w.hosts[1].cfg.BlockLen4, w.hosts[1].cfg.BlockLen6 = 26, 0
+	w.hosts[2].cfg.CIDRs = []netip.Prefix{netip.MustParsePrefix("10.245.0.0/16")}
+	w.up()
+	for range 2 { // joined, and restarted with state
+		wantProblem(t, w.hosts[1], "the configuration says --node-prefix-len 26, the cluster's blocks in 10.244.0.0/16 are /24")
+		wantProblem(t, w.hosts[2], "the configuration says --cluster-cidr [10.245.0.0/16], the cluster uses")
+		if st := w.hosts[0].sp.Status(w.now); len(st.Problems) > 0 {
+			t.Errorf("on the node whose configuration holds: %v", st.Problems)
+		}
+		for _, h := range w.hosts[1:] {
+			h.stop()
+			h.start(false)
+		}
+		w.runFor(5 * time.Second)
 	}
 }
 
@@ -278,13 +327,9 @@ func TestFixedBlock(t *testing.T) {
 func TestFixedBlockWithPodsElsewhere(t *testing.T) {
 	w := quiet(t, 2, "10.244.0.0/16")
 	w.hosts[1].cfg.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.244.0.128/25")}
+	w.hosts[0].cfg.ForceBootstrap = true // the other one is down
 	w.hosts[0].start(false)
 	w.runFor(8 * time.Second)
-	w.hosts[0].start(false)
-	w.hosts[0].cfg.Bootstrap = true
-	if w.hosts[0].sp.Phase() != Ready {
-		w.hosts[0].sp.Bootstrap(w.now)
-	}
 	if _, err := w.hosts[0].sp.Allocate(w.now, PodRequest{Key: "p", Want: []netip.Addr{netip.MustParseAddr("10.244.0.200")}}); err != nil {
 		t.Fatal(err)
 	}

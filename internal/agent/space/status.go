@@ -131,7 +131,7 @@ func (s *Space) Status(now time.Time) Status {
 func (s *Space) problems(now time.Time) (out []Problem) {
 	switch {
 	case s.phase == Waiting || s.phase == Joining:
-		out = append(out, Problem{"this node has no pod addresses: " + s.why, "see the reason; tulle status on another node shows the cluster"})
+		out = append(out, Problem{"this node has no pod addresses: " + s.why, "the reason says what to do; the agent goes on by itself as soon as it can"})
 	case s.phase == Confirming:
 		out = append(out, Problem{"the table is not confirmed: " + s.why,
 			"start the other nodes; a node that is gone for good: tulle forget NODE (--force when nobody else is left)"})
@@ -140,7 +140,7 @@ func (s *Space) problems(now time.Time) (out []Problem) {
 	}
 	for fam, f := range s.params.Families {
 		if full := s.asks[fam].full; full != "" && s.phase == Ready && s.pool.Spare(now, f.CIDR.Addr().Is6(), 1) == 0 {
-			out = append(out, Problem{"the blocks of this node are full: " + full, "see the reason"})
+			out = append(out, Problem{"the blocks of this node are full: " + full, "the reason says what to do; pods that have addresses keep them"})
 		}
 	}
 	if s.saveErr != nil {

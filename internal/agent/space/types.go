@@ -48,9 +48,10 @@ type Member struct {
 
 // Seeds tells how the attempts to reach the configured seeds went since start.
 type Seeds struct {
-	Others   int  // configured seeds (and last known peers) other than this node itself
-	Answered int  // of these, how many have answered
-	Tried    bool // every one was tried at least once since start
+	Others   int      // configured seeds other than this node itself
+	Answered int      // of these, how many have answered
+	Silent   []string // of these, the ones that have not, for messages
+	Tried    bool     // every one was tried at least once since start
 }
 
 // Phase is where a node stands on its way to pod addresses.
@@ -89,12 +90,16 @@ type Config struct {
 	ID        NodeID // of the state file when there is one; else a new one
 	Name      string // for messages
 	Bootstrap bool   // this node may start the cluster
-	// ForceBootstrap starts the cluster although configured seeds are silent.
+	// ForceBootstrap lets it start the cluster although configured seeds are silent.
 	ForceBootstrap bool
+	// Bootstrapper is the name that the shared configuration gives to the node that starts the cluster, for messages;
+	// "" if it gives none.
+	Bootstrapper string
 	// CIDRs are the cluster CIDRs, at most one for each family. Empty: learn them.
 	// Needed to bootstrap; otherwise they are compared with the cluster's.
 	CIDRs []netip.Prefix
-	// BlockLen4 and BlockLen6 are the prefix lengths of blocks, used at bootstrap; 0: 24 and 64.
+	// BlockLen4 and BlockLen6 are the prefix lengths of blocks, used at bootstrap, where 0 means 24 and 64; otherwise
+	// those that are not 0 are compared with the cluster's.
 	BlockLen4, BlockLen6 int
 	// PodCIDRs are the fixed blocks that this node wants, at most one for each family.
 	PodCIDRs []netip.Prefix

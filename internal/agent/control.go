@@ -88,15 +88,19 @@ func (s *session) findPeer(text string) (*peerView, error) {
 	if v == nil {
 		return nil, api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")
 	}
-	if text == s.cfg.NodeName || text == v.status.Node.String() {
-		return nil, api.Errorf(api.CodeUsage, "%s is this node itself", text)
-	}
+	return v.find(text)
+}
+
+func (v *view) find(text string) (*peerView, error) {
 	addr, _ := netip.ParseAddr(text)
-	var found []*peerView
+	var found, named []*peerView
 	for i := range v.peers {
 		p := &v.peers[i]
-		if p.id == text || p.name == text {
+		if p.id == text {
 			return p, nil
+		}
+		if p.name == text {
+			named = append(named, p)
 		}
 		owns := false
 		if addr.IsValid() {
@@ -111,17 +115,35 @@ func (s *session) findPeer(text string) (*peerView, error) {
 			found = append(found, p)
 		}
 	}
-	switch len(found) {
-	case 1:
-		return found[0], nil
-	case 0:
-		var names []string
-		for _, p := range v.peers {
-			names = append(names, p.name)
-		}
-		return nil, api.Errorf(api.CodeNotFound, "no node %q; known are: %s", text, strings.Join(names, ", "))
+	self := text == v.self || len(text) >= 4 && strings.HasPrefix(v.status.Node.String(), strings.ToLower(text))
+	switch {
+	case len(named) == 0 && self:
+		return nil, api.Errorf(api.CodeUsage, "%s is this node itself", text)
+	case len(named) > 0:
+		found = named
 	}
-	return nil, api.Errorf(api.CodeNotFound, "%q fits %d nodes", text, len(found)).WithRemedy("give the whole ID, see tulle peers")
+	var names []string
+	if len(found) == 0 {
+		for i := range v.peers {
+			names = append(names, v.label(&v.peers[i]))
+		}
+	}
+	switch {
+	case len(found) == 1 && !(self && len(named) == 1):
+		return found[0], nil
+	case len(found) > 0:
+		for _, p := range found {
+			names = append(names, fmt.Sprintf("%s (%s)", p.node.Short(), p.state))
+		}
+		also := ""
+		if self {
+			also = "this node itself, "
+		}
+		return nil, api.Errorf(api.CodeNotFound, "%q fits %s%s", text, also, strings.Join(names, ", ")).WithRemedy("give the ID instead")
+	case len(names) == 0:
+		return nil, api.Errorf(api.CodeNotFound, "no node %q: this node knows no other", text).WithRemedy("see tulle status")
+	}
+	return nil, api.Errorf(api.CodeNotFound, "no node %q; known are: %s", text, strings.Join(names, ", "))
 }
 
 // Allocate implements api.Backend.

@@ -21,6 +21,7 @@ import (
 // view is what this node makes of the others at one moment. It is built anew on every change, handed to the engine and the
 // host, and read by the control socket; it is never changed.
 type view struct {
+	self   string // this node's name
 	status space.Status
 	own    []netip.Prefix
 	tun    []netip.Addr
@@ -44,6 +45,7 @@ type peerView struct {
 	path     path.Info
 	probed   bool
 	gone     bool   // gossip and data path agree: packets to it are answered with host unreachable
+	replaced bool   // another node lives at its address: nothing is sent there for it, nor taken from there as its own
 	why      string // a sentence about the endpoint or the verdict; empty if there is nothing to say
 }
 
@@ -53,7 +55,7 @@ const holdDown = 5 * time.Second
 
 // look builds the view. It is called by the session's loop only, which owns gone.
 func (s *session) look(now time.Time) *view {
-	v := &view{status: s.space.Status(now), own: s.space.Prefixes(), tun: s.space.TunAddrs()}
+	v := &view{self: s.cfg.NodeName, status: s.space.Status(now), own: s.space.Prefixes(), tun: s.space.TunAddrs()}
 	prefixes := map[membership.NodeID][]netip.Prefix{}
 	external := map[netip.Addr]*peerView{}
 	for p, r := range s.space.Routes() {
@@ -75,10 +77,71 @@ func (s *session) look(now time.Time) *view {
 	for _, p := range external {
 		v.peers = append(v.peers, *p)
 	}
+	v.yieldAddresses(s.link.Addrs)
 	slices.SortFunc(v.peers, func(a, b peerView) int {
 		return cmp.Or(cmp.Compare(b2i(a.node.IsZero()), b2i(b.node.IsZero())), cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
 	})
 	return v
+}
+
+// yieldAddresses sees to it that an underlay address stands for one peer: packets from it can only be held against one
+// peer's space. A host whose disk was lost returns as another node at the same address, while gossip and the table still
+// know the old one; and an external peer's endpoint may become a member's. Whoever lives there has the address. A node of
+// which nothing else is left is not listed any more.
+func (v *view) yieldAddresses(ours []netip.Addr) {
+	owner := map[netip.Addr]string{}
+	for i := range v.peers {
+		if p := &v.peers[i]; p.lives() {
+			for _, a := range p.underlay {
+				owner[a] = v.label(p)
+			}
+		}
+	}
+	for _, a := range ours {
+		owner[a] = "this node, " + v.self
+	}
+	for i := range v.peers {
+		p := &v.peers[i]
+		if p.lives() {
+			continue
+		}
+		for _, a := range p.underlay {
+			if by, taken := owner[a]; taken {
+				p.endpoint, p.replaced, p.gone, p.probed, p.path = netip.Addr{}, true, true, false, path.Info{}
+				p.why = fmt.Sprintf("its address %v is that of %s now: packets to it are answered with host unreachable", a, by)
+			}
+		}
+	}
+	v.peers = slices.DeleteFunc(v.peers, func(p peerView) bool { return p.replaced && len(p.prefixes) == 0 })
+}
+
+// lives reports whether gossip holds the peer for alive.
+func (p *peerView) lives() bool { return p.state == api.PeerAlive || p.state == api.PeerSuspect }
+
+// label names a peer: by its name, and by its ID too if others have the same name.
+func (v *view) label(p *peerView) string {
+	if v.unique(p) {
+		return p.name
+	}
+	return fmt.Sprintf("%s (%s)", p.name, p.node.Short())
+}
+
+// argument is what names the peer, and no other, on the command line.
+func (v *view) argument(p *peerView) string {
+	if v.unique(p) {
+		return p.name
+	}
+	return p.node.Short()
+}
+
+func (v *view) unique(p *peerView) bool {
+	n := 0
+	for i := range v.peers {
+		if v.peers[i].name == p.name {
+			n++
+		}
+	}
+	return n == 1 && p.name != v.self
 }
 
 // unseenFor is how long an owner that gossip has not heard of since this agent started keeps its route: gossip may be
@@ -100,7 +163,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 		p := peerView{
 			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
 			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.modes[0],
-			why: "not heard of since this agent started; if it is gone for good: tulle forget " + cmp.Or(k.Name, id.Short()),
+			why: "not heard of since this agent started",
 		}
 		if k.Addr.IsValid() {
 			p.underlay = []netip.Addr{k.Addr.Addr()}
@@ -198,8 +261,12 @@ func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefi
 func (v *view) tunnelPeers() []tunnel.Peer {
 	out := make([]tunnel.Peer, len(v.peers))
 	for i, p := range v.peers {
+		accept := p.underlay
+		if p.replaced {
+			accept = nil
+		}
 		out[i] = tunnel.Peer{
-			ID: p.id, Endpoint: p.endpoint, Accept: p.underlay, UDPPort: p.udpPort, Prefixes: p.prefixes,
+			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, Prefixes: p.prefixes,
 			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Unreachable: p.gone,
 		}
 	}

@@ -226,8 +226,14 @@ func (s *session) problems(v *view) []api.Problem {
 				What:   p.name + " is lost for gossip, but answers through the tunnel: its routes stay",
 				Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.link.Addrs[0], p.endpoint), Since: p.since,
 			})
+		} else if p.replaced && p.node.IsZero() {
+			out = append(out, api.Problem{What: "external peer " + p.name + ": " + p.why, Remedy: "see tulle external list; tulle external remove PREFIX"})
+		} else if p.replaced {
+			out = append(out, api.Problem{What: v.label(p) + " is gone, and its space with it: " + p.why,
+				Remedy: "if its disk is lost: tulle forget " + v.argument(p) + "; if it has moved: start its agent", Since: p.since})
 		} else if p.state == api.PeerDead && p.gone {
-			out = append(out, api.Problem{What: p.name + " is gone: gossip and data path both lost it", Remedy: "start its agent; if it is gone for good: tulle forget " + p.name, Since: p.since})
+			out = append(out, api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
+				Remedy: "start its agent; if it is gone for good: tulle forget " + v.argument(p), Since: p.since})
 		} else if !p.endpoint.IsValid() && p.why != "" && p.state != api.PeerLeft {
 			out = append(out, api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay"})
 		}
@@ -286,6 +292,10 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 			inside = inside || f.CIDR.Contains(addr)
 		}
 	}
+	if v == nil || len(v.status.Params.Families) == 0 {
+		out.Kind, out.Why = api.RouteNone, "this node is in no cluster yet: see tulle status"
+		return out
+	}
 	if !inside {
 		out.Why = "it is outside the cluster's address space: the host's own routes decide"
 		return out
@@ -315,7 +325,7 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 		out.Reachable = p.endpoint.IsValid() && !p.gone && path.State != api.PathDown
 		out.Why = fmt.Sprintf("%s owns %v since version %d; %s is the first of --paths that this version sends, its path is %s (%s)",
 			p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
-		if p.why != "" {
+		if p.why != "" && p.why != path.Reason {
 			out.Why += "; " + p.why
 		}
 		return out

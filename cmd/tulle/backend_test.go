@@ -96,7 +96,7 @@ func (f *fixture) Peers(context.Context) ([]api.Peer, error) {
 }
 
 func (f *fixture) Route(_ context.Context, a netip.Addr) (api.RouteAnswer, error) {
-	r := api.RouteAnswer{Address: a, Kind: api.RouteOutside, Reachable: true, Why: "no cluster prefix holds it: the host's routing decides"}
+	r := api.RouteAnswer{Address: a, Kind: api.RouteOutside, Why: "no cluster prefix holds it: the host's routing decides"}
 	for _, p := range f.peers() {
 		for _, x := range p.Prefixes {
 			if x.Contains(a) {

@@ -75,3 +75,12 @@ func TestTableWidths(t *testing.T) {
 		}
 	}
 }
+
+func TestNamesakes(t *testing.T) {
+	peers := []api.Peer{{Name: "a", ID: "0123456789"}, {Name: "b", ID: "1123456789"}, {Name: "a", ID: "2123456789"}}
+	for i, want := range []string{"a (01234567)", "b", "a (21234567)"} {
+		if got := peerName(peers, peers[i]); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}

@@ -26,6 +26,16 @@ func peersCommand() *cobra.Command {
 	}, quickTimeout)
 }
 
+// peerName is the peer's name, with the ID if another one has the same: a host that lost its disk comes back as another node.
+func peerName(all []api.Peer, x api.Peer) string {
+	for i := range all {
+		if all[i].Name == x.Name && all[i].ID != x.ID {
+			return nodeRef(api.NodeRef{Name: x.Name, ID: x.ID})
+		}
+	}
+	return x.Name
+}
+
 func printPeers(p *printer, peers []api.Peer) {
 	if len(peers) == 0 {
 		p.line("no peers")
@@ -35,7 +45,7 @@ func printPeers(p *printer, peers []api.Peer) {
 		right: []bool{false, false, false, false, true, true, true, true}}
 	for _, x := range peers {
 		at, why := stateOf(x)
-		t.row(x.Name, x.State, orNone(list(x.Prefixes, "\n")), pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
+		t.row(peerName(peers, x), x.State, orNone(list(x.Prefixes, "\n")), pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
 	}
 	p.table(&t)
 }

@@ -25,14 +25,17 @@ func routeCommand() *cobra.Command {
 				return api.RouteAnswer{}, usagef("%q is not an IPv4 or IPv6 address", args[0])
 			}
 			return a.Route(ctx, addr)
-		}, printRoute, func(r api.RouteAnswer) bool { return r.Reachable }),
+		}, printRoute, func(r api.RouteAnswer) bool { return r.Reachable || r.Kind == api.RouteOutside }),
 	}
 	return c.flags(group("route", "Where packets go", get), quickTimeout)
 }
 
 func printRoute(p *printer, r api.RouteAnswer) {
 	reach := "yes"
-	if !r.Reachable {
+	switch {
+	case r.Kind == api.RouteOutside:
+		reach = "not through tulle"
+	case !r.Reachable:
 		reach = "NO"
 	}
 	prefix := ""

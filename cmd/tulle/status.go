@@ -241,7 +241,7 @@ func printStatusPeers(p *printer, peers []api.Peer) {
 	}
 	for _, x := range sorted[:shown] {
 		at, why := stateOf(x)
-		t.row(x.Name, x.State, pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
+		t.row(peerName(peers, x), x.State, pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
 	}
 	p.line("")
 	p.table(&t)

@@ -234,7 +234,7 @@ func (s *session) problems(v *view) []api.Problem {
 		} else if p.state == api.PeerDead && p.gone {
 			out = append(out, api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
 				Remedy: "start its agent; if it is gone for good: tulle forget " + v.argument(p), Since: p.since})
-		} else if !p.endpoint.IsValid() && p.why != "" && p.state != api.PeerLeft {
+		} else if !p.endpoint.IsValid() && p.why != "" && (p.lives() || p.node.IsZero()) {
 			out = append(out, api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay"})
 		}
 	}

@@ -51,7 +51,7 @@ type RouteAnswer struct {
 	Prefix        netip.Prefix   `json:"prefix,omitzero"` // the table's entry
 	Version       uint64         `json:"version"`         // of that entry
 	Owner         NodeRef        `json:"owner"`
-	Reachable     bool           `json:"reachable"`
+	Reachable     bool           `json:"reachable"`         // through the cluster: false for RouteOutside
 	Endpoint      netip.AddrPort `json:"endpoint,omitzero"` // outer destination; port 0 where the encapsulation has none
 	Encapsulation string         `json:"encapsulation"`
 	MTU           int            `json:"mtu"`

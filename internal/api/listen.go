@@ -66,7 +66,7 @@ func removeStale(path string) error {
 		conn.Close()
 	}
 	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("control socket %s: another agent listens there; stop it (systemctl stop tulle), or give this one its own --socket, --state-dir and --tun", path)
+		return fmt.Errorf("control socket %s: another agent listens there; stop it (systemctl stop tulle); an agent in another network namespace needs its own --socket and --state-dir", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("control socket: remove what a dead agent left: %w", err)

@@ -31,7 +31,9 @@ type transport struct {
 
 	mu    sync.Mutex
 	conns map[*countedConn]struct{}
-	idle  *sync.Cond // signalled when conns shrinks
+	idle  *sync.Cond         // signalled when conns shrinks
+	from  map[netip.Addr]int // accepted streams that are open, by peer
+	open  int                // sum of from
 }
 
 // traffic counts what went over a node's transports since it started.
@@ -43,6 +45,11 @@ type traffic struct {
 const (
 	maxPacket  = 9216    // bytes; larger ones than any member sends
 	udpRecvBuf = 2 << 20 // bytes, asked for; the kernel may give less
+
+	// Accepted streams that may be open at once, in all and of one host. memberlist takes memory for each as its
+	// header says (up to 20 MiB), before it knows who speaks. A member has one or two, for milliseconds.
+	maxStreams         = 128
+	maxStreamsFromHost = 32
 )
 
 // listen binds the sockets. Nothing is read from them before serve.
@@ -57,7 +64,7 @@ func listen(addr netip.AddrPort, tr *traffic, allow func(netip.AddrPort) bool) (
 		return nil, listenError("UDP", addr, err)
 	}
 	_ = udp.SetReadBuffer(udpRecvBuf) // a smaller one works too
-	t := &transport{addr: addr, udp: udp, tcp: tcp, allow: allow, traffic: tr, conns: map[*countedConn]struct{}{}}
+	t := &transport{addr: addr, udp: udp, tcp: tcp, allow: allow, traffic: tr, conns: map[*countedConn]struct{}{}, from: map[netip.Addr]int{}}
 	t.idle = sync.NewCond(&t.mu)
 	t.sendUDP.Store(udp)
 	t.ctx, t.cancel = context.WithCancel(context.Background())
@@ -125,7 +132,7 @@ func (t *transport) accept(stream func(net.Conn)) {
 			conn.Close()
 			continue
 		}
-		if c := t.track(conn); c != nil {
+		if c := t.track(conn, from.AddrPort().Addr().Unmap()); c != nil {
 			stream(c)
 		}
 	}
@@ -173,24 +180,43 @@ func (t *transport) dial(to string, timeout time.Duration) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := t.track(conn)
+	c := t.track(conn, netip.Addr{})
 	if c == nil {
 		return nil, net.ErrClosed
 	}
 	return c, nil
 }
 
-// track wraps a connection, or closes it when the transport is shutting down.
-func (t *transport) track(conn net.Conn) *countedConn {
-	c := &countedConn{Conn: conn, t: t}
+// track wraps a connection, or closes it when the transport is shutting down or, for an accepted one, when there are too
+// many; from is invalid for one that was dialled.
+func (t *transport) track(conn net.Conn, from netip.Addr) *countedConn {
+	c := &countedConn{Conn: conn, t: t, from: from}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.ctx.Err() != nil {
+	if t.ctx.Err() != nil || from.IsValid() && (t.open >= maxStreams || t.from[from] >= maxStreamsFromHost) {
 		conn.Close()
 		return nil
 	}
 	t.conns[c] = struct{}{}
+	if from.IsValid() {
+		t.from[from]++
+		t.open++
+	}
 	return c
+}
+
+// untrackLocked lets go of a connection, once.
+func (t *transport) untrackLocked(c *countedConn) {
+	if _, ok := t.conns[c]; !ok {
+		return
+	}
+	delete(t.conns, c)
+	if c.from.IsValid() {
+		t.open--
+		if t.from[c.from]--; t.from[c.from] == 0 {
+			delete(t.from, c.from)
+		}
+	}
 }
 
 // shutdown closes everything and waits until the readers have ended and
@@ -216,7 +242,8 @@ func (t *transport) shutdown() {
 // is closed.
 type countedConn struct {
 	net.Conn
-	t *transport
+	t    *transport
+	from netip.Addr // of an accepted one
 }
 
 func (c *countedConn) Read(b []byte) (int, error) {
@@ -233,7 +260,7 @@ func (c *countedConn) Write(b []byte) (int, error) {
 
 func (c *countedConn) Close() error {
 	c.t.mu.Lock()
-	delete(c.t.conns, c)
+	c.t.untrackLocked(c)
 	c.t.idle.Broadcast()
 	c.t.mu.Unlock()
 	return c.Conn.Close()

@@ -219,15 +219,12 @@ func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 	switch {
 	case in.TTL == 0:
 		return nil, encap.DropTxTTLZero
-	case t.local, t.endpoint == dst:
+	case t.local, t.endpoint == dst, t.endpoint == in.Src:
 		return nil, encap.DropLoop
 	case t.unreachable:
 		return nil, encap.DropPeerDown
 	case !t.endpoint.IsValid():
 		return nil, encap.DropNoPath
-	}
-	if _, loop := w.fwd.underlay[in.Src]; loop && t.endpoint == in.Src {
-		return nil, encap.DropLoop
 	}
 	return t, encap.DropNone
 }

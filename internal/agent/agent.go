@@ -96,6 +96,7 @@ func (a *agent) sessions(ctx context.Context) error {
 // wait notes why there is no session.
 func (a *agent) wait(p api.Problem) {
 	p.Since = time.Now()
+	newNotifier(a.log).send("STATUS=" + p.What)
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.pending = p

@@ -311,6 +311,12 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 	if len(usableModes([]string{m.String()})) == 0 {
 		return api.External{}, api.Errorf(api.CodeUsage, "this version cannot send %s to an external peer", m).WithRemedy("use one of %v", sendable)
 	}
+	if v := s.view.Load(); v != nil {
+		if name := v.livesAt(req.Endpoint, s.link.Addrs); name != "" {
+			return api.External{}, api.Errorf(api.CodeRefused, "%v is the address of %s", req.Endpoint, name).
+				WithRemedy("an external peer is a host without an agent; a member gets its space by itself, or by --pod-cidr")
+		}
+	}
 	for _, e := range s.space.Externals() {
 		if e.External.Endpoint == req.Endpoint && e.External.Encap != req.Encapsulation {
 			return api.External{}, api.Errorf(api.CodeRefused, "%v is an external peer by %s already (%v)", req.Endpoint, e.External.Encap, e.Prefix).

@@ -76,6 +76,16 @@ func (n *notifier) ready(text string) {
 	}
 }
 
+// waiting says why the node is not ready, in the journal and in the unit's status text, once for each reason.
+func (n *notifier) waiting(why string) {
+	if why == "" || why == n.text {
+		return
+	}
+	n.text = why
+	n.log.Info("not ready", "reason", why)
+	n.send("STATUS=not ready: " + why)
+}
+
 func (n *notifier) send(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		n.log.Warn("systemd does not take the notification", "state", state, "error", err)

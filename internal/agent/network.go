@@ -89,30 +89,32 @@ func (s *session) look(now time.Time) *view {
 // know the old one; and an external peer's endpoint may become a member's. Whoever lives there has the address. A node of
 // which nothing else is left is not listed any more.
 func (v *view) yieldAddresses(ours []netip.Addr) {
-	owner := map[netip.Addr]string{}
-	for i := range v.peers {
-		if p := &v.peers[i]; p.lives() {
-			for _, a := range p.underlay {
-				owner[a] = v.label(p)
-			}
-		}
-	}
-	for _, a := range ours {
-		owner[a] = "this node, " + v.self
-	}
 	for i := range v.peers {
 		p := &v.peers[i]
 		if p.lives() {
 			continue
 		}
 		for _, a := range p.underlay {
-			if by, taken := owner[a]; taken {
+			if by := v.livesAt(a, ours); by != "" {
 				p.endpoint, p.replaced, p.gone, p.probed, p.path = netip.Addr{}, true, true, false, path.Info{}
 				p.why = fmt.Sprintf("its address %v is that of %s now: packets to it are answered with host unreachable", a, by)
 			}
 		}
 	}
 	v.peers = slices.DeleteFunc(v.peers, func(p peerView) bool { return p.replaced && len(p.prefixes) == 0 })
+}
+
+// livesAt names who has an underlay address: a living member or this node; "" if none of them has.
+func (v *view) livesAt(a netip.Addr, ours []netip.Addr) string {
+	if slices.Contains(ours, a) {
+		return "this node, " + v.self
+	}
+	for i := range v.peers {
+		if p := &v.peers[i]; p.lives() && slices.Contains(p.underlay, a) {
+			return v.label(p)
+		}
+	}
+	return ""
 }
 
 // lives reports whether gossip holds the peer for alive.

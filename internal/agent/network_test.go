@@ -65,6 +65,16 @@ func TestAddressesYield(t *testing.T) {
 	}
 }
 
+func TestLivesAt(t *testing.T) {
+	ours := []netip.Addr{netip.MustParseAddr("192.0.2.9")}
+	v := &view{self: "self", peers: []peerView{testPeer(1, "a", api.PeerAlive, "192.0.2.1"), testPeer(2, "b", api.PeerDead, "192.0.2.2"), testPeer(0, "x", api.PeerExternal, "192.0.2.3")}}
+	for text, want := range map[string]string{"192.0.2.1": "a", "192.0.2.2": "", "192.0.2.3": "", "192.0.2.9": "this node, self"} {
+		if got := v.livesAt(netip.MustParseAddr(text), ours); got != want {
+			t.Errorf("%s: %q, want %q", text, got, want)
+		}
+	}
+}
+
 func TestFindNamesakes(t *testing.T) {
 	dead, alive, own := testPeer(1, "a", api.PeerDead, "192.0.2.1", "10.244.0.0/24"), testPeer(2, "a", api.PeerAlive, "192.0.2.2"), testPeer(3, "self", api.PeerDead, "192.0.2.3")
 	v := &view{self: "self", status: space.Status{Node: membership.NodeID{9, 9, 9, 9}}, peers: []peerView{alive, dead, own, testPeer(4, "b", api.PeerAlive, "192.0.2.4")}}

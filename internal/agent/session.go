@@ -471,6 +471,8 @@ func (s *session) loop(ctx context.Context) error {
 		}
 		if s.ready() {
 			notify.ready(s.summary())
+		} else {
+			notify.waiting(s.view.Load().status.Why)
 		}
 		select { // let news gather
 		case <-ctx.Done():

@@ -116,7 +116,7 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 	case len(usableModes([]string{m.String()})) == 0:
 		out.State, out.Reason = api.PathOff, "this version does not send it"
 		return out
-	case p.node.IsZero():
+	case p.node.IsZero() && !p.replaced:
 		out.State, out.MTU, out.Reason = api.PathUp, int(p.mtu), "external peers are not probed"
 		return out
 	case !p.endpoint.IsValid():
@@ -323,6 +323,10 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 		path := s.path(p, p.mode)
 		out.Endpoint, out.Encapsulation, out.MTU = s.outer(p, p.mode), p.mode.String(), int(p.mtu)
 		out.Reachable = p.endpoint.IsValid() && !p.gone && path.State != api.PathDown
+		if e.External != nil {
+			out.Why = fmt.Sprintf("the external peer at %s has %v since version %d, by %s; its path is %s (%s)", p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
+			return out
+		}
 		out.Why = fmt.Sprintf("%s owns %v since version %d; %s is the first of --paths that this version sends, its path is %s (%s)",
 			p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
 		if p.why != "" && p.why != path.Reason {

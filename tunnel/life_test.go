@@ -40,7 +40,7 @@ func TestRunLeavesNothing(t *testing.T) {
 		if err := goleak.Find(ignore); err != nil {
 			t.Error(err)
 		}
-		if now := descriptors(t); now != before {
+		if now := descriptors(t); now > before { // fewer: the collector has closed what earlier tests left
 			t.Fatalf("%d descriptors before, %d after", before, now)
 		}
 	}
@@ -153,7 +153,7 @@ func TestBusyPort(t *testing.T) {
 				}
 				return nil
 			}))
-			if now := descriptors(t); now != before {
+			if now := descriptors(t); now > before { // fewer: the collector has closed what earlier tests left
 				t.Errorf("%d descriptors before, %d after", before, now)
 			}
 		}

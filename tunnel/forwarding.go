@@ -58,6 +58,7 @@ type forwarding struct {
 	table    *route.Table[*target]
 	sources  map[netip.Addr]*target // by the underlay address of an outer source
 	peers    map[string]*target
+	own      []netip.Addr            // this node's underlay addresses
 	underlay map[netip.Addr]struct{} // of members and of this node: where a nested tunnel packet would go
 	tun      [2]netip.Addr           // our own addresses: IPv4, IPv6; invalid if there is none
 }
@@ -65,6 +66,7 @@ type forwarding struct {
 // newForwarding builds the tables. counters finds or makes the counters of a peer.
 func newForwarding(local Local, peers []Peer, counters func(id string) *peerCounters) *forwarding {
 	f := &forwarding{
+		own:      local.Underlay,
 		sources:  make(map[netip.Addr]*target, len(peers)),
 		peers:    make(map[string]*target, len(peers)),
 		underlay: make(map[netip.Addr]struct{}, len(peers)+len(local.Underlay)),

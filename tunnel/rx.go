@@ -192,13 +192,14 @@ func (w *rxWorker) Underlay(dst netip.Addr) bool {
 	return ok
 }
 
-// Ours reports a source in this node's own space.
+// Ours reports a source in this node's own space, or this host's underlay address: the TUN device accepts packets from
+// the host's own addresses, for the sake of the engine's ICMP errors.
 func (w *rxWorker) Ours(src netip.Addr) bool {
 	if src == w.lastSrc {
 		return false
 	}
 	w.owner, _ = w.fwd.table.Lookup(src)
-	return w.owner != nil && w.owner.local
+	return w.owner != nil && w.owner.local || slices.Contains(w.fwd.own, src)
 }
 
 // MaySend reports whether src is in the sending peer's space, or is the peer's host itself: what a host answers to a pod

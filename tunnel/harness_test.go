@@ -117,7 +117,7 @@ func needRoot(t testing.TB) {
 }
 
 // patience bounds every wait for something that must happen; nothing is asserted about how long it takes.
-const patience = 5 * time.Second
+const patience = 20 * time.Second
 
 // eventually polls until ok.
 func eventually(t testing.TB, what string, ok func() bool) {

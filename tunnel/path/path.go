@@ -285,6 +285,9 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 	if now.Sub(p.sent) > maxRTO {
 		return // says nothing about the present
 	}
+	if s.srtt == 0 { // the peer is there at last: what went unanswered before was not lost on the way
+		s.outcomes = [window]outcome{}
+	}
 	s.sample(now.Sub(p.sent))
 	s.lastAnswer, s.misses = now, 0
 	if !p.forMTU {

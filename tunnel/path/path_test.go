@@ -298,6 +298,21 @@ func TestLossOverWindow(t *testing.T) {
 	}
 }
 
+// Probes to a peer that had not begun yet were not lost on the way.
+func TestNoLossBeforeTheFirstAnswer(t *testing.T) {
+	n := newNetwork(newState(Config{}))
+	n.alive = false
+	n.run(t, n.now.Add(20*time.Second))
+	if got := n.s.Snapshot(); got.Up || got.Loss != 1 {
+		t.Fatalf("up %v, loss %v of a peer that never answered, want down and 1", got.Up, got.Loss)
+	}
+	n.alive = true
+	n.run(t, n.now.Add(20*time.Second))
+	if got := n.s.Snapshot(); !got.Up || got.Loss != 0 {
+		t.Fatalf("up %v, loss %v after the peer has begun, want up and 0", got.Up, got.Loss)
+	}
+}
+
 func TestPoke(t *testing.T) {
 	s := newState(Config{})
 	n := newNetwork(s)

@@ -40,6 +40,7 @@ type capture struct {
 	out   *pcapgo.NgWriter
 	close func() error
 	err   error
+	n     int // packets in the file
 }
 
 func startCapture(t *testing.T, l *lab.Lab) *capture {
@@ -105,13 +106,19 @@ func (c *capture) read(fd int) {
 			continue
 		case err == unix.EAGAIN && !c.stop.Load():
 			continue
+		case err == unix.EAGAIN:
+			return
 		case err != nil:
+			c.mu.Lock()
+			c.err = errors.Join(c.err, fmt.Errorf("packet socket: %w", err))
+			c.mu.Unlock()
 			return
 		}
 		if ll, ok := from.(*unix.SockaddrLinklayer); ok && ll.Pkttype == unix.PACKET_OUTGOING && isTunnel(buf[:n]) {
 			c.mu.Lock()
 			info := gopacket.CaptureInfo{Timestamp: time.Now(), CaptureLength: n, Length: n}
 			c.err = errors.Join(c.err, c.out.WritePacket(info, buf[:n]))
+			c.n++
 			c.mu.Unlock()
 		}
 	}
@@ -162,6 +169,9 @@ func (c *capture) check(t *testing.T, paths string) {
 		}
 		part := filepath.Join(t.TempDir(), inner+".pcapng")
 		tshark(t, "-r", file, "-Y", want, "-w", part)
+		if _, err := os.Stat(part); err != nil {
+			t.Fatalf("none of the %d packets captured is %s in %s: %v", c.n, inner, paths, err)
+		}
 		if paths == "udp" {
 			decode = []string{"-d", "udp.port==6080," + inner}
 		}
@@ -184,12 +194,12 @@ func (c *capture) check(t *testing.T, paths string) {
 // tshark runs it over a file.
 func tshark(t *testing.T, args ...string) string {
 	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "tshark", append(onlyDissectors(), args...)...)
+	cmd := exec.CommandContext(t.Context(), "tshark", slices.Concat(onlyDissectors(), args)...)
 	var errOut strings.Builder
 	cmd.Stderr = &errOut
 	out, err := cmd.Output()
 	if err != nil {
-		t.Fatalf("%v: %v\n%s", cmd, err, errOut.String())
+		t.Fatalf("tshark %q: %v\n%s", args, err, errOut.String())
 	}
 	return string(out)
 }

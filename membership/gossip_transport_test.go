@@ -78,4 +78,3 @@ func TestStreamsAreBounded(t *testing.T) {
 		t.Errorf("%d streams are open, want %d", sum, maxStreams)
 	}
 }
-

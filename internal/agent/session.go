@@ -60,6 +60,7 @@ type session struct {
 	mu        sync.Mutex
 	conflicts []hostnet.Problem // of the last reconcile
 	hostErr   error             // of the last reconcile
+	hostDone  bool              // a reconcile has given this host its addresses and routes
 	repairs   uint64
 }
 
@@ -529,6 +530,7 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	defer s.mu.Unlock()
 	s.repairs += uint64(len(rep.Repaired))
 	s.conflicts, s.hostErr = rep.Conflicts, err
+	s.hostDone = s.hostDone || err == nil && len(h.TunAddrs) > 0
 }
 
 // checkUnderlay ends the session when the address that everything is bound to is no longer this host's.
@@ -548,5 +550,5 @@ func (s *session) ready() bool {
 	v := s.view.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return v != nil && v.status.Phase == space.Ready && len(v.tun) > 0 && s.hostErr == nil
+	return v != nil && v.status.Phase == space.Ready && len(v.tun) > 0 && s.hostDone && s.hostErr == nil
 }

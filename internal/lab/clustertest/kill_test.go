@@ -64,8 +64,8 @@ func TestKill9(t *testing.T) {
 	}
 	// Everything stays, and the pods of the host talk on.
 	dead := networkOf(t, l, "h1")
-	dead.with("link", "address", "rule", "nft", "sysctl").without("NO-CARRIER").sameAs(t, "while the agent is dead",
-		netBefore.with("link", "address", "rule", "nft", "sysctl").without("NO-CARRIER"))
+	objects := []string{"link", "address", "rule", "nft", "sysctl"}
+	dead.with(objects...).carrierless().sameAs(t, "while the agent is dead", netBefore.with(objects...).carrierless())
 	dead.marked().sameAs(t, "while the agent is dead", netBefore.marked())
 	tr.all(t, local, before.Node.Tun.MTU, 1<<20)
 
@@ -123,6 +123,14 @@ func TestKill9(t *testing.T) {
 			t.Errorf("%s had to repair its host %d times", h, st.Counters.Repairs)
 		}
 	}
+}
+
+// carrierless leaves out whether links have a carrier: a TUN device has one while somebody holds it.
+func (s snapshot) carrierless() (out snapshot) {
+	for _, line := range s {
+		out = append(out, strings.Replace(line, "|running", "", 1))
+	}
+	return out
 }
 
 // without drops the lines that hold the word.

@@ -24,7 +24,7 @@ lint:
 	.ci/lint
 
 unit:
-	$(GO) test -timeout 20m ./...
+	TULLE_NSPAWN=1 $(GO) test -timeout 20m ./...
 
 # The race detector, where goroutines meet. Packages of pure functions have nothing for it to find.
 race:

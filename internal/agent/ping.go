@@ -1,0 +1,97 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// ping probes a peer through every encapsulation.
+func (s *session) ping(ctx context.Context, p *peerView, count int) (api.PingResult, error) {
+	if count <= 0 {
+		count = 3
+	}
+	out := api.PingResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
+	for _, name := range s.cfg.Paths {
+		m, err := encap.ParseMode(name)
+		if err != nil {
+			continue
+		}
+		pm := api.PingMode{Mode: name, Active: m == p.mode, Endpoint: s.outer(p, m)}
+		switch {
+		case len(usableModes([]string{name})) == 0:
+			pm.State, pm.Reason = api.PathOff, "this version does not send it"
+		case p.node.IsZero():
+			pm.State, pm.Reason = api.PathOff, "external peers have no agent that answers"
+		default:
+			s.pingMode(ctx, p, m, count, &pm)
+		}
+		out.Modes = append(out.Modes, pm)
+	}
+	return out, ctx.Err()
+}
+
+const (
+	pingSize = 64                     // bytes of the inner packet
+	pingWait = time.Second            // for an answer
+	sizeWait = 300 * time.Millisecond // for the answer to a large packet, once the path has answered
+)
+
+func (s *session) pingMode(ctx context.Context, p *peerView, m encap.Mode, count int, pm *api.PingMode) {
+	var sum time.Duration
+	var last error
+	for range count {
+		pm.Sent++
+		rtt, _, err := s.probes.ping(ctx, p.id, m, pingSize, pingWait)
+		if err != nil {
+			last = err
+			if pm.Received == 0 && pm.Sent >= 3 || ctx.Err() != nil {
+				break
+			}
+			continue
+		}
+		us := rtt.Microseconds()
+		if pm.Received == 0 || us < pm.RTTMinUS {
+			pm.RTTMinUS = us
+		}
+		pm.RTTMaxUS = max(pm.RTTMaxUS, us)
+		pm.Received++
+		sum += rtt
+	}
+	pm.Lost = pm.Sent - pm.Received
+	if pm.Received == 0 {
+		pm.State, pm.Reason = api.PathDown, fmt.Sprintf("%d probes, no answer (%v)", pm.Sent, last)
+		return
+	}
+	pm.State = api.PathUp
+	pm.RTTUS = (sum / time.Duration(pm.Received)).Microseconds()
+	pm.LargestPacket = s.largest(ctx, p, m)
+}
+
+// largest searches the largest inner packet that is answered.
+func (s *session) largest(ctx context.Context, p *peerView, m encap.Mode) int {
+	passes := func(size int) bool {
+		for range 2 {
+			if _, got, err := s.probes.ping(ctx, p.id, m, size, sizeWait); err == nil && got == size {
+				return true
+			}
+		}
+		return false
+	}
+	lo, hi := pingSize, int(s.limit(m, p.endpoint.Is6()))
+	if passes(hi) {
+		return hi
+	}
+	for hi-lo > 1 && ctx.Err() == nil {
+		mid := (lo + hi) / 2
+		if passes(mid) {
+			lo = mid
+		} else {
+			hi = mid
+		}
+	}
+	return lo
+}

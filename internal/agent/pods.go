@@ -1,0 +1,141 @@
+package agent
+
+import (
+	"context"
+	"net/netip"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+)
+
+// IPAM implements api.Backend.
+func (a *agent) IPAM(context.Context) (api.IPAM, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.IPAM{}, err
+	}
+	now := time.Now()
+	out := api.IPAM{Prefixes: s.space.Prefixes(), Blocks: s.blocks(now)}
+	byKey := map[string]int{}
+	for _, l := range s.space.Allocations() {
+		i, ok := byKey[l.Key]
+		if !ok {
+			i = len(out.Allocations)
+			byKey[l.Key] = i
+			out.Allocations = append(out.Allocations, api.PodAllocation{ID: l.Key, Name: l.Pod, State: api.AllocationUsed, Since: l.Since, Netns: l.Netns})
+		}
+		out.Allocations[i].Addresses = append(out.Allocations[i].Addresses, l.Addr)
+	}
+	for _, r := range s.space.Resting(now) {
+		out.Allocations = append(out.Allocations, api.PodAllocation{Addresses: []netip.Addr{r.Addr}, State: api.AllocationCooling, Until: r.Until})
+	}
+	return out, nil
+}
+
+// leakGrace is how long an allocation may have no sign of life: its pod is being set up.
+const leakGrace = time.Minute
+
+// live is what the host shows of pods: routes to single addresses of our space, and the namespaces that pods were
+// allocated for. The agent has no right to enter those, so a namespace that exists counts.
+func (s *session) live() ([]ipam.Allocation, error) {
+	routes, err := hostnet.PodRoutes(s.cfg.Tun, s.space.Prefixes())
+	if err != nil {
+		return nil, err
+	}
+	var out []ipam.Allocation
+	seen := map[netip.Addr]bool{}
+	for _, r := range routes {
+		seen[r.Addr] = true
+		out = append(out, ipam.Allocation{Addr: r.Addr, Netns: r.Device})
+	}
+	for _, l := range s.space.Allocations() {
+		if !seen[l.Addr] && l.Netns != "" && namespaceLives(l.Netns) {
+			out = append(out, l)
+		}
+	}
+	return out, nil
+}
+
+// IPAMCheck implements api.Backend.
+func (a *agent) IPAMCheck(context.Context) (api.IPAMCheck, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.IPAMCheck{}, err
+	}
+	live, err := s.live()
+	if err != nil {
+		return api.IPAMCheck{}, err
+	}
+	out := api.IPAMCheck{Checked: len(s.space.Allocations())}
+	for _, f := range s.space.Check(time.Now(), live, leakGrace) {
+		switch f.Kind {
+		case space.Unknown:
+			out.Unknown = append(out.Unknown, api.UnknownAddr{Address: f.Allocation.Addr, Where: f.Allocation.Netns})
+		case space.Leaked:
+			out.Leaked = append(out.Leaked, api.LeakedAddr{
+				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
+				Reason: "no route leads to it, and its network namespace is gone",
+			})
+		case space.Stranded:
+			out.Leaked = append(out.Leaked, api.LeakedAddr{
+				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
+				Reason: "another node owns it now; restart the pod",
+			})
+		}
+	}
+	return out, nil
+}
+
+// IPAMRelease implements api.Backend.
+func (a *agent) IPAMRelease(_ context.Context, req api.ReleaseRequest) (api.ReleaseResult, error) {
+	s, err := a.current()
+	if err != nil {
+		return api.ReleaseResult{}, err
+	}
+	live, err := s.live()
+	if err != nil {
+		return api.ReleaseResult{}, err
+	}
+	var out api.ReleaseResult
+	keys := []string{}
+	if !req.All {
+		owner := map[netip.Addr]string{}
+		for _, l := range s.space.Allocations() {
+			owner[l.Addr] = l.Key
+		}
+		for _, addr := range req.Addresses {
+			if k, ok := owner[addr]; ok {
+				keys = append(keys, k)
+			} else {
+				out.Refused = append(out.Refused, api.RefusedAddr{Address: addr, Why: "it is not allocated"})
+			}
+		}
+		if len(keys) == 0 {
+			return out, nil
+		}
+	}
+	list, err := s.space.ReleaseLeaked(time.Now(), live, leakGrace, keys...)
+	if err != nil {
+		return out, coded(err)
+	}
+	released := map[netip.Addr]bool{}
+	for _, l := range list {
+		released[l.Addr] = true
+		out.Released = append(out.Released, l.Addr)
+	}
+	for _, addr := range req.Addresses {
+		if !released[addr] && !req.All {
+			known := false
+			for _, r := range out.Refused {
+				known = known || r.Address == addr
+			}
+			if !known {
+				out.Refused = append(out.Refused, api.RefusedAddr{Address: addr, Why: "a check finds it in use at this moment, or too young to tell"})
+			}
+		}
+	}
+	return out, nil
+}

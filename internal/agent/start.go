@@ -1,0 +1,304 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/device"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+// sendable are the encapsulations that this version can send.
+var sendable = []encap.Mode{encap.UDP, encap.IPIP}
+
+// start opens a session. It waits for an underlay address, because a host may boot slower than its services; everything
+// else that is wrong is an error.
+func (a *agent) start(ctx context.Context) (*session, error) {
+	s := &session{
+		cfg: a.cfg, log: a.log, started: time.Now(),
+		wake: make(chan struct{}, 1), dirt: make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
+	}
+	s.masquerade.Store(a.cfg.Masquerade)
+	s.modes = usableModes(a.cfg.Paths)
+	if len(s.modes) == 0 {
+		return nil, fmt.Errorf("--paths %v: this version sends %v; name at least one of them", a.cfg.Paths, sendable)
+	}
+	if err := a.open(ctx, s); err != nil {
+		return nil, errors.Join(err, s.close())
+	}
+	return s, nil
+}
+
+// open opens what the session needs, one after the other, and stops at the first error.
+func (a *agent) open(ctx context.Context, s *session) (err error) {
+	if s.store, err = ipam.OpenStore(a.cfg.StateDir, runFile(a.cfg, "fresh")); err != nil {
+		return err
+	}
+	state, err := s.store.Load()
+	if err != nil && !errors.Is(err, ipam.ErrNoState) {
+		return err
+	}
+	if err := a.awaitUnderlay(ctx, s); err != nil {
+		return err
+	}
+	if err := s.chooseMTU(); err != nil {
+		return err
+	}
+	if err := hostnet.CheckOverlap(a.cfg.Tun, a.cfg.ClusterCIDRs, nil); err != nil {
+		return err
+	}
+	if err := s.openData(a); err != nil {
+		return err
+	}
+	if err := s.openCluster(state); err != nil {
+		return err
+	}
+	// Only now, so that an agent that does not come this far leaves no device behind.
+	if err := s.device.Persist(true); err != nil {
+		return err
+	}
+	a.keepTUN(s.device)
+	return nil
+}
+
+// checkOverlap refuses a cluster CIDR that the host uses for something else. Routes to single addresses inside it are pods
+// of an agent whose state is lost.
+func checkOverlap(cfg config.Config) error {
+	cidrs := cfg.ClusterCIDRs
+	if cfg.Bootstrap {
+		cidrs = cfg.BootstrapCIDRs()
+	}
+	routes, err := hostnet.PodRoutes(cfg.Tun, cidrs)
+	if err != nil {
+		return err
+	}
+	var pods []netip.Prefix
+	for _, r := range routes {
+		pods = append(pods, netip.PrefixFrom(r.Addr, r.Addr.BitLen()))
+	}
+	return hostnet.CheckOverlap(cfg.Tun, cidrs, pods)
+}
+
+// usableModes keeps the encapsulations that can be sent, in order.
+func usableModes(paths []string) []encap.Mode {
+	var out []encap.Mode
+	for _, p := range paths {
+		if m, err := encap.ParseMode(p); err == nil && slices.Contains(sendable, m) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
+func (a *agent) awaitUnderlay(ctx context.Context, s *session) error {
+	for try := 0; ; try++ {
+		s.seeds = resolve(ctx, a.cfg.Join)
+		link, err := detect(a.cfg.Underlay, s.seeds)
+		if err == nil {
+			s.link = link
+			return nil
+		}
+		if !errors.Is(err, hostnet.ErrNotYet) {
+			return err
+		}
+		if try == 0 {
+			a.log.Warn("no underlay address yet, waiting for one", "reason", err)
+		}
+		a.wait(api.Problem{What: "no underlay address yet: " + err.Error(), Remedy: "bring the interface up, or name it with --underlay"})
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(2 * time.Second):
+		}
+	}
+}
+
+// detect finds the underlay. Given addresses are all that is used of their interface.
+func detect(want config.Underlay, seeds []netip.Addr) (hostnet.Underlay, error) {
+	if len(want.Addresses) == 0 {
+		return hostnet.DetectUnderlay(want.Interface, seeds)
+	}
+	link, err := hostnet.DetectUnderlay(want.Addresses[0].String(), seeds)
+	link.Addrs = want.Addresses
+	return link, err
+}
+
+// resolve looks the seeds up, as far as names resolve now; gossip resolves them again each time that it joins.
+func resolve(ctx context.Context, seeds []string) []netip.Addr {
+	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
+	defer cancel()
+	var out []netip.Addr
+	for _, s := range seeds {
+		host, _, err := net.SplitHostPort(s)
+		if err != nil {
+			host = s
+		}
+		if a, err := netip.ParseAddr(host); err == nil {
+			out = append(out, a.Unmap())
+			continue
+		}
+		addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+		if err != nil {
+			continue
+		}
+		for _, a := range addrs {
+			out = append(out, a.Unmap())
+		}
+	}
+	return out
+}
+
+// chooseMTU takes the configured MTU, or the underlay's less the overhead of the encapsulation that is preferred.
+func (s *session) chooseMTU() error {
+	six := s.link.Addrs[0].Is6()
+	most := mtu.Link(s.link.MTU).TUN(encap.Overhead(s.modes[0], six))
+	s.tunMTU = most
+	if s.cfg.MTU != 0 {
+		if s.tunMTU = mtu.TUN(s.cfg.MTU); s.tunMTU > most {
+			return fmt.Errorf("--mtu %d: interface %s carries %d bytes, of which %s takes %d: at most %d, or raise the interface's MTU",
+				s.cfg.MTU, s.link.Iface, s.link.MTU, s.modes[0], encap.Overhead(s.modes[0], six), int(most))
+		}
+	}
+	return nil
+}
+
+// openData opens the TUN and the sockets.
+func (s *session) openData(a *agent) (err error) {
+	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU), Queues: queues(s.cfg.Queues)}); err != nil {
+		return err
+	}
+	s.probes = newProber(s.log)
+	s.engine, err = tunnel.New(tunnel.Config{
+		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, CopyDSCP: true,
+		Probed:  s.probes.received,
+		PathMTU: s.pathMTU,
+		Logger:  s.log,
+	})
+	if err != nil {
+		return err
+	}
+	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
+	s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")})
+	return err
+}
+
+// queues is the number of the TUN's queues. Up to four CPUs, where the pods' own work shares them, a second queue costs
+// more than it brings.
+func queues(configured int) int {
+	if configured > 0 {
+		return configured
+	}
+	return min(max(1, runtime.NumCPU()/4), 8)
+}
+
+// runFile is a small file beside the socket, on a file system that a reboot empties, of this TUN's agent.
+func runFile(cfg config.Config, name string) string {
+	return filepath.Join(filepath.Dir(cfg.Socket), name+"."+cfg.Tun)
+}
+
+// openCluster makes the address-space machine out of the state on disk, and gossip.
+func (s *session) openCluster(state *ipam.State) (err error) {
+	id := membership.NewNodeID()
+	if state != nil {
+		id = membership.NodeID(state.Node)
+	}
+	if s.cfg.GossipKeyFile != "" {
+		if s.keys, err = membership.LoadKeyring(s.cfg.GossipKeyFile); err != nil {
+			return err
+		}
+	}
+	s.cluster = &cluster{log: s.log, store: s.store, probes: s.probes, outbox: make(chan outgoing, outboxSize), moved: s.membersMoved}
+	cidrs := s.cfg.ClusterCIDRs
+	if s.cfg.Bootstrap {
+		cidrs = s.cfg.BootstrapCIDRs()
+	}
+	s.space, err = space.New(time.Now(), space.Config{
+		ID: id, Name: s.cfg.NodeName, Bootstrap: s.cfg.Bootstrap, ForceBootstrap: s.cfg.ForceBootstrap, Bootstrapper: s.cfg.Bootstrapper, CIDRs: cidrs,
+		BlockLen4: s.cfg.AskedPrefixLen4, BlockLen6: s.cfg.AskedPrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
+	}, state, s.cluster)
+	if err != nil {
+		return err
+	}
+	s.cluster.space = s.space
+	if err := s.takeStock(); err != nil {
+		return err
+	}
+	var known []netip.AddrPort
+	for _, p := range s.space.Peers() {
+		if p.Addr.IsValid() {
+			known = append(known, p.Addr)
+		}
+	}
+	s.gossip, err = membership.New(membership.Config{
+		ID: id, Name: s.cfg.NodeName, Bind: s.link.Addrs[0], Port: int(s.cfg.GossipPort), MTU: s.link.MTU,
+		Seeds: s.cfg.Join, LastPeers: known, Meta: s.meta(), Keyring: s.keys, Handler: handler{s.cluster}, Logger: s.log,
+	})
+	s.cluster.gossip = s.gossip
+	return err
+}
+
+// takeStock compares allocations with the host before anything is served: pods that the state does not know (it was lost,
+// or is older than they are) keep their addresses out of use, and what is left of pods whose namespace is gone, as after
+// a reboot, is released. Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
+func (s *session) takeStock() error {
+	cidrs := s.cfg.ClusterCIDRs
+	for _, f := range s.space.Params().Families {
+		cidrs = append(slices.Clone(cidrs), f.CIDR)
+	}
+	routes, err := hostnet.PodRoutes(s.cfg.Tun, cidrs)
+	if err != nil {
+		return err
+	}
+	now := time.Now()
+	routed := map[netip.Addr]bool{}
+	allocated := map[netip.Addr]bool{}
+	var unknown, live []ipam.Allocation
+	var dead []string
+	for _, l := range s.space.Allocations() {
+		allocated[l.Addr] = true
+	}
+	for _, r := range routes {
+		routed[r.Addr] = true
+		l := ipam.Allocation{Addr: r.Addr, Key: "found " + r.Addr.String(), Pod: r.Device, Since: now}
+		live = append(live, l)
+		if !allocated[r.Addr] {
+			unknown = append(unknown, l)
+		}
+	}
+	for _, l := range s.space.Allocations() {
+		if l.Netns != "" && !routed[l.Addr] && !namespaceLives(l.Netns) {
+			dead = append(dead, l.Key)
+		}
+	}
+	if len(unknown) > 0 {
+		refused, err := s.space.Adopt(now, unknown)
+		if err != nil {
+			return err
+		}
+		s.log.Warn("found pods that the state does not know; their addresses stay out of use", "found", len(unknown), "refused", len(refused))
+	}
+	if len(dead) > 0 {
+		released, err := s.space.ReleaseLeaked(now, live, leakGrace, dead...)
+		if err != nil {
+			return err
+		}
+		s.log.Info("released the addresses of pods that are gone", "addresses", len(released))
+	}
+	return nil
+}

@@ -170,23 +170,27 @@ func (s *Space) nextOwner(fam int, fixed netip.Prefix) (NodeID, bool) {
 	return best, most > 0
 }
 
-// shares sums up who owns how many blocks, most first (of the first family).
+// shares sums up who owns how many blocks, most first (of the first family). A block may lie in entries of several
+// versions: what counts is whose it is.
 func (s *Space) shares() []Share {
 	byNode := make(map[NodeID]int)
 	var out []Share
+	var owned [][][]netip.Prefix // by node as in out, then by family
 	for _, e := range s.table.Entries() {
 		i, ok := byNode[e.Owner]
 		if !ok {
 			i = len(out)
 			byNode[e.Owner] = i
 			out = append(out, Share{Node: e.Owner, Name: s.peers[e.Owner].Name, Blocks: make([]uint64, len(s.params.Families))})
+			owned = append(owned, make([][]netip.Prefix, len(s.params.Families)))
 		}
+		if fam := s.familyOf(e.Prefix); fam >= 0 && e.External == nil {
+			owned[i][fam] = append(owned[i][fam], e.Prefix)
+		}
+	}
+	for i := range out {
 		for fam, f := range s.params.Families {
-			if e.External == nil && f.CIDR.Contains(e.Prefix.Addr()) {
-				if sum := out[i].Blocks[fam] + ipam.BlockCount([]netip.Prefix{e.Prefix}, f.BlockLen); sum >= out[i].Blocks[fam] {
-					out[i].Blocks[fam] = sum
-				}
-			}
+			out[i].Blocks[fam] = ipam.BlockCount(ipam.Aggregate(owned[i][fam]), f.BlockLen)
 		}
 	}
 	alive := make(map[NodeID]bool)

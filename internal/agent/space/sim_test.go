@@ -69,6 +69,17 @@ func TestSimulation(t *testing.T) {
 	}
 }
 
+// TestSimulationFoundLater runs again what longer runs have found.
+func TestSimulationFoundLater(t *testing.T) {
+	for seed, what := range map[uint64]string{
+		5620: "space in entries of several versions did not count as a block",
+	} {
+		if w := simulate(seed, ""); w.fault != "" {
+			t.Errorf("%s:\n%s", what, w.report())
+		}
+	}
+}
+
 // TestSimulationCatches plants classic bugs and expects a violation of each soon.
 func TestSimulationCatches(t *testing.T) {
 	for _, bug := range []string{

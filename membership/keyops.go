@@ -33,7 +33,8 @@ func (op keyOp) String() string { return [...]string{"?", "list", "install", "us
 
 const (
 	keyRequestHead = 8 + 1
-	maxKeyReason   = 512 // bytes
+	maxKeyReason   = 512     // bytes
+	maxKeyAge      = 1 << 31 // seconds: longer ago is as long ago
 )
 
 type keyRequest struct {
@@ -95,7 +96,7 @@ func (a keyAnswer) encode() []byte {
 		return append(append(b, 1), a.reason[:min(len(a.reason), maxKeyReason)]...)
 	}
 	b = append(b, 0)
-	b = binary.BigEndian.AppendUint32(b, uint32(min(a.age/time.Second, 1<<31)))
+	b = binary.BigEndian.AppendUint32(b, uint32(min(a.age/time.Second, maxKeyAge)))
 	b = append(b, byte(len(a.keys)))
 	for _, fp := range a.keys {
 		b = append(b, fp[:]...)
@@ -119,7 +120,7 @@ func decodeKeyAnswer(b []byte) (keyAnswer, error) {
 	if len(b) < 5 || int(b[4]) > maxKeys || len(b) != 5+int(b[4])*sha256.Size {
 		return keyAnswer{}, fmt.Errorf("key answer of %d bytes", len(b))
 	}
-	a.age = time.Duration(binary.BigEndian.Uint32(b)) * time.Second
+	a.age = time.Duration(min(binary.BigEndian.Uint32(b), maxKeyAge)) * time.Second
 	for fp := range slices.Chunk(b[5:], sha256.Size) {
 		a.keys = append(a.keys, Fingerprint(fp))
 	}

@@ -192,7 +192,7 @@ func mend(p []byte) {
 // differs is an ID that stood still beside DF, which joining may set going.
 func maskStandingID(in, out [][]byte, i int) {
 	a, b := in[i], out[i]
-	if i == 0 || len(a) != len(b) || len(a) < 20 || a[0] != 0x45 || a[6] != 0x40 || slowFold(b[:20]) != 0xffff ||
+	if i == 0 || len(in[i-1]) < 20 || len(a) != len(b) || len(a) < 20 || a[0] != 0x45 || a[6] != 0x40 || slowFold(b[:20]) != 0xffff ||
 		slowFold(a[:20]) != 0xffff || !slices.Equal(a[4:6], in[i-1][4:6]) {
 		return
 	}

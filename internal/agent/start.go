@@ -198,8 +198,8 @@ func (s *session) openData(a *agent) (err error) {
 	return err
 }
 
-// queues is the number of the TUN's queues. Up to four CPUs, where the pods' own work shares them, a second queue costs
-// more than it brings.
+// queues is the number of the TUN's queues. Few CPUs, which the pods' own work shares, leave none to run a
+// second queue's loops beside the first's.
 func queues(configured int) int {
 	if configured > 0 {
 		return configured

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"strings"
 	"syscall"
 	"time"
 
@@ -84,15 +83,14 @@ func notifyFDs(state string, fds ...int) error {
 	if socket == "" {
 		return nil
 	}
-	if name, abstract := strings.CutPrefix(socket, "@"); abstract {
-		socket = "\x00" + name
-	}
-	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: socket, Net: "unixgram"})
+	// A connected datagram socket takes no control messages in package net; this one is bound to a name of the kernel's choice.
+	conn, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Net: "unixgram"})
 	if err != nil {
 		return fmt.Errorf("notify: %w", err)
 	}
 	defer conn.Close()
-	if _, _, err := conn.WriteMsgUnix([]byte(state), syscall.UnixRights(fds...), nil); err != nil {
+	to := &net.UnixAddr{Name: socket, Net: "unixgram"}
+	if _, _, err := conn.WriteMsgUnix([]byte(state), syscall.UnixRights(fds...), to); err != nil {
 		return fmt.Errorf("notify: %w", err)
 	}
 	return nil

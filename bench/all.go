@@ -256,7 +256,7 @@ func takeLatency(payload int, pinned bool) func(context.Context, *AllOptions, *s
 			cpus = all.split()
 		}
 		self := os.Getpid()
-		before, err := autogroup(self)
+		before, _, err := autogroup(self)
 		if err != nil {
 			return err
 		}

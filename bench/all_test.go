@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -390,6 +391,36 @@ func TestSplit(t *testing.T) {
 		if got := (Sides{tc.all, tc.all}).split(); got != (Sides{tc.from, tc.to}) {
 			t.Errorf("%v: got %v", tc.all, got)
 		}
+	}
+}
+
+func TestAutogroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it sets a negative nice value")
+	}
+	// In a session of its own a process has an autogroup.
+	c := exec.Command("sleep", "60")
+	c.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		_ = c.Process.Kill()
+		_ = c.Wait()
+	}()
+	if err := setAutogroup(c.Process.Pid, -3); err != nil {
+		t.Error(err)
+	}
+	if nice, in, err := autogroup(c.Process.Pid); err != nil || in && nice != -3 {
+		t.Errorf("a process that leads a session: nice value %d, in an autogroup %v, %v", nice, in, err)
+	}
+	// The kernel's threads have none, as their children that began no session, which an init may be.
+	const kthreadd = 2
+	if nice, in, err := autogroup(kthreadd); err != nil || in {
+		t.Errorf("kthreadd: nice value %d, in an autogroup %v, %v", nice, in, err)
+	}
+	if err := setAutogroup(kthreadd, -3); err != nil {
+		t.Error(err)
 	}
 }
 

@@ -74,29 +74,30 @@ func place(pid int, on *unix.CPUSet, nice int) error {
 	return setAutogroup(pid, nice)
 }
 
-// setAutogroup sets the nice value of a process's autogroup, which all processes of its session share.
+// setAutogroup sets the nice value of a process's autogroup, which all processes of its session share, if it has one.
 func setAutogroup(pid, nice int) error {
-	err := os.WriteFile(autogroupPath(pid), []byte(strconv.Itoa(nice)), 0)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil // a kernel without autogroups
+	if _, in, err := autogroup(pid); err != nil || !in {
+		return err
 	}
-	return err
+	return os.WriteFile(autogroupPath(pid), []byte(strconv.Itoa(nice)), 0)
 }
 
-// autogroup is the nice value of a process's autogroup, 0 if the kernel has none.
-func autogroup(pid int) (nice int, err error) {
+// autogroup is the nice value of a process's autogroup. A process is in none where the kernel has no autogroups, and where
+// neither it nor an ancestor began a session since the system's start (sched(7); kernel/sched/autogroup.c, which then prints
+// nothing, and refuses a value).
+func autogroup(pid int) (nice int, in bool, err error) {
 	b, err := os.ReadFile(autogroupPath(pid))
-	if errors.Is(err, os.ErrNotExist) {
-		return 0, nil
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(b) == 0 {
+		return 0, false, nil
 	}
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	_, value, _ := strings.Cut(strings.TrimSpace(string(b)), " nice ") // "/autogroup-53 nice 0"
 	if nice, err = strconv.Atoi(value); err != nil {
-		return 0, fmt.Errorf("%s: %w", autogroupPath(pid), err)
+		return 0, false, fmt.Errorf("%s: %w", autogroupPath(pid), err)
 	}
-	return nice, nil
+	return nice, true, nil
 }
 
 func autogroupPath(pid int) string { return fmt.Sprintf("/proc/%d/autogroup", pid) }

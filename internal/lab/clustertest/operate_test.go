@@ -327,4 +327,21 @@ func TestAddresses(t *testing.T) {
 	late := newStray(t, append(join, "--node-name", "h3")...)
 	late.start(t, l, "h3")
 	late.says(t, "no pod addresses", "10.77.0.0/25", "h1", "owns")
+
+	// Once it is old enough, the leaked address is found, and released; it rests before anybody gets it again.
+	untilWithin(t, 2*patience, "the leak is found", func() error {
+		if r := cli(first, "ipam", "check"); r.code != 1 || len(lacks(r.out+r.err, addr.String(), "leaky")) > 0 {
+			return fmt.Errorf("%+v", r)
+		}
+		return nil
+	})
+	if r := cli(first, "ipam", "release", addr.String()); r.code != 0 || len(lacks(r.out, addr.String())) > 0 {
+		t.Errorf("release of a leak: %+v", r)
+	}
+	if r := cli(first, "ipam", "show"); r.code != 0 || len(lacks(r.out, addr.String(), api.AllocationCooling)) > 0 {
+		t.Errorf("a released address rests: %+v", r)
+	}
+	if _, err := c.Allocate(t.Context(), api.AllocateRequest{ID: "hasty", Requested: []netip.Addr{addr}}); err == nil || len(lacks(err.Error(), addr.String())) > 0 {
+		t.Errorf("an address that rests: %v", err)
+	}
 }

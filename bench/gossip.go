@@ -275,7 +275,7 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 	}
 	cluster := membership.NewClusterID()
 	failed := make(chan error, o.Nodes)
-	batch := newStarts()
+	batch := 0
 	for i := range o.Nodes {
 		m := &member{id: ids[i], run: shared, table: membership.NewTable(slices.Clone(entries))}
 		ring, err := membership.NewKeyring(key)
@@ -309,44 +309,20 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 			return nodes, wait, ctx.Err()
 		}
 		nodes = append(nodes, m)
-		if batch.started() || len(nodes) == o.Nodes {
+		// A thousand hosts that start within a second on two cores measure the
+		// cores: every join makes work for all who are there. Let a batch
+		// settle before the next one, and make it the smaller the more they are.
+		if batch++; batch >= min(50, max(1, 1200/len(nodes))) || len(nodes) == o.Nodes {
+			batch = 0
 			if err := formed(ctx, o, nodes); err != nil {
 				return nodes, wait, err
 			}
-			batch.settled()
 		}
 		if len(nodes)%100 == 0 {
 			o.Progress(fmt.Sprintf("%d of %d nodes have started", len(nodes), o.Nodes))
 		}
 	}
 	return nodes, wait, nil
-}
-
-// starts says how many nodes to start before letting them settle. A thousand hosts that start within a second on two cores
-// measure the cores: every join makes work for all who are there, and who answers late is suspected. So a batch is as large
-// as its work keeps all CPUs busy for half a second, by what a join of the batch before took.
-type starts struct {
-	batch, count int
-	cpu          time.Duration // used by the process when the batch began
-}
-
-const largestBatch = 50
-
-func newStarts() starts { return starts{batch: largestBatch, cpu: cpuTime()} }
-
-// started counts a node, and says whether it was the batch's last.
-func (p *starts) started() bool {
-	p.count++
-	return p.count >= p.batch
-}
-
-// settled begins the next batch.
-func (p *starts) settled() {
-	now := cpuTime()
-	used := max(now-p.cpu, 1)
-	budget := time.Duration(runtime.NumCPU()) * time.Second / 2
-	p.batch = int(min(max(1, budget*time.Duration(p.count)/used), largestBatch))
-	p.count, p.cpu = 0, now
 }
 
 // formed waits until every node has all the others for alive.

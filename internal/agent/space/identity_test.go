@@ -12,7 +12,7 @@ import (
 // to everybody.
 func TestNoRequestBeforeTheDisk(t *testing.T) {
 	one, _ := lone(t, "10.244.0.0/16")
-	env := &stubEnv{fail: errors.New("no space left on device"), members: []Member{{ID: NodeID{1}, Cluster: one.Cluster(), Alive: true}}}
+	env := &loneEnv{fail: errors.New("no space left on device"), members: []Member{{ID: NodeID{1}, Cluster: one.Cluster(), Alive: true}}}
 	s, err := New(simStart, Config{ID: NodeID{2}, Name: "two", CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
 	if err != nil {
 		t.Fatal(err)

@@ -68,7 +68,7 @@ func FuzzHandleMessage(f *testing.F) {
 		s.HandleBroadcast(simStart, b)
 		s.MergeState(simStart, b, true)
 		s.Tick(simStart.Add(time.Second))
-		w, err := New(simStart, Config{ID: NodeID{4}}, nil, new(stubEnv))
+		w, err := New(simStart, Config{ID: NodeID{4}}, nil, new(loneEnv))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -115,7 +115,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 		{"forced, silent seeds", true, true, "", 2, 0, true, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			env := &stubEnv{seeds: Seeds{Others: tc.others, Answered: tc.answer, Tried: true}}
+			env := &loneEnv{seeds: Seeds{Others: tc.others, Answered: tc.answer, Tried: true}}
 			for i := range tc.others - tc.answer {
 				env.seeds.Silent = append(env.seeds.Silent, fmt.Sprintf("silent-%d", i+1))
 			}
@@ -141,7 +141,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 
 // A seed that is in a cluster is joined, whatever was forced; and it is waited for a moment.
 func TestForceDoesNotMakeASecondCluster(t *testing.T) {
-	env := &stubEnv{seeds: Seeds{Others: 2}}
+	env := &loneEnv{seeds: Seeds{Others: 2}}
 	s, err := New(simStart, Config{ID: NodeID{1}, Bootstrap: true, ForceBootstrap: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
 	if err != nil {
 		t.Fatal(err)
@@ -180,8 +180,8 @@ func TestParametersThatDiffer(t *testing.T) {
 	}
 }
 
-// stubEnv is a world with nobody else in it.
-type stubEnv struct {
+// loneEnv is a world with nobody else in it.
+type loneEnv struct {
 	seeds   Seeds
 	members []Member
 	tunnel  bool
@@ -191,7 +191,7 @@ type stubEnv struct {
 	onDisk  []uint64 // generation on disk at each send
 }
 
-func (e *stubEnv) Send(to NodeID, msg []byte) {
+func (e *loneEnv) Send(to NodeID, msg []byte) {
 	m, err := decode(msg)
 	if err != nil {
 		panic(err)
@@ -201,21 +201,21 @@ func (e *stubEnv) Send(to NodeID, msg []byte) {
 		e.onDisk = append(e.onDisk, e.disk.Generation)
 	}
 }
-func (e *stubEnv) Broadcast([]byte) {}
-func (e *stubEnv) Persist(st *ipam.State) error {
+func (e *loneEnv) Broadcast([]byte) {}
+func (e *loneEnv) Persist(st *ipam.State) error {
 	if e.fail == nil {
 		e.disk = st
 	}
 	return e.fail
 }
-func (e *stubEnv) Members() []Member         { return e.members }
-func (e *stubEnv) Seeds() Seeds              { return e.seeds }
-func (e *stubEnv) TunnelAnswers(NodeID) bool { return e.tunnel }
+func (e *loneEnv) Members() []Member         { return e.members }
+func (e *loneEnv) Seeds() Seeds              { return e.seeds }
+func (e *loneEnv) TunnelAnswers(NodeID) bool { return e.tunnel }
 
 // lone returns a bootstrapped node.
-func lone(t *testing.T, cidr string) (*Space, *stubEnv) {
+func lone(t *testing.T, cidr string) (*Space, *loneEnv) {
 	t.Helper()
-	env := new(stubEnv)
+	env := new(loneEnv)
 	s, err := New(simStart, Config{ID: NodeID{1}, Name: "one", Bootstrap: true, CIDRs: []netip.Prefix{netip.MustParsePrefix(cidr)}}, nil, env)
 	if err != nil {
 		t.Fatal(err)
@@ -318,7 +318,7 @@ func TestFixedBlock(t *testing.T) {
 		}
 	}
 
-	if _, err := New(w.now, Config{ID: NodeID{9}, CIDRs: w.params.cidrs, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")}}, nil, new(stubEnv)); err == nil ||
+	if _, err := New(w.now, Config{ID: NodeID{9}, CIDRs: w.params.cidrs, PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.9.0.0/24")}}, nil, new(loneEnv)); err == nil ||
 		!strings.Contains(err.Error(), "outside the cluster CIDR") {
 		t.Errorf("%v", err)
 	}
@@ -461,7 +461,7 @@ func TestConfigIsChecked(t *testing.T) {
 		"must be between 24 and":  {ID: NodeID{1}, Bootstrap: true, CIDRs: []netip.Prefix{p("10.0.0.0/24")}, BlockLen4: 20},
 		"must be between 48 and ": {ID: NodeID{1}, Bootstrap: true, CIDRs: []netip.Prefix{p("fd00::/48")}, BlockLen6: 127},
 	} {
-		if _, err := New(simStart, c, nil, new(stubEnv)); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := New(simStart, c, nil, new(loneEnv)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v, want %q", c, err, want)
 		}
 	}

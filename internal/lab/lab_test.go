@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -327,6 +328,35 @@ func TestAddAndRemove(t *testing.T) {
 	}
 	if len(l.Hosts()) != 2 || len(l.Pods()) != 0 {
 		t.Errorf("hosts %v, pods %v", l.Hosts(), l.Pods())
+	}
+}
+
+// TestRouterKeepsItsMAC plugs a port with an address below all others into a bridge, as a host's arrival may: the
+// neighbours' entries for the router must stay true.
+func TestRouterKeepsItsMAC(t *testing.T) {
+	l := up(t, Options{Name: testName("mac"), Nodes: 2, Subnets: 2, Pods: -1})
+	h, err := netlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer h.Close()
+	get := func(name string) netlink.Link {
+		t.Helper()
+		link, err := h.LinkByName(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return link
+	}
+	before := get(bridgeName(1)).Attrs().HardwareAddr
+	if other := get(bridgeName(2)).Attrs().HardwareAddr; bytes.Equal(before, other) {
+		t.Errorf("both bridges have the address %v", other)
+	}
+	if err := h.LinkSetHardwareAddr(get("h1"), net.HardwareAddr{0x02, 0, 0, 0, 0, 1}); err != nil {
+		t.Fatal(err)
+	}
+	if after := get(bridgeName(1)).Attrs().HardwareAddr; !bytes.Equal(before, after) {
+		t.Errorf("the router's address changed from %v to %v", before, after)
 	}
 }
 

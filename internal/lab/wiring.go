@@ -29,6 +29,10 @@ func (p *Pod) mac(h *Host) net.HardwareAddr {
 
 func (p *Pod) hostVeth() string { return "veth-" + p.Name }
 
+func routerMAC(subnet int) net.HardwareAddr {
+	return net.HardwareAddr{0x02, 0x74, 0x01, 0x00, byte(subnet >> 8), byte(subnet)}
+}
+
 func bridgeName(subnet int) string { return fmt.Sprintf("br%d", subnet) }
 
 func linkAttrs(name string) netlink.LinkAttrs {
@@ -147,6 +151,9 @@ func (l *Lab) buildRouter(ctx context.Context) error {
 	for s := 1; s <= o.Subnets; s++ {
 		br := &netlink.Bridge{LinkAttrs: linkAttrs(bridgeName(s))}
 		br.MTU = o.MTU
+		// Without an address of its own a bridge takes its lowest port's: another host's arrival would change the router's
+		// address, and the neighbours that still send to the old one would lose packets.
+		br.HardwareAddr = routerMAC(s)
 		// A multicast snooping bridge without a querier may drop neighbour solicitations for a while.
 		br.MulticastSnooping = new(bool)
 		if err := h.LinkAdd(br); err != nil {

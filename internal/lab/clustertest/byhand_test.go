@@ -105,10 +105,16 @@ func startStream(t *testing.T, tr *traffic, from, to station, v6 bool) *stream {
 	return s
 }
 
-func (s *stream) missing() (sent, missing uint64, err error) {
+// missing are the numbers of what has not come back: their place tells what happened at that moment.
+func (s *stream) missing() (sent uint64, missing []uint64, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.sent, s.sent - uint64(len(s.returned)), s.err
+	for n := uint64(1); n <= s.sent; n++ {
+		if !s.returned[n] {
+			missing = append(missing, n)
+		}
+	}
+	return s.sent, missing, s.err
 }
 
 // flows waits until a number of datagrams more than now have come back.
@@ -133,8 +139,8 @@ func (s *stream) lossless(t *testing.T, least uint64) {
 	s.stop()
 	s.done.Wait()
 	untilWithin(t, 10*time.Second, "everything of the stream "+s.what+" comes back", func() error {
-		if sent, missing, err := s.missing(); missing > 0 || err != nil {
-			return fmt.Errorf("%d of %d are missing; last error: %v", missing, sent, err)
+		if sent, missing, err := s.missing(); len(missing) > 0 || err != nil {
+			return fmt.Errorf("%d of %d are missing: %d; last error: %v", len(missing), sent, missing, err)
 		}
 		return nil
 	})

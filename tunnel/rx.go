@@ -4,6 +4,7 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -33,6 +34,7 @@ const (
 type inSocket interface {
 	Recv(*underlay.RecvBatch) (int, error)
 	Wait() error
+	Pause(time.Duration)
 	Wake()
 	errorQueue
 	Overflows() uint64
@@ -66,7 +68,9 @@ type rxWorker struct {
 
 // run receives until Wake is called on the socket.
 func (w *rxWorker) run() error {
+	var m moderation
 	for {
+		m.waits()
 		switch err := w.sock.Wait(); {
 		case errors.Is(err, sys.ErrWoken):
 			if w.e.stopping.Load() {
@@ -78,7 +82,13 @@ func (w *rxWorker) run() error {
 		case err != nil:
 			return err
 		}
-		if err := w.drain(); err != nil {
+		m.woken()
+		n, err := w.drain()
+		for err == nil && m.pause(n) && !w.e.stopping.Load() {
+			w.sock.Pause(pauseTime)
+			n, err = w.drain()
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -93,27 +103,28 @@ func (w *rxWorker) refresh() {
 }
 
 // drain receives until the socket is empty. Under full load that may be never: with each batch it takes new tables and
-// looks whether it shall end.
-func (w *rxWorker) drain() error {
+// looks whether it shall end. It returns how many messages it received.
+func (w *rxWorker) drain() (got int, err error) {
 	for !w.e.stopping.Load() {
 		w.refresh()
 		n, err := w.sock.Recv(w.batch)
 		if err != nil {
 			if errors.Is(err, sys.ErrAgain) {
-				return nil
+				return got, nil
 			}
-			return err
+			return got, err
 		}
+		got += n
 		for i := range n {
 			w.datagram(w.batch.At(i))
 		}
 		w.flush()
 		w.tally.flush(w.e)
 		if n < w.slots {
-			return nil
+			return got, nil
 		}
 	}
-	return nil
+	return got, nil
 }
 
 // datagram takes what one receive slot holds: one packet, or a train that UDP_GRO joined.

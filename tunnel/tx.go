@@ -3,6 +3,7 @@ package tunnel
 import (
 	"errors"
 	"net/netip"
+	"time"
 
 	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/tunnel/device"
@@ -32,6 +33,7 @@ const (
 type tunQueue interface {
 	Read([]byte) (int, error)
 	Wait() error
+	Pause(time.Duration)
 	Wake()
 }
 
@@ -75,7 +77,9 @@ type txWorker struct {
 
 // run reads and sends until Wake is called on the queue.
 func (w *txWorker) run() error {
+	var m moderation
 	for {
+		m.waits()
 		switch err := w.queue.Wait(); {
 		case errors.Is(err, sys.ErrWoken):
 			if w.e.stopping.Load() {
@@ -85,7 +89,13 @@ func (w *txWorker) run() error {
 		case err != nil:
 			return err
 		}
-		if err := w.drain(); err != nil {
+		m.woken()
+		n, err := w.drain()
+		for err == nil && m.pause(n) && !w.e.stopping.Load() {
+			w.queue.Pause(pauseTime)
+			n, err = w.drain()
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -99,23 +109,25 @@ func (w *txWorker) refresh() {
 }
 
 // drain reads until the queue is empty and sends what it read. Under full load that may be never: then it sends, takes
-// new tables and looks whether it shall end whenever the arena is full, or after maxReads.
-func (w *txWorker) drain() error {
+// new tables and looks whether it shall end whenever the arena is full, or after maxReads. It returns how many reads gave
+// something.
+func (w *txWorker) drain() (got int, err error) {
 	w.refresh()
 	for reads := 1; ; reads++ {
 		n, err := w.queue.Read(w.arena[w.used : w.used+maxRead])
 		if err != nil {
 			w.flush()
 			if errors.Is(err, sys.ErrAgain) {
-				return nil
+				return got, nil
 			}
-			return err
+			return got, err
 		}
+		got++
 		w.read(w.arena[w.used : w.used+n])
 		if w.used+maxRead > len(w.arena) || reads == maxReads {
 			w.flush()
 			if w.e.stopping.Load() {
-				return nil
+				return got, nil
 			}
 			w.refresh()
 			reads = 0

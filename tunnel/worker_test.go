@@ -9,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/tunnel/device"
@@ -38,8 +39,9 @@ func (q *memQueue) Read(b []byte) (int, error) {
 	return copy(b, q.packets[q.next-1]), nil
 }
 
-func (q *memQueue) Wait() error { return nil }
-func (q *memQueue) Wake()       {}
+func (q *memQueue) Wait() error         { return nil }
+func (q *memQueue) Pause(time.Duration) {}
+func (q *memQueue) Wake()               {}
 
 // memSocket takes everything and keeps nothing; or receives empty datagrams of nobody, without end.
 type memSocket struct{ messages atomic.Uint64 }
@@ -53,6 +55,7 @@ func (s *memSocket) Send(b *underlay.SendBatch) (underlay.SendResult, error) {
 func (s *memSocket) DrainErrors(func(underlay.Err)) (int, error) { return 0, nil }
 func (s *memSocket) Recv(*underlay.RecvBatch) (int, error)       { return udpSlots, nil }
 func (s *memSocket) Wait() error                                 { return nil }
+func (s *memSocket) Pause(time.Duration)                         {}
 func (s *memSocket) Wake()                                       {}
 func (s *memSocket) Overflows() uint64                           { return 0 }
 
@@ -127,7 +130,7 @@ func newMemRig(mode encap.Mode) *memRig {
 
 // transmit lets the sending worker read everything that the queue holds.
 func (r *memRig) transmit(t testing.TB) {
-	if err := r.tx.drain(); err != nil {
+	if _, err := r.tx.drain(); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -372,10 +375,10 @@ func TestRefusalsDoNotAllocate(t *testing.T) {
 // A queue or a socket that is never empty keeps no worker from seeing new tables, from stopping, nor from sending what it
 // holds.
 func TestNeverEmpty(t *testing.T) {
-	run := func(t *testing.T, r *memRig, drain func() error) {
+	run := func(t *testing.T, r *memRig, drain func() (int, error)) {
 		var wg sync.WaitGroup
 		wg.Go(func() {
-			if err := drain(); err != nil {
+			if _, err := drain(); err != nil {
 				t.Error(err)
 			}
 		})

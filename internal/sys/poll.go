@@ -83,6 +83,13 @@ func (p *Poller) WaitRead() error {
 	}
 }
 
+// Pause waits for d, or less if a signal comes in between; Wake ends it and is left for WaitRead to say. It does not let
+// go of the processor, so d must be short.
+func (p *Poller) Pause(d time.Duration) {
+	p.timeout = unix.NsecToTimespec(int64(d))
+	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds[1])), 1, uintptr(unsafe.Pointer(&p.timeout)), 0, 0, 0)
+}
+
 // Wake ends the present WaitRead, or else the next one, with ErrWoken.
 func (p *Poller) Wake() { p.wake.Signal() }
 

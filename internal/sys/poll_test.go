@@ -41,6 +41,34 @@ func pipe(t *testing.T) (r, w int) {
 	return p[0], p[1]
 }
 
+func TestPause(t *testing.T) {
+	r, w := pipe(t)
+	p, err := NewPoller(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if _, err := unix.Write(w, []byte("x")); err != nil {
+		t.Fatal(err)
+	}
+	const d = 20 * time.Millisecond
+	start := time.Now()
+	for n := 0; time.Since(start) < d; n++ {
+		if n == 100 { // signals may cut some short
+			t.Fatalf("100 pauses of %v took %v, with a readable descriptor", d, time.Since(start))
+		}
+		p.Pause(d)
+	}
+	p.Wake()
+	p.Pause(time.Hour)
+	if err := p.WaitRead(); err != ErrWoken {
+		t.Errorf("wait after a pause that Wake ended: %v, want ErrWoken", err)
+	}
+	if err := p.WaitRead(); err != nil {
+		t.Errorf("wait on a readable pipe: %v", err)
+	}
+}
+
 func TestPoller(t *testing.T) {
 	r, w := pipe(t)
 	p, err := NewPoller(r)

@@ -3,6 +3,7 @@ package device
 import (
 	"errors"
 	"fmt"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -42,6 +43,9 @@ func (q *Queue) Wait() error {
 	}
 	return err
 }
+
+// Pause lets packets arrive for d, or until Wake is called.
+func (q *Queue) Pause(d time.Duration) { q.poller.Pause(d) }
 
 // Wake ends the present Wait, or else the next one.
 func (q *Queue) Wake() { q.poller.Wake() }

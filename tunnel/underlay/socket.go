@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -207,6 +208,9 @@ func (s *Socket) Buffers() (recv, send int) { return s.recv, s.send }
 // Wait blocks until there is something to Recv (nil), something to DrainErrors
 // (sys.ErrErrQueue), or Wake was called (sys.ErrWoken). One goroutine at a time.
 func (s *Socket) Wait() error { return s.poller.WaitRead() }
+
+// Pause lets messages arrive for d, or until Wake is called.
+func (s *Socket) Pause(d time.Duration) { s.poller.Pause(d) }
 
 // Wake ends the present Wait, or else the next one.
 func (s *Socket) Wake() { s.poller.Wake() }

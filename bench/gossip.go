@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"runtime"
 	"runtime/debug"
+	runtimemetrics "runtime/metrics"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -54,7 +55,7 @@ type GossipResult struct {
 	ReceivedPerNode float64 `json:"received_bytes_per_node_second"`
 	PacketsPerNode  float64 `json:"packets_per_node_second"`  // UDP datagrams sent
 	LargestPacket   uint64  `json:"largest_packet_bytes"`     // of UDP payload
-	CPUPerNode      float64 `json:"cpu_fraction_of_one_core"` // at rest, mean
+	CPUPerNode      float64 `json:"cpu_fraction_of_one_core"` // at rest, mean; without the collection of garbage
 	HeapPerNode     float64 `json:"heap_bytes_per_node"`      // live, after collection: members, table, its wire form, and memberlist
 	StackPerNode    float64 `json:"stack_bytes_per_node"`     // of goroutines
 	Goroutines      float64 `json:"goroutines_per_node"`
@@ -166,9 +167,15 @@ func Gossip(ctx context.Context, o GossipOptions) (GossipResult, error) {
 		Nodes: o.Nodes, Prefixes: o.Prefixes, CPUs: runtime.NumCPU(), Rest: o.Rest, PushPull: period,
 		Transport: "UDP and TCP sockets on 127.128.0.0/9, all nodes in one process",
 	}
-	// So many nodes in one process make a large heap, whose collection would be
-	// felt as late answers. What is live is measured after a forced collection.
-	defer debug.SetGCPercent(debug.SetGCPercent(400))
+	// So many nodes in one process make a heap of gigabytes, and while that is
+	// collected answers come late: enough to be taken for dead. So collections are
+	// ours to place, until memory runs short.
+	defer debug.SetGCPercent(debug.SetGCPercent(-1))
+	var info syscall.Sysinfo_t
+	if err := syscall.Sysinfo(&info); err != nil {
+		return GossipResult{}, fmt.Errorf("gossip: how much memory there is: %w", err)
+	}
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(int64(info.Totalram) * int64(info.Unit) / 2))
 	before := memory()
 
 	ctx, cancel := context.WithCancel(ctx)
@@ -310,13 +317,26 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 		}
 		nodes = append(nodes, m)
 		// A thousand hosts that start within a second on two cores measure the
-		// cores: every join makes work for all who are there. Let a batch
-		// settle before the next one, and make it the smaller the more they are.
+		// cores: every join makes work for all who are there, and who has just
+		// joined passes on all that it has learned. When the cores do not keep up,
+		// probes time out, and what everybody has to say about that is more work
+		// still. So let a batch settle before the next one, and make it the smaller
+		// the more they are.
 		if batch++; batch >= min(50, max(1, 1200/len(nodes))) || len(nodes) == o.Nodes {
 			batch = 0
-			if err := formed(ctx, o, nodes); err != nil {
+			// Who missed a packet learns of a new member at its next push/pull, minutes later among a thousand: a few
+			// such hold nobody up but at the end.
+			missed := len(nodes) / 50
+			if len(nodes) == o.Nodes {
+				missed = 0
+			}
+			if err := formed(ctx, o, nodes, missed); err != nil {
 				return nodes, wait, err
 			}
+			if err := unhurried(ctx); err != nil {
+				return nodes, wait, err
+			}
+			collect(garbage)
 		}
 		if len(nodes)%100 == 0 {
 			o.Progress(fmt.Sprintf("%d of %d nodes have started", len(nodes), o.Nodes))
@@ -325,8 +345,34 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 	return nodes, wait, nil
 }
 
-// formed waits until every node has all the others for alive.
-func formed(ctx context.Context, o GossipOptions, nodes []*member) error {
+// garbage is how many bytes may be allocated before nodes that want to join wait for a collection.
+const garbage = 3 << 30
+
+// collect frees memory if more than a number of bytes was allocated and not freed since the last collection.
+func collect(limit uint64) {
+	s := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/heap/objects:bytes"}}
+	runtimemetrics.Read(s)
+	if s[1].Value.Uint64() > s[0].Value.Uint64()+limit {
+		runtime.GC()
+	}
+}
+
+// unhurried waits until this process leaves half of the processors alone.
+func unhurried(ctx context.Context) error {
+	const period = 200 * time.Millisecond
+	for {
+		cpu, start := cpuTime(), time.Now()
+		if err := sleep(ctx, period); err != nil {
+			return fmt.Errorf("gossip: nodes are joining: %w", err)
+		}
+		if (cpuTime()-cpu)*2 < time.Since(start)*time.Duration(runtime.NumCPU()) {
+			return nil
+		}
+	}
+}
+
+// formed waits until every node has all the others for alive, but for the given number of members missed by somebody.
+func formed(ctx context.Context, o GossipOptions, nodes []*member, missed int) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for ticks := 1; ; ticks++ {
@@ -337,7 +383,7 @@ func formed(ctx context.Context, o GossipOptions, nodes []*member) error {
 				pairs += len(nodes) - 1 - n
 			}
 		}
-		if missing == 0 {
+		if pairs <= missed {
 			return nil
 		}
 		if ticks%200 == 0 {
@@ -351,11 +397,37 @@ func formed(ctx context.Context, o GossipOptions, nodes []*member) error {
 	}
 }
 
+// settled waits until what the joins have set off has been passed on: at rest a node sends a probe and an answer a second.
+func settled(ctx context.Context, o GossipOptions, nodes []*member) error {
+	packets := func() (n uint64) {
+		for _, m := range nodes {
+			n += m.Stats().PacketsSent
+		}
+		return n
+	}
+	const atRest = 3 // a second and node
+	for ticks := 1; ; ticks++ {
+		before := packets()
+		if err := sleep(ctx, time.Second); err != nil {
+			return fmt.Errorf("gossip: joins are still passed on: %w", err)
+		}
+		rate := float64(packets()-before) / float64(len(nodes))
+		if rate < atRest {
+			return quiet(ctx, o, nodes)
+		}
+		collect(garbage)
+		if ticks%10 == 0 {
+			o.Progress(fmt.Sprintf("joins are still passed on, by %.1f packets a second and node", rate))
+		}
+	}
+}
+
 // timeEntries times new entries, one after the other, from random nodes.
 func timeEntries(ctx context.Context, o GossipOptions, nodes []*member, res *GossipResult) error {
-	if err := quiet(ctx, o, nodes); err != nil {
+	if err := settled(ctx, o, nodes); err != nil {
 		return err
 	}
+	runtime.GC()
 	o.Progress(fmt.Sprintf("timing %d new entries", o.Rounds))
 	var one, last []float64
 	for i := range o.Rounds {
@@ -420,6 +492,7 @@ func quiet(ctx context.Context, o GossipOptions, nodes []*member) error {
 
 // rest counts traffic and processor time while nothing happens.
 func rest(ctx context.Context, o GossipOptions, nodes []*member, res *GossipResult) error {
+	runtime.GC()
 	o.Progress(fmt.Sprintf("counting traffic at rest for %v", o.Rest))
 	total := func() (s membership.Stats) {
 		for _, m := range nodes {

@@ -21,7 +21,7 @@ func (r GossipResult) Print(w io.Writer) error {
 	line("sent at rest", "%s/s a node, %.1f packets/s (counted for %v; a push/pull each %v)", size(r.SentPerNode), r.PacketsPerNode, r.Rest.Round(time.Second), r.PushPull)
 	line("received at rest", "%s/s a node", size(r.ReceivedPerNode))
 	line("largest packet", "%d bytes", r.LargestPacket)
-	line("processor at rest", "%.2f %% of a core a node", 100*r.CPUPerNode)
+	line("processor at rest", "%.2f %% of a core a node, without the collection of garbage", 100*r.CPUPerNode)
 	line("memory", "%s heap and %s stacks a node, %.1f goroutines", size(r.HeapPerNode), size(r.StackPerNode), r.Goroutines)
 	line("lookup", "%.1f ns with this table, %.1f ns with 10 prefixes", r.Lookup, r.LookupSmall)
 	if r.Unsettled > 0 || r.Dropped > 0 || r.Malformed > 0 {

@@ -1,7 +1,9 @@
 package underlay
 
 import (
+	"encoding/binary"
 	"errors"
+	"slices"
 	"strings"
 	"testing"
 
@@ -124,4 +126,39 @@ func TestCloseTwice(t *testing.T) {
 	if s.Overflows() != 0 {
 		t.Error("closed socket counts")
 	}
+}
+
+// The kernel promises no order of control messages, and may add some that nobody asked for.
+func TestControlInAnyOrder(t *testing.T) {
+	word := func(v uint32) []byte { return binary.NativeEndian.AppendUint32(nil, v) }
+	messages := []struct {
+		level, kind int
+		data        []byte
+	}{
+		{unix.SOL_UDP, unix.UDP_GRO, word(1400)},
+		{unix.SOL_IP, unix.IP_TOS, []byte{0xb9}},
+		{unix.SOL_SOCKET, unix.SO_RXQ_OVFL, word(7)},
+		{unix.SOL_SOCKET, unix.SO_TIMESTAMP, make([]byte, 16)},
+	}
+	var permute func(done []int)
+	permute = func(done []int) {
+		if len(done) == len(messages) {
+			var c []byte
+			for _, i := range done {
+				m := messages[i]
+				c = sys.AppendControl(c, m.level, m.kind, m.data)
+			}
+			s := &Socket{}
+			if m := s.control(c); m != (recvMeta{segment: 1400, tos: 0xb9}) || s.overflows.Load() != 7 {
+				t.Errorf("in the order %v: %+v, %d overflows", done, m, s.overflows.Load())
+			}
+			return
+		}
+		for i := range messages {
+			if !slices.Contains(done, i) {
+				permute(append(slices.Clip(done), i))
+			}
+		}
+	}
+	permute(nil)
 }

@@ -63,11 +63,21 @@ type prober struct {
 
 // probedPeer is one peer's paths.
 type probedPeer struct {
-	paths map[encap.Mode]*path.State
-	seen  map[encap.Mode]path.Info // what the last round found
-	rx    uint64                   // packets from it, as of the last look at the traffic
+	paths map[encap.Mode]*probedPath
+	rx    uint64 // packets from it, as of the last look at the traffic
 	tx    uint64
 }
+
+// probedPath is one path. With a thousand peers only those are looked at whose time has come.
+type probedPath struct {
+	*path.State
+	next time.Time // when to look at it again; zero when something has happened to it
+	seen path.Info // what the last look found
+}
+
+// gather is how long events are gathered before paths are looked at: an answer arrives every millisecond or so where there
+// are a thousand peers.
+const gather = 5 * time.Millisecond
 
 type answer struct {
 	peer  string
@@ -107,12 +117,12 @@ func (p *prober) setPeers(now time.Time, want map[string]map[encap.Mode]mtu.TUN)
 	for id, modes := range want {
 		peer := p.peers[id]
 		if peer == nil {
-			peer = &probedPeer{paths: map[encap.Mode]*path.State{}, seen: map[encap.Mode]path.Info{}}
+			peer = &probedPeer{paths: map[encap.Mode]*probedPath{}}
 			p.peers[id] = peer
 		}
 		for m, limit := range modes {
 			if peer.paths[m] == nil {
-				peer.paths[m] = path.New(path.Config{Max: limit, Base: probeBase}, now, p.rand)
+				peer.paths[m] = &probedPath{State: path.New(path.Config{Max: limit, Base: probeBase}, now, p.rand)}
 			}
 		}
 	}
@@ -158,6 +168,7 @@ func (p *prober) poke(now time.Time, id string) {
 		for _, s := range peer.paths {
 			s.Used(now)
 			s.Poke(now)
+			s.next = time.Time{}
 		}
 		p.wake()
 	}
@@ -171,6 +182,7 @@ func (p *prober) tooBig(id string, link mtu.Link, six bool) {
 	if peer := p.peers[id]; peer != nil {
 		for m, s := range peer.paths {
 			s.TooBig(now, link.TUN(encap.Overhead(m, six)))
+			s.next = time.Time{}
 		}
 		p.wake()
 	}
@@ -199,18 +211,33 @@ func (p *prober) run(ctx context.Context) error {
 	defer timer.Stop()
 	traffic := time.NewTicker(time.Second)
 	defer traffic.Stop()
+	var next time.Time // when the timer fires
 	for {
+		at := time.Now()
 		select {
 		case <-ctx.Done():
 			return nil
 		case a := <-p.answers:
 			p.take(a)
+			at = time.Now().Add(gather)
 		case <-traffic.C:
 			p.lookAtTraffic(time.Now())
+			at = time.Now().Add(gather)
 		case <-p.kick:
+			at = time.Now()
 		case <-timer.C:
+			at = time.Now()
+			next = p.sendDue(at)
+			if soonest := at.Add(gather); next.Before(soonest) {
+				next = soonest
+			}
+			timer.Reset(time.Until(next))
+			continue
 		}
-		timer.Reset(time.Until(p.sendDue(time.Now())))
+		if at.Before(next) {
+			next = at
+			timer.Reset(time.Until(next))
+		}
 	}
 }
 
@@ -226,7 +253,9 @@ func (p *prober) take(a answer) {
 		return
 	}
 	if peer := p.peers[a.peer]; peer != nil && peer.paths[a.mode] != nil {
-		peer.paths[a.mode].Answered(a.at, a.nonce, a.size)
+		s := peer.paths[a.mode]
+		s.Answered(a.at, a.nonce, a.size)
+		s.next = time.Time{}
 	}
 }
 
@@ -239,6 +268,7 @@ func (p *prober) lookAtTraffic(now time.Time) {
 		if t.RxPackets != peer.rx || t.TxPackets != peer.tx {
 			for _, s := range peer.paths {
 				s.Used(now)
+				s.next = time.Time{}
 			}
 		}
 		peer.rx, peer.tx = t.RxPackets, t.TxPackets
@@ -260,6 +290,12 @@ func (p *prober) sendDue(now time.Time) time.Time {
 	p.mu.Lock()
 	for id, peer := range p.peers {
 		for m, s := range peer.paths {
+			if s.next.After(now) {
+				if s.next.Before(next) {
+					next = s.next
+				}
+				continue
+			}
 			for {
 				pr, ok := s.Due(now)
 				if !ok {
@@ -267,15 +303,15 @@ func (p *prober) sendDue(now time.Time) time.Time {
 				}
 				list = append(list, due{id, m, pr})
 			}
-			if at := s.Next(); at.Before(next) {
-				next = at
+			if s.next = s.Next(); s.next.Before(next) {
+				next = s.next
 			}
-			i, was := s.Snapshot(), peer.seen[m]
+			i, was := s.Snapshot(), s.seen
 			if i.Up != was.Up || i.MTU != was.MTU || i.Search != was.Search {
 				p.tell(id, m, was, i)
 				news = true
 			}
-			peer.seen[m] = i
+			s.seen = i
 		}
 	}
 	p.mu.Unlock()

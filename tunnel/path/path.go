@@ -161,7 +161,6 @@ func New(cfg Config, now time.Time, r *rand.Rand) *State {
 	cfg.setDefaults()
 	s := &State{
 		want: cfg, cfg: cfg.limited(cfg.Max), rand: r, since: now, reason: ReasonNew, nextLive: now,
-		pending: make([]pending, 0, maxPending),
 	}
 	s.pmtu = plpmtu{cfg: &s.cfg}
 	return s
@@ -188,10 +187,15 @@ func (s *State) Due(now time.Time) (Probe, bool) {
 
 func (s *State) send(now time.Time, p pending) Probe {
 	p.nonce, p.sent, p.deadline = s.rand.Uint64(), now, now.Add(s.timeout())
-	if len(s.pending) == maxPending { // the oldest is long lost, or was flooded out
-		s.giveUp(now, &s.pending[0])
-		s.pending = append(s.pending[:0], s.pending[1:]...)
+	old := 0 // answers to these would not count any more
+	for old < len(s.pending) && s.pending[old].lost && now.Sub(s.pending[old].sent) > maxRTO {
+		old++
 	}
+	if len(s.pending)-old == maxPending { // the oldest is flooded out
+		s.giveUp(now, &s.pending[old])
+		old++
+	}
+	s.pending = append(s.pending[:0], s.pending[old:]...)
 	s.pending = append(s.pending, p)
 	s.probed++
 	return Probe{Nonce: p.nonce, Size: int(p.size)}

@@ -63,20 +63,14 @@ type prober struct {
 
 // probedPeer is one peer's paths.
 type probedPeer struct {
-	paths map[encap.Mode]*probedPath
-	rx    uint64 // packets from it, as of the last look at the traffic
+	paths map[encap.Mode]*path.State
+	seen  map[encap.Mode]path.Info // what the last look found
+	next  time.Time                // when to look again; zero when something has happened: of a thousand peers few are due
+	rx    uint64                   // packets from it, as of the last look at the traffic
 	tx    uint64
 }
 
-// probedPath is one path. With a thousand peers only those are looked at whose time has come.
-type probedPath struct {
-	*path.State
-	next time.Time // when to look at it again; zero when something has happened to it
-	seen path.Info // what the last look found
-}
-
-// gather is how long events are gathered before paths are looked at: an answer arrives every millisecond or so where there
-// are a thousand peers.
+// gather is how long events are gathered before peers are looked at: a thousand of them answer some hundred probes a second.
 const gather = 5 * time.Millisecond
 
 type answer struct {
@@ -117,12 +111,13 @@ func (p *prober) setPeers(now time.Time, want map[string]map[encap.Mode]mtu.TUN)
 	for id, modes := range want {
 		peer := p.peers[id]
 		if peer == nil {
-			peer = &probedPeer{paths: map[encap.Mode]*probedPath{}}
+			peer = &probedPeer{paths: map[encap.Mode]*path.State{}, seen: map[encap.Mode]path.Info{}}
 			p.peers[id] = peer
 		}
 		for m, limit := range modes {
 			if peer.paths[m] == nil {
-				peer.paths[m] = &probedPath{State: path.New(path.Config{Max: limit, Base: probeBase}, now, p.rand)}
+				peer.paths[m] = path.New(path.Config{Max: limit, Base: probeBase}, now, p.rand)
+				peer.next = time.Time{}
 			}
 		}
 	}
@@ -168,8 +163,8 @@ func (p *prober) poke(now time.Time, id string) {
 		for _, s := range peer.paths {
 			s.Used(now)
 			s.Poke(now)
-			s.next = time.Time{}
 		}
+		peer.next = time.Time{}
 		p.wake()
 	}
 }
@@ -182,8 +177,8 @@ func (p *prober) tooBig(id string, link mtu.Link, six bool) {
 	if peer := p.peers[id]; peer != nil {
 		for m, s := range peer.paths {
 			s.TooBig(now, link.TUN(encap.Overhead(m, six)))
-			s.next = time.Time{}
 		}
+		peer.next = time.Time{}
 		p.wake()
 	}
 }
@@ -253,9 +248,8 @@ func (p *prober) take(a answer) {
 		return
 	}
 	if peer := p.peers[a.peer]; peer != nil && peer.paths[a.mode] != nil {
-		s := peer.paths[a.mode]
-		s.Answered(a.at, a.nonce, a.size)
-		s.next = time.Time{}
+		peer.paths[a.mode].Answered(a.at, a.nonce, a.size)
+		peer.next = time.Time{}
 	}
 }
 
@@ -268,8 +262,8 @@ func (p *prober) lookAtTraffic(now time.Time) {
 		if t.RxPackets != peer.rx || t.TxPackets != peer.tx {
 			for _, s := range peer.paths {
 				s.Used(now)
-				s.next = time.Time{}
 			}
+			peer.next = time.Time{}
 		}
 		peer.rx, peer.tx = t.RxPackets, t.TxPackets
 	}
@@ -289,30 +283,22 @@ func (p *prober) sendDue(now time.Time) time.Time {
 	var news bool
 	p.mu.Lock()
 	for id, peer := range p.peers {
-		for m, s := range peer.paths {
-			if s.next.After(now) {
-				if s.next.Before(next) {
-					next = s.next
+		if !peer.next.After(now) {
+			peer.next = now.Add(30 * time.Second)
+			for m, s := range peer.paths {
+				for pr, ok := s.Due(now); ok; pr, ok = s.Due(now) {
+					list = append(list, due{id, m, pr})
 				}
-				continue
-			}
-			for {
-				pr, ok := s.Due(now)
-				if !ok {
-					break
+				peer.next = earlier(peer.next, s.Next())
+				i, was := s.Snapshot(), peer.seen[m]
+				if i.Up != was.Up || i.MTU != was.MTU || i.Search != was.Search {
+					p.tell(id, m, was, i)
+					news = true
 				}
-				list = append(list, due{id, m, pr})
+				peer.seen[m] = i
 			}
-			if s.next = s.Next(); s.next.Before(next) {
-				next = s.next
-			}
-			i, was := s.Snapshot(), s.seen
-			if i.Up != was.Up || i.MTU != was.MTU || i.Search != was.Search {
-				p.tell(id, m, was, i)
-				news = true
-			}
-			s.seen = i
 		}
+		next = earlier(next, peer.next)
 	}
 	p.mu.Unlock()
 	for _, d := range list {
@@ -324,6 +310,13 @@ func (p *prober) sendDue(now time.Time) time.Time {
 		p.changed()
 	}
 	return next
+}
+
+func earlier(a, b time.Time) time.Time {
+	if b.Before(a) {
+		return b
+	}
+	return a
 }
 
 // tell logs what changed about a path.

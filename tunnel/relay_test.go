@@ -3,15 +3,21 @@ package tunnel
 import (
 	"bufio"
 	"bytes"
+	"context"
+	"encoding/json"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
+	"os/exec"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -112,6 +118,97 @@ func TestLossAndReordering(t *testing.T) {
 			if s := b.engine.Stats(); l.mode == encap.UDP && s.RxReceives > s.RxPackets*2/3 {
 				t.Errorf("%d packets in %d receives: hardly a train arrived", s.RxPackets, s.RxReceives)
 			}
+		})
+	}
+}
+
+// background starts a program on the node; it is killed when the test ends.
+func (n *testNode) background(t testing.TB, name string, args ...string) {
+	t.Helper()
+	cmd := exec.Command(name, args...)
+	must(t, n.in(cmd.Start))
+	t.Cleanup(func() {
+		_ = cmd.Process.Kill()
+		_ = cmd.Wait()
+	})
+}
+
+// output runs a program on the node to its end.
+func (n *testNode) output(t testing.TB, name string, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, name, args...)
+	var out []byte
+	err := n.in(func() (err error) {
+		out, err = cmd.CombinedOutput()
+		return err
+	})
+	if err != nil {
+		t.Fatalf("%s %q: %v\n%s", name, args, err, out)
+	}
+	return string(out)
+}
+
+// What users measure with goes over that road, too: iperf3 in both directions, and sockperf, which compares what comes back.
+func TestToolsOverBadRoad(t *testing.T) {
+	for _, tool := range []string{"iperf3", "sockperf"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Fatalf("%s is missing: apt-get install %s", tool, tool)
+		}
+	}
+	for _, l := range allLinks() {
+		if l.underlay6 {
+			continue // TestLossAndReordering has them all
+		}
+		t.Run(l.String(), func(t *testing.T) {
+			l.between = newBadRoad().pass
+			a, b := startPair(t, l)
+			singles(t, a, b)
+			bytes := 0 // one run alone may be over before a lost SYN is sent again
+			for f := range 2 {
+				at := b.tun[f].String()
+				listening := func(port string) {
+					t.Helper()
+					eventually(t, "port "+port+" is open", func() bool {
+						return a.in(func() error {
+							c, err := net.DialTimeout("tcp", net.JoinHostPort(at, port), time.Second)
+							if err == nil {
+								c.Close()
+							}
+							return err
+						}) == nil
+					})
+				}
+				b.background(t, "iperf3", "--server", "--bind", at, "--port", "5201")
+				listening("5201")
+				for _, direction := range [][]string{nil, {"--reverse"}} {
+					out := a.output(t, "iperf3", append(direction, "--client", at, "--port", "5201", "--time", "2", "--json")...)
+					var r struct {
+						End struct {
+							Received struct{ Bytes int } `json:"sum_received"`
+						}
+					}
+					if err := json.Unmarshal([]byte(out), &r); err != nil {
+						t.Errorf("iperf3 %v to %s: %v\n%s", direction, at, err, out)
+					}
+					bytes += r.End.Received.Bytes
+				}
+				if f == 1 {
+					continue // sockperf knows IPv6 since its version 3.8
+				}
+				b.background(t, "sockperf", "server", "--tcp", "--ip", at, "--port", "11111")
+				listening("11111")
+				out := a.output(t, "sockperf", "ping-pong", "--tcp", "--ip", at, "--port", "11111", "--time", "1", "--msg-size", "1300", "--data-integrity")
+				if received := regexp.MustCompile(`ReceivedMessages=([1-9][0-9]*)`).FindString(out); received == "" || strings.Contains(strings.ToLower(out), "failed") {
+					t.Errorf("sockperf to %s:\n%s", at, out)
+				}
+			}
+			if bytes < 1<<20 {
+				t.Errorf("iperf3 received %d bytes in four runs", bytes)
+			}
+			cleanChecksums(t, a, b)
+			noDrops(t, a, b)
 		})
 	}
 }

@@ -208,30 +208,27 @@ func (p *prober) run(ctx context.Context) error {
 	defer traffic.Stop()
 	var next time.Time // when the timer fires
 	for {
-		at := time.Now()
+		wait := gather
 		select {
 		case <-ctx.Done():
 			return nil
 		case a := <-p.answers:
 			p.take(a)
-			at = time.Now().Add(gather)
 		case <-traffic.C:
 			p.lookAtTraffic(time.Now())
-			at = time.Now().Add(gather)
 		case <-p.kick:
-			at = time.Now()
+			wait = 0
 		case <-timer.C:
-			at = time.Now()
-			next = p.sendDue(at)
-			if soonest := at.Add(gather); next.Before(soonest) {
+			next = p.sendDue(time.Now())
+			if soonest := time.Now().Add(gather); next.Before(soonest) {
 				next = soonest
 			}
 			timer.Reset(time.Until(next))
 			continue
 		}
-		if at.Before(next) {
+		if at := time.Now().Add(wait); at.Before(next) {
 			next = at
-			timer.Reset(time.Until(next))
+			timer.Reset(wait)
 		}
 	}
 }

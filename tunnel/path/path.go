@@ -15,6 +15,7 @@ package path
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/tunnel/mtu"
@@ -195,8 +196,7 @@ func (s *State) send(now time.Time, p pending) Probe {
 		s.giveUp(now, &s.pending[old])
 		old++
 	}
-	s.pending = append(s.pending[:0], s.pending[old:]...)
-	s.pending = append(s.pending, p)
+	s.pending = append(slices.Delete(s.pending, 0, old), p)
 	s.probed++
 	return Probe{Nonce: p.nonce, Size: int(p.size)}
 }

@@ -341,3 +341,16 @@ func TestMTUTypes(t *testing.T) {
 		t.Errorf("MTU %d, want 1472", got)
 	}
 }
+
+// A path that never answers keeps no more than a minute's probes in memory.
+func TestLostProbesAreForgotten(t *testing.T) {
+	now := time.Unix(1e9, 0)
+	s := New(Config{Max: 1472}, now, rand.New(rand.NewPCG(1, 2)))
+	for end := now.Add(time.Hour); now.Before(end); now = s.Next() {
+		for _, ok := s.Due(now); ok; _, ok = s.Due(now) {
+		}
+	}
+	if limit := int(maxRTO/s.cfg.MaxRetry) + 2; len(s.pending) > limit || len(s.pending) == 0 {
+		t.Errorf("%d probes are remembered after an hour, want 1 to %d", len(s.pending), limit)
+	}
+}

@@ -336,7 +336,7 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 			if err := unhurried(ctx); err != nil {
 				return nodes, wait, err
 			}
-			collect(garbage)
+			collect()
 		}
 		if len(nodes)%100 == 0 {
 			o.Progress(fmt.Sprintf("%d of %d nodes have started", len(nodes), o.Nodes))
@@ -345,14 +345,14 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 	return nodes, wait, nil
 }
 
-// garbage is how many bytes may be allocated before nodes that want to join wait for a collection.
+// garbage is how many bytes may be allocated before a collection.
 const garbage = 3 << 30
 
-// collect frees memory if more than a number of bytes was allocated and not freed since the last collection.
-func collect(limit uint64) {
+// collect frees memory if more than garbage was allocated since the last time.
+func collect() {
 	s := []runtimemetrics.Sample{{Name: "/gc/heap/live:bytes"}, {Name: "/memory/classes/heap/objects:bytes"}}
 	runtimemetrics.Read(s)
-	if s[1].Value.Uint64() > s[0].Value.Uint64()+limit {
+	if s[1].Value.Uint64() > s[0].Value.Uint64()+garbage {
 		runtime.GC()
 	}
 }
@@ -415,7 +415,7 @@ func settled(ctx context.Context, o GossipOptions, nodes []*member) error {
 		if rate < atRest {
 			return quiet(ctx, o, nodes)
 		}
-		collect(garbage)
+		collect()
 		if ticks%10 == 0 {
 			o.Progress(fmt.Sprintf("joins are still passed on, by %.1f packets a second and node", rate))
 		}

@@ -50,10 +50,9 @@ func TestModeration(t *testing.T) {
 type trickle struct {
 	memQueue
 	memSocket
-	e       *Engine
-	left    int // messages until the next wait or pause
-	pauses  int
-	perWait int
+	e      *Engine
+	left   int // messages until the next wait or pause
+	pauses int
 }
 
 func (q *trickle) take() bool {
@@ -79,7 +78,7 @@ func (q *trickle) Wait() error {
 	if q.e.stopping.Load() {
 		return sys.ErrWoken
 	}
-	q.left = q.perWait
+	q.left = 1
 	return nil
 }
 
@@ -91,11 +90,7 @@ func (q *trickle) Pause(d time.Duration) {
 	}
 }
 
-func (q *trickle) Wake()                                       {}
-func (q *trickle) DrainErrors(func(underlay.Err)) (int, error) { return 0, nil }
-func (q *trickle) Send(*underlay.SendBatch) (underlay.SendResult, error) {
-	return underlay.SendResult{}, nil
-}
+func (q *trickle) Wake() {}
 
 // TestWorkersPause lets both workers be woken for one packet again and again, and stops them in the midst of their pauses.
 func TestWorkersPause(t *testing.T) {
@@ -106,7 +101,7 @@ func TestWorkersPause(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := newMemRig(encap.UDP)
-				q := &trickle{e: r.e, perWait: 1}
+				q := &trickle{e: r.e}
 				q.packets = [][]byte{make([]byte, 64)}
 				if err := run(r, q); err != nil {
 					t.Fatal(err)

@@ -39,6 +39,7 @@ var allowed = map[string][]string{
 	"internal/agent/config":    {},
 	"internal/agent/space":     {"membership", "ipam"},
 	"internal/api":             {},
+	"internal/damage":          {},
 	"internal/hostnet":         {"internal/sys"},
 	"internal/sys":             {},
 	"internal/lab":             {"internal/sys", "internal/api"},

@@ -85,13 +85,17 @@ func decodeEnvelope(b []byte) (envelope, error) {
 		e.from, b = NodeID(b), b[len(e.from):]
 	}
 	if e.kind == kindState {
-		if len(b) < 1 || b[0] > 18 || len(b) < 1+int(b[0]) {
+		addr, rest, ok := cutField(b)
+		if !ok {
 			return envelope{}, fmt.Errorf("state without the sender's address")
 		}
-		if err := e.addr.UnmarshalBinary(b[1 : 1+b[0]]); err != nil {
+		if len(addr) > 18 { // an IPv6 address with its port, and no zone
+			return envelope{}, fmt.Errorf("state with a sender's address of %d bytes", len(addr))
+		}
+		if err := e.addr.UnmarshalBinary(addr); err != nil {
 			return envelope{}, fmt.Errorf("state with a bad address: %w", err)
 		}
-		b = b[1+b[0]:]
+		b = rest
 	}
 	if e.kind == kindMessage && len(b) > MaxMessage {
 		return envelope{}, fmt.Errorf("message of %d bytes, the limit is %d", len(b), MaxMessage)

@@ -75,6 +75,7 @@ func FuzzMeta(f *testing.F) {
 		f.Fatal(err)
 	}
 	f.Add(b)
+	f.Add(append(b, make([]byte, 256)...)) // a length of 255 fits
 	f.Add(b[:metaFixed])
 	f.Add([]byte{})
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -173,6 +174,11 @@ func FuzzReceived(f *testing.F) {
 		"[ERR] memberlist: Decrypt packet failed: no installed keys could decrypt the message from=127.0.0.1:7946",
 	} {
 		f.Add([]byte(line))
+	}
+	if meta, err := sampleMeta().encode(nil); err != nil {
+		f.Fatal(err)
+	} else {
+		f.Add(append(meta, make([]byte, 256)...))
 	}
 	g, err := New(Config{ID: NewNodeID(), Bind: netip.MustParseAddr("127.0.0.1"), Port: 1, Handler: newRecorder("")})
 	if err != nil {

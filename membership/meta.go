@@ -129,10 +129,14 @@ func decodeMeta(b []byte) (Meta, error) {
 	m.Started = int64(binary.BigEndian.Uint64(b[metaOffStart:]))
 	b = b[metaFixed:]
 
-	if len(b) < 1 || int(b[0]) > MaxName || len(b) < 1+int(b[0]) {
+	name, b, ok := cutField(b)
+	if !ok {
 		return Meta{}, errMetaShort
 	}
-	m.Name, b = string(b[1:1+b[0]]), b[1+b[0]:]
+	if len(name) > MaxName {
+		return Meta{}, fmt.Errorf("metadata with a name of %d bytes, the limit is %d", len(name), MaxName)
+	}
+	m.Name = string(name)
 	for _, list := range []*[]netip.Addr{&m.Underlay, &m.TunAddrs} {
 		if *list, b, err = decodeAddrs(b); err != nil {
 			return Meta{}, err
@@ -152,14 +156,24 @@ func decodeAddrs(b []byte) ([]netip.Addr, []byte, error) {
 	b = b[1:]
 	var list []netip.Addr
 	for range n {
-		if len(b) < 1 || len(b) < 1+int(b[0]) {
+		field, rest, ok := cutField(b)
+		if !ok {
 			return nil, nil, errMetaShort
 		}
-		a, ok := netip.AddrFromSlice(b[1 : 1+b[0]])
+		a, ok := netip.AddrFromSlice(field)
 		if !ok {
-			return nil, nil, fmt.Errorf("metadata with an address of %d bytes", b[0])
+			return nil, nil, fmt.Errorf("metadata with an address of %d bytes", len(field))
 		}
-		list, b = append(list, a.Unmap()), b[1+b[0]:]
+		list, b = append(list, a.Unmap()), rest
 	}
 	return list, b, nil
+}
+
+// cutField cuts a field off b's front: its length (1), then as many bytes.
+func cutField(b []byte) (field, rest []byte, ok bool) {
+	if len(b) < 1 || len(b)-1 < int(b[0]) {
+		return nil, nil, false
+	}
+	end := 1 + int(b[0])
+	return b[1:end], b[end:], true
 }

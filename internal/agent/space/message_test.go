@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tulle-net/tulle/internal/damage"
 	"github.com/tulle-net/tulle/ipam"
 )
 
@@ -42,17 +43,43 @@ func TestConcurrentUse(t *testing.T) {
 	}
 }
 
-func FuzzHandleMessage(f *testing.F) {
-	var seeds []message
+// sampleMessages returns the encoding of a message of each kind, with all fields.
+func sampleMessages(cluster ClusterID) (list [][]byte) {
+	block := netip.MustParsePrefix("10.244.3.0/24")
 	for k := kindSync; k < kindEnd; k++ {
-		seeds = append(seeds, message{kind: k, seq: 1, node: NodeID{3}, families: []ipam.Family{{CIDR: netip.MustParsePrefix("10.244.0.0/16"), BlockLen: 24}},
-			prefix: netip.MustParsePrefix("10.244.3.0/24"), rests: []rest{{netip.MustParseAddr("10.244.3.1"), 60}}, text: "no",
-			entries: []Entry{{Prefix: netip.MustParsePrefix("10.244.3.0/24"), Owner: NodeID{3}, Version: 2}}})
+		m := message{kind: k, cluster: cluster, sender: NodeID{2}, seq: 1, node: NodeID{3}, prefix: block, text: "no",
+			families: []ipam.Family{{CIDR: netip.MustParsePrefix("10.244.0.0/16"), BlockLen: 24}},
+			rests:    []rest{{netip.MustParseAddr("10.244.3.1"), 60}},
+			entries:  []Entry{{Prefix: block, Owner: NodeID{3}, Version: 2}}}
+		list = append(list, m.encode())
 	}
+	return list
+}
+
+// TestHandleDamaged hands damaged messages to a member, as each of the ways in.
+func TestHandleDamaged(t *testing.T) {
 	id := ClusterID{9}
-	for _, m := range seeds {
-		m.cluster, m.sender = id, NodeID{2}
-		f.Add(m.encode())
+	for _, good := range sampleMessages(id) {
+		s, _ := lone(t, "10.244.0.0/16")
+		s.cluster = id
+		now := simStart
+		damage.Check(t, good, func(b []byte) error {
+			if _, err := decode(b); err != nil { // the first thing that each of them does
+				return err
+			}
+			now = now.Add(promiseLease) // or promises about hundreds of nodes pile up
+			s.HandleMessage(now, NodeID{2}, b)
+			s.HandleBroadcast(now, b)
+			s.MergeState(now, b, true)
+			return nil
+		})
+	}
+}
+
+func FuzzHandleMessage(f *testing.F) {
+	id := ClusterID{9}
+	for _, b := range sampleMessages(id) {
+		f.Add(b)
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if m, err := decode(b); err == nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"net/netip"
 	"slices"
@@ -266,6 +267,7 @@ func (s *Space) save(now time.Time) error {
 	for _, id := range sortedKeys(s.granted) {
 		st.Granted = append(st.Granted, ipam.Granted{Node: ipam.ID(id), Seq: s.granted[id]})
 	}
+	maps.DeleteFunc(s.promises, func(_ NodeID, p promise) bool { return !now.Before(p.until) })
 	for _, id := range sortedKeys(s.promises) {
 		p := s.promises[id]
 		st.Promises = append(st.Promises, ipam.Promise{Victim: ipam.ID(id), To: ipam.ID(p.to), Until: p.until})

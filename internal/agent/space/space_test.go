@@ -232,6 +232,22 @@ func (s *Space) from(id NodeID, m message) []byte {
 	return m.encode()
 }
 
+// TestPromisesEnd: a promise that nobody took back leaves memory and disk with
+// the first change after its end.
+func TestPromisesEnd(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	for i := range 100 {
+		now := simStart.Add(time.Duration(i) * promiseLease)
+		s.HandleMessage(now, NodeID{2}, s.from(NodeID{2}, message{kind: kindPromise, seq: 1, node: NodeID{3, byte(i)}}))
+		if n := len(env.disk.Promises); n != 1 || env.disk.Promises[0].Victim != (ipam.ID{3, byte(i)}) {
+			t.Fatalf("after promise %d, %d are on disk: %v", i, n, env.disk.Promises)
+		}
+	}
+	if len(s.promises) != 1 {
+		t.Errorf("%d promises are held", len(s.promises))
+	}
+}
+
 // TestARetryDoesNotDrain: however often a request arrives, and whatever number it
 // carries, the owner gives once for each time that the requester has taken it up.
 func TestARetryDoesNotDrain(t *testing.T) {

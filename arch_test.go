@@ -43,6 +43,7 @@ var allowed = map[string][]string{
 	"internal/hostnet":         {"internal/sys"},
 	"internal/sys":             {},
 	"internal/lab":             {"internal/sys", "internal/api"},
+	"internal/testbuild":       {},
 	"internal/lab/clustertest": {},
 }
 

@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testbuild"
 )
 
 // The test binary is also the helper processes that All starts.
@@ -40,8 +41,8 @@ func TestAll(t *testing.T) {
 	}
 	dir := t.TempDir()
 	tulle := filepath.Join(dir, "tulle")
-	if out, err := exec.Command("go", "build", "-o", tulle, "../cmd/tulle").CombinedOutput(); err != nil {
-		t.Fatalf("build tulle: %v\n%s", err, out)
+	if err := testbuild.Tulle(tulle, nil); err != nil {
+		t.Fatal(err)
 	}
 	self, err := os.Executable()
 	if err != nil {

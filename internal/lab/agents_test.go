@@ -6,7 +6,6 @@ import (
 	"encoding/json"
 	"errors"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -15,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/testbuild"
 )
 
 // tulle builds the program once for all tests.
@@ -24,12 +24,8 @@ var tulle = sync.OnceValues(func() (string, error) {
 		return "", err
 	}
 	path := filepath.Join(dir, "tulle")
-	out, err := exec.Command("go", "build", "-o", path, "github.com/tulle-net/tulle/cmd/tulle").CombinedOutput()
-	if err != nil {
-		return "", errors.New(string(out))
-	}
 	tulleDir = dir
-	return path, nil
+	return path, testbuild.Tulle(path, nil)
 })
 
 // tulleDir is where it is, for TestMain to remove.

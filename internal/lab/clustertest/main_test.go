@@ -15,6 +15,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testbuild"
 )
 
 // program is the tulle program that TestMain has built.
@@ -30,14 +31,12 @@ func buildAndRun(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	program = filepath.Join(dir, "tulle")
-	args := []string{"build", "-o", program}
+	var flags []string
 	if raceEnabled {
-		args = append(args, "-race")
+		flags = append(flags, "-race")
 	}
-	build := exec.Command("go", append(args, "github.com/tulle-net/tulle/cmd/tulle")...)
-	build.Stderr = os.Stderr
-	if err := build.Run(); err != nil {
-		fmt.Fprintf(os.Stderr, "%v: %v\n", build, err)
+	if err := testbuild.Tulle(program, nil, flags...); err != nil {
+		fmt.Fprintln(os.Stderr, err)
 		return 1
 	}
 	return m.Run()

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testbuild"
 )
 
 // repository is the root of this module, seen from here.
@@ -45,10 +46,8 @@ func needTools(t *testing.T) {
 func TestSystemdHosts(t *testing.T) {
 	needTools(t)
 	binary := filepath.Join(t.TempDir(), "tulle")
-	build := exec.Command("go", "build", "-o", binary, "./cmd/tulle")
-	build.Dir, build.Env = repository, append(os.Environ(), "CGO_ENABLED=0") // the hosts' C library need not be ours
-	if out, err := build.CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v\n%s", err, out)
+	if err := testbuild.Tulle(binary, []string{"CGO_ENABLED=0"}); err != nil { // the hosts' C library need not be ours
+		t.Fatal(err)
 	}
 	debian := tree(t)
 

@@ -150,6 +150,10 @@ const (
 	settle         = 50 * time.Millisecond // news that come together make one look
 )
 
+// pauseAfter is how long to let news gather after a look that took so long. It keeps looking below a fifth of a CPU however
+// many routes the host has and however often something changes, and is never longer than a look is apart without news.
+func pauseAfter(took time.Duration) time.Duration { return min(max(settle, 4*took), lookEvery) }
+
 // loop keeps engine, host and metadata in step with what the machine, gossip and the paths say.
 func (s *session) loop(ctx context.Context) error {
 	changed, stop := s.space.Subscribe()
@@ -182,6 +186,7 @@ func (s *session) loop(ctx context.Context) error {
 				return err
 			}
 		}
+		began := time.Now()
 		if err := s.apply(ctx, &applied, force); err != nil {
 			return err
 		}
@@ -190,9 +195,9 @@ func (s *session) loop(ctx context.Context) error {
 		} else {
 			notify.waiting(s.view.Load().status.Why)
 		}
-		select { // let news gather
+		select {
 		case <-ctx.Done():
-		case <-time.After(settle):
+		case <-time.After(pauseAfter(time.Since(began))):
 		}
 	}
 }

@@ -21,13 +21,13 @@ import (
 
 // host is a network namespace that ends with the test.
 type host struct {
-	t    *testing.T
+	t    testing.TB
 	name string
 	path string
 	nl   *netlink.Handle
 }
 
-func newHost(t *testing.T) *host {
+func newHost(t testing.TB) *host {
 	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Fatal("this test makes network namespaces: run it as root")
@@ -304,7 +304,7 @@ func (h *host) wantRoutes(want []string) {
 }
 
 // eventually polls until cond holds.
-func eventually(t *testing.T, what string, cond func() bool) {
+func eventually(t testing.TB, what string, cond func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(10 * time.Second)
 	for !cond() {

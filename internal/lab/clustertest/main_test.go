@@ -239,7 +239,7 @@ func run(t *testing.T, cmd *exec.Cmd) result {
 	return result{out.String(), errOut.String(), cmd.ProcessState.ExitCode()}
 }
 
-// contains reports which of the words a text lacks.
+// lacks returns those of the words that a text does not contain.
 func lacks(text string, words ...string) (missing []string) {
 	for _, w := range words {
 		if !strings.Contains(text, w) {

@@ -17,7 +17,8 @@ import (
 // Watch calls changed when something on the host changed that concerns us: one of our
 // routes, addresses or sysctls, the TUN device, the nftables table; a foreign route
 // within the cluster's space; a default route or an address of another device, by which
-// the underlay may have moved. What a Reconcile does itself is not reported.
+// the underlay may have moved. What a Reconcile does itself is not reported, unless
+// another one with another State has begun before its events were read.
 //
 // It calls changed a first time as soon as it listens, so that nothing is missed between
 // an earlier Reconcile and then. Events are gathered for Options.Debounce, calls never

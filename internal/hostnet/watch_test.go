@@ -114,6 +114,7 @@ func TestWatchIsSilent(t *testing.T) {
 		s.TunAddrs = ips("10.244.1.9", "fd00:244:0:1::9")
 		s.MTU = 1450
 		h.reconcile(r, s)
+		h.settle(calls) // or the first State's events would be held against the second one
 		s.Peers = s.Peers[:3]
 		s.Masquerade = false
 		h.reconcile(r, s)

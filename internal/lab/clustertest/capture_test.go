@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -179,7 +180,7 @@ func (c *capture) check(t *testing.T, paths string) {
 			return tshark(t, append([]string{"-n", "-r", part, "-Y", filter}, decode...)...)
 		}
 		// The agents' own probes are inner UDP packets to the same port, which tshark has been told to take for IP.
-		if bad := read("(_ws.malformed || _ws.expert.severity==error) && !(frame contains 54:4c:50:52:01)"); bad != "" {
+		if bad := read(malformed + " && !(frame contains 54:4c:50:52:01)"); bad != "" {
 			t.Errorf("%s in %s: packets that tshark finds malformed:\n%s", inner, paths, bad)
 		}
 		// The port of the test's own traffic shows that tshark looks at the inner headers at all.
@@ -190,6 +191,9 @@ func (c *capture) check(t *testing.T, paths string) {
 		}
 	}
 }
+
+// malformed is tshark's filter for packets that are.
+const malformed = "(_ws.malformed || _ws.expert.severity==error)"
 
 // tshark runs it over a file.
 func tshark(t *testing.T, args ...string) string {
@@ -208,12 +212,55 @@ func tshark(t *testing.T, args ...string) string {
 // of them mean a protocol to tshark.
 var onlyDissectors = sync.OnceValue(func() []string {
 	want := []string{"frame", "eth", "ethertype", "ip", "ipv6", "ipv6.fraghdr", "udp", "tcp", "icmp", "icmpv6", "data"}
-	out, _ := exec.Command("tshark", "-G", "protocols").Output() // if this fails, so does what comes next
+	out, _ := exec.Command("tshark", "-G", "protocols").Output() // TestOnlyDissectors fails if this does
 	var args []string
-	for line := range strings.Lines(string(out)) {
+	for line := range strings.SplitSeq(string(out), "\n") {
 		if f := strings.Split(line, "\t"); len(f) > 2 && !slices.Contains(want, f[2]) && !strings.HasPrefix(f[2], "_ws.") {
 			args = append(args, "--disable-protocol", f[2])
 		}
 	}
 	return args
 })
+
+// The kernel may choose a port by which tshark knows a protocol, and would find what is no such packet malformed. What is
+// malformed in a header is found all the same.
+func TestOnlyDissectors(t *testing.T) {
+	needTshark(t)
+	udp := &layers.UDP{SrcPort: 47000, DstPort: 9000} // Hotline Command-Response Transaction
+	ip := &layers.IPv4{Version: 4, IHL: 5, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: net.IP{192, 0, 2, 1}, DstIP: net.IP{192, 0, 2, 2}}
+	eth := &layers.Ethernet{SrcMAC: make(net.HardwareAddr, 6), DstMAC: make(net.HardwareAddr, 6), EthernetType: layers.EthernetTypeIPv4}
+	payload := make(gopacket.Payload, 100)
+	for i := range payload {
+		payload[i] = byte(i)
+	}
+	buf := gopacket.NewSerializeBuffer()
+	if err := errors.Join(udp.SetNetworkLayerForChecksum(ip),
+		gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, eth, ip, udp, payload)); err != nil {
+		t.Fatal(err)
+	}
+	file := filepath.Join(t.TempDir(), "port.pcapng")
+	f, err := os.Create(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w, err := pcapgo.NewNgWriter(f, layers.LinkTypeEthernet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	good := buf.Bytes()
+	bad := slices.Clone(good)
+	binary.BigEndian.PutUint16(bad[14+20+4:], 1000) // the UDP header's length
+	for _, frame := range [][]byte{good, bad} {
+		if err := w.WritePacket(gopacket.CaptureInfo{CaptureLength: len(frame), Length: len(frame)}, frame); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := errors.Join(w.Flush(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	for filter, want := range map[string]string{malformed: "2", "!" + malformed: "1"} {
+		if out := strings.TrimSpace(tshark(t, "-n", "-r", file, "-Y", filter, "-T", "fields", "-e", "frame.number")); out != want {
+			t.Errorf("%s: packets %q, want %s", filter, out, want)
+		}
+	}
+}

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
-	"runtime"
 	"slices"
 	"strings"
 	"time"
@@ -134,8 +132,7 @@ func All(ctx context.Context, o AllOptions) (*AllResult, error) {
 	if err := needs(); err != nil {
 		return nil, err
 	}
-	// Threads in system calls must not wait for each other's processor of Go's scheduler.
-	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(max(16, 4*runtime.NumCPU())))
+	defer manyProcessors()()
 
 	r := &AllResult{
 		Started: time.Now(), Machine: thisMachine(), Rounds: o.Rounds, MTU: o.MTU, Metrics: metrics,
@@ -246,27 +243,8 @@ func takeTCP(streams int) func(context.Context, *AllOptions, *stand, *Detail) er
 }
 
 func takeLatency(payload int, pinned bool) func(context.Context, *AllOptions, *stand, *Detail) error {
-	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) (err error) {
-		all, err := allCPUs()
-		if err != nil {
-			return err
-		}
-		cpus := all
-		if pinned {
-			cpus = all.split()
-		}
-		self := os.Getpid()
-		before, _, err := autogroup(self)
-		if err != nil {
-			return err
-		}
-		defer func() {
-			err = errors.Join(err, placeTunnel(s.tunnel.pids, all, niceNormal), setAutogroup(self, before))
-		}()
-		if err := errors.Join(placeTunnel(s.tunnel.pids, cpus, niceFirst), setAutogroup(self, niceFirst)); err != nil {
-			return err
-		}
-		l, err := measureLatency(ctx, &s.ends, payload, o.warm(), o.Duration, cpus)
+	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error {
+		l, err := placedLatency(ctx, &s.ends, s.tunnel.pids, payload, o.warm(), o.Duration, pinned)
 		if err == nil {
 			d.Latency = append(d.Latency, l)
 		}
@@ -303,7 +281,7 @@ func (run *allRun) round(ctx context.Context, n int) error {
 		run.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, run.o.Rounds, m.what))
 		sleepers := func() {}
 		if m.awake {
-			if sleepers, err = startAwake(ctx, run.o.Helper); err != nil {
+			if sleepers, err = StartAwake(ctx, run.o.Helper); err != nil {
 				return err
 			}
 		}

@@ -434,7 +434,7 @@ func TestKeepAwake(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stop, err := startAwake(t.Context(), []string{self, "helper"})
+	stop, err := StartAwake(t.Context(), []string{self, "helper"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -453,7 +453,7 @@ func TestKeepAwake(t *testing.T) {
 	if idle := now.idle - m.stat.idle; idle > 0.05 {
 		t.Errorf("CPUs that should have been awake were idle for %.2f s of 0.4", idle)
 	}
-	if _, err := startAwake(t.Context(), []string{"/bin/false"}); err == nil {
+	if _, err := StartAwake(t.Context(), []string{"/bin/false"}); err == nil {
 		t.Error("a helper that ends at once was taken for one that works")
 	}
 }

@@ -94,8 +94,8 @@ func setPolicy(tid int, policy uint32) error {
 	return unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: policy}, 0)
 }
 
-// startAwake keeps the CPUs awake until the result is called.
-func startAwake(ctx context.Context, helper []string) (stop func(), err error) {
+// StartAwake keeps the CPUs awake until the result is called. helper is the command line of [AllOptions.Helper].
+func StartAwake(ctx context.Context, helper []string) (stop func(), err error) {
 	cmd := exec.CommandContext(ctx, helper[0], append(helper[1:len(helper):len(helper)], "keep-awake")...)
 	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is its maker's

@@ -3,7 +3,9 @@ package bench
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
@@ -33,6 +35,45 @@ const (
 	shortestTrip = 100 * time.Nanosecond
 	longestTrip  = 10 * time.Second
 )
+
+// RoundTrips measures the latency of 64-byte datagrams between the ends for the time d, with each end on CPUs of its own.
+// The processes of what carries them, one of From's side and one of To's, share those CPUs. [StartAwake] belongs around it.
+func RoundTrips(ctx context.Context, e *Ends, pids []int, d time.Duration) (Latency, error) {
+	defer manyProcessors()()
+	return placedLatency(ctx, e, pids, 64, d/3, d, true)
+}
+
+// manyProcessors lets threads in system calls not wait for each other's processor of Go's scheduler, until the result is
+// called.
+func manyProcessors() (undo func()) {
+	was := runtime.GOMAXPROCS(max(16, 4*runtime.NumCPU()))
+	return func() { runtime.GOMAXPROCS(was) }
+}
+
+// placedLatency is measureLatency while this program and the tunnel's processes go before others and, if pinned, each side
+// has CPUs of its own.
+func placedLatency(ctx context.Context, e *Ends, pids []int, payload int, warm, d time.Duration, pinned bool) (l Latency, err error) {
+	all, err := allCPUs()
+	if err != nil {
+		return Latency{}, err
+	}
+	cpus := all
+	if pinned {
+		cpus = all.split()
+	}
+	self := os.Getpid()
+	before, _, err := autogroup(self)
+	if err != nil {
+		return Latency{}, err
+	}
+	defer func() {
+		err = errors.Join(err, placeTunnel(pids, all, niceNormal), setAutogroup(self, before))
+	}()
+	if err := errors.Join(placeTunnel(pids, cpus, niceFirst), setAutogroup(self, niceFirst)); err != nil {
+		return Latency{}, err
+	}
+	return measureLatency(ctx, e, payload, warm, d, cpus)
+}
 
 // measureLatency sends datagrams to and fro for warm, and counts those of the time d after that. Both ends are blocking
 // sockets on threads of their own, each on its side's CPUs.

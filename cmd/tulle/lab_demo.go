@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/tulle-net/tulle/bench"
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
@@ -136,46 +137,77 @@ func (d *demo) status(ctx context.Context) error {
 
 // latency compares the encapsulations between two pods of different subnets.
 func (d *demo) latency(ctx context.Context) error {
-	const rounds = 4000
+	const each = 400 * time.Millisecond
 	from, to, ok := d.distantPods()
 	if !ok {
 		return nil
 	}
-	addr := to.Addresses[0]
-	d.title("4. Latency from %s to %s, over the router: UDP, 64 bytes, there and back, %d times", from.Name, to.Name, rounds)
+	ends := bench.Ends{From: from.Name, To: to.Name, FromAddr: from.Addresses[0], ToAddr: to.Addresses[0], Do: d.l.Do}
+	d.title("4. Latency from %s to %s, over the router: UDP, 64 bytes, there and back", from.Name, to.Name)
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	sleep, err := bench.StartAwake(ctx, []string{self, "bench", "helper"})
+	if err != nil {
+		return err
+	}
+	defer sleep()
 	t := table{head: []string{"", "MEDIAN", "99 %", "LOST", "TIMES NO TUNNEL"}, right: []bool{1: true, 2: true, 3: true}}
-	var base time.Duration
-	measure := func(name string) error {
-		r, err := d.l.Latency(ctx, from.Name, to.Name, addr, rounds)
+	var base float64
+	pinned := false
+	measure := func(name string, pids []int) error {
+		r, err := bench.RoundTrips(ctx, &ends, pids, each)
 		if err != nil {
 			return fmt.Errorf("latency, %s: %w", name, err)
 		}
 		if base == 0 {
-			base = r.Median
+			base, pinned = r.P50, r.Pinned
 		}
-		t.row(name, micros(r.Median), micros(r.P99), fmt.Sprint(r.Lost), fmt.Sprintf("%.1f", float64(r.Median)/float64(base)))
+		t.row(name, fmt.Sprintf("%.1f µs", 2*r.P50), fmt.Sprintf("%.1f µs", 2*r.P99), fmt.Sprint(r.Lost), fmt.Sprintf("%.1f", r.P50/base))
 		return nil
 	}
 	for _, b := range []struct {
-		name string
-		set  func(context.Context) (func() error, error)
+		name   string
+		set    func(context.Context) (func() error, error)
+		agents bool // carry it
 	}{
-		{"no tunnel", d.l.DirectRoutes},
-		{"kernel VXLAN", d.l.KernelVXLAN},
-		{"tulle udp", d.pin("udp")},
-		{"tulle ipip", d.pin("ipip")},
+		{"no tunnel", d.l.DirectRoutes, false},
+		{"kernel VXLAN", d.l.KernelVXLAN, false},
+		{"tulle udp", d.pin("udp"), true},
+		{"tulle ipip", d.pin("ipip"), true},
 	} {
 		undo, err := b.set(ctx)
 		if err != nil {
 			return fmt.Errorf("set up %s: %w", b.name, err)
 		}
-		if err := errors.Join(measure(b.name), undo()); err != nil {
+		var pids []int
+		if b.agents {
+			pids = d.agents(from.Host, to.Host)
+		}
+		if err := errors.Join(measure(b.name, pids), undo()); err != nil {
 			return err
 		}
 	}
 	show(d.w, func(p *printer) { p.table(&t) })
-	fmt.Fprintln(d.w, "All hosts, pods and agents share this machine's CPUs, which may sleep in between; `tulle bench` measures with care.")
+	where := "Each side runs on CPUs of its own, which are kept awake."
+	if !pinned {
+		where = "Both sides share this machine's CPU, which is kept awake."
+	}
+	fmt.Fprintln(d.w, where, "`tulle bench all` measures more, and in rounds.")
 	return nil
+}
+
+// agents are the process IDs of the agents on these hosts.
+func (d *demo) agents(hosts ...string) (pids []int) {
+	for _, name := range hosts {
+		for _, h := range d.l.Hosts() {
+			if h.Name == name {
+				pids = append(pids, h.PID)
+			}
+		}
+	}
+	return pids
 }
 
 // pin restarts the agents with one encapsulation.

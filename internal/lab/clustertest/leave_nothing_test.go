@@ -1,6 +1,7 @@
 package clustertest
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -33,11 +34,68 @@ func TestDownLeavesNothing(t *testing.T) {
 	if r := run(t, newCommand(t, "lab", "down", "--name", name)); r.code != 0 {
 		t.Fatalf("lab down: %d\n%s", r.code, r.err)
 	}
+	nothingLeft(t, name, before)
+}
+
+// TestDemo runs the demo to its end, and once until somebody presses Ctrl-C while it measures.
+func TestDemo(t *testing.T) {
+	needRoot(t)
+	before, err := network(true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := labName("demo")
+	r := run(t, newCommand(t, "lab", "demo", "--name", name))
+	if r.code != 0 {
+		t.Fatalf("lab demo: %d\n%s\n%s", r.code, r.out, r.err)
+	}
+	if missing := lacks(r.out, "own address", "no tunnel", "kernel VXLAN", "tulle udp", "tulle ipip", "CPUs of its own"); len(missing) > 0 || strings.Contains(r.out, "NOT THE POD'S") {
+		t.Errorf("the output lacks %q:\n%s", missing, r.out)
+	}
+	nothingLeft(t, name, before)
+
+	cmd := newCommand(t, "lab", "demo", "--name", name)
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var errOut bytes.Buffer
+	cmd.Stderr = &errOut
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	interrupted := false
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if !interrupted && strings.HasPrefix(lines.Text(), "4. Latency") {
+			interrupted = true
+			if err := cmd.Process.Signal(syscall.SIGINT); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	if err := cmd.Wait(); err == nil || !interrupted {
+		t.Errorf("a demo that was interrupted: %v, %v\n%s", interrupted, err, errOut.String())
+	}
+	nothingLeft(t, name, before)
+}
+
+// nothingLeft wants no trace of a lab, nor of the program, and the machine's own namespace as before.
+func nothingLeft(t *testing.T, name string, before snapshot) {
+	t.Helper()
 	after, err := network(true)
 	if err != nil {
 		t.Fatal(err)
 	}
 	after.sameAs(t, "the machine's own namespace", before)
+	commands, err := filepath.Glob("/proc/[0-9]*/cmdline")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range commands {
+		if b, _ := os.ReadFile(f); bytes.HasPrefix(b, []byte(program+"\x00")) {
+			t.Errorf("a process is left: %q", b)
+		}
+	}
 	if left := processesOf(t, name); len(left) > 0 {
 		t.Errorf("processes are left: %v", left)
 	}

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -559,6 +560,34 @@ func prefixes(s ...string) (out []netip.Prefix) {
 		out = append(out, netip.MustParsePrefix(p))
 	}
 	return out
+}
+
+// A process is found also in the moment in which it executes another program.
+func TestProcessesInWhileTheyExecute(t *testing.T) {
+	l := up(t, Options{Name: testName("again"), Nodes: 1})
+	script := filepath.Join(t.TempDir(), "again")
+	if err := os.WriteFile(script, []byte("#!/bin/sh\nexec \"$0\"\n"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		_, _ = l.Exec(ctx, "p1a", []string{script}, Stdio{}) // ends by being killed
+	}()
+	defer func() {
+		stop()
+		<-ended
+	}()
+	find := func() int { return len(processesIn(l.Name(), []string{l.Name() + "-p1a"})) }
+	if err := poll(t.Context(), time.Millisecond, func() (bool, error) { return find() > 0, nil }); err != nil {
+		t.Fatal(err)
+	}
+	for i := range 300 {
+		if n := find(); n != 1 {
+			t.Fatalf("look %d found %d processes", i, n)
+		}
+	}
 }
 
 func TestProcess(t *testing.T) {

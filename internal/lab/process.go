@@ -110,8 +110,7 @@ func processesIn(name string, namespaces []string) []process {
 		if syscall.Stat(filepath.Join(dir, "ns/net"), &st) != nil || !ours[st.Ino] {
 			continue
 		}
-		env, _ := os.ReadFile(filepath.Join(dir, "environ"))
-		if !bytes.Contains(append([]byte{0}, env...), []byte("\x00"+labEnv+"="+name+"\x00")) {
+		if !marked(dir, name) {
 			continue
 		}
 		pid, _ := strconv.Atoi(filepath.Base(dir))
@@ -120,4 +119,21 @@ func processesIn(name string, namespaces []string) []process {
 		}
 	}
 	return found
+}
+
+// marked reports whether the process that dir is of carries the lab's mark. While a process executes another program, its
+// environment is empty or ends early (fs/proc/base.c, environ_read), so one that shows no mark is looked at again, for a
+// tenth of a second.
+func marked(dir, name string) bool {
+	for range 100 {
+		env, err := os.ReadFile(filepath.Join(dir, "environ"))
+		if errors.Is(err, os.ErrNotExist) {
+			return false
+		}
+		if bytes.Contains(append([]byte{0}, env...), []byte("\x00"+labEnv+"="+name+"\x00")) {
+			return true
+		}
+		time.Sleep(time.Millisecond)
+	}
+	return false
 }

@@ -157,6 +157,7 @@ func (d *demo) latency(ctx context.Context) error {
 	t := table{head: []string{"", "MEDIAN", "99 %", "LOST", "TIMES NO TUNNEL"}, right: []bool{1: true, 2: true, 3: true}}
 	var base float64
 	pinned := false
+	whole := func(half float64) string { return micros(time.Duration(2e3 * half)) }
 	measure := func(name string, pids []int) error {
 		r, err := bench.RoundTrips(ctx, &ends, pids, each)
 		if err != nil {
@@ -165,7 +166,7 @@ func (d *demo) latency(ctx context.Context) error {
 		if base == 0 {
 			base, pinned = r.P50, r.Pinned
 		}
-		t.row(name, fmt.Sprintf("%.1f µs", 2*r.P50), fmt.Sprintf("%.1f µs", 2*r.P99), fmt.Sprint(r.Lost), fmt.Sprintf("%.1f", r.P50/base))
+		t.row(name, whole(r.P50), whole(r.P99), fmt.Sprint(r.Lost), fmt.Sprintf("%.1f", r.P50/base))
 		return nil
 	}
 	for _, b := range []struct {

@@ -71,6 +71,17 @@ func (f *labFlags) add(cmd *cobra.Command) {
 }
 
 func (f *labFlags) options(name string) (lab.Options, error) {
+	for _, v := range []struct { // in the lab's options, 0 means the default; who writes 0 does not mean that
+		flag       string
+		has, least int
+	}{{"--nodes", f.nodes, 1}, {"--subnets", f.subnets, 1}, {"--pods", f.pods, 0}, {"--mtu", f.mtu, 1280}} {
+		if v.has < v.least {
+			return lab.Options{}, usagef("%s %d: want at least %d", v.flag, v.has, v.least)
+		}
+	}
+	if f.timeout <= 0 {
+		return lab.Options{}, usagef("--timeout %v: want more than 0", f.timeout)
+	}
 	under, err := families("--underlay", f.underlay)
 	if err != nil {
 		return lab.Options{}, err

@@ -30,7 +30,7 @@ var allowed = map[string][]string{
 	"tunnel/offload":           {"tunnel/header"},
 	"tunnel/device":            {"internal/sys", "tunnel/offload"},
 	"tunnel/underlay":          {"internal/sys"},
-	"tunnel/path":              {"tunnel/mtu"},
+	"tunnel/path":              {"tunnel/mtu", "tunnel/encap"},
 	"tunnel/route":             {},
 	"membership":               {},
 	"ipam":                     {},

@@ -171,7 +171,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 			p.underlay = []netip.Addr{k.Addr.Addr()}
 			p.endpoint, _ = s.endpoint(p.underlay)
 		}
-		p.mtu = min(s.limit(p.mode, p.endpoint.Is6()), probeBase)
+		p.mtu = min(s.limit(p.mode, p.endpoint.Is6()), path.Base)
 		p.gone = now.Sub(s.started) > unseenFor && s.engine.PeerStats(p.id).RxPackets == 0
 		v.peers = append(v.peers, p)
 	}
@@ -198,7 +198,7 @@ func (s *session) memberView(now time.Time, m membership.Member, prefixes []neti
 		return p
 	}
 	if p.path, p.probed = s.probes.info(id, p.mode); p.probed {
-		p.mtu = min(limit, probeBase)
+		p.mtu = min(limit, path.Base)
 		if p.path.MTU > 0 {
 			p.mtu = min(limit, p.path.MTU)
 		}
@@ -276,18 +276,16 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 }
 
 // probeTargets is whom to probe, and how large packets may be.
-func (s *session) probeTargets(v *view) map[string]map[encap.Mode]mtu.TUN {
-	out := make(map[string]map[encap.Mode]mtu.TUN, len(v.peers))
+func (s *session) probeTargets(v *view) map[string][]path.Candidate {
+	out := make(map[string][]path.Candidate, len(v.peers))
 	for _, p := range v.peers {
 		// A node without space has no tun address that could answer.
 		if p.node.IsZero() || !p.endpoint.IsValid() || len(p.tun) == 0 || len(p.prefixes) == 0 {
 			continue
 		}
-		modes := make(map[encap.Mode]mtu.TUN, len(s.modes))
 		for _, m := range s.modes {
-			modes[m] = s.limit(m, p.endpoint.Is6())
+			out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, p.endpoint.Is6())})
 		}
-		out[p.id] = modes
 	}
 	return out
 }

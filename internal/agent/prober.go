@@ -45,7 +45,7 @@ func parseProbe(b []byte) (kind byte, nonce uint64, size int, ok bool) {
 	return b[5], binary.BigEndian.Uint64(b[8:]), int(binary.BigEndian.Uint32(b[16:])), true
 }
 
-// prober keeps the path state of every peer and encapsulation: it sends what is due, and takes the answers.
+// prober carries the paths' probes: it sends what the schedule says is due, answers the peers' probes, and takes the answers.
 type prober struct {
 	log     *slog.Logger
 	send    func(peer string, mode encap.Mode, payload []byte, size int) error
@@ -57,17 +57,8 @@ type prober struct {
 
 	mu    sync.Mutex
 	rand  *rand.Rand
-	peers map[string]*probedPeer
+	paths *path.Schedule
 	pings map[uint64]chan answer // of `tulle ping`, by nonce
-}
-
-// probedPeer is one peer's paths.
-type probedPeer struct {
-	paths map[encap.Mode]*path.State
-	seen  map[encap.Mode]path.Info // what the last look found
-	next  time.Time                // when to look again; zero when something has happened: of a thousand peers few are due
-	rx    uint64                   // packets from it, as of the last look at the traffic
-	tx    uint64
 }
 
 // gather is how long events are gathered before peers are looked at: a thousand of them answer some hundred probes a second.
@@ -86,101 +77,53 @@ func newProber(log *slog.Logger) *prober {
 	for i := range seed {
 		seed[i] = byte(rand.Uint32()) // the runtime's generator, seeded by the kernel
 	}
+	r := rand.New(rand.NewChaCha8(seed))
 	return &prober{
 		log:     log,
 		kick:    make(chan struct{}, 1),
 		answers: make(chan answer, 256),
-		rand:    rand.New(rand.NewChaCha8(seed)),
-		peers:   make(map[string]*probedPeer),
+		rand:    r,
+		paths:   path.NewSchedule(r),
 		pings:   make(map[uint64]chan answer),
 	}
 }
 
-// probeBase is the packet size that every path is expected to take: IPv6 asks for 1,280 bytes.
-const probeBase = mtu.Min6
-
-// setPeers says who is to be probed, and through what: the largest inner packet of each mode. Others are forgotten.
-func (p *prober) setPeers(now time.Time, want map[string]map[encap.Mode]mtu.TUN) {
+// setPeers says who is to be probed, and through what. Others are forgotten.
+func (p *prober) setPeers(now time.Time, want map[string][]path.Candidate) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for id := range p.peers {
-		if want[id] == nil {
-			delete(p.peers, id)
-		}
-	}
-	for id, modes := range want {
-		peer := p.peers[id]
-		if peer == nil {
-			peer = &probedPeer{paths: map[encap.Mode]*path.State{}, seen: map[encap.Mode]path.Info{}}
-			p.peers[id] = peer
-		}
-		for m, limit := range modes {
-			if peer.paths[m] == nil {
-				peer.paths[m] = path.New(path.Config{Max: limit, Base: probeBase}, now, p.rand)
-				peer.next = time.Time{}
-			}
-		}
-	}
-	p.wake()
-}
-
-func (p *prober) wake() {
-	select {
-	case p.kick <- struct{}{}:
-	default:
-	}
+	p.paths.SetPeers(now, want)
+	signal(p.kick)
 }
 
 // info is what is known of one path; ok is false for one that is not probed.
 func (p *prober) info(id string, m encap.Mode) (i path.Info, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if peer := p.peers[id]; peer != nil && peer.paths[m] != nil {
-		return peer.paths[m].Snapshot(), true
-	}
-	return path.Info{}, false
+	return p.paths.Info(id, m)
 }
 
 // answering reports whether any path to the peer is up.
 func (p *prober) answering(id string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if peer := p.peers[id]; peer != nil {
-		for _, s := range peer.paths {
-			if s.Snapshot().Up {
-				return true
-			}
-		}
-	}
-	return false
+	return p.paths.Answering(id)
 }
 
 // poke asks for a verdict soon, because gossip has news of the peer.
 func (p *prober) poke(now time.Time, id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if peer := p.peers[id]; peer != nil {
-		for _, s := range peer.paths {
-			s.Used(now)
-			s.Poke(now)
-		}
-		peer.next = time.Time{}
-		p.wake()
-	}
+	p.paths.Poke(now, id)
+	signal(p.kick)
 }
 
-// tooBig takes a router's word that link is the largest outer packet toward the peer. Only lowering is believed.
+// tooBig takes a router's word that link is the largest outer packet toward the peer.
 func (p *prober) tooBig(id string, link mtu.Link, six bool) {
-	now := time.Now()
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if peer := p.peers[id]; peer != nil {
-		for m, s := range peer.paths {
-			s.TooBig(now, link.TUN(encap.Overhead(m, six)))
-		}
-		peer.next = time.Time{}
-		p.wake()
-	}
+	p.paths.TooBig(time.Now(), id, link, six)
+	signal(p.kick)
 }
 
 // received is the engine's Probed hook: it runs on a receiving goroutine.
@@ -244,87 +187,47 @@ func (p *prober) take(a answer) {
 		}
 		return
 	}
-	if peer := p.peers[a.peer]; peer != nil && peer.paths[a.mode] != nil {
-		peer.paths[a.mode].Answered(a.at, a.nonce, a.size)
-		peer.next = time.Time{}
-	}
+	p.paths.Answered(a.at, a.peer, a.mode, a.nonce, a.size)
 }
 
-// lookAtTraffic finds the peers with which packets are exchanged: their paths are probed more often.
+// lookAtTraffic finds the peers with which packets are exchanged.
 func (p *prober) lookAtTraffic(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for id, peer := range p.peers {
+	for id := range p.paths.Peers {
 		t := p.traffic(id)
-		if t.RxPackets != peer.rx || t.TxPackets != peer.tx {
-			for _, s := range peer.paths {
-				s.Used(now)
-			}
-			peer.next = time.Time{}
-		}
-		peer.rx, peer.tx = t.RxPackets, t.TxPackets
+		p.paths.Traffic(now, id, t.TxPackets, t.RxPackets)
 	}
-}
-
-// due is a probe to send.
-type due struct {
-	peer string
-	mode encap.Mode
-	path.Probe
 }
 
 // sendDue sends what is due, tells of changes, and returns when to come again.
 func (p *prober) sendDue(now time.Time) time.Time {
-	next := now.Add(30 * time.Second)
-	var list []due
-	var news bool
 	p.mu.Lock()
-	for id, peer := range p.peers {
-		if !peer.next.After(now) {
-			peer.next = now.Add(30 * time.Second)
-			for m, s := range peer.paths {
-				for pr, ok := s.Due(now); ok; pr, ok = s.Due(now) {
-					list = append(list, due{id, m, pr})
-				}
-				peer.next = earlier(peer.next, s.Next())
-				i, was := s.Snapshot(), peer.seen[m]
-				if i.Up != was.Up || i.MTU != was.MTU || i.Search != was.Search {
-					p.tell(id, m, was, i)
-					news = true
-				}
-				peer.seen[m] = i
-			}
-		}
-		next = earlier(next, peer.next)
-	}
+	probes, changes, next := p.paths.Look(now)
 	p.mu.Unlock()
-	for _, d := range list {
-		if err := p.send(d.peer, d.mode, appendProbe(nil, probeRequest, d.Nonce, 0), d.Size); err != nil && !errors.Is(err, tunnel.ErrNoAddress) {
-			p.log.Debug("probe not sent", "peer", d.peer, "encapsulation", d.mode, "size", d.Size, "error", err)
+	for _, d := range probes {
+		if err := p.send(d.Peer, d.Mode, appendProbe(nil, probeRequest, d.Nonce, 0), d.Size); err != nil && !errors.Is(err, tunnel.ErrNoAddress) {
+			p.log.Debug("probe not sent", "peer", d.Peer, "encapsulation", d.Mode, "size", d.Size, "error", err)
 		}
 	}
-	if news && p.changed != nil {
+	for _, c := range changes {
+		p.tell(c)
+	}
+	if len(changes) > 0 && p.changed != nil {
 		p.changed()
 	}
 	return next
 }
 
-func earlier(a, b time.Time) time.Time {
-	if b.Before(a) {
-		return b
-	}
-	return a
-}
-
 // tell logs what changed about a path.
-func (p *prober) tell(id string, m encap.Mode, was, is path.Info) {
-	switch {
+func (p *prober) tell(c path.Change) {
+	switch was, is := c.Was, c.Is; {
 	case is.Up && !was.Up:
-		p.log.Info("path is up", "peer", id, "encapsulation", m, "rtt", is.RTT)
+		p.log.Info("path is up", "peer", c.Peer, "encapsulation", c.Mode, "rtt", is.RTT)
 	case was.Up && !is.Up:
-		p.log.Warn("path is down", "peer", id, "encapsulation", m, "reason", is.Reason)
+		p.log.Warn("path is down", "peer", c.Peer, "encapsulation", c.Mode, "reason", is.Reason)
 	case is.MTU != was.MTU && is.Search == "complete":
-		p.log.Info("path MTU found", "peer", id, "encapsulation", m, "mtu", int(is.MTU))
+		p.log.Info("path MTU found", "peer", c.Peer, "encapsulation", c.Mode, "mtu", int(is.MTU))
 	}
 }
 

@@ -12,7 +12,7 @@ import (
 
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/encap"
-	"github.com/tulle-net/tulle/tunnel/mtu"
+	"github.com/tulle-net/tulle/tunnel/path"
 )
 
 // TestProberSchedule has many peers that answer, one that stops, and one that gossip has news of: looking only at who is due
@@ -44,15 +44,15 @@ func TestProberSchedule(t *testing.T) {
 		defer running.Wait()
 		defer cancel()
 		running.Go(func() { _ = p.run(ctx) })
-		want := map[string]map[encap.Mode]mtu.TUN{}
+		want := map[string][]path.Candidate{}
 		for i := range peers {
-			want[fmt.Sprint("peer-", i)] = map[encap.Mode]mtu.TUN{encap.UDP: 1472, encap.IPIP: 1480}
+			want[fmt.Sprint("peer-", i)] = []path.Candidate{{Mode: encap.UDP, Max: 1472}, {Mode: encap.IPIP, Max: 1480}}
 		}
 		p.setPeers(time.Now(), want)
 		up := func() (n int) {
 			for id := range want {
-				for m := range want[id] {
-					if i, ok := p.info(id, m); ok && i.Up {
+				for _, c := range want[id] {
+					if i, ok := p.info(id, c.Mode); ok && i.Up {
 						n++
 					}
 				}

@@ -22,41 +22,43 @@ const module = "github.com/tulle-net/tulle"
 // trailing "/..." allows the package and all below it. A package that is not listed here fails the test: its place in
 // the house must be decided first.
 var allowed = map[string][]string{
-	"cmd/tulle":                {"internal/agent", "internal/agent/config", "internal/api", "internal/lab", "internal/doctor", "bench"},
-	"tunnel":                   {"tunnel/...", "internal/sys"},
-	"tunnel/header":            {},
-	"tunnel/mtu":               {"tunnel/header"},
-	"tunnel/encap":             {"tunnel/header", "tunnel/mtu"},
-	"tunnel/offload":           {"tunnel/header"},
-	"tunnel/device":            {"internal/sys", "tunnel/offload"},
-	"tunnel/underlay":          {"internal/sys"},
-	"tunnel/path":              {"tunnel/mtu", "tunnel/encap"},
-	"tunnel/route":             {},
-	"membership":               {},
-	"ipam":                     {},
-	"bench":                    {"internal/lab", "internal/agent/...", "membership"},
-	"internal/agent":           {"internal/agent/...", "tunnel/...", "membership", "ipam", "internal/hostnet", "internal/api", "internal/sys"},
-	"internal/agent/config":    {},
-	"internal/agent/space":     {"membership", "ipam"},
-	"internal/api":             {},
-	"internal/damage":          {},
-	"internal/hostnet":         {"internal/sys"},
-	"internal/sys":             {},
-	"internal/lab":             {"internal/sys", "internal/api"},
-	"internal/testbuild":       {},
-	"internal/lab/clustertest": {},
+	"cmd/tulle":                  {"internal/agent", "internal/config", "internal/api", "internal/lab", "internal/doctor", "bench"},
+	"tunnel":                     {"tunnel/...", "internal/sys"},
+	"tunnel/header":              {},
+	"tunnel/mtu":                 {"tunnel/header"},
+	"tunnel/encap":               {"tunnel/header", "tunnel/mtu"},
+	"tunnel/offload":             {"tunnel/header"},
+	"tunnel/device":              {"internal/sys", "tunnel/offload"},
+	"tunnel/underlay":            {"internal/sys"},
+	"tunnel/path":                {"tunnel/mtu", "tunnel/encap"},
+	"tunnel/route":               {},
+	"membership":                 {},
+	"membership/keyring":         {},
+	"membership/gossip":          {"membership", "membership/keyring"},
+	"ipam":                       {},
+	"bench":                      {"internal/lab", "internal/agent", "membership/..."},
+	"internal/agent":             {"internal/config", "internal/ownership", "tunnel/...", "membership/...", "ipam", "internal/hostnet", "internal/api", "internal/sys"},
+	"internal/config":            {},
+	"internal/ownership":         {"membership", "ipam"},
+	"internal/api":               {},
+	"internal/hostnet":           {"internal/sys"},
+	"internal/sys":               {},
+	"internal/lab":               {"internal/sys", "internal/api"},
+	"internal/lab/clustertest":   {},
+	"internal/testing/damage":    {},
+	"internal/testing/testbuild": {},
 }
 
 // pure packages open no socket, read no clock and log nothing, so they do not import these.
 var (
-	pure      = []string{"tunnel/header", "tunnel/mtu", "tunnel/encap", "tunnel/offload", "tunnel/path", "tunnel/route"}
+	pure      = []string{"tunnel/header", "tunnel/mtu", "tunnel/encap", "tunnel/offload", "tunnel/path", "tunnel/route", "membership"}
 	forbidden = []string{"net", "os", "log", "log/slog", "syscall", "golang.org/x/sys/unix"}
 )
 
 // soleImporters lists packages which exactly one place of this module may import.
 var soleImporters = map[string]string{
 	"unsafe":                          "internal/sys",
-	"github.com/hashicorp/memberlist": "membership",
+	"github.com/hashicorp/memberlist": "membership/gossip",
 }
 
 type pkg struct {
@@ -117,27 +119,6 @@ func TestImports(t *testing.T) {
 		}
 		if len(p.CgoFiles) > 0 {
 			t.Errorf("%s uses cgo: %v", name, p.CgoFiles)
-		}
-	}
-}
-
-// memberlist has one home, and within it one file; the table's merge rules are pure.
-func TestMembershipFiles(t *testing.T) {
-	for _, p := range packages(t) {
-		if short(p.ImportPath) != "membership" {
-			continue
-		}
-		for _, f := range p.GoFiles {
-			file := parse(t, filepath.Join(p.Dir, f), parser.ImportsOnly)
-			for _, imp := range file.Imports {
-				path := strings.Trim(imp.Path.Value, `"`)
-				if path == "github.com/hashicorp/memberlist" && f != "gossip.go" {
-					t.Errorf("membership/%s imports memberlist; only gossip.go may", f)
-				}
-				if f == "table.go" && slices.Contains(append([]string{"time"}, forbidden...), path) {
-					t.Errorf("membership/table.go holds pure merge rules and imports %s", path)
-				}
-			}
 		}
 	}
 }

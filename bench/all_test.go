@@ -18,7 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/lab"
-	"github.com/tulle-net/tulle/internal/testbuild"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
 // The test binary is also the helper processes that All starts.

@@ -21,6 +21,8 @@ import (
 	"github.com/gaissmai/bart"
 
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
+	"github.com/tulle-net/tulle/membership/keyring"
 )
 
 // GossipOptions describe one run of [Gossip].
@@ -70,7 +72,7 @@ type GossipResult struct {
 // member is one node of the run: the gossip layer as an agent uses it, with a
 // table of its own behind it.
 type member struct {
-	*membership.Gossip
+	*gossip.Gossip
 	id  membership.NodeID
 	run *gossipRun
 
@@ -92,7 +94,7 @@ type round struct {
 	at     []atomic.Int64 // by arrival: ns since start
 }
 
-var _ membership.Handler = (*member)(nil)
+var _ gossip.Handler = (*member)(nil)
 
 func (m *member) LocalState(bool) []byte {
 	m.mu.Lock()
@@ -262,7 +264,7 @@ func nth(first byte, i int) netip.Prefix {
 func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait func(), err error) {
 	var wg sync.WaitGroup
 	wait = wg.Wait
-	key, err := membership.ParseKey(membership.GenerateKey())
+	key, err := keyring.Parse(keyring.Generate())
 	if err != nil {
 		return nil, wait, err
 	}
@@ -285,11 +287,11 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 	batch := 0
 	for i := range o.Nodes {
 		m := &member{id: ids[i], run: shared, table: membership.NewTable(slices.Clone(entries))}
-		ring, err := membership.NewKeyring(key)
+		ring, err := keyring.New(key)
 		if err != nil {
 			return nodes, wait, err
 		}
-		c := membership.Config{
+		c := gossip.Config{
 			ID: ids[i], Name: fmt.Sprintf("node-%04d", i), Bind: addr(i), Port: o.Port, Keyring: ring, Handler: m,
 			Logger: slog.New(slog.DiscardHandler),
 			Meta: membership.Meta{
@@ -300,7 +302,7 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 		for range min(i, 3) {
 			c.Seeds = append(c.Seeds, addr(rand.IntN(i)).String())
 		}
-		if m.Gossip, err = membership.New(c); err != nil {
+		if m.Gossip, err = gossip.New(c); err != nil {
 			return nodes, wait, err
 		}
 		wg.Go(func() {
@@ -494,7 +496,7 @@ func quiet(ctx context.Context, o GossipOptions, nodes []*member) error {
 func rest(ctx context.Context, o GossipOptions, nodes []*member, res *GossipResult) error {
 	runtime.GC()
 	o.Progress(fmt.Sprintf("counting traffic at rest for %v", o.Rest))
-	total := func() (s membership.Stats) {
+	total := func() (s gossip.Stats) {
 		for _, m := range nodes {
 			t := m.Stats()
 			s.BytesSent += t.BytesSent

@@ -1,8 +1,8 @@
-// Package ipam holds what a node does with the address space that it owns: which
-// part it may give away, which blocks it opens for pods, which pod has which
-// address, and the file that remembers all of this across crashes.
+// Package ipam holds what a node does with the address space that it owns: its
+// open blocks, which pod has which address, and the file that remembers all of
+// this across crashes. What it gives away, and to whom, is package ownership's.
 //
-// The rules (prefix.go, donate.go, pool.go) open no file, read no clock and log
+// The rules (prefix.go, pool.go) open no file, read no clock and log
 // nothing; time is passed in. The [Store] is the one part that does I/O.
 //
 // Concurrency: a [Pool] is used by one goroutine at a time; a [Store] may be used

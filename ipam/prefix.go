@@ -48,7 +48,7 @@ func subtract(out []netip.Prefix, p netip.Prefix, minus []netip.Prefix, maxBits 
 	if len(in) == 0 {
 		return append(out, p)
 	}
-	lo, hi := halves(p) // p is wider than something inside it
+	lo, hi := Halves(p) // p is wider than something inside it
 	out = subtract(out, lo, in, maxBits)
 	return subtract(out, hi, in, maxBits)
 }
@@ -63,7 +63,7 @@ func Aggregate(list []netip.Prefix) []netip.Prefix {
 			continue
 		}
 		for len(out) > 0 && p.Bits() > 0 {
-			lo, hi := halves(netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked())
+			lo, hi := Halves(netip.PrefixFrom(p.Addr(), p.Bits()-1).Masked())
 			if out[len(out)-1] != lo || p != hi {
 				break
 			}
@@ -75,8 +75,8 @@ func Aggregate(list []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// halves splits p, which must be wider than one address.
-func halves(p netip.Prefix) (lo, hi netip.Prefix) {
+// Halves splits p, which must be wider than one address.
+func Halves(p netip.Prefix) (lo, hi netip.Prefix) {
 	bits := p.Bits() + 1
 	lo = netip.PrefixFrom(p.Addr(), bits)
 	i := bits - 1

@@ -12,7 +12,7 @@ import (
 const (
 	MaxMeta      = 512 // bytes, encoded
 	MaxName      = 128 // bytes
-	maxMetaAddrs = 8   // of each kind
+	MaxMetaAddrs = 8   // of each kind
 )
 
 // Meta is what every member knows of every other: it travels in memberlist's
@@ -59,14 +59,14 @@ const (
 
 // encode appends the metadata's wire form. It fails when a field passes its
 // limit, never by truncating.
-func (m Meta) encode(b []byte) ([]byte, error) {
+func (m Meta) Encode(b []byte) ([]byte, error) {
 	switch {
 	case len(m.Name) > MaxName:
 		return nil, fmt.Errorf("node name %.20q… has %d bytes, the limit is %d: choose a shorter --node-name", m.Name, len(m.Name), MaxName)
-	case len(m.Underlay) > maxMetaAddrs:
-		return nil, fmt.Errorf("%d underlay addresses, the limit is %d: name the interface or address with --underlay", len(m.Underlay), maxMetaAddrs)
-	case len(m.TunAddrs) > maxMetaAddrs:
-		return nil, fmt.Errorf("%d TUN addresses, the limit is %d", len(m.TunAddrs), maxMetaAddrs)
+	case len(m.Underlay) > MaxMetaAddrs:
+		return nil, fmt.Errorf("%d underlay addresses, the limit is %d: name the interface or address with --underlay", len(m.Underlay), MaxMetaAddrs)
+	case len(m.TunAddrs) > MaxMetaAddrs:
+		return nil, fmt.Errorf("%d TUN addresses, the limit is %d", len(m.TunAddrs), MaxMetaAddrs)
 	}
 	start := len(b)
 	var flags byte
@@ -102,7 +102,7 @@ func (m Meta) encode(b []byte) ([]byte, error) {
 
 // metaHead reads the two identities without looking at the rest, which is all
 // that the guards need for each of the many alive messages.
-func metaHead(b []byte) (NodeID, ClusterID, error) {
+func MetaHead(b []byte) (NodeID, ClusterID, error) {
 	if len(b) < metaFixed || len(b) > MaxMeta {
 		return NodeID{}, ClusterID{}, fmt.Errorf("metadata of %d bytes", len(b))
 	}
@@ -115,10 +115,10 @@ func metaHead(b []byte) (NodeID, ClusterID, error) {
 var errMetaShort = errors.New("metadata is cut short")
 
 // decodeMeta reads what encode wrote. The result shares nothing with b.
-func decodeMeta(b []byte) (Meta, error) {
+func DecodeMeta(b []byte) (Meta, error) {
 	var m Meta
 	var err error
-	if m.ID, m.Cluster, err = metaHead(b); err != nil {
+	if m.ID, m.Cluster, err = MetaHead(b); err != nil {
 		return Meta{}, err
 	}
 	m.Leaving = b[1]&metaFlagLeave != 0
@@ -129,7 +129,7 @@ func decodeMeta(b []byte) (Meta, error) {
 	m.Started = int64(binary.BigEndian.Uint64(b[metaOffStart:]))
 	b = b[metaFixed:]
 
-	name, b, ok := cutField(b)
+	name, b, ok := CutField(b)
 	if !ok {
 		return Meta{}, errMetaShort
 	}
@@ -150,13 +150,13 @@ func decodeAddrs(b []byte) ([]netip.Addr, []byte, error) {
 		return nil, nil, errMetaShort
 	}
 	n := int(b[0])
-	if n > maxMetaAddrs {
+	if n > MaxMetaAddrs {
 		return nil, nil, fmt.Errorf("metadata with %d addresses", n)
 	}
 	b = b[1:]
 	var list []netip.Addr
 	for range n {
-		field, rest, ok := cutField(b)
+		field, rest, ok := CutField(b)
 		if !ok {
 			return nil, nil, errMetaShort
 		}
@@ -169,8 +169,8 @@ func decodeAddrs(b []byte) ([]netip.Addr, []byte, error) {
 	return list, b, nil
 }
 
-// cutField cuts a field off b's front: its length (1), then as many bytes.
-func cutField(b []byte) (field, rest []byte, ok bool) {
+// CutField cuts a field off b's front: its length (1), then as many bytes.
+func CutField(b []byte) (field, rest []byte, ok bool) {
 	if len(b) < 1 || len(b)-1 < int(b[0]) {
 		return nil, nil, false
 	}

@@ -1,5 +1,5 @@
 // Package packaging_test checks what is installed on hosts: the unit against systemd's own tools, the drop-ins against the
-// defaults of the configuration. internal/agent/config checks tulle.yaml; internal/lab/nspawn boots hosts with the unit.
+// defaults of the configuration. internal/config checks tulle.yaml; internal/lab/nspawn boots hosts with the unit.
 package packaging_test
 
 import (

@@ -13,8 +13,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/internal/agent"
-	"github.com/tulle-net/tulle/internal/agent/config"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 // runAgent is what `tulle agent` runs: it returns when ctx has ended and everything that it started has too.

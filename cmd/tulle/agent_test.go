@@ -13,8 +13,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 // record is a log that a test can read while it is written.

@@ -5,7 +5,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/tulle-net/tulle/internal/agent"
-	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 func cleanupCommand() *cobra.Command {

@@ -15,8 +15,8 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 var update = flag.Bool("update", false, "write the expected output in testdata anew")

@@ -6,7 +6,7 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 // nearestFlag returns the flag of cmd that is spelt most like name, or "".

@@ -10,8 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 // errUnderlayChanged ends a session whose underlay address is no longer the host's.

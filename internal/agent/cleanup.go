@@ -11,8 +11,8 @@ import (
 
 	"github.com/vishvananda/netlink"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/tunnel/device"
 )

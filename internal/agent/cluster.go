@@ -6,9 +6,10 @@ import (
 	"sync"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
 )
 
 // cluster joins the address-space machine to gossip: it is the machine's Env and gossip's Handler. Messages go through an
@@ -20,8 +21,8 @@ type cluster struct {
 	outbox chan outgoing
 	moved  func() // members have changed; must not block
 
-	space  *space.Space
-	gossip *membership.Gossip
+	ownership *ownership.Machine
+	gossip    *gossip.Gossip
 }
 
 // outgoing is one message; to is zero for a broadcast.
@@ -37,14 +38,14 @@ const (
 )
 
 var (
-	_ space.Env          = (*cluster)(nil)
-	_ membership.Handler = handler{}
+	_ ownership.Env  = (*cluster)(nil)
+	_ gossip.Handler = handler{}
 )
 
-// Send implements space.Env. A full outbox loses the message, as the network may; the machine asks again.
+// Send implements ownership.Env. A full outbox loses the message, as the network may; the machine asks again.
 func (c *cluster) Send(to membership.NodeID, msg []byte) { c.queue(outgoing{to, msg}) }
 
-// Broadcast implements space.Env.
+// Broadcast implements ownership.Env.
 func (c *cluster) Broadcast(msg []byte) { c.queue(outgoing{msg: msg}) }
 
 func (c *cluster) queue(o outgoing) {
@@ -88,30 +89,30 @@ func (c *cluster) deliverOne(ctx context.Context, o outgoing) {
 	}
 }
 
-// Persist implements space.Env.
+// Persist implements ownership.Env.
 func (c *cluster) Persist(st *ipam.State) error { return c.store.Save(st) }
 
-// Members implements space.Env.
-func (c *cluster) Members() []space.Member {
+// Members implements ownership.Env.
+func (c *cluster) Members() []ownership.Member {
 	if c.gossip == nil {
 		return nil
 	}
 	list := c.gossip.Members()
-	out := make([]space.Member, len(list))
+	out := make([]ownership.Member, len(list))
 	for i, m := range list {
-		out[i] = space.Member{
+		out[i] = ownership.Member{
 			ID: m.ID, Name: m.Name, Cluster: m.Meta.Cluster, Addr: m.Addr,
-			Alive: m.State == membership.StateAlive || m.State == membership.StateSuspect,
+			Alive: m.State == gossip.StateAlive || m.State == gossip.StateSuspect,
 		}
 	}
 	return out
 }
 
-// Seeds implements space.Env.
-func (c *cluster) Seeds() space.Seeds {
-	s := space.Seeds{Tried: true}
+// Seeds implements ownership.Env.
+func (c *cluster) Seeds() ownership.Seeds {
+	s := ownership.Seeds{Tried: true}
 	if c.gossip == nil {
-		return space.Seeds{}
+		return ownership.Seeds{}
 	}
 	for _, seed := range c.gossip.Seeds() {
 		switch {
@@ -131,15 +132,15 @@ func (c *cluster) Seeds() space.Seeds {
 	return s
 }
 
-// TunnelAnswers implements space.Env.
+// TunnelAnswers implements ownership.Env.
 func (c *cluster) TunnelAnswers(id membership.NodeID) bool { return c.probes.answering(id.String()) }
 
 // LocalState implements membership.Handler.
-func (c *cluster) LocalState(join bool) []byte { return c.space.LocalState(time.Now(), join) }
+func (c *cluster) LocalState(join bool) []byte { return c.ownership.LocalState(time.Now(), join) }
 
 // MergeState implements membership.Handler.
 func (c *cluster) MergeState(b []byte, join bool) {
-	if err := c.space.MergeState(time.Now(), b, join); err != nil {
+	if err := c.ownership.MergeState(time.Now(), b, join); err != nil {
 		c.log.Warn("another member's table was not taken", "error", err)
 	}
 }
@@ -153,7 +154,7 @@ func (c *cluster) received(kind string, from membership.NodeID, err error) {
 
 // Message implements membership.Handler.
 func (c *cluster) Message(from membership.NodeID, b []byte) {
-	c.received("message", from, c.space.HandleMessage(time.Now(), from, b))
+	c.received("message", from, c.ownership.HandleMessage(time.Now(), from, b))
 }
 
 // handler is cluster as gossip sees it: both interfaces have a Broadcast.
@@ -161,11 +162,11 @@ type handler struct{ *cluster }
 
 // Broadcast implements membership.Handler.
 func (h handler) Broadcast(b []byte) {
-	h.received("broadcast", membership.NodeID{}, h.space.HandleBroadcast(time.Now(), b))
+	h.received("broadcast", membership.NodeID{}, h.ownership.HandleBroadcast(time.Now(), b))
 }
 
 // Members implements membership.Handler: something about them has changed.
 func (h handler) Members() {
-	h.space.MembersChanged(time.Now())
+	h.ownership.MembersChanged(time.Now())
 	h.moved()
 }

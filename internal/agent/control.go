@@ -8,11 +8,12 @@ import (
 	"strings"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
-	"github.com/tulle-net/tulle/internal/agent/space"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
@@ -38,11 +39,11 @@ func coded(err error) error {
 	}
 	code := api.CodeFailed
 	switch {
-	case errors.Is(err, space.ErrRefused), errors.Is(err, space.ErrAlive), errors.Is(err, space.ErrNoMajority),
-		errors.Is(err, space.ErrPodsAlive), errors.Is(err, ipam.ErrUnavailable), errors.Is(err, space.ErrBusy):
+	case errors.Is(err, ownership.ErrRefused), errors.Is(err, ownership.ErrAlive), errors.Is(err, ownership.ErrNoMajority),
+		errors.Is(err, ownership.ErrPodsAlive), errors.Is(err, ipam.ErrUnavailable), errors.Is(err, ownership.ErrBusy):
 		code = api.CodeRefused
-	case errors.Is(err, space.ErrNotReady), errors.Is(err, space.ErrGrowing), errors.Is(err, space.ErrExhausted),
-		errors.Is(err, space.ErrTimeout), errors.Is(err, membership.ErrNotRunning):
+	case errors.Is(err, ownership.ErrNotReady), errors.Is(err, ownership.ErrGrowing), errors.Is(err, ownership.ErrExhausted),
+		errors.Is(err, ownership.ErrTimeout), errors.Is(err, gossip.ErrNotRunning):
 		code = api.CodeUnhealthy
 	}
 	return api.Errorf(code, "%v", err)
@@ -152,25 +153,25 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 	if err != nil {
 		return api.Allocation{}, err
 	}
-	r := space.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested}
-	list, err := s.space.Allocate(time.Now(), r)
+	r := ownership.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested}
+	list, err := s.ownership.Allocate(time.Now(), r)
 	// More space was asked for: the answer takes a round trip or two.
-	for deadline := time.Now().Add(growthPatience); errors.Is(err, space.ErrGrowing) && time.Now().Before(deadline); {
+	for deadline := time.Now().Add(growthPatience); errors.Is(err, ownership.ErrGrowing) && time.Now().Before(deadline); {
 		select {
 		case <-ctx.Done():
 			return api.Allocation{}, ctx.Err()
 		case <-time.After(100 * time.Millisecond):
 		}
-		list, err = s.space.Allocate(time.Now(), r)
+		list, err = s.ownership.Allocate(time.Now(), r)
 	}
 	if err != nil {
 		return api.Allocation{}, coded(err)
 	}
 	out := api.Allocation{ID: req.ID, MTU: int(s.tunMTU)}
-	for _, f := range s.space.Params().Families {
+	for _, f := range s.ownership.Params().Families {
 		out.CIDRs = append(out.CIDRs, f.CIDR)
 	}
-	tun, blocks := s.space.TunAddrs(), s.space.Blocks()
+	tun, blocks := s.ownership.TunAddrs(), s.ownership.Blocks()
 	for _, l := range list {
 		aa := api.AllocatedAddress{Address: l.Addr}
 		for _, b := range blocks {
@@ -197,7 +198,7 @@ func (a *agent) Free(_ context.Context, req api.FreeRequest) (api.FreeResult, er
 	if err != nil {
 		return api.FreeResult{}, err
 	}
-	list, err := s.space.Release(time.Now(), req.ID)
+	list, err := s.ownership.Release(time.Now(), req.ID)
 	if err != nil {
 		return api.FreeResult{}, coded(err)
 	}
@@ -214,8 +215,8 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 	if err != nil {
 		return api.LeaveResult{}, err
 	}
-	before := s.space.Prefixes()
-	op, err := s.space.Leave(time.Now())
+	before := s.ownership.Prefixes()
+	op, err := s.ownership.Leave(time.Now())
 	if err != nil {
 		return api.LeaveResult{}, coded(err)
 	}
@@ -224,7 +225,7 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 	}
 	out := api.LeaveResult{}
 	for _, p := range before {
-		out.Transfers = append(out.Transfers, s.transfer(p, s.space.Node()))
+		out.Transfers = append(out.Transfers, s.transfer(p, s.ownership.Node()))
 	}
 	s.log.Warn("this node has left the cluster", "result", op.Result())
 	if err := s.gossip.Leave(ctx); err != nil {
@@ -236,14 +237,14 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 // transfer says who owns a prefix now.
 func (s *session) transfer(p netip.Prefix, from membership.NodeID) api.Transfer {
 	t := api.Transfer{Prefix: p, From: s.ref(from)}
-	if e, ok := s.space.Owner(p.Addr()); ok {
+	if e, ok := s.ownership.Owner(p.Addr()); ok {
 		t.To = s.ref(e.Owner)
 	}
 	return t
 }
 
 // await waits for an operation of the machine.
-func await(ctx context.Context, op *space.Op) error {
+func await(ctx context.Context, op *ownership.Op) error {
 	select {
 	case <-op.Done():
 		return coded(op.Err())
@@ -265,7 +266,7 @@ func (a *agent) Forget(ctx context.Context, req api.ForgetRequest) (api.ForgetRe
 	if p.node.IsZero() {
 		return api.ForgetResult{}, api.Errorf(api.CodeUsage, "%s is an external peer", p.name).WithRemedy("tulle external remove PREFIX")
 	}
-	op, err := s.space.Forget(time.Now(), p.node, req.Force)
+	op, err := s.ownership.Forget(time.Now(), p.node, req.Force)
 	if err != nil {
 		return api.ForgetResult{}, coded(err)
 	}
@@ -288,7 +289,7 @@ func (a *agent) Externals(context.Context) ([]api.External, error) {
 		return nil, err
 	}
 	var out []api.External
-	for _, e := range s.space.Externals() {
+	for _, e := range s.ownership.Externals() {
 		out = append(out, s.external(e))
 	}
 	return out, nil
@@ -317,16 +318,16 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 				WithRemedy("an external peer is a host without an agent; a member gets its space by itself, or by --pod-cidr")
 		}
 	}
-	for _, e := range s.space.Externals() {
+	for _, e := range s.ownership.Externals() {
 		if e.External.Endpoint == req.Endpoint && e.External.Encap != req.Encapsulation {
 			return api.External{}, api.Errorf(api.CodeRefused, "%v is an external peer by %s already (%v)", req.Endpoint, e.External.Encap, e.Prefix).
 				WithRemedy("an external peer has one encapsulation: use the same, or remove that first")
 		}
 	}
-	if err := s.space.AddExternal(time.Now(), req.Prefix, membership.External{Endpoint: req.Endpoint, Encap: req.Encapsulation}); err != nil {
+	if err := s.ownership.AddExternal(time.Now(), req.Prefix, membership.External{Endpoint: req.Endpoint, Encap: req.Encapsulation}); err != nil {
 		return api.External{}, coded(err)
 	}
-	e, _ := s.space.Owner(req.Prefix.Addr())
+	e, _ := s.ownership.Owner(req.Prefix.Addr())
 	if e.External == nil {
 		return api.External{}, api.Errorf(api.CodeFailed, "%v changed hands meanwhile", req.Prefix).WithRemedy("see tulle external list")
 	}
@@ -339,11 +340,11 @@ func (a *agent) ExternalRemove(_ context.Context, prefix netip.Prefix) (api.Exte
 	if err != nil {
 		return api.External{}, err
 	}
-	e, _ := s.space.Owner(prefix.Addr())
+	e, _ := s.ownership.Owner(prefix.Addr())
 	if e.External == nil {
 		return api.External{}, api.Errorf(api.CodeNotFound, "no external peer has %v", prefix).WithRemedy("see tulle external list")
 	}
-	if err := s.space.RemoveExternal(time.Now(), prefix); err != nil {
+	if err := s.ownership.RemoveExternal(time.Now(), prefix); err != nil {
 		return api.External{}, coded(err)
 	}
 	return s.external(e), nil
@@ -391,7 +392,7 @@ func (a *agent) apply(next config.Config) {
 
 // ref names a node.
 func (s *session) ref(id membership.NodeID) api.NodeRef {
-	if id == s.space.Node() {
+	if id == s.ownership.Node() {
 		return api.NodeRef{Name: s.cfg.NodeName, ID: id.String()}
 	}
 	if v := s.view.Load(); v != nil {

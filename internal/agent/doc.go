@@ -5,15 +5,15 @@
 // takes its place when that address changes. Packages tunnel, membership and ipam know nothing of each other; what they
 // exchange passes through here:
 //
-//	gossip ◀──── messages, members ────▶ space ◀── the table, own blocks ──▶ state file
-//	   │ members, metadata                │ routes
-//	   └───────────────┬──────────────────┘
+//	gossip ◀──── messages, members ────▶ ownership ◀── the table, own blocks ──▶ state file
+//	   │ members, metadata                  │ routes
+//	   └───────────────┬────────────────────┘
 //	               view: each peer's prefixes, endpoint, encapsulation, MTU, and why
 //	         ┌─────────┼───────────────┐
 //	      engine    hostnet        control socket
 //	     (packets) (routes, nft)   (status, peers, …)
 //
-// Concurrency: each goroutine is started by Run or by a session's run and has ended when that returns. Calls into space
+// Concurrency: each goroutine is started by Run or by a session's run and has ended when that returns. Calls into ownership
 // and gossip may come from any of them; both have their own locks, and neither is called with one of this package's held.
 //
 // Nothing is undone at a stop: the TUN (a persistent device), its addresses, routes and the nft table stay, so that the

@@ -5,6 +5,8 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
+	"github.com/tulle-net/tulle/membership/keyring"
 )
 
 // Keys implements api.Backend.
@@ -21,8 +23,8 @@ func (a *agent) Keys(ctx context.Context) (api.KeyList, error) {
 		return api.KeyList{}, coded(err)
 	}
 	out := api.KeyList{Encrypted: true, Members: len(r.Answers) + len(r.Missing)}
-	var order []membership.Fingerprint
-	has := map[membership.Fingerprint]map[membership.NodeID]bool{}
+	var order []keyring.Fingerprint
+	has := map[keyring.Fingerprint]map[membership.NodeID]bool{}
 	for _, m := range r.Answers {
 		if m.Err != "" {
 			continue
@@ -61,29 +63,29 @@ func (a *agent) KeyInstall(ctx context.Context, req api.KeyRequest) (api.KeyResu
 		return api.KeyResult{}, err
 	}
 	r, err := s.gossip.KeyInstall(ctx, req.Key)
-	return keyResult(membership.KeyFingerprint(req.Key), r, err)
+	return keyResult(keyring.FingerprintOf(req.Key), r, err)
 }
 
 // KeyUse implements api.Backend.
 func (a *agent) KeyUse(ctx context.Context, req api.KeyRequest) (api.KeyResult, error) {
-	return a.keyOperation(ctx, req, (*membership.Gossip).KeyUse)
+	return a.keyOperation(ctx, req, (*gossip.Gossip).KeyUse)
 }
 
 // KeyRemove implements api.Backend.
 func (a *agent) KeyRemove(ctx context.Context, req api.KeyRequest) (api.KeyResult, error) {
-	return a.keyOperation(ctx, req, (*membership.Gossip).KeyRemove)
+	return a.keyOperation(ctx, req, (*gossip.Gossip).KeyRemove)
 }
 
 func (a *agent) keyOperation(ctx context.Context, req api.KeyRequest,
-	op func(*membership.Gossip, context.Context, membership.Fingerprint) (membership.KeyReport, error),
+	op func(*gossip.Gossip, context.Context, keyring.Fingerprint) (gossip.KeyReport, error),
 ) (api.KeyResult, error) {
 	s, err := a.current()
 	if err != nil {
 		return api.KeyResult{}, err
 	}
-	var fp membership.Fingerprint
+	var fp keyring.Fingerprint
 	if len(req.Key) > 0 {
-		fp = membership.KeyFingerprint(req.Key)
+		fp = keyring.FingerprintOf(req.Key)
 	} else if fp, err = s.gossip.FindKey(req.ID); err != nil {
 		return api.KeyResult{}, api.Errorf(api.CodeNotFound, "%v", err)
 	}
@@ -92,7 +94,7 @@ func (a *agent) keyOperation(ctx context.Context, req api.KeyRequest,
 }
 
 // keyResult lists who did it and who did not.
-func keyResult(fp membership.Fingerprint, r membership.KeyReport, err error) (api.KeyResult, error) {
+func keyResult(fp keyring.Fingerprint, r gossip.KeyReport, err error) (api.KeyResult, error) {
 	if err != nil {
 		return api.KeyResult{}, coded(err)
 	}

@@ -7,11 +7,12 @@ import (
 	"slices"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/space"
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/mtu"
@@ -22,7 +23,7 @@ import (
 // host, and read by the control socket; it is never changed.
 type view struct {
 	self   string // this node's name
-	status space.Status
+	status ownership.Status
 	own    []netip.Prefix
 	tun    []netip.Addr
 	peers  []peerView // members by name, then external peers
@@ -55,10 +56,10 @@ const holdDown = 5 * time.Second
 
 // look builds the view. It is called by the session's loop only, which owns gone.
 func (s *session) look(now time.Time) *view {
-	v := &view{self: s.cfg.NodeName, status: s.space.Status(now), own: s.space.Prefixes(), tun: s.space.TunAddrs()}
+	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), tun: s.ownership.TunAddrs()}
 	prefixes := map[membership.NodeID][]netip.Prefix{}
 	external := map[netip.Addr]*peerView{}
-	for p, r := range s.space.Routes() {
+	for p, r := range s.ownership.Routes() {
 		switch {
 		case r.External != nil:
 			s.addExternal(external, p, r)
@@ -157,7 +158,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 		return
 	}
 	known := map[membership.NodeID]ipam.Peer{}
-	for _, p := range s.space.Peers() {
+	for _, p := range s.ownership.Peers() {
 		known[membership.NodeID(p.ID)] = p
 	}
 	for id, ps := range prefixes {
@@ -185,7 +186,7 @@ func b2i(b bool) int {
 }
 
 // memberView judges one member.
-func (s *session) memberView(now time.Time, m membership.Member, prefixes []netip.Prefix) peerView {
+func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Prefix) peerView {
 	id := m.ID.String()
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
@@ -204,9 +205,9 @@ func (s *session) memberView(now time.Time, m membership.Member, prefixes []neti
 		}
 	}
 	// A good route is not withdrawn because gossip flaps, nor because probes are lost: both have to say so, for a while.
-	if dead := m.State == membership.StateDead || m.State == membership.StateLeft; !dead || p.path.Up {
+	if dead := m.State == gossip.StateDead || m.State == gossip.StateLeft; !dead || p.path.Up {
 		delete(s.gone, m.ID)
-		if m.State == membership.StateDead && p.path.Up {
+		if m.State == gossip.StateDead && p.path.Up {
 			p.why = "gossip has lost it, but it answers through the tunnel: its routes stay"
 		}
 		return p
@@ -240,7 +241,7 @@ func (s *session) limit(m encap.Mode, six bool) mtu.TUN {
 }
 
 // addExternal adds a prefix to the external peer at its endpoint.
-func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefix, r space.Route) {
+func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefix, r ownership.Route) {
 	p := peers[r.External.Endpoint]
 	if p == nil {
 		p = &peerView{

@@ -6,8 +6,8 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tulle-net/tulle/internal/agent/space"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/membership"
 )
 
@@ -77,7 +77,7 @@ func TestLivesAt(t *testing.T) {
 
 func TestFindNamesakes(t *testing.T) {
 	dead, alive, own := testPeer(1, "a", api.PeerDead, "192.0.2.1", "10.244.0.0/24"), testPeer(2, "a", api.PeerAlive, "192.0.2.2"), testPeer(3, "self", api.PeerDead, "192.0.2.3")
-	v := &view{self: "self", status: space.Status{Node: membership.NodeID{9, 9, 9, 9}}, peers: []peerView{alive, dead, own, testPeer(4, "b", api.PeerAlive, "192.0.2.4")}}
+	v := &view{self: "self", status: ownership.Status{Node: membership.NodeID{9, 9, 9, 9}}, peers: []peerView{alive, dead, own, testPeer(4, "b", api.PeerAlive, "192.0.2.4")}}
 	for _, tc := range []struct{ text, found, err string }{
 		{"b", "04040404", ""},
 		{"a", "", `"a" fits 02020202 (alive), 01010101 (dead)`},

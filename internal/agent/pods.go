@@ -5,9 +5,9 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/space"
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 )
 
@@ -18,9 +18,9 @@ func (a *agent) IPAM(context.Context) (api.IPAM, error) {
 		return api.IPAM{}, err
 	}
 	now := time.Now()
-	out := api.IPAM{Prefixes: s.space.Prefixes(), Blocks: s.blocks(now)}
+	out := api.IPAM{Prefixes: s.ownership.Prefixes(), Blocks: s.blocks(now)}
 	byKey := map[string]int{}
-	for _, l := range s.space.Allocations() {
+	for _, l := range s.ownership.Allocations() {
 		i, ok := byKey[l.Key]
 		if !ok {
 			i = len(out.Allocations)
@@ -29,7 +29,7 @@ func (a *agent) IPAM(context.Context) (api.IPAM, error) {
 		}
 		out.Allocations[i].Addresses = append(out.Allocations[i].Addresses, l.Addr)
 	}
-	for _, r := range s.space.Resting(now) {
+	for _, r := range s.ownership.Resting(now) {
 		out.Allocations = append(out.Allocations, api.PodAllocation{Addresses: []netip.Addr{r.Addr}, State: api.AllocationCooling, Until: r.Until})
 	}
 	return out, nil
@@ -41,7 +41,7 @@ const leakGrace = time.Minute
 // live is what the host shows of pods: routes to single addresses of our space, and the namespaces that pods were
 // allocated for. The agent has no right to enter those, so a namespace that exists counts.
 func (s *session) live() ([]ipam.Allocation, error) {
-	routes, err := hostnet.PodRoutes(s.cfg.Tun, s.space.Prefixes())
+	routes, err := hostnet.PodRoutes(s.cfg.Tun, s.ownership.Prefixes())
 	if err != nil {
 		return nil, err
 	}
@@ -51,7 +51,7 @@ func (s *session) live() ([]ipam.Allocation, error) {
 		seen[r.Addr] = true
 		out = append(out, ipam.Allocation{Addr: r.Addr, Netns: r.Device})
 	}
-	for _, l := range s.space.Allocations() {
+	for _, l := range s.ownership.Allocations() {
 		if !seen[l.Addr] && l.Netns != "" && namespaceLives(l.Netns) {
 			out = append(out, l)
 		}
@@ -69,17 +69,17 @@ func (a *agent) IPAMCheck(context.Context) (api.IPAMCheck, error) {
 	if err != nil {
 		return api.IPAMCheck{}, err
 	}
-	out := api.IPAMCheck{Checked: len(s.space.Allocations())}
-	for _, f := range s.space.Check(time.Now(), live, leakGrace) {
+	out := api.IPAMCheck{Checked: len(s.ownership.Allocations())}
+	for _, f := range s.ownership.Check(time.Now(), live, leakGrace) {
 		switch f.Kind {
-		case space.Unknown:
+		case ownership.Unknown:
 			out.Unknown = append(out.Unknown, api.UnknownAddr{Address: f.Allocation.Addr, Where: f.Allocation.Netns})
-		case space.Leaked:
+		case ownership.Leaked:
 			out.Leaked = append(out.Leaked, api.LeakedAddr{
 				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
 				Reason: "no route leads to it, and its network namespace is gone",
 			})
-		case space.Stranded:
+		case ownership.Stranded:
 			out.Leaked = append(out.Leaked, api.LeakedAddr{
 				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
 				Reason: "another node owns it now; restart the pod",
@@ -103,7 +103,7 @@ func (a *agent) IPAMRelease(_ context.Context, req api.ReleaseRequest) (api.Rele
 	keys := []string{}
 	if !req.All {
 		owner := map[netip.Addr]string{}
-		for _, l := range s.space.Allocations() {
+		for _, l := range s.ownership.Allocations() {
 			owner[l.Addr] = l.Key
 		}
 		for _, addr := range req.Addresses {
@@ -117,7 +117,7 @@ func (a *agent) IPAMRelease(_ context.Context, req api.ReleaseRequest) (api.Rele
 			return out, nil
 		}
 	}
-	list, err := s.space.ReleaseLeaked(time.Now(), live, leakGrace, keys...)
+	list, err := s.ownership.ReleaseLeaked(time.Now(), live, leakGrace, keys...)
 	if err != nil {
 		return out, coded(err)
 	}

@@ -11,45 +11,67 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
-	"github.com/tulle-net/tulle/internal/agent/space"
+	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
+	"github.com/tulle-net/tulle/membership/keyring"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
-// session is everything that hangs on this host's underlay address.
+// session is everything that hangs on this host's underlay address. start fills the parts that are embedded here; they
+// are constant afterwards, except where a field says so.
 type session struct {
 	cfg     config.Config
 	log     *slog.Logger
 	started time.Time
-	link    hostnet.Underlay
-	seeds   []netip.Addr
-	modes   []encap.Mode // those of the configuration's paths that can be sent, best first
-	tunMTU  mtu.TUN
 
-	store   *ipam.Store
-	space   *space.Space
-	gossip  *membership.Gossip
-	keys    *membership.Keyring // nil: gossip is not encrypted
-	cluster *cluster
-	device  *device.Device
-	engine  *tunnel.Engine
-	host    *hostnet.Reconciler
-	probes  *prober
+	underlay
+	dataPath
+	clusterSide
+	hostSide
 
 	wake chan struct{}                   // members, paths or configuration changed
-	dirt chan struct{}                   // the host's network changed under us
 	gone map[membership.NodeID]time.Time // since when gossip and data path both miss a node; loop's own
-	view atomic.Pointer[view]            // nil before the first look
+	view atomic.Pointer[view]            // what loop made of the others; nil before the first look
+}
 
-	masquerade atomic.Bool // a reload may change it
+// underlay is what this host is to the others.
+type underlay struct {
+	link   hostnet.Underlay
+	seeds  []netip.Addr
+	modes  []encap.Mode // those of the configuration's paths that can be sent, best first
+	tunMTU mtu.TUN
+}
 
-	mu        sync.Mutex
+// dataPath moves packets, and asks peers whether they arrive.
+type dataPath struct {
+	device *device.Device
+	engine *tunnel.Engine
+	probes *prober // run by prober.run; its verdicts wake loop
+}
+
+// clusterSide is this node's part in the cluster: what it owns, on disk and among the members.
+type clusterSide struct {
+	store     *ipam.Store
+	ownership *ownership.Machine // ticked by loop; messages come in by cluster.deliver
+	gossip    *gossip.Gossip
+	keys      *keyring.Ring // nil: gossip is not encrypted
+	cluster   *cluster      // joins ownership to gossip
+}
+
+// hostSide keeps the host's routes, addresses and nftables as they should be.
+type hostSide struct {
+	host       *hostnet.Reconciler
+	disturbed  chan struct{} // somebody else changed the host's network
+	masquerade atomic.Bool   // a reload may change it
+
+	mu        sync.Mutex        // guards what follows, which loop writes and status reads
 	conflicts []hostnet.Problem // of the last reconcile
 	hostErr   error             // of the last reconcile
 	hostDone  bool              // a reconcile has given this host its addresses and routes
@@ -59,7 +81,7 @@ type session struct {
 // meta is what the other members learn about this node.
 func (s *session) meta() membership.Meta {
 	return membership.Meta{
-		ID: s.space.Node(), Cluster: s.space.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.space.TunAddrs(),
+		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
 		UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort,
 	}
 }
@@ -71,7 +93,7 @@ func (s *session) run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, f := range []func(context.Context) error{
 		s.engine.Run, s.gossip.Run, s.cluster.deliver, s.probes.run, s.loop,
-		func(ctx context.Context) error { return s.host.Watch(ctx, s.disturbed) },
+		func(ctx context.Context) error { return s.host.Watch(ctx, func() { signal(s.disturbed) }) },
 	} {
 		wg.Go(func() {
 			if err := f(ctx); err != nil {
@@ -79,7 +101,7 @@ func (s *session) run(ctx context.Context) error {
 			}
 		})
 	}
-	s.log.Info("agent runs", "node", s.cfg.NodeName, "id", s.space.Node(), "underlay", s.link.Addrs, "interface", s.link.Iface,
+	s.log.Info("agent runs", "node", s.cfg.NodeName, "id", s.ownership.Node(), "underlay", s.link.Addrs, "interface", s.link.Iface,
 		"tun", s.device.Name(), "mtu", int(s.tunMTU), "offloads", s.device.Offloads().String())
 	<-ctx.Done()
 	wg.Wait()
@@ -110,9 +132,6 @@ func (s *session) close() error {
 // kick asks the loop for a new look. It never blocks.
 func (s *session) kick() { signal(s.wake) }
 
-// disturbed is hostnet's word that the host's network changed.
-func (s *session) disturbed() { signal(s.dirt) }
-
 func signal(c chan struct{}) {
 	select {
 	case c <- struct{}{}:
@@ -124,7 +143,7 @@ func signal(c chan struct{}) {
 func (s *session) membersMoved() {
 	now := time.Now()
 	for _, m := range s.gossip.Members() {
-		if m.State != membership.StateAlive {
+		if m.State != gossip.StateAlive {
 			s.probes.poke(now, m.ID.String())
 		}
 	}
@@ -156,7 +175,7 @@ func pauseAfter(took time.Duration) time.Duration { return min(max(settle, 4*too
 
 // loop keeps engine, host and metadata in step with what the machine, gossip and the paths say.
 func (s *session) loop(ctx context.Context) error {
-	changed, stop := s.space.Subscribe()
+	changed, stop := s.ownership.Subscribe()
 	defer stop()
 	tick := time.NewTimer(0)
 	defer tick.Stop()
@@ -172,7 +191,7 @@ func (s *session) loop(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
-			tick.Reset(time.Until(s.space.Tick(time.Now())))
+			tick.Reset(time.Until(s.ownership.Tick(time.Now())))
 			notify.alive()
 			continue
 		case <-changed:
@@ -180,7 +199,7 @@ func (s *session) loop(ctx context.Context) error {
 		case <-look.C:
 		case <-full.C:
 			force = true
-		case <-s.dirt:
+		case <-s.disturbed:
 			force = true
 			if err := s.checkUnderlay(); err != nil {
 				return err
@@ -270,5 +289,5 @@ func (s *session) ready() bool {
 	v := s.view.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return v != nil && v.status.Phase == space.Ready && len(v.tun) > 0 && s.hostDone && s.hostErr == nil
+	return v != nil && v.status.Phase == ownership.Ready && len(v.tun) > 0 && s.hostDone && s.hostErr == nil
 }

@@ -11,12 +11,14 @@ import (
 	"slices"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/config"
-	"github.com/tulle-net/tulle/internal/agent/space"
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
+	"github.com/tulle-net/tulle/membership/keyring"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -31,7 +33,8 @@ var sendable = []encap.Mode{encap.UDP, encap.IPIP}
 func (a *agent) start(ctx context.Context) (*session, error) {
 	s := &session{
 		cfg: a.cfg, log: a.log, started: time.Now(),
-		wake: make(chan struct{}, 1), dirt: make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
+		hostSide: hostSide{disturbed: make(chan struct{}, 1)},
+		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
 	s.masquerade.Store(a.cfg.Masquerade)
 	s.modes = usableModes(a.cfg.Paths)
@@ -219,7 +222,7 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		id = membership.NodeID(state.Node)
 	}
 	if s.cfg.GossipKeyFile != "" {
-		if s.keys, err = membership.LoadKeyring(s.cfg.GossipKeyFile); err != nil {
+		if s.keys, err = keyring.Load(s.cfg.GossipKeyFile); err != nil {
 			return err
 		}
 	}
@@ -228,24 +231,24 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 	if s.cfg.Bootstrap {
 		cidrs = s.cfg.BootstrapCIDRs()
 	}
-	s.space, err = space.New(time.Now(), space.Config{
+	s.ownership, err = ownership.New(time.Now(), ownership.Config{
 		ID: id, Name: s.cfg.NodeName, Bootstrap: s.cfg.Bootstrap, ForceBootstrap: s.cfg.ForceBootstrap, Bootstrapper: s.cfg.Bootstrapper, CIDRs: cidrs,
 		BlockLen4: s.cfg.AskedPrefixLen4, BlockLen6: s.cfg.AskedPrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
 	}, state, s.cluster)
 	if err != nil {
 		return err
 	}
-	s.cluster.space = s.space
+	s.cluster.ownership = s.ownership
 	if err := s.takeStock(); err != nil {
 		return err
 	}
 	var known []netip.AddrPort
-	for _, p := range s.space.Peers() {
+	for _, p := range s.ownership.Peers() {
 		if p.Addr.IsValid() {
 			known = append(known, p.Addr)
 		}
 	}
-	s.gossip, err = membership.New(membership.Config{
+	s.gossip, err = gossip.New(gossip.Config{
 		ID: id, Name: s.cfg.NodeName, Bind: s.link.Addrs[0], Port: int(s.cfg.GossipPort), MTU: s.link.MTU,
 		Seeds: s.cfg.Join, LastPeers: known, Meta: s.meta(), Keyring: s.keys, Handler: handler{s.cluster}, Logger: s.log,
 	})
@@ -258,7 +261,7 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 // a reboot, is released. Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
 func (s *session) takeStock() error {
 	cidrs := s.cfg.ClusterCIDRs
-	for _, f := range s.space.Params().Families {
+	for _, f := range s.ownership.Params().Families {
 		cidrs = append(slices.Clone(cidrs), f.CIDR)
 	}
 	routes, err := hostnet.PodRoutes(s.cfg.Tun, cidrs)
@@ -270,7 +273,7 @@ func (s *session) takeStock() error {
 	allocated := map[netip.Addr]bool{}
 	var unknown, live []ipam.Allocation
 	var dead []string
-	for _, l := range s.space.Allocations() {
+	for _, l := range s.ownership.Allocations() {
 		allocated[l.Addr] = true
 	}
 	for _, r := range routes {
@@ -281,20 +284,20 @@ func (s *session) takeStock() error {
 			unknown = append(unknown, l)
 		}
 	}
-	for _, l := range s.space.Allocations() {
+	for _, l := range s.ownership.Allocations() {
 		if l.Netns != "" && !routed[l.Addr] && !namespaceLives(l.Netns) {
 			dead = append(dead, l.Key)
 		}
 	}
 	if len(unknown) > 0 {
-		refused, err := s.space.Adopt(now, unknown)
+		refused, err := s.ownership.Adopt(now, unknown)
 		if err != nil {
 			return err
 		}
 		s.log.Warn("found pods that the state does not know; their addresses stay out of use", "found", len(unknown), "refused", len(refused))
 	}
 	if len(dead) > 0 {
-		released, err := s.space.ReleaseLeaked(now, live, leakGrace, dead...)
+		released, err := s.ownership.ReleaseLeaked(now, live, leakGrace, dead...)
 		if err != nil {
 			return err
 		}

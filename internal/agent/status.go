@@ -8,9 +8,9 @@ import (
 	"net/netip"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/agent/space"
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
@@ -54,9 +54,9 @@ func (s *session) fill(st *api.Status) {
 }
 
 func (s *session) blocks(now time.Time) []api.Block {
-	resting := s.space.Resting(now)
+	resting := s.ownership.Resting(now)
 	var out []api.Block
-	for _, b := range s.space.Blocks() {
+	for _, b := range s.ownership.Blocks() {
 		ab := api.Block{Prefix: b.Prefix, Used: b.Used, Size: min(b.Size, api.MaxCount)}
 		for _, r := range resting {
 			if b.Prefix.Contains(r.Addr) {
@@ -85,7 +85,7 @@ func (s *session) clusterStatus(v *view) api.Cluster {
 			c.Members++
 		}
 	}
-	digest := s.space.Digest()
+	digest := s.ownership.Digest()
 	c.Table = api.Table{Entries: v.status.Entries, Digest: hex.EncodeToString(digest[:8]), Confirmed: v.status.Confirmed}
 	return c
 }
@@ -199,7 +199,7 @@ func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {
 		out.Used += b.Used
 		out.Cooling += b.Cooling
 	}
-	if v.status.Phase != space.Ready {
+	if v.status.Phase != ownership.Ready {
 		out.Waiting = v.status.Why
 	}
 	return out
@@ -299,13 +299,13 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 		out.Why = "it is outside the cluster's address space: the host's own routes decide"
 		return out
 	}
-	e, ok := s.space.Owner(addr)
+	e, ok := s.ownership.Owner(addr)
 	if !ok {
 		out.Kind, out.Why = api.RouteNone, "nobody owns it as far as this node knows: packets to it are answered with net unreachable"
 		return out
 	}
 	out.Prefix, out.Version, out.Owner = e.Prefix, e.Version, s.ref(e.Owner)
-	if e.Owner == s.space.Node() && e.External == nil {
+	if e.Owner == s.ownership.Node() && e.External == nil {
 		out.Kind, out.Reachable, out.Encapsulation, out.MTU = api.RouteLocal, true, "direct", int(s.tunMTU)
 		out.Why = "this node owns it: a local pod, or unreachable if no pod has it"
 		return out

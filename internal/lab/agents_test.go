@@ -14,7 +14,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
-	"github.com/tulle-net/tulle/internal/testbuild"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
 // tulle builds the program once for all tests.

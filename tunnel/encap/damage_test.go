@@ -4,7 +4,7 @@ import (
 	"fmt"
 	"testing"
 
-	"github.com/tulle-net/tulle/internal/damage"
+	"github.com/tulle-net/tulle/internal/testing/damage"
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 

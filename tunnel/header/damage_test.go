@@ -3,7 +3,7 @@ package header
 import (
 	"testing"
 
-	"github.com/tulle-net/tulle/internal/damage"
+	"github.com/tulle-net/tulle/internal/testing/damage"
 )
 
 // TestDamaged runs what reads an inner packet over damaged ones, with what a

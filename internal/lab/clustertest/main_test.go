@@ -15,7 +15,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
-	"github.com/tulle-net/tulle/internal/testbuild"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
 // program is the tulle program that TestMain has built.

@@ -17,7 +17,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
-	"github.com/tulle-net/tulle/internal/testbuild"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
 // repository is the root of this module, seen from here.

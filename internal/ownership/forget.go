@@ -1,0 +1,251 @@
+package ownership
+
+import (
+	"fmt"
+	"strings"
+	"time"
+)
+
+// promise is this node's word to let nobody else forget a node for a while.
+type promise struct {
+	to    NodeID
+	until time.Time
+}
+
+// forgetting is the takeover of a dead node's space.
+//
+// Versions only keep two owners apart when one of them raises them. A forget
+// raises somebody else's, so two nodes that forget the same one at the same time
+// would tie. Therefore every living member is asked for a promise first, the
+// promises of a majority are needed, and each answer brings the table of the one
+// who promises: what the dead node gave away last and any of them knows of is not
+// taken. With force no majority is needed, but a living member that objects still
+// stops it. A promise lasts promiseLease and is on disk before it is given; the
+// takeover happens within forgetWithin or not at all.
+type forgetting struct {
+	op     *Op
+	victim NodeID
+	force  bool
+	seq    uint64
+	begun  time.Time
+	sent   time.Time
+	yes    map[NodeID]bool
+}
+
+// Forget takes over the space of a node that is gone for good. It is refused
+// while the node is alive, while its tunnel answers, when another node is
+// forgetting it, and, unless forced, while this node does not see a majority of
+// the members. A node whose table is not confirmed may forget by force only, and
+// only when no living member could confirm it: the operator then vouches that its
+// disk is not an older one. It goes on in the background.
+func (s *Machine) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	_, known := s.peers[id]
+	known = known || len(s.table.Owned(id)) > 0
+	switch {
+	case s.cluster.IsZero():
+		return nil, errOf(ErrNotReady, "this node is in no cluster")
+	case id == s.cfg.ID:
+		return nil, errOf(ErrRefused, "a node does not forget itself; tulle leave gives its space back")
+	case !known:
+		return nil, errOf(ErrRefused, "no node %s is known here", id)
+	case s.leave != nil || s.forget != nil:
+		return nil, ErrBusy
+	case !s.confirm.done && (!force || s.vouched()):
+		return nil, errOf(ErrNotReady, "the table is not confirmed: %s", s.why)
+	}
+	if err := s.mayForget(now, id, s.cfg.ID); err != nil {
+		return nil, err
+	}
+	if all, here := s.quorum(id); !force && here <= all/2 {
+		return nil, errOf(ErrNoMajority, "it sees %d of %d (itself counted); --force does without", here, all)
+	}
+	op := newOp()
+	s.lastSeq++
+	s.promises[id] = promise{s.cfg.ID, now.Add(promiseLease)}
+	s.forget = &forgetting{op: op, victim: id, force: force, seq: s.lastSeq, begun: now, yes: make(map[NodeID]bool)}
+	s.driveForget(now)
+	return op, nil
+}
+
+// mayForget is what everybody who is asked looks at.
+func (s *Machine) mayForget(now time.Time, id, by NodeID) error {
+	if s.plant.forgetLive {
+		return nil
+	}
+	if s.isAlive(id) {
+		return errOf(ErrAlive, "%s sees %s; stop its agent, or let it leave", s.name(s.cfg.ID), s.name(id))
+	}
+	if s.env.TunnelAnswers(id) {
+		return errOf(ErrAlive, "the tunnel from %s to %s answers, although gossip does not: look at the gossip port", s.name(s.cfg.ID), s.name(id))
+	}
+	if p, ok := s.promises[id]; ok && p.to != by && now.Before(p.until) {
+		return errOf(ErrBusy, "%s is forgetting it; try again in %v", s.name(p.to), p.until.Sub(now).Round(time.Second))
+	}
+	return nil
+}
+
+// quorum counts the members: those that own something, those that were ever seen
+// and have not left, and the node in question; and how many of them live.
+func (s *Machine) quorum(victim NodeID) (all, here int) {
+	ids := map[NodeID]bool{victim: false}
+	for _, e := range s.table.Entries() {
+		ids[e.Owner] = false
+	}
+	for id := range s.peers {
+		ids[id] = false
+	}
+	for _, m := range s.alive() {
+		ids[m.ID] = true
+	}
+	ids[s.cfg.ID] = true
+	for _, seen := range ids {
+		if seen {
+			here++
+		}
+	}
+	return len(ids), here
+}
+
+func (s *Machine) driveForget(now time.Time) {
+	f := s.forget
+	if f == nil {
+		return
+	}
+	late := now.Sub(f.begun) >= forgetWithin
+	var missing []string
+	var flags uint8
+	if f.force {
+		flags = flagForced
+	}
+	for _, m := range s.alive() {
+		if m.ID != f.victim && !f.yes[m.ID] {
+			missing = append(missing, s.name(m.ID))
+			if !late && (f.sent.IsZero() || now.Sub(f.sent) >= retryEvery) {
+				s.send(m.ID, message{kind: kindPromise, flags: flags, seq: f.seq, node: f.victim})
+			}
+		}
+	}
+	if f.sent.IsZero() || now.Sub(f.sent) >= retryEvery {
+		f.sent = now
+	}
+	switch {
+	case late:
+		s.endForget("", errOf(ErrTimeout, "%s did not promise to let nobody else forget that node", strings.Join(missing, ", ")))
+	case len(missing) == 0:
+		s.takeOver(now)
+	}
+}
+
+func (s *Machine) handlePromise(now time.Time, m *message) {
+	ack := message{kind: kindPromiseAck, seq: m.seq, node: m.node}
+	refuse := func(format string, args ...any) {
+		ack.text = fmt.Sprintf(format, args...)
+		s.send(m.sender, ack)
+	}
+	if m.node == s.cfg.ID {
+		refuse("%s is alive, and it is the one that is to be forgotten", s.name(s.cfg.ID))
+		return
+	}
+	if !s.confirm.done && m.flags&flagForced == 0 {
+		refuse("%s has not confirmed its table yet", s.name(s.cfg.ID))
+		return
+	}
+	if err := s.mayForget(now, m.node, m.sender); err != nil {
+		refuse("%v", err)
+		return
+	}
+	old, had := s.promises[m.node]
+	s.promises[m.node] = promise{m.sender, now.Add(promiseLease)}
+	if err := s.save(now); err != nil {
+		if delete(s.promises, m.node); had {
+			s.promises[m.node] = old
+		}
+		refuse("%s: %v", s.name(s.cfg.ID), err)
+		return
+	}
+	ack.flags, ack.entries = flagYes, s.table.Entries()
+	s.send(m.sender, ack)
+}
+
+func (s *Machine) handlePromiseAck(now time.Time, m *message) {
+	f := s.forget
+	if f == nil || f.seq != m.seq || f.victim != m.node {
+		return
+	}
+	if m.flags&flagYes == 0 {
+		s.endForget("", errOf(ErrRefused, "%s", m.text))
+		return
+	}
+	s.learn(now, m.entries)
+	f.yes[m.sender] = true
+	s.driveForget(now)
+}
+
+// takeOver raises the versions of all that the dead node owns. The guards are
+// looked at again: promises take time.
+func (s *Machine) takeOver(now time.Time) {
+	f := s.forget
+	if err := s.mayForget(now, f.victim, s.cfg.ID); err != nil {
+		s.endForget("", err)
+		return
+	}
+	all, here := s.quorum(f.victim)
+	here = 1
+	for range f.yes {
+		here++
+	}
+	if !f.force && here <= all/2 {
+		s.endForget("", errOf(ErrNoMajority, "%d of %d promised (itself counted)", here, all))
+		return
+	}
+	table := s.table.Clone()
+	var entries []Entry
+	for _, e := range s.table.Owned(f.victim) {
+		in, err := s.table.Assign(e.Prefix, s.cfg.ID, e.External)
+		if err != nil {
+			s.table = table
+			s.endForget("", err)
+			return
+		}
+		entries = append(entries, in...)
+	}
+	peer, had := s.peers[f.victim]
+	delete(s.peers, f.victim)
+	s.joined = s.joined || len(entries) > 0
+	if err := s.save(now); err != nil {
+		if s.table = table; had {
+			s.peers[f.victim] = peer
+		}
+		s.endForget("", err)
+		return
+	}
+	s.tell(entries)
+	news := message{kind: kindNews, cluster: s.cluster, sender: s.cfg.ID, flags: s.flags(), node: f.victim}
+	s.env.Broadcast(news.encode())
+	s.log.Warn("forgot a node", "node", f.victim.String(), "prefixes", len(entries), "forced", f.force)
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Prefix.String())
+	}
+	s.endForget(fmt.Sprintf("took over %d prefixes: %s", len(entries), strings.Join(names, ", ")), nil)
+	s.notify()
+	if s.leave == nil {
+		s.driveSpace(now)
+	}
+}
+
+func (s *Machine) endForget(text string, err error) {
+	f := s.forget
+	s.forget = nil
+	if s.promises[f.victim].to == s.cfg.ID {
+		delete(s.promises, f.victim)
+	}
+	if err != nil { // others may try at once
+		for id := range f.yes {
+			s.send(id, message{kind: kindUnpromise, node: f.victim})
+		}
+	}
+	f.op.end(text, err)
+}

@@ -1,0 +1,198 @@
+package ownership
+
+import (
+	"fmt"
+	"time"
+)
+
+// HandleMessage takes what another member sent to this node. from is who gossip
+// says sent it. An error is about the message (for a counter or a log line); the
+// machine has dealt with it.
+func (s *Machine) HandleMessage(now time.Time, from NodeID, b []byte) error {
+	m, err := decode(b)
+	if err != nil {
+		return fmt.Errorf("message from %s: %w", from.Short(), err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if m.sender != from {
+		return fmt.Errorf("%w from %s: it names %s as its sender", errMalformed, from.Short(), m.sender.Short())
+	}
+	return s.handle(now, m)
+}
+
+// HandleBroadcast takes a message that some member gave to Env.Broadcast.
+func (s *Machine) HandleBroadcast(now time.Time, b []byte) error {
+	m, err := decode(b)
+	if err != nil {
+		return fmt.Errorf("broadcast: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if m.kind != kindNews {
+		return fmt.Errorf("%w: kind %d in a broadcast", errMalformed, m.kind)
+	}
+	return s.handle(now, m)
+}
+
+// LocalState returns what this node says in a push/pull.
+func (s *Machine) LocalState(now time.Time, join bool) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	m := s.state(0)
+	m.cluster, m.sender = s.cluster, s.cfg.ID
+	m.flags |= s.flags()
+	return m.encode()
+}
+
+// MergeState takes another node's LocalState. It returns ErrOtherCluster when
+// that node is in another cluster.
+func (s *Machine) MergeState(now time.Time, b []byte, join bool) error {
+	m, err := decode(b)
+	if err != nil {
+		return fmt.Errorf("push/pull state: %w", err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if m.kind != kindState {
+		return fmt.Errorf("%w: kind %d in a push/pull", errMalformed, m.kind)
+	}
+	m.seq = 0 // no answer to a question of ours
+	return s.handle(now, m)
+}
+
+// state is the answer to a Sync.
+func (s *Machine) state(seq uint64) message {
+	return message{kind: kindState, seq: seq, families: s.params.Families, entries: s.table.Entries()}
+}
+
+func (s *Machine) handle(now time.Time, m *message) error {
+	if m.sender == s.cfg.ID {
+		return nil
+	}
+	if s.cluster.IsZero() {
+		return s.handleWaiting(now, m)
+	}
+	if m.cluster.IsZero() {
+		if m.kind == kindSync { // a newcomer
+			s.send(m.sender, s.state(m.seq))
+		}
+		return nil
+	}
+	if m.cluster != s.cluster {
+		s.note("cluster "+m.cluster.String(), fmt.Sprintf("node %s is in cluster %s, this node in %s: they never merge", m.sender.Short(), m.cluster, s.cluster),
+			"stop the node that does not belong here; to move it, let it leave its cluster, remove its state directory and start it with --join")
+		return fmt.Errorf("%w: %s of node %s, ours is %s", ErrOtherCluster, m.cluster, m.sender, s.cluster)
+	}
+	s.sawFlags(m)
+	switch m.kind {
+	case kindSync:
+		s.send(m.sender, s.state(m.seq))
+	case kindState:
+		s.learn(now, m.entries)
+		if m.seq == s.confirm.nonce {
+			s.answered(m)
+		}
+		s.drive(now)
+	case kindNews:
+		s.learn(now, m.entries)
+		if !m.node.IsZero() && m.node != s.cfg.ID && !s.isAlive(m.node) {
+			s.dropPeer(m.node)
+		}
+	case kindRequest:
+		s.handleRequest(now, m.sender, m)
+	case kindGrant:
+		s.handleGrant(now, m.sender, m)
+	case kindRefuse:
+		s.handleRefuse(now, m.sender, m)
+	case kindOffer:
+		s.handleOffer(now, m)
+	case kindOfferAck:
+		s.handleOfferAck(now, m)
+	case kindGive:
+		s.handleGive(now, m)
+	case kindGiveAck:
+		s.handleGiveAck(now, m)
+	case kindPromise:
+		s.handlePromise(now, m)
+	case kindPromiseAck:
+		s.handlePromiseAck(now, m)
+	case kindUnpromise:
+		if s.promises[m.node].to == m.sender {
+			delete(s.promises, m.node)
+			s.dirty = true
+		}
+	case kindHeld:
+		s.handleHeld(now, m)
+	}
+	return nil
+}
+
+// handleWaiting is all that a node in no cluster listens to.
+func (s *Machine) handleWaiting(now time.Time, m *message) error {
+	if m.cluster.IsZero() || m.kind != kindState {
+		return nil
+	}
+	if s.plant.bootstrapLive && s.cfg.Bootstrap {
+		return nil
+	}
+	if err := s.adopt(now, m); err != nil {
+		s.note("adopt", err.Error(), "use the same version of tulle on all nodes")
+		return err
+	}
+	s.sawFlags(m)
+	s.drive(now)
+	return nil
+}
+
+// answered counts an answer to this start's question. A member that never owned
+// space has its table from others, perhaps from this very node: it does not vouch.
+func (s *Machine) answered(m *message) {
+	if s.confirm.answers == nil {
+		s.confirm.answers = make(map[NodeID]bool)
+	}
+	s.confirm.answers[m.sender] = m.flags&flagJoined != 0
+}
+
+func (s *Machine) sawFlags(m *message) {
+	if m.flags&flagLeft != 0 {
+		s.departed[m.sender] = true
+		s.dropPeer(m.sender)
+	}
+}
+
+// dropPeer forgets that a node is one of ours.
+func (s *Machine) dropPeer(id NodeID) {
+	if _, ok := s.peers[id]; ok {
+		delete(s.peers, id)
+		s.dirty = true
+	}
+}
+
+// An Op is an operation that takes a while: a leave or a forget.
+type Op struct {
+	done chan struct{}
+	err  error
+	text string
+}
+
+func newOp() *Op { return &Op{done: make(chan struct{})} }
+
+// Done is closed when the operation has ended.
+func (o *Op) Done() <-chan struct{} { return o.done }
+
+// Err returns why it failed, or nil; valid after Done.
+func (o *Op) Err() error { return o.err }
+
+// Result says in one sentence what was done; valid after Done.
+func (o *Op) Result() string { return o.text }
+
+func (o *Op) end(text string, err error) {
+	o.text, o.err = text, err
+	close(o.done)
+}
+
+// errOf makes an error of a refusal's text.
+func errOf(base error, format string, args ...any) error {
+	return fmt.Errorf("%w: %s", base, fmt.Sprintf(format, args...))
+}

@@ -1,0 +1,123 @@
+package ownership
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership"
+)
+
+// learn merges what others say and looks after what that means for this node.
+func (s *Machine) learn(now time.Time, entries []Entry) {
+	entries = s.inside(entries)
+	before := s.table.Clone()
+	merge := s.table.Merge
+	if s.plant.merge != nil {
+		merge = func(in []Entry) ([]Entry, []membership.Conflict) { return s.plant.merge(s.table, in) }
+	}
+	changed, conflicts := merge(entries)
+	for _, c := range conflicts {
+		s.note("tie "+c.Prefix.String(), fmt.Sprintf("two nodes claimed %v: %s keeps it, %s has lost it (a node was forgotten while it was alive)",
+			c.Prefix, s.name(c.Winner), s.name(c.Loser)), "restart the pods of the loser that have addresses in it")
+	}
+	if len(changed) == 0 {
+		return
+	}
+	s.dirty = true
+	for _, e := range changed {
+		if e.Owner == s.cfg.ID {
+			s.joined = true
+			continue
+		}
+		for _, old := range before.Within(e.Prefix) {
+			if old.Owner == s.cfg.ID {
+				s.lostAt = now
+				s.lost(old.Prefix, e)
+			}
+		}
+	}
+	s.notify()
+}
+
+// inside keeps the entries that lie in the cluster's CIDRs.
+func (s *Machine) inside(entries []Entry) []Entry {
+	ok := func(e Entry) bool {
+		return slices.ContainsFunc(s.params.Families, func(f ipam.Family) bool { return ipam.Covers(f.CIDR, e.Prefix) })
+	}
+	if !slices.ContainsFunc(entries, func(e Entry) bool { return !ok(e) }) {
+		return entries
+	}
+	return slices.DeleteFunc(slices.Clone(entries), func(e Entry) bool { return !ok(e) })
+}
+
+// lost closes the blocks that somebody else owns now. This node has not given
+// them: it was forgotten while it was away, or its disk was older than that.
+func (s *Machine) lost(p netip.Prefix, to Entry) {
+	for _, b := range s.pool.Prefixes() {
+		if b.Overlaps(p) {
+			s.pool.Close(b)
+		}
+	}
+	s.note("lost "+to.Prefix.String(), fmt.Sprintf("%v, which this node used, belongs to %s since version %d: this node was forgotten while it was away, or its disk is older than that",
+		p, s.name(to.Owner), to.Version), "new pods get addresses from new space; restart pods that still have an old address (tulle ipam check)")
+}
+
+// forgetLoss ends the report of lost space when no pod suffers from it any more
+// and it has been there long enough to be read.
+func (s *Machine) forgetLoss(now time.Time) {
+	if s.lostAt.IsZero() || now.Sub(s.lostAt) < reportFor || len(s.stranded()) > 0 {
+		return
+	}
+	for key := range s.notes {
+		if strings.HasPrefix(key, "lost ") {
+			s.unnote(key)
+		}
+	}
+	s.lostAt = time.Time{}
+}
+
+// owned returns this node's space of a family, without what external peers use.
+func (s *Machine) owned(fam int) []netip.Prefix {
+	var out []netip.Prefix
+	for _, e := range s.table.Entries() {
+		if e.Owner == s.cfg.ID && e.External == nil && s.params.Families[fam].CIDR.Contains(e.Prefix.Addr()) {
+			out = append(out, e.Prefix)
+		}
+	}
+	return out
+}
+
+// busy returns what must not be given away: the open blocks, addresses outside
+// them that a pod has or that rest, and what this node itself collects for its
+// fixed CIDR (two nodes that want one prefix would pass its parts to and fro).
+func (s *Machine) busy(now time.Time) []netip.Prefix {
+	blocks := s.pool.Prefixes()
+	out := slices.Concat(blocks, s.cfg.PodCIDRs)
+	add := func(a netip.Addr) {
+		if !slices.ContainsFunc(blocks, func(b netip.Prefix) bool { return b.Contains(a) }) {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	for _, a := range s.pool.Allocations() {
+		add(a.Addr)
+	}
+	for _, c := range s.pool.Resting(now) {
+		add(c.Addr)
+	}
+	return out
+}
+
+// openable returns where this node can open its next block. Addresses in it that
+// a pod has already, or that rest, are minded by the pool.
+func (s *Machine) openable(fam int) []netip.Prefix {
+	return freeSpace(s.owned(fam), s.pool.Prefixes(), s.params.Families[fam].BlockLen)
+}
+
+// free returns what this node can give away of a family.
+func (s *Machine) free(now time.Time, fam int) []netip.Prefix {
+	return freeSpace(s.owned(fam), s.busy(now), s.params.Families[fam].BlockLen)
+}

@@ -1,0 +1,162 @@
+package ownership
+
+import (
+	"fmt"
+	"iter"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/tulle-net/tulle/ipam"
+)
+
+// Phase returns where the node stands.
+func (s *Machine) Phase() Phase {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.phase
+}
+
+// Node returns this node's ID.
+func (s *Machine) Node() NodeID { return s.cfg.ID }
+
+// Cluster returns the cluster's ID; zero before the node is in one.
+func (s *Machine) Cluster() ClusterID {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cluster
+}
+
+// Params returns the cluster's parameters; empty before the node is in one.
+func (s *Machine) Params() Params {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return Params{slices.Clone(s.params.Families)}
+}
+
+// Prefixes returns what this node owns, external peers' prefixes left out.
+func (s *Machine) Prefixes() []netip.Prefix {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []netip.Prefix
+	for fam := range s.params.Families {
+		out = append(out, s.owned(fam)...)
+	}
+	return ipam.Aggregate(out)
+}
+
+// Blocks returns the open blocks in order of opening.
+func (s *Machine) Blocks() []ipam.Block {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.pool.Blocks()
+}
+
+// TunAddrs returns the tunnel device's addresses, IPv4 first, at most one of each
+// family: the first address of the first open block.
+func (s *Machine) TunAddrs() []netip.Addr {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []netip.Addr
+	for _, v6 := range []bool{false, true} {
+		if a, ok := s.pool.TunAddr(v6); ok {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// Routes yields every prefix of the table with whom packets to it go to, in
+// order. It works on a snapshot.
+func (s *Machine) Routes() iter.Seq2[netip.Prefix, Route] {
+	s.mu.Lock()
+	entries := s.table.Entries()
+	s.mu.Unlock()
+	return func(yield func(netip.Prefix, Route) bool) {
+		for _, e := range entries {
+			if !yield(e.Prefix, Route{Owner: e.Owner, Self: e.Owner == s.cfg.ID, External: e.External}) {
+				return
+			}
+		}
+	}
+}
+
+// Entries returns the table's entries. The slice is shared and does not change.
+func (s *Machine) Entries() []Entry {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.table.Entries()
+}
+
+// Digest returns the table's digest: equal on two nodes that know the same.
+func (s *Machine) Digest() [32]byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.table.Digest()
+}
+
+// Owner returns the entry that covers an address.
+func (s *Machine) Owner(a netip.Addr) (Entry, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.table.Owner(a)
+}
+
+// Peers returns the other nodes that this one has known, as they are saved: their
+// gossip addresses are where to look for the cluster after a restart.
+func (s *Machine) Peers() []ipam.Peer {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []ipam.Peer
+	for _, id := range sortedKeys(s.peers) {
+		out = append(out, s.peers[id])
+	}
+	return out
+}
+
+// Status returns a snapshot for people.
+func (s *Machine) Status(now time.Time) Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := Status{
+		Phase: s.phase, Since: s.since, Why: s.why,
+		Node: s.cfg.ID, Cluster: s.cluster, Params: Params{slices.Clone(s.params.Families)},
+		Confirmed: s.confirm.done, Entries: s.table.Len(), Shares: s.shares(),
+	}
+	st.Problems = s.problems(now)
+	return st
+}
+
+// problems lists what is wrong now, in a steady order.
+func (s *Machine) problems(now time.Time) (out []Problem) {
+	switch {
+	case s.phase == Waiting || s.phase == Joining:
+		out = append(out, Problem{"this node has no pod addresses: " + s.why, "the reason says what to do; the agent goes on by itself as soon as it can"})
+	case s.phase == Confirming:
+		out = append(out, Problem{"the table is not confirmed: " + s.why,
+			"start the other nodes; a node that is gone for good: tulle forget NODE (--force when nobody else is left)"})
+	case s.phase == Left:
+		out = append(out, Problem{"this node has left the cluster", "stop the agent; to join again, remove the state directory first"})
+	}
+	for fam, f := range s.params.Families {
+		if full := s.asks[fam].full; full != "" && s.phase == Ready && s.pool.Spare(now, f.CIDR.Addr().Is6(), 1) == 0 {
+			out = append(out, Problem{"the blocks of this node are full: " + full, "the reason says what to do; pods that have addresses keep them"})
+		}
+	}
+	if s.saveErr != nil {
+		out = append(out, Problem{fmt.Sprintf("the state cannot be saved: %v", s.saveErr), "no pod gets an address, and no space is given, until it can be"})
+	}
+	if n := len(s.stranded()); n > 0 {
+		out = append(out, Problem{fmt.Sprintf("%d pods of this node have addresses that belong to others now", n),
+			"restart them: they get addresses of this node's present space (tulle ipam check lists them)"})
+	}
+	keys := make([]string, 0, len(s.notes))
+	for k := range s.notes {
+		keys = append(keys, k)
+	}
+	slices.Sort(keys)
+	for _, k := range keys {
+		out = append(out, s.notes[k])
+	}
+	return out
+}

@@ -1,0 +1,451 @@
+package gossip
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+	"net"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/hashicorp/memberlist"
+	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/keyring"
+)
+
+// ErrNotRunning is returned by what needs the network before [Gossip.Run] has
+// opened it or after it has ended.
+var ErrNotRunning = errors.New("gossip: not running")
+
+// Gossip is one node's membership in a cluster. All methods are safe for
+// concurrent use, and may be called from a [Handler]'s methods other than
+// LocalState.
+//
+// Locks: memberlist calls its delegates with its node lock held, and they take
+// mu. So nothing here calls into memberlist while it holds mu.
+type Gossip struct {
+	cfg     Config
+	log     *slog.Logger
+	ready   chan struct{}
+	fatal   chan error
+	kick    chan struct{} // wakes the rejoin loop
+	dirty   chan struct{} // the metadata has changed: announce it
+	keyReqs chan envelope
+	inbox   *inbox
+	queue   *memberlist.TransmitLimitedQueue
+	seen    seenSet
+	traffic traffic
+	count   counters
+	alive   atomic.Int64 // other live members
+
+	started atomic.Bool
+	life    sync.Mutex // held while memberlist is made, replaced or shut down
+
+	mu        sync.RWMutex
+	net       *network // nil unless running
+	bind      netip.AddrPort
+	gen       int // of net
+	meta      membership.Meta
+	metaWire  []byte
+	peers     map[membership.NodeID]*peer
+	known     map[netip.AddrPort]time.Time // where members were, and when last alive
+	guard     guardState
+	problems  problemSet
+	seeds     map[string]*seedState
+	lastDeath time.Time
+	pruned    time.Time
+	keys      keyWaiters
+}
+
+// retransmitMult scales how often a member passes news on:
+// mult·⌈log10(n+1)⌉ times. When every member passes them to r random others, each
+// misses them with probability e^-r. The LAN profile's 4 gives r = 8 for up to 98
+// members, so that some member misses one piece of news in thirty, and does
+// without until a push/pull half a minute or more later; a newcomer's pods
+// could not be reached from there. 6 makes that one in 1,600.
+const retransmitMult = 6
+
+// network is one memberlist instance and its sockets.
+type network struct {
+	ml *memberlist.Memberlist
+	tr *transport
+	d  *delegate
+}
+
+type peer struct {
+	Member
+	gen int // of the network that last saw it alive
+}
+
+// New checks the configuration. It starts nothing.
+func New(cfg Config) (*Gossip, error) {
+	if err := cfg.validate(); err != nil {
+		return nil, err
+	}
+	cfg.pace = cfg.pace.withDefaults()
+	log := cfg.Logger
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
+	}
+	g := &Gossip{
+		cfg: cfg, log: log,
+		ready:   make(chan struct{}),
+		fatal:   make(chan error, 1),
+		kick:    make(chan struct{}, 1),
+		dirty:   make(chan struct{}, 1),
+		keyReqs: make(chan envelope, 64),
+		inbox:   newInbox(),
+		bind:    netip.AddrPortFrom(cfg.Bind.Unmap(), uint16(cfg.Port)),
+		peers:   map[membership.NodeID]*peer{},
+		known:   map[netip.AddrPort]time.Time{},
+		seeds:   map[string]*seedState{},
+	}
+	g.queue = &memberlist.TransmitLimitedQueue{
+		NumNodes:       func() int { return int(g.alive.Load()) + 1 },
+		RetransmitMult: retransmitMult,
+	}
+	for _, a := range cfg.LastPeers {
+		if a = unmapPort(a); a != g.bind && a.IsValid() && len(g.known) < maxKnown {
+			g.known[a] = time.Now()
+		}
+	}
+	meta := cfg.Meta
+	meta.ID, meta.Name, meta.Leaving = cfg.ID, cfg.Name, false
+	meta.Started = time.Now().Unix()
+	wire, err := g.encodeMeta(meta)
+	if err != nil {
+		return nil, err
+	}
+	g.meta, g.metaWire = meta, wire
+	return g, nil
+}
+
+// encodeMeta also sees to it that an alive message with this metadata fits a
+// gossip packet; memberlist would otherwise never send it, silently.
+func (g *Gossip) encodeMeta(m membership.Meta) ([]byte, error) {
+	wire, err := m.Encode(nil)
+	if err != nil {
+		return nil, fmt.Errorf("gossip: %w", err)
+	}
+	const aliveOverhead = 160 // name, address, field names, versions, encryption
+	if limit := g.cfg.packetSize() - aliveOverhead; len(wire) > limit {
+		return nil, fmt.Errorf("gossip: metadata of %d bytes, an underlay MTU of %d leaves room for %d: name fewer addresses or shorten --node-name", len(wire), g.cfg.MTU, limit)
+	}
+	return wire, nil
+}
+
+// Ready is closed once the node listens.
+func (g *Gossip) Ready() <-chan struct{} { return g.ready }
+
+// Run takes part in the gossip until ctx ends, and may be called once. It
+// returns nil after ctx has ended, a [CloneError] when another live host has
+// this node's identity, or why the sockets could not be opened. Stopping is not
+// leaving: the others will find this node silent, and let it come back.
+//
+// When Run returns, its goroutines have ended, except for a probe that
+// memberlist has under way: it has no handle for ending that, the probe uses the
+// closed sockets only, and it is over within a few seconds at most.
+func (g *Gossip) Run(ctx context.Context) error {
+	if !g.started.CompareAndSwap(false, true) {
+		return errors.New("gossip: Run was called twice")
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	if err := g.open(g.bind); err != nil {
+		return err
+	}
+	close(g.ready)
+	var wg sync.WaitGroup
+	wg.Go(func() { g.dispatch(ctx) })
+	wg.Go(func() { g.announce(ctx) })
+	wg.Go(func() { g.rejoin(ctx) })
+	wg.Go(func() { g.answerKeys(ctx) })
+	var err error
+	select {
+	case <-ctx.Done():
+	case err = <-g.fatal:
+	}
+	cancel()
+	g.close()
+	wg.Wait()
+	return err
+}
+
+func (g *Gossip) fail(err error) {
+	select {
+	case g.fatal <- err:
+	default:
+	}
+}
+
+// open makes the sockets and the memberlist instance on top of them.
+func (g *Gossip) open(addr netip.AddrPort) error {
+	tr, err := listen(addr, &g.traffic, g.cfg.allow)
+	if err != nil {
+		return err
+	}
+	return g.start(tr)
+}
+
+func (g *Gossip) start(tr *transport) error {
+	g.life.Lock()
+	defer g.life.Unlock()
+	return g.startLocked(tr)
+}
+
+// startLocked puts a memberlist instance onto the transport, or closes it.
+func (g *Gossip) startLocked(tr *transport) error {
+	g.mu.Lock()
+	g.gen++
+	g.bind = tr.addr
+	g.mu.Unlock()
+	d := &delegate{g: g, addr: tr.addr}
+	conf, err := g.memberlistConfig(tr, d)
+	if err != nil {
+		tr.shutdown()
+		return err
+	}
+	ml, err := memberlist.Create(conf)
+	if err != nil {
+		tr.shutdown()
+		return fmt.Errorf("gossip: %w", err)
+	}
+	g.mu.Lock()
+	g.net = &network{ml, tr, d}
+	g.mu.Unlock()
+	return nil
+}
+
+func (g *Gossip) close() {
+	g.life.Lock()
+	defer g.life.Unlock()
+	g.mu.Lock()
+	n := g.net
+	g.net = nil
+	g.mu.Unlock()
+	if n != nil {
+		n.d.closed.Store(true)
+		_ = n.ml.Shutdown() // never fails: the transport's Shutdown does not
+	}
+}
+
+func (g *Gossip) current() (*network, error) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	if g.net == nil {
+		return nil, ErrNotRunning
+	}
+	return g.net, nil
+}
+
+// memberlistConfig is the LAN profile with Tulle's deviations.
+func (g *Gossip) memberlistConfig(tr *transport, d *delegate) (*memberlist.Config, error) {
+	p := g.cfg.pace
+	c := memberlist.DefaultLANConfig()
+	c.Name = g.cfg.ID.String() // node names are not unique
+	c.Transport = &packetTransport{transport: tr, packets: make(chan *memberlist.Packet), streams: make(chan net.Conn)}
+	c.BindAddr, c.BindPort = tr.addr.Addr().String(), int(tr.addr.Port())
+	c.AdvertiseAddr, c.AdvertisePort = c.BindAddr, c.BindPort
+	c.UDPBufferSize = g.cfg.packetSize()
+	c.RetransmitMult = retransmitMult
+	c.DeadNodeReclaimTime = p.reclaim // the default of 0 locks out a node that returns with a new address
+	c.HandoffQueueDepth = 4096        // messages that wait for the handler; a burst of news must not be cut short
+	c.GossipVerifyIncoming, c.GossipVerifyOutgoing = true, true
+	// LZW allocates tens of kilobytes a packet, and encrypted metadata, IDs
+	// and prefixes hardly shrink.
+	c.EnableCompression = false
+	c.RequireNodeNames = false
+	c.DelegateProtocolVersion, c.DelegateProtocolMin, c.DelegateProtocolMax = 1, 1, 1
+	c.Delegate, c.Events, c.Alive, c.Merge, c.Conflict, c.Ping = d, d, d, d, d, d
+	c.Logger = log.New(&logWriter{g: g}, "", 0)
+	for _, o := range []struct {
+		to *time.Duration
+		v  time.Duration
+	}{
+		{&c.ProbeInterval, p.probeInterval}, {&c.ProbeTimeout, p.probeTimeout},
+		{&c.GossipInterval, p.gossipInterval}, {&c.PushPullInterval, p.pushPull},
+		{&c.GossipToTheDeadTime, p.gossipToTheDead}, {&c.TCPTimeout, p.stream},
+	} {
+		if o.v != 0 {
+			*o.to = o.v
+		}
+	}
+	if p.suspicionMult != 0 {
+		c.SuspicionMult = p.suspicionMult
+	}
+	if g.cfg.Keyring == nil {
+		return c, nil
+	}
+	err := g.cfg.Keyring.Attach(func(keys [][]byte, primary []byte) (keyring.Live, error) {
+		ring, err := memberlist.NewKeyring(keys, primary)
+		c.Keyring = ring
+		return ring, err
+	})
+	return c, err
+}
+
+// sendTo sends one enveloped message over a stream.
+func (g *Gossip) sendTo(id membership.NodeID, addr netip.AddrPort, b []byte) error {
+	n, err := g.current()
+	if err != nil {
+		return err
+	}
+	return n.ml.SendReliable(&memberlist.Node{Name: id.String(), Addr: addr.Addr().AsSlice(), Port: addr.Port()}, b)
+}
+
+// packetTransport is a transport in memberlist's terms.
+type packetTransport struct {
+	*transport
+	packets chan *memberlist.Packet
+	streams chan net.Conn
+	once    sync.Once
+}
+
+var _ memberlist.NodeAwareTransport = (*packetTransport)(nil)
+
+// FinalAdvertiseAddr is the first thing that memberlist calls, and starts the
+// readers: they would otherwise run for an instance that is never made.
+func (t *packetTransport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
+	t.once.Do(func() {
+		t.serve(func(b []byte, from net.Addr, at time.Time) {
+			select {
+			case t.packets <- &memberlist.Packet{Buf: b, From: from, Timestamp: at}:
+			case <-t.ctx.Done():
+			}
+		}, func(c net.Conn) {
+			select {
+			case t.streams <- c:
+			case <-t.ctx.Done():
+				c.Close()
+			}
+		})
+	})
+	return t.addr.Addr().AsSlice(), int(t.addr.Port()), nil
+}
+
+func (t *packetTransport) WriteTo(b []byte, addr string) (time.Time, error) { return t.write(b, addr) }
+func (t *packetTransport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
+	return t.write(b, a.Addr)
+}
+func (t *packetTransport) DialTimeout(addr string, d time.Duration) (net.Conn, error) {
+	return t.dial(addr, d)
+}
+func (t *packetTransport) DialAddressTimeout(a memberlist.Address, d time.Duration) (net.Conn, error) {
+	return t.dial(a.Addr, d)
+}
+func (t *packetTransport) PacketCh() <-chan *memberlist.Packet { return t.packets }
+func (t *packetTransport) StreamCh() <-chan net.Conn           { return t.streams }
+func (t *packetTransport) Shutdown() error                     { t.shutdown(); return nil }
+
+// delegate is what memberlist calls. Its methods copy what they keep, take no
+// lock but Gossip.mu, and wait for nothing.
+type delegate struct {
+	g      *Gossip
+	addr   netip.AddrPort
+	closed atomic.Bool // the instance is being shut down: what it says is old
+}
+
+var (
+	_ memberlist.Delegate         = (*delegate)(nil)
+	_ memberlist.EventDelegate    = (*delegate)(nil)
+	_ memberlist.AliveDelegate    = (*delegate)(nil)
+	_ memberlist.MergeDelegate    = (*delegate)(nil)
+	_ memberlist.ConflictDelegate = (*delegate)(nil)
+	_ memberlist.PingDelegate     = (*delegate)(nil)
+)
+
+func (d *delegate) NodeMeta(limit int) []byte {
+	d.g.mu.RLock()
+	defer d.g.mu.RUnlock()
+	return d.g.metaWire // replaced, never changed
+}
+
+func (d *delegate) NotifyMsg(b []byte) {
+	if !d.closed.Load() {
+		d.g.received(b)
+	}
+}
+
+func (d *delegate) GetBroadcasts(overhead, limit int) [][]byte {
+	return d.g.queue.GetBroadcasts(overhead, limit)
+}
+
+func (d *delegate) LocalState(join bool) []byte { return d.g.localState(d.addr, join) }
+
+func (d *delegate) MergeRemoteState(b []byte, join bool) {
+	if !d.closed.Load() {
+		d.g.receivedState(b, join)
+	}
+}
+
+func sighted(n *memberlist.Node) sighting {
+	a, _ := netip.AddrFromSlice(n.Addr)
+	return sighting{name: n.Name, addr: netip.AddrPortFrom(a.Unmap(), n.Port), meta: n.Meta,
+		alive: n.State == memberlist.StateAlive || n.State == memberlist.StateSuspect}
+}
+
+func (d *delegate) NotifyJoin(n *memberlist.Node)   { d.event(n, StateAlive) }
+func (d *delegate) NotifyUpdate(n *memberlist.Node) { d.event(n, StateAlive) }
+func (d *delegate) NotifyLeave(n *memberlist.Node)  { d.event(n, StateDead) }
+
+func (d *delegate) event(n *memberlist.Node, s MemberState) {
+	if !d.closed.Load() {
+		d.g.memberEvent(sighted(n), s)
+	}
+}
+
+func (d *delegate) NotifyAlive(n *memberlist.Node) error {
+	return d.g.checkAlive(sighted(n), d.addr)
+}
+
+func (d *delegate) NotifyMerge(nodes []*memberlist.Node) error {
+	list := make([]sighting, len(nodes))
+	for i, n := range nodes {
+		list[i] = sighted(n)
+	}
+	return d.g.checkMerge(list, d.addr)
+}
+
+func (d *delegate) NotifyConflict(existing, other *memberlist.Node) {
+	d.g.conflict(sighted(existing), sighted(other))
+}
+
+func (d *delegate) AckPayload() []byte { return nil }
+
+func (d *delegate) NotifyPingComplete(n *memberlist.Node, rtt time.Duration, _ []byte) {
+	if !d.closed.Load() {
+		d.g.pinged(n.Name, rtt)
+	}
+}
+
+// broadcast is one message in the queue: opaque, so it replaces no other.
+type broadcast []byte
+
+var _ memberlist.UniqueBroadcast = broadcast(nil)
+
+func (b broadcast) Invalidates(memberlist.Broadcast) bool { return false }
+func (b broadcast) Message() []byte                       { return b }
+func (b broadcast) Finished()                             {}
+func (b broadcast) UniqueBroadcast()                      {}
+
+// enqueue puts an enveloped message into the queue. What finds no room has
+// been passed on the most often already; push/pull brings it to those who
+// still miss it.
+func (g *Gossip) enqueue(wire []byte) {
+	g.queue.QueueBroadcast(broadcast(wire))
+	if g.queue.NumQueued() > maxQueued {
+		g.queue.Prune(maxQueued)
+	}
+}
+
+func (g *Gossip) health() int {
+	n, err := g.current()
+	if err != nil {
+		return 0
+	}
+	return n.ml.GetHealthScore()
+}

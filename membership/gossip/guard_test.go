@@ -1,0 +1,234 @@
+package gossip
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/membership"
+)
+
+func TestClonedIdentity(t *testing.T) {
+	leakCheck(t)
+	a := launch(t, "original", cluster(membership.NewClusterID()))
+	b := launch(t, "witness", seeds(a.addr))
+	c := launch(t, "second-witness", seeds(a.addr))
+	converge(t, a, b, c)
+	clone := launch(t, "copy", identity(a.cfg.ID), cluster(a.Cluster()), seeds(b.addr))
+	select {
+	case <-clone.done:
+	case <-time.After(30 * time.Second):
+		t.Fatal("the clone runs")
+	}
+	err := clone.stop()
+	var ce *CloneError
+	if !errors.As(err, &ce) || ce.ID != a.cfg.ID {
+		t.Fatalf("Run returned %v", err)
+	}
+	for _, word := range []string{"original", a.addr.String(), "copy", clone.addr.String(), "state directory"} {
+		if !strings.Contains(err.Error(), word) {
+			t.Errorf("the error does not name %q: %v", word, err)
+		}
+	}
+	if !a.sees(b, c) || !b.sees(a, c) {
+		t.Error("the original has suffered")
+	}
+	if m, _ := b.Member(a.cfg.ID); m.Addr.Addr() != a.addr {
+		t.Errorf("the witness has the original at %v", m.Addr)
+	}
+	eventually(t, "the witness names both", func() bool {
+		return b.hasProblem("original", a.addr.String(), "copy", clone.addr.String())
+	})
+	if b.times(b.merged, clone.state) != 0 {
+		t.Error("state of the clone has been merged")
+	}
+}
+
+// A clone that starts while the original is out of sight is let in; when they
+// meet, the one that started later gives way.
+func TestClonesMeetAfterAPartition(t *testing.T) {
+	leakCheck(t)
+	var cut atomic.Bool
+	cut.Store(true)
+	addrs := []netip.Addr{testAddr(), testAddr(), testAddr(), testAddr()}
+	left := map[netip.Addr]bool{addrs[0]: true, addrs[1]: true}
+	link := links(func(x, y netip.Addr) bool { return !cut.Load() || left[x] == left[y] })
+	id := membership.NewClusterID()
+	a := launch(t, "a", at(addrs[0]), link, cluster(id), seeds(addrs...))
+	b := launch(t, "b", at(addrs[1]), link, cluster(id), seeds(addrs...))
+	twin := launch(t, "twin", at(addrs[2]), link, cluster(id), seeds(addrs...), identity(a.cfg.ID))
+	d := launch(t, "d", at(addrs[3]), link, cluster(id), seeds(addrs...))
+	twin.Gossip.mu.Lock()
+	twin.meta.Started++ // tests start within one second
+	twin.Gossip.mu.Unlock()
+	converge(t, a, b)
+	converge(t, twin, d)
+	cut.Store(false)
+	select {
+	case <-twin.done:
+	case <-a.done:
+		t.Fatalf("the elder gave way: %v", a.stop())
+	case <-time.After(30 * time.Second):
+		t.Fatal("both run on")
+	}
+	var ce *CloneError
+	if err := twin.stop(); !errors.As(err, &ce) {
+		t.Fatalf("Run returned %v", err)
+	}
+	converge(t, a, b, d)
+}
+
+func TestReturns(t *testing.T) {
+	for name, moved := range map[string]bool{"same address": false, "new address": true} {
+		t.Run(name, func(t *testing.T) {
+			leakCheck(t)
+			a := launch(t, "a", cluster(membership.NewClusterID()))
+			b := launch(t, "b", seeds(a.addr))
+			c := launch(t, "c", seeds(a.addr))
+			converge(t, a, b, c)
+			c.stop()
+			addr := c.addr
+			if moved {
+				addr = testAddr()
+			}
+			// At once: the others hold the old one for alive still.
+			c2 := launch(t, "c", at(addr), identity(c.cfg.ID), cluster(a.Cluster()), func(cfg *Config) { cfg.LastPeers = c.KnownPeers() })
+			converge(t, a, b, c2)
+			for _, n := range []*node{a, b} {
+				eventually(t, n.name+" has the address", func() bool {
+					m, _ := n.Member(c.cfg.ID)
+					return m.Addr.Addr() == addr && m.State == StateAlive && m.Meta.Underlay[0] == addr
+				})
+			}
+			eventually(t, "nothing is wrong", func() bool { return !c2.isReturning() && len(c2.Problems()) == 0 })
+			if err := a.Send(t.Context(), c.cfg.ID, []byte("welcome")); err != nil {
+				t.Error(err)
+			}
+			eventually(t, "a message arrives", func() bool { return c2.times(c2.messages, a.cfg.ID.Short()+" welcome") == 1 })
+		})
+	}
+}
+
+func TestAddressChangesWhileRunning(t *testing.T) {
+	leakCheck(t)
+	a := launch(t, "a", cluster(membership.NewClusterID()))
+	b := launch(t, "b", seeds(a.addr))
+	c := launch(t, "c", seeds(a.addr))
+	converge(t, a, b, c)
+	for range 2 {
+		next := testAddr()
+		if err := c.Rebind(t.Context(), next); err != nil {
+			t.Fatal(err)
+		}
+		if err := c.SetMeta(membership.Meta{Underlay: []netip.Addr{next}}); err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range []*node{a, b} {
+			eventually(t, n.name+" has the new address", func() bool {
+				m, _ := n.Member(c.cfg.ID)
+				return m.Addr.Addr() == next && m.State == StateAlive && m.Meta.Underlay[0] == next
+			})
+		}
+		converge(t, a, b, c)
+		eventually(t, "all members know", func() bool { return !c.isReturning() })
+		for _, to := range []*node{a, b} {
+			if err := c.Send(t.Context(), to.cfg.ID, []byte(next.String())); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	// An address that this host does not have changes nothing.
+	before := c.Gossip.Members()
+	if err := c.Rebind(t.Context(), netip.MustParseAddr("192.0.2.1")); err == nil || !strings.Contains(err.Error(), "--underlay") {
+		t.Errorf("rebind to a foreign address: %v", err)
+	}
+	if now := c.Gossip.Members(); len(now) != len(before) || !c.sees(a, b) {
+		t.Error("a refused change of address has cost members")
+	}
+}
+
+func TestLeaveForGood(t *testing.T) {
+	leakCheck(t)
+	a := launch(t, "a", cluster(membership.NewClusterID()))
+	b := launch(t, "b", seeds(a.addr))
+	converge(t, a, b)
+	if err := b.Leave(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.stop(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "a knows that b left", func() bool {
+		m, _ := a.Member(b.cfg.ID)
+		return m.State == StateLeft
+	})
+	if a.Isolated() {
+		t.Error("who is left behind by all is not isolated")
+	}
+	a.Forget(b.cfg.ID)
+	if n := len(a.Gossip.Members()); n != 0 {
+		t.Errorf("%d members after forget", n)
+	}
+	if err := b.Send(t.Context(), a.cfg.ID, nil); !errors.Is(err, ErrNotRunning) {
+		t.Errorf("send after the end: %v", err)
+	}
+}
+
+// A partition longer than memberlist remembers its dead heals without a
+// restart, and both sides work meanwhile.
+func TestPartitionHeals(t *testing.T) {
+	leakCheck(t)
+	var nodes []*node
+	var addrs []netip.Addr
+	var oneSide atomic.Pointer[[]netip.Addr] // nil: no cut
+	link := links(func(x, y netip.Addr) bool {
+		s := oneSide.Load()
+		return s == nil || slices.Contains(*s, x) == slices.Contains(*s, y)
+	})
+	for range 6 {
+		addrs = append(addrs, testAddr())
+	}
+	id := membership.NewClusterID()
+	for i, a := range addrs {
+		// Only one seed: what heals the rest is memory of the peers.
+		nodes = append(nodes, launch(t, string(rune('a'+i)), at(a), link, cluster(id), seeds(addrs[0])))
+	}
+	converge(t, nodes...)
+	oneSide.Store(&[]netip.Addr{addrs[0], addrs[2], addrs[4]})
+	left, right := []*node{nodes[0], nodes[2], nodes[4]}, []*node{nodes[1], nodes[3], nodes[5]}
+	converge(t, left...)
+	converge(t, right...)
+	// Wait until memberlist has forgotten the dead: nothing of it heals now.
+	for _, n := range nodes {
+		eventually(t, n.name+": memberlist has forgotten", n.forgotten)
+	}
+	if left[0].Isolated() || right[0].Isolated() {
+		t.Error("a side of three is not isolated")
+	}
+	left[0].Queue([]byte("left"))
+	right[0].Queue([]byte("right"))
+	eventually(t, "the left works", func() bool { return left[2].times(left[2].broadcasts, "left") == 1 })
+	eventually(t, "the right works", func() bool { return right[2].times(right[2].broadcasts, "right") == 1 })
+	merged := left[1].times(left[1].merged, right[1].state)
+	oneSide.Store(nil)
+	converge(t, nodes...)
+	eventually(t, "states cross", func() bool { return left[1].times(left[1].merged, right[1].state) > merged })
+
+	// One node alone, for as long.
+	alone := nodes[5]
+	oneSide.Store(&[]netip.Addr{alone.addr})
+	eventually(t, "it says that it is isolated", func() bool {
+		return alone.Isolated() && alone.hasProblem("seed "+addrs[0].String(), "no way there")
+	})
+	eventually(t, "memberlist has forgotten", func() bool { return nodes[0].forgotten() && alone.forgotten() })
+	oneSide.Store(nil)
+	converge(t, nodes...)
+}
+
+// forgotten reports whether memberlist has dropped its dead: they have been so
+// for longer than gossipToTheDead and two rounds of probes.
+func (n *node) forgotten() bool { return n.lostFor() > 3*time.Second }

@@ -1,0 +1,141 @@
+package gossip
+
+import (
+	"context"
+	"log/slog"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/tulle-net/tulle/membership"
+)
+
+// logWriter takes memberlist's log lines apart: they become slog records, and
+// some are the only sign of an event that is counted. memberlist writes one line
+// a call.
+type logWriter struct {
+	g *Gossip
+
+	mu         sync.Mutex
+	window     time.Time // when the present one began
+	lines      int       // in it
+	suppressed int
+}
+
+const (
+	maxLogLine = 512 // bytes; some lines print metadata as decimal bytes
+	// memberlist logs a line for each bad packet. Of what is left to log,
+	// this much passes in each window.
+	logWindow   = 10 * time.Second
+	linesWindow = 50
+)
+
+// pass reports whether a line may be logged, and how many were not in the
+// window before.
+func (w *logWriter) pass(now time.Time) (ok bool, suppressed int) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if now.Sub(w.window) > logWindow {
+		suppressed, w.window, w.lines, w.suppressed = w.suppressed, now, 0, 0
+	}
+	if w.lines++; w.lines > linesWindow {
+		w.suppressed++
+		return false, 0
+	}
+	return true, suppressed
+}
+
+func (w *logWriter) Write(b []byte) (int, error) {
+	n := len(b)
+	line := strings.TrimSpace(string(b[:min(n, maxLogLine)]))
+	level := slog.LevelInfo
+	if rest, ok := strings.CutPrefix(line, "["); ok {
+		if tag, text, ok := strings.Cut(rest, "] "); ok {
+			line = text
+			switch tag {
+			case "DEBUG":
+				level = slog.LevelDebug
+			case "WARN":
+				level = slog.LevelWarn
+			case "ERR", "ERROR":
+				level = slog.LevelWarn // a remote end's failure; ours come as errors
+			}
+		}
+	}
+	line = strings.TrimPrefix(line, "memberlist: ")
+	if w.g.logEvent(line) || strings.Contains(line, "use of closed network connection") {
+		level = slog.LevelDebug // counted, and shown as a problem; or the end of a probe after shutdown
+	}
+	l := w.g.log
+	if !l.Enabled(context.Background(), level) {
+		return n, nil
+	}
+	ok, suppressed := w.pass(time.Now())
+	if suppressed > 0 {
+		l.Warn("gossip: log lines were suppressed", "lines", suppressed)
+	}
+	if ok {
+		l.Log(context.Background(), level, "gossip: "+line)
+	}
+	return n, nil
+}
+
+// logEvent recognises events, and reports whether the line needs no record of
+// its own. memberlist may hold its node lock.
+func (g *Gossip) logEvent(line string) (told bool) {
+	lower := strings.ToLower(line)
+	switch {
+	case strings.HasPrefix(line, "Suspect ") && strings.HasSuffix(line, " has failed, no acks received"):
+		name, _, _ := strings.Cut(strings.TrimPrefix(line, "Suspect "), " ")
+		g.suspected(name)
+	case strings.HasPrefix(line, "Was able to connect to "):
+		name, _, _ := strings.Cut(strings.TrimPrefix(line, "Was able to connect to "), " ")
+		g.udpBlocked(name)
+		return true
+	case strings.HasPrefix(line, "handler queue full"):
+		g.inbox.dropped.Add(1)
+		return true
+	case undecryptable(lower):
+		g.count.undecryptable.Add(1)
+		_, from, ok := strings.Cut(line, "from=")
+		if !ok || strings.HasPrefix(from, "<unknown") {
+			from = "an unknown address"
+		}
+		if i := strings.LastIndexByte(from, ':'); i > 0 {
+			from = from[:i] // ports of streams are arbitrary
+		}
+		g.note("undecryptable", "gossip messages arrive that no key of this node opens, the last one from "+from,
+			"compare `tulle keys list` there and here: install the missing key, or correct --gossip-key-file")
+		return true
+	case strings.Contains(line, "it belongs to cluster"), strings.HasPrefix(line, "Conflicting address for "),
+		strings.Contains(line, "it has this node's identity"):
+		return true
+	}
+	return false
+}
+
+// undecryptable recognises memberlist's lines for input that the keyring
+// refuses (memberlist security.go, net.go).
+func undecryptable(line string) bool {
+	for _, s := range []string{
+		"no installed keys could decrypt the message",
+		"encryption is configured but remote state is not encrypted",
+		"remote state is encrypted and encryption is not configured",
+		"decrypt packet failed",
+	} {
+		if strings.Contains(line, s) {
+			return true
+		}
+	}
+	return false
+}
+
+func (g *Gossip) udpBlocked(name string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	who := "member " + name
+	if id, err := membership.ParseNodeID(name); err == nil && g.peers[id] != nil {
+		who = g.peers[id].Name + " (" + g.peers[id].Addr.String() + ")"
+	}
+	g.noteLocked("udp "+name, who+" answers gossip over TCP but not over UDP", "let UDP of the gossip port through the firewall, both ways")
+}

@@ -1,0 +1,167 @@
+package gossip
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/membership"
+)
+
+// quietGossip returns a Gossip that never runs, with one live member, and what
+// it logs.
+func quietGossip(t *testing.T) (g *Gossip, peer membership.NodeID, logged *bytes.Buffer) {
+	t.Helper()
+	logged = new(bytes.Buffer)
+	g, err := New(Config{
+		ID: membership.NewNodeID(), Name: "self", Bind: netip.MustParseAddr("127.0.0.1"), Port: 7946, Handler: newRecorder(""),
+		Logger: slog.New(slog.NewTextHandler(logged, nil)),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := membership.Meta{ID: membership.NodeID{1, 2, 3}, Cluster: membership.ClusterID{4, 5, 6}, Name: "node-a"}
+	wire, err := m.Encode(nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.memberEvent(sighting{name: m.ID.String(), addr: netip.MustParseAddrPort("192.0.2.7:7946"), meta: wire, alive: true}, StateAlive)
+	return g, m.ID, logged
+}
+
+// memberlist tells some events in its log only.
+func TestLogEvents(t *testing.T) {
+	g, peer, logged := quietGossip(t)
+	w := &logWriter{g: g}
+	state := func() MemberState { m, _ := g.Member(peer); return m.State }
+
+	fmt.Fprintf(w, "[INFO] memberlist: Suspect %v has failed, no acks received\n", peer)
+	if state() != StateSuspect || g.Alive() != 1 {
+		t.Errorf("after a failed probe: %v, %d alive", state(), g.Alive())
+	}
+	g.pinged(peer.String(), time.Millisecond)
+	if m, _ := g.Member(peer); m.State != StateAlive || m.RTT != time.Millisecond {
+		t.Errorf("after an answer: %+v", m)
+	}
+
+	fmt.Fprintf(w, "[WARN] memberlist: Was able to connect to %v over TCP but UDP probes failed, network may be misconfigured\n", peer)
+	if p := g.Problems(); len(p) != 1 || !strings.Contains(p[0].String(), "node-a (192.0.2.7:7946) answers gossip over TCP but not over UDP") {
+		t.Errorf("problems %v", p)
+	}
+	g.pinged(peer.String(), time.Millisecond)
+	if p := g.Problems(); len(p) != 0 {
+		t.Errorf("problems after an answer: %v", p)
+	}
+
+	for range 100 {
+		fmt.Fprint(w, "[ERR] memberlist: Decrypt packet failed: no installed keys could decrypt the message from=192.0.2.9:7946\n")
+	}
+	if n := g.Stats().Undecryptable; n != 100 {
+		t.Errorf("%d messages counted", n)
+	}
+	if p := g.Problems(); len(p) != 1 || !strings.Contains(p[0].What, "192.0.2.9") || strings.Contains(p[0].What, "7946") {
+		t.Errorf("problems %v", p)
+	}
+	if n := strings.Count(logged.String(), "no key of this node opens"); n != 1 {
+		t.Errorf("logged %d times", n)
+	}
+
+	logged.Reset()
+	fmt.Fprint(w, "[WARN] memberlist: something new\n")
+	fmt.Fprint(w, "[DEBUG] memberlist: chatter\n")
+	fmt.Fprintf(w, "[ERR] memberlist: %s\n", strings.Repeat("9 ", 5000))
+	if s := logged.String(); !strings.Contains(s, `level=WARN msg="gossip: something new"`) || strings.Contains(s, "chatter") || len(s) > 2*maxLogLine {
+		t.Errorf("log: %s", s)
+	}
+
+	logged.Reset()
+	w.window = time.Time{}
+	for range 10 * linesWindow {
+		fmt.Fprint(w, "[WARN] memberlist: Got ping for unexpected node\n")
+	}
+	if n := strings.Count(logged.String(), "unexpected node"); n != linesWindow {
+		t.Errorf("%d lines for %d bad packets", n, 10*linesWindow)
+	}
+	w.window = time.Time{}
+	fmt.Fprint(w, "[WARN] memberlist: later\n")
+	if s := logged.String(); !strings.Contains(s, fmt.Sprint("lines=", 9*linesWindow)) || !strings.Contains(s, "later") {
+		t.Errorf("log: %s", s)
+	}
+	for range 3 {
+		fmt.Fprint(w, "[WARN] memberlist: handler queue full, dropping message (8) from=192.0.2.9:7946\n")
+	}
+	if n := g.Stats().Dropped; n != 3 {
+		t.Errorf("%d dropped messages counted", n)
+	}
+}
+
+func TestExplainJoin(t *testing.T) {
+	wrap := func(s string) error {
+		return errors.New("1 error occurred:\n\t* failed to join [2001:db8::1]:7946: " + s + "\n\n")
+	}
+	for text, want := range map[string]string{
+		"dial tcp 127.0.0.1:0->[2001:db8::1]:7946: connect: connection refused":    "nothing listens there",
+		"dial tcp [2001:db8::1]:7946: i/o timeout":                                 "no answer",
+		"dial tcp [2001:db8::1]:7946: connect: no route to host":                   "no way there",
+		"no installed keys could decrypt the message":                              "another gossip key",
+		"remote error: remote state is encrypted and encryption is not configured": "without a gossip key",
+		"remote state is encrypted and encryption is not configured":               "this node has none",
+		"EOF": "closed the connection",
+		"Node 'x' delegate protocol version (0) is incompatible: [1, 1]": "incompatible",
+		"a at 192.0.2.1:1: it belongs to cluster 01, this node to 02":    "belongs to cluster 01",
+	} {
+		reason, remedy := explainJoin(wrap(text), true)
+		if !strings.Contains(reason, want) || remedy == "" || strings.Contains(reason, "failed to join") {
+			t.Errorf("%s: %q, %q", text, reason, remedy)
+		}
+	}
+}
+
+func TestPeersAreForgottenInTheEnd(t *testing.T) {
+	g, peer, _ := quietGossip(t)
+	g.memberEvent(sighting{name: peer.String(), addr: netip.MustParseAddrPort("192.0.2.7:7946")}, StateDead)
+	if !g.Isolated() || len(g.KnownPeers()) != 1 {
+		t.Error("the dead member's address is not tried again")
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.pruneLocked(time.Now().Add(keepDead - time.Minute))
+	if len(g.peers) != 1 {
+		t.Error("forgotten too soon")
+	}
+	g.pruneLocked(time.Now().Add(keepDead + time.Minute))
+	if len(g.peers) != 0 {
+		t.Error("remembered for ever")
+	}
+}
+
+func TestSeenSet(t *testing.T) {
+	var s seenSet
+	a, b := []byte("a"), []byte("b")
+	if !s.first(a) || s.first(a) {
+		t.Error("from the network, a message is news once")
+	}
+	if !s.passed(a) {
+		t.Error("a message that was passed on need not be sent again")
+	}
+	if s.passed(b) || s.passed(b) {
+		t.Error("a node may repeat its own message")
+	}
+	if s.first(b) {
+		t.Error("the echo of an own message is no news")
+	}
+	for i := range 5 * maxSeen {
+		s.first(fmt.Appendf(nil, "%d", i))
+		if len(s.now)+len(s.old) > 2*maxSeen {
+			t.Fatal("grows without bound")
+		}
+	}
+	if !s.first(a) {
+		t.Error("remembered for ever")
+	}
+}

@@ -1,0 +1,433 @@
+package gossip
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync/atomic"
+	"time"
+
+	"github.com/tulle-net/tulle/membership"
+)
+
+// MemberState is what this node thinks of another one.
+type MemberState uint8
+
+const (
+	// StateAlive: gossip holds it for alive.
+	StateAlive MemberState = iota
+	// StateSuspect: alive for the gossip, but it did not answer this node's
+	// last probe, neither directly nor through others.
+	StateSuspect
+	// StateDead: nobody could reach it.
+	StateDead
+	// StateLeft: it said that it leaves for good.
+	StateLeft
+)
+
+// String returns the state's name in status output.
+func (s MemberState) String() string {
+	switch s {
+	case StateAlive:
+		return "alive"
+	case StateSuspect:
+		return "suspect"
+	case StateDead:
+		return "dead"
+	case StateLeft:
+		return "left"
+	}
+	return fmt.Sprintf("state %d", uint8(s))
+}
+
+// MarshalText writes the state as String does.
+func (s MemberState) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// A Member is another node as the gossip sees it.
+type Member struct {
+	ID    membership.NodeID
+	Name  string
+	Addr  netip.AddrPort // gossip address
+	Meta  membership.Meta
+	State MemberState
+	Since time.Time     // of the state
+	RTT   time.Duration // of the last probe that this node made; 0 before
+}
+
+// How long members that are gone stay listed, and how many are remembered.
+const (
+	keepDead = 24 * time.Hour
+	keepLeft = 10 * time.Minute
+	maxPeers = 8192
+	maxKnown = 4096
+
+	pruneInterval = 10 * time.Second // at most this often, and on changes only
+)
+
+// Members returns the other members, dead ones of the last day included,
+// ordered by ID. The slice is the caller's; the slices within are shared and
+// must not be changed.
+func (g *Gossip) Members() []Member {
+	g.mu.RLock()
+	list := make([]Member, 0, len(g.peers))
+	for id, p := range g.peers {
+		if _, foreign := g.guard.foreign[id]; !foreign {
+			list = append(list, p.Member)
+		}
+	}
+	g.mu.RUnlock()
+	slices.SortFunc(list, func(a, b Member) int { return a.ID.Compare(b.ID) })
+	return list
+}
+
+// Member returns one of the other members.
+func (g *Gossip) Member(id membership.NodeID) (Member, bool) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	p := g.peers[id]
+	if _, foreign := g.guard.foreign[id]; p == nil || foreign {
+		return Member{}, false
+	}
+	return p.Member, true
+}
+
+// Forget drops a member that is not alive from the list and from the addresses
+// that are tried again.
+func (g *Gossip) Forget(id membership.NodeID) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p := g.peers[id]; p != nil && p.State > StateSuspect {
+		delete(g.peers, id)
+		delete(g.known, p.Addr)
+	}
+}
+
+// KnownPeers returns where members are or were of late, the live ones first:
+// what is to be persisted as [Config.LastPeers].
+func (g *Gossip) KnownPeers() []netip.AddrPort {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	list := make([]netip.AddrPort, 0, len(g.known))
+	for a := range g.known {
+		list = append(list, a)
+	}
+	slices.SortFunc(list, func(a, b netip.AddrPort) int {
+		if c := g.known[b].Compare(g.known[a]); c != 0 {
+			return c
+		}
+		return a.Compare(b)
+	})
+	return list
+}
+
+// memberEvent is called by memberlist, with its node lock held.
+func (g *Gossip) memberEvent(n sighting, state MemberState) {
+	id, err := membership.ParseNodeID(n.name)
+	if err != nil || id == g.cfg.ID {
+		return
+	}
+	now := time.Now()
+	g.mu.Lock()
+	before := g.liveLocked(id)
+	p := g.peers[id]
+	if p == nil {
+		p = &peer{Member: Member{ID: id, State: StateDead, Since: now}}
+		g.peers[id] = p
+	}
+	was := p.State
+	if meta, err := membership.DecodeMeta(n.meta); err == nil {
+		p.Meta, p.Name = meta, meta.Name
+	}
+	if state == StateDead && p.Meta.Leaving {
+		state = StateLeft
+	}
+	p.gen = g.gen
+	if p.Addr != n.addr {
+		delete(g.known, p.Addr)
+		p.Addr = n.addr
+	}
+	if was != state || p.Since.IsZero() {
+		p.State, p.Since = state, now
+	}
+	switch {
+	case state == StateAlive:
+		g.known[n.addr] = now
+		delete(g.guard.foreign, id)
+	case state == StateLeft:
+		delete(g.known, n.addr)
+	default:
+		g.known[n.addr] = now
+		g.lastDeath = now
+	}
+	g.alive.Add(g.liveLocked(id) - before)
+	if now.Sub(g.pruned) > pruneInterval {
+		g.pruneLocked(now)
+	}
+	alone := g.alive.Load() == 0
+	g.mu.Unlock()
+	g.inbox.membersChanged()
+	if alone {
+		g.wake()
+	}
+}
+
+// liveLocked returns 1 if id is a live member, else 0.
+func (g *Gossip) liveLocked(id membership.NodeID) int64 {
+	p := g.peers[id]
+	if _, foreign := g.guard.foreign[id]; p == nil || p.State > StateSuspect || foreign {
+		return 0
+	}
+	return 1
+}
+
+// recountLocked counts the live members anew.
+func (g *Gossip) recountLocked() {
+	alive := int64(0)
+	for id := range g.peers {
+		alive += g.liveLocked(id)
+	}
+	g.alive.Store(alive)
+}
+
+// pruneLocked forgets who has been gone for long, and bounds what is kept of
+// the gone.
+func (g *Gossip) pruneLocked(now time.Time) {
+	g.pruned = now
+	for id, p := range g.peers {
+		age := now.Sub(p.Since)
+		if p.State == StateLeft && age > keepLeft || p.State == StateDead && (age > keepDead || len(g.peers) > maxPeers) {
+			delete(g.peers, id)
+		}
+	}
+	for a, at := range g.known {
+		if len(g.known) <= maxKnown {
+			break
+		}
+		if now.Sub(at) > time.Minute {
+			delete(g.known, a)
+		}
+	}
+}
+
+// dropUnseen declares those members dead that the present network instance has
+// not met: after a change of address it begins with an empty list.
+func (g *Gossip) dropUnseen() {
+	g.mu.Lock()
+	now := time.Now()
+	for _, p := range g.peers {
+		if p.gen != g.gen && p.State <= StateSuspect {
+			p.State, p.Since = StateDead, now
+			g.lastDeath = now
+		}
+	}
+	g.recountLocked()
+	g.mu.Unlock()
+	g.inbox.membersChanged()
+}
+
+// pinged clears a suspicion: the member has answered.
+func (g *Gossip) pinged(name string, rtt time.Duration) {
+	id, err := membership.ParseNodeID(name)
+	if err != nil {
+		return
+	}
+	g.mu.Lock()
+	changed := false
+	if p := g.peers[id]; p != nil {
+		p.RTT = rtt
+		if changed = p.State == StateSuspect; changed {
+			p.State, p.Since = StateAlive, time.Now()
+		}
+	}
+	g.problems.drop("udp " + name)
+	g.mu.Unlock()
+	if changed {
+		g.inbox.membersChanged()
+	}
+}
+
+// suspected notes that this node's own probe of a member has failed.
+func (g *Gossip) suspected(name string) {
+	id, err := membership.ParseNodeID(name)
+	if err != nil {
+		return
+	}
+	g.mu.Lock()
+	p := g.peers[id]
+	changed := p != nil && p.State == StateAlive
+	if changed {
+		p.State, p.Since = StateSuspect, time.Now()
+	}
+	g.mu.Unlock()
+	if changed {
+		g.inbox.membersChanged()
+	}
+}
+
+// Isolated reports whether this node sees no other live member although it
+// should: it had some, or knows seeds or last peers.
+func (g *Gossip) Isolated() bool {
+	if g.alive.Load() > 0 {
+		return false
+	}
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	if len(g.known) > 0 {
+		return true
+	}
+	for _, s := range g.cfg.Seeds {
+		if st := g.seeds[s]; st == nil || !st.self {
+			return true
+		}
+	}
+	return false
+}
+
+// Alive returns the number of other live members.
+func (g *Gossip) Alive() int { return int(g.alive.Load()) }
+
+// Cluster returns the cluster that this node is in: that of its metadata, or
+// the one by which it has been adopted since; zero if neither.
+func (g *Gossip) Cluster() membership.ClusterID {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.meta.Cluster
+}
+
+// SetMeta replaces this node's metadata and tells the others soon. ID, Name and
+// Started keep their values. A zero Cluster leaves the present one; another
+// cluster than the present one is refused, since two never merge.
+func (g *Gossip) SetMeta(m membership.Meta) error {
+	g.mu.Lock()
+	m.ID, m.Name, m.Started, m.Leaving = g.meta.ID, g.meta.Name, g.meta.Started, g.meta.Leaving
+	if m.Cluster == (membership.ClusterID{}) {
+		m.Cluster = g.meta.Cluster
+	}
+	if have := g.meta.Cluster; have != (membership.ClusterID{}) && have != m.Cluster {
+		g.mu.Unlock()
+		return fmt.Errorf("gossip: this node is in cluster %v and cannot become a member of %v", have, m.Cluster)
+	}
+	wire, err := g.encodeMeta(m)
+	if err == nil {
+		g.meta, g.metaWire = m, wire
+	}
+	g.mu.Unlock()
+	if err == nil {
+		signal(g.dirty)
+	}
+	return err
+}
+
+// Send delivers b to another live member over an encrypted stream. At most
+// [MaxMessage] bytes. No error means that the receiver's kernel has it; who
+// needs to know that it was acted on waits for an answer.
+func (g *Gossip) Send(ctx context.Context, to membership.NodeID, b []byte) error {
+	if len(b) > MaxMessage {
+		return fmt.Errorf("gossip: message of %d bytes, the limit is %d", len(b), MaxMessage)
+	}
+	return g.sendEnvelope(ctx, to, envelope{kind: kindMessage, body: b})
+}
+
+func (g *Gossip) sendEnvelope(ctx context.Context, to membership.NodeID, e envelope) error {
+	m, ok := g.Member(to)
+	if !ok {
+		return fmt.Errorf("gossip: no member %v is known", to)
+	}
+	if m.State > StateSuspect {
+		return fmt.Errorf("gossip: member %s (%v) is %v since %v", m.Name, to.Short(), m.State, m.Since.Format(time.RFC3339))
+	}
+	e.from, e.cluster = g.cfg.ID, g.Cluster()
+	wire := e.encode()
+	done := make(chan error, 1)
+	go func() { done <- g.sendTo(to, m.Addr, wire) }() // ends by the stream timeout, or when the sockets close
+	select {
+	case err := <-done:
+		if err != nil {
+			return fmt.Errorf("gossip: send to %s (%v): %w", m.Name, m.Addr, err)
+		}
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("gossip: send to %s (%v): %w", m.Name, m.Addr, ctx.Err())
+	}
+}
+
+// ErrTooLarge is returned by [Gossip.Queue] for what does not fit a packet.
+var ErrTooLarge = errors.New("gossip: broadcast does not fit a gossip packet")
+
+// maxQueued bounds the messages that wait to be passed on.
+const maxQueued = 8192
+
+// MaxBroadcast returns how many bytes one broadcast can carry.
+func (g *Gossip) MaxBroadcast() int {
+	// Compound header 2, its entry 2, message type 1, encryption 29
+	// (memberlist's encryptOverhead for version 1).
+	return g.cfg.packetSize() - 2 - 2 - 1 - 29 - broadcastHead
+}
+
+// Queue spreads b to every member: each passes it on once. It needs no
+// repeating by the receivers, and may be lost; push/pull has to bring the same
+// news in the end. b is copied.
+func (g *Gossip) Queue(b []byte) error {
+	if limit := g.MaxBroadcast(); len(b) > limit {
+		return fmt.Errorf("%w: %d bytes, the limit is %d", ErrTooLarge, len(b), limit)
+	}
+	if g.seen.passed(b) {
+		return nil // came from the network a moment ago and is on its way
+	}
+	g.enqueue(envelope{kind: kindBroadcast, cluster: g.Cluster(), body: b}.encode())
+	return nil
+}
+
+// Queued returns how many broadcasts wait to be passed on.
+func (g *Gossip) Queued() int { return g.queue.NumQueued() }
+
+// Stats are counters since the start, and gauges.
+type Stats struct {
+	Alive, Dead     int    // other members
+	Queue           int    // broadcasts waiting to be passed on
+	Health          int    // memberlist's awareness score; 0 is healthy
+	BytesSent       uint64 // UDP and TCP payload
+	BytesReceived   uint64
+	PacketsSent     uint64 // UDP datagrams
+	PacketsReceived uint64
+	LargestPacket   uint64 // bytes of the largest datagram sent, without IP and UDP headers
+	Undecryptable   uint64 // messages that no key opens
+	Refused         uint64 // from other clusters
+	Malformed       uint64 // messages and metadata that could not be read
+	Dropped         uint64 // messages for which the handler was too slow
+}
+
+type counters struct {
+	undecryptable, refused, malformed atomic.Uint64
+}
+
+// Stats returns the counters.
+func (g *Gossip) Stats() Stats {
+	s := Stats{
+		Queue: g.queue.NumQueued(), Health: g.health(),
+		BytesSent: g.traffic.sent.Load(), BytesReceived: g.traffic.received.Load(),
+		PacketsSent: g.traffic.packetsSent.Load(), PacketsReceived: g.traffic.packetsReceived.Load(),
+		LargestPacket: g.traffic.largest.Load(),
+		Undecryptable: g.count.undecryptable.Load(), Refused: g.count.refused.Load(),
+		Malformed: g.count.malformed.Load(), Dropped: g.inbox.dropped.Load(),
+	}
+	for _, m := range g.Members() {
+		if m.State <= StateSuspect {
+			s.Alive++
+		} else {
+			s.Dead++
+		}
+	}
+	return s
+}
+
+func signal(ch chan struct{}) {
+	select {
+	case ch <- struct{}{}:
+	default:
+	}
+}
+
+func (g *Gossip) wake() { signal(g.kick) }

@@ -1,0 +1,87 @@
+package gossip
+
+import (
+	"slices"
+	"strings"
+	"time"
+)
+
+// A Problem is something that an operator should know, and what to do about it.
+type Problem struct {
+	What   string    `json:"what"`
+	Remedy string    `json:"remedy"`
+	Since  time.Time `json:"since"`
+}
+
+// String returns both halves in one line.
+func (p Problem) String() string {
+	if p.Remedy == "" {
+		return p.What
+	}
+	return p.What + ": " + p.Remedy
+}
+
+// problemSet keeps problems by key. Those that are noticed by events expire,
+// unless they are noticed again.
+type problemSet struct {
+	byKey map[string]*timedProblem
+}
+
+type timedProblem struct {
+	Problem
+	until time.Time
+}
+
+const (
+	problemExpiry = 5 * time.Minute
+	maxProblems   = 64
+)
+
+// note adds or renews a problem, and reports whether it is new.
+func (s *problemSet) note(key, what, remedy string) bool {
+	now := time.Now()
+	if s.byKey == nil {
+		s.byKey = map[string]*timedProblem{}
+	}
+	p := s.byKey[key]
+	fresh := p == nil || now.After(p.until)
+	if fresh {
+		if s.expire(now); p == nil && len(s.byKey) >= maxProblems {
+			return false
+		}
+		p = &timedProblem{Problem: Problem{Since: now}}
+		s.byKey[key] = p
+	}
+	p.What, p.Remedy, p.until = what, remedy, now.Add(problemExpiry)
+	return fresh
+}
+
+func (s *problemSet) drop(key string) { delete(s.byKey, key) }
+
+func (s *problemSet) expire(now time.Time) {
+	for k, p := range s.byKey {
+		if now.After(p.until) {
+			delete(s.byKey, k)
+		}
+	}
+}
+
+// Problems returns what is wrong with this node's membership at the moment,
+// each with its remedy. Events such as a refused foreign cluster stay listed for
+// some minutes after their last repetition.
+func (g *Gossip) Problems() []Problem {
+	isolated := g.Isolated()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	g.problems.expire(now)
+	var list []Problem
+	for _, p := range g.problems.byKey {
+		list = append(list, p.Problem)
+	}
+	if isolated {
+		list = append(list, g.seedProblemsLocked()...)
+	}
+	slices.SortFunc(list, func(a, b Problem) int { return strings.Compare(a.What, b.What) })
+	return list
+}

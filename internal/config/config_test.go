@@ -338,7 +338,7 @@ func TestReread(t *testing.T) {
 }
 
 func TestReference(t *testing.T) {
-	const path = "../../../docs/configuration.md"
+	const path = "../../docs/configuration.md"
 	if *update {
 		if err := os.WriteFile(path, []byte(Reference()), 0o644); err != nil {
 			t.Fatal(err)
@@ -355,7 +355,7 @@ func TestReference(t *testing.T) {
 
 // The file that is packaged must be one that the agent takes.
 func TestPackagedFile(t *testing.T) {
-	data, err := os.ReadFile("../../../packaging/tulle.yaml")
+	data, err := os.ReadFile("../../packaging/tulle.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}

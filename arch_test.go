@@ -46,6 +46,7 @@ var allowed = map[string][]string{
 	"internal/lab":               {"internal/sys", "internal/api"},
 	"internal/lab/clustertest":   {},
 	"internal/testing/damage":    {},
+	"internal/testing/hosts":     {"internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},
 	"internal/testing/testbuild": {},
 }
 

@@ -39,7 +39,7 @@ func (l *Lab) DirectRoutes(ctx context.Context) (undo func() error, err error) {
 	}()
 	router := Host{Name: Router, Netns: sys.NetnsPath(l.netnsName(Router))}
 	for _, at := range append(l.Hosts(), router) {
-		h, err := netlinkIn(at.Netns)
+		h, err := NetlinkIn(at.Netns)
 		if err != nil {
 			return nil, err
 		}
@@ -94,7 +94,7 @@ func podRoute(h *sys.Netlink, path, dev string, pod, via netip.Addr) (back func(
 		return nil, fmt.Errorf("route to %v via %v: %w", pod, via, err)
 	}
 	return func() error {
-		h, err := netlinkIn(path)
+		h, err := NetlinkIn(path)
 		if err != nil {
 			return err
 		}
@@ -110,7 +110,7 @@ func podRoute(h *sys.Netlink, path, dev string, pod, via netip.Addr) (back func(
 func (l *Lab) podMTU(mtu int) (back func() error, err error) {
 	var u undoList
 	set := func(path, dev string, mtu int) error {
-		h, err := netlinkIn(path)
+		h, err := NetlinkIn(path)
 		if err != nil {
 			return err
 		}
@@ -171,7 +171,7 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 	}
 	hosts := l.Hosts()
 	for _, at := range hosts {
-		h, err := netlinkIn(at.Netns)
+		h, err := NetlinkIn(at.Netns)
 		if err != nil {
 			return nil, err
 		}
@@ -184,7 +184,7 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 			return nil, fmt.Errorf("%s: %w", at.Name, err)
 		}
 		u = append(u, func() error {
-			h, err := netlinkIn(at.Netns)
+			h, err := NetlinkIn(at.Netns)
 			if err != nil {
 				return err
 			}
@@ -225,7 +225,7 @@ func addVXLAN(ctx context.Context, h *sys.Netlink, at *Host, outer6 bool, mtu in
 		return nil, err
 	}
 	for _, v6 := range []bool{false, true} {
-		if err := addAddr(ctx, h, link, hostPrefix(vtepAddr(at, v6))); err != nil {
+		if err := AddAddr(ctx, h, link, hostPrefix(vtepAddr(at, v6))); err != nil {
 			return nil, err
 		}
 	}

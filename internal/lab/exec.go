@@ -37,15 +37,15 @@ func (l *Lab) Exec(ctx context.Context, target string, argv []string, stdio Stdi
 	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdio.In, stdio.Out, stdio.Err
 	cmd.Env = append(os.Environ(), labEnv+"="+l.Name())
-	dir := l.socketDir(target)
-	err = sys.WithNetns(path, func() error {
-		runtime.LockOSThread() // never unlocked: this thread's mounts change for good, so it must end with its goroutine
-		if err := privateMounts(dir); err != nil {
-			return err
+	var binds []Bind
+	if dir := l.socketDir(target); dir != "" {
+		at := filepath.Dir(api.DefaultSocket)
+		if err := os.MkdirAll(at, 0o755); err != nil {
+			return 0, err
 		}
-		return cmd.Start()
-	})
-	if err != nil {
+		binds = append(binds, Bind{dir, at})
+	}
+	if err := Start(cmd, path, binds...); err != nil {
 		return 0, fmt.Errorf("run %s in %s: %w", argv[0], target, err)
 	}
 	err = cmd.Wait()
@@ -69,9 +69,23 @@ func (l *Lab) socketDir(target string) string {
 	return ""
 }
 
-// privateMounts gives the calling thread mounts of its own: /sys of its network namespace, and dir in place of the folder
-// of the agent's default socket.
-func privateMounts(dir string) error {
+// Bind is a file or folder that a command finds at another place, which must exist.
+type Bind struct{ From, At string }
+
+// Start starts a command in the network namespace at path, with mounts of its own: /sys is that of the namespace, and the
+// binds are in their places. The caller waits for the command.
+func Start(cmd *exec.Cmd, path string, binds ...Bind) error {
+	return sys.WithNetns(path, func() error {
+		runtime.LockOSThread() // never unlocked: this thread's mounts change for good, so it must end with its goroutine
+		if err := privateMounts(binds); err != nil {
+			return err
+		}
+		return cmd.Start()
+	})
+}
+
+// privateMounts gives the calling thread mounts of its own.
+func privateMounts(binds []Bind) error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)
 	}
@@ -81,15 +95,10 @@ func privateMounts(dir string) error {
 	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
 		return fmt.Errorf("mount /sys: %w", err)
 	}
-	if dir == "" {
-		return nil
-	}
-	at := filepath.Dir(api.DefaultSocket)
-	if err := os.MkdirAll(at, 0o755); err != nil {
-		return err
-	}
-	if err := unix.Mount(dir, at, "", unix.MS_BIND, ""); err != nil {
-		return fmt.Errorf("mount %s at %s: %w", dir, at, err)
+	for _, b := range binds {
+		if err := unix.Mount(b.From, b.At, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("mount %s at %s: %w", b.From, b.At, err)
+		}
 	}
 	return nil
 }

@@ -112,7 +112,7 @@ func (l *Lab) port(host string, set func(*sys.Netlink, netlink.Link) error) erro
 	if _, err := l.Host(host); err != nil {
 		return err
 	}
-	h, err := netlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	h, err := NetlinkIn(sys.NetnsPath(l.netnsName(Router)))
 	if err != nil {
 		return err
 	}
@@ -133,7 +133,7 @@ func (l *Lab) removePort(host string) error {
 }
 
 func removeLink(path, name string) error {
-	h, err := netlinkIn(path)
+	h, err := NetlinkIn(path)
 	if err != nil {
 		return err
 	}

@@ -332,7 +332,7 @@ func TestAddAndRemove(t *testing.T) {
 // neighbours' entries for the router must stay true.
 func TestRouterKeepsItsMAC(t *testing.T) {
 	l := up(t, Options{Name: testName("mac"), Nodes: 2, Subnets: 2, Pods: -1})
-	h, err := netlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	h, err := NetlinkIn(sys.NetnsPath(l.netnsName(Router)))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -11,8 +11,8 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// netlinkIn opens a netlink handle whose sockets are in the namespace at path.
-func netlinkIn(path string) (*sys.Netlink, error) {
+// NetlinkIn opens a netlink handle whose sockets are in the namespace at path.
+func NetlinkIn(path string) (*sys.Netlink, error) {
 	ns, err := os.Open(path)
 	if err != nil {
 		return nil, fmt.Errorf("network namespace: %w", err)

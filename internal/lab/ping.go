@@ -34,7 +34,9 @@ const PingTimeout = time.Second
 const (
 	echoRequest4, echoReply4 = 8, 0
 	echoRequest6, echoReply6 = 128, 129
-	echoLen                  = 8 + 56 // as ping(8) sends
+	echoHeader               = 8
+	echoData                 = 56 // as ping(8) sends
+	echoNonce                = 8  // the first of the data
 )
 
 // echo is one request under way.
@@ -134,8 +136,8 @@ func offer[T any](c chan T, v T) {
 	}
 }
 
-// ping sends one request and waits for its answer.
-func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr) Pong {
+// ping sends one request with so many bytes of data and waits for its answer; if to is not empty, also for what arrived there.
+func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, data int) Pong {
 	pong := Pong{From: from, To: to, Addr: addr}
 	v6 := addr.Is6()
 	c := p.conns[from][0]
@@ -159,7 +161,7 @@ func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr) Pon
 	ctx, cancel := context.WithTimeout(ctx, PingTimeout)
 	defer cancel()
 	sent := time.Now()
-	if _, err := c.WriteToIP(echoMessage(v6, nonce), &net.IPAddr{IP: addr.AsSlice()}); err != nil {
+	if _, err := c.WriteToIP(echoMessage(v6, nonce, data), &net.IPAddr{IP: addr.AsSlice()}); err != nil {
 		pong.Err = err
 		return pong
 	}
@@ -177,6 +179,9 @@ func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr) Pon
 		}
 		return pong
 	}
+	if to == "" {
+		return pong
+	}
 	// The request reached the far side's socket before the kernel there answered it: this is no long wait.
 	select {
 	case pong.Source = <-e.src:
@@ -186,8 +191,8 @@ func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr) Pon
 	return pong
 }
 
-func echoMessage(v6 bool, nonce uint64) []byte {
-	b := make([]byte, echoLen)
+func echoMessage(v6 bool, nonce uint64, data int) []byte {
+	b := make([]byte, echoHeader+max(data, echoNonce))
 	b[0] = echoRequest4
 	if v6 {
 		b[0] = echoRequest6
@@ -195,8 +200,8 @@ func echoMessage(v6 bool, nonce uint64) []byte {
 	binary.BigEndian.PutUint64(b[8:], nonce)
 	if !v6 {
 		var sum uint32
-		for i := 0; i < len(b); i += 2 {
-			sum += uint32(binary.BigEndian.Uint16(b[i:]))
+		for i, v := range b {
+			sum += uint32(v) << (8 * (^i & 1))
 		}
 		sum = sum>>16 + sum&0xffff
 		binary.BigEndian.PutUint16(b[2:], ^uint16(sum+sum>>16))
@@ -222,7 +227,7 @@ func (l *Lab) Ping(ctx context.Context, from, to string, addr netip.Addr) Pong {
 		return pong
 	}
 	defer p.close()
-	return p.ping(ctx, from, to, addr)
+	return p.ping(ctx, from, to, addr, echoData)
 }
 
 // PingAll pings each address of each pod from every other pod and, with hosts, also from every host, and each host's tun
@@ -284,7 +289,7 @@ func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
 		done := make(chan struct{})
 		wg.Go(func() {
 			defer close(done)
-			pongs[i] = p.ping(ctx, pongs[i].From, pongs[i].To, pongs[i].Addr)
+			pongs[i] = p.ping(ctx, pongs[i].From, pongs[i].To, pongs[i].Addr, echoData)
 		})
 		late.Reset(patience)
 		select {

@@ -47,9 +47,9 @@ func ipNet(p netip.Prefix) *net.IPNet {
 
 func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
-// addAddr gives a link an address that is usable when it returns: no duplicate address detection, and the kernel, which
+// AddAddr gives a link an address that is usable when it returns: no duplicate address detection, and the kernel, which
 // takes in IPv6 addresses a moment later, does take packets to it.
-func addAddr(ctx context.Context, h *sys.Netlink, link netlink.Link, p netip.Prefix) error {
+func AddAddr(ctx context.Context, h *sys.Netlink, link netlink.Link, p netip.Prefix) error {
 	a := &netlink.Addr{IPNet: ipNet(p)}
 	if p.Addr().Is6() {
 		a.Flags = unix.IFA_F_NODAD
@@ -103,8 +103,8 @@ func linkUp(h *sys.Netlink, name string) (netlink.Link, error) {
 	return link, nil
 }
 
-// veth makes a pair: name in the namespace of h, peer in the one at peerNS.
-func veth(h *sys.Netlink, name, peer, peerNS string, mtu int, mac, peerMAC net.HardwareAddr) error {
+// Veth makes a pair, both ends down: name in the namespace of h, peer in the one at peerNS.
+func Veth(h *sys.Netlink, name, peer, peerNS string, mtu int, mac, peerMAC net.HardwareAddr) error {
 	ns, err := os.Open(peerNS)
 	if err != nil {
 		return fmt.Errorf("network namespace: %w", err)
@@ -140,7 +140,7 @@ func (l *Lab) buildRouter(ctx context.Context) error {
 	if err := sysctl(path, settings...); err != nil {
 		return err
 	}
-	h, err := netlinkIn(path)
+	h, err := NetlinkIn(path)
 	if err != nil {
 		return err
 	}
@@ -164,7 +164,7 @@ func (l *Lab) buildRouter(ctx context.Context) error {
 			return err
 		}
 		for _, a := range underlayAddrs(s, routerHost, o.Underlay) {
-			if err := addAddr(ctx, h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
+			if err := AddAddr(ctx, h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
 				return err
 			}
 		}
@@ -181,12 +181,12 @@ func (l *Lab) buildHost(ctx context.Context, host *Host) error {
 	if err := sys.NewNetns(l.netnsName(host.Name)); err != nil {
 		return err
 	}
-	router, err := netlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	router, err := NetlinkIn(sys.NetnsPath(l.netnsName(Router)))
 	if err != nil {
 		return err
 	}
 	defer router.Close()
-	if err := veth(router, host.Name, "eth0", host.Netns, o.MTU, nil, nil); err != nil {
+	if err := Veth(router, host.Name, "eth0", host.Netns, o.MTU, nil, nil); err != nil {
 		return err
 	}
 	port, err := linkUp(router, host.Name)
@@ -204,7 +204,7 @@ func (l *Lab) buildHost(ctx context.Context, host *Host) error {
 	if err := sysctl(host.Netns, [2]string{"ipv6/conf/eth0/accept_ra", "0"}, noDAD("eth0")); err != nil {
 		return err
 	}
-	h, err := netlinkIn(host.Netns)
+	h, err := NetlinkIn(host.Netns)
 	if err != nil {
 		return err
 	}
@@ -222,7 +222,7 @@ func (l *Lab) addressHost(ctx context.Context, h *sys.Netlink, host *Host) error
 		return err
 	}
 	for _, a := range host.Underlay {
-		if err := addAddr(ctx, h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
+		if err := AddAddr(ctx, h, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
 			return err
 		}
 	}
@@ -234,10 +234,10 @@ func (l *Lab) addressHost(ctx context.Context, h *sys.Netlink, host *Host) error
 	return nil
 }
 
-// waitUp waits until links are operational. The kernel tells IPv6 about a link's carrier up to a second after it is there
+// WaitUp waits until links are operational. The kernel tells IPv6 about a link's carrier up to a second after it is there
 // (it collects such news), and until then IPv6 neither answers nor asks for neighbours.
-func waitUp(ctx context.Context, path string, names ...string) error {
-	h, err := netlinkIn(path)
+func WaitUp(ctx context.Context, path string, names ...string) error {
+	h, err := NetlinkIn(path)
 	if err != nil {
 		return err
 	}
@@ -257,9 +257,9 @@ func waitUp(ctx context.Context, path string, names ...string) error {
 // waitHosts waits until these hosts are on the network.
 func (l *Lab) waitHosts(ctx context.Context, hosts ...Host) error {
 	for _, h := range hosts {
-		err := waitUp(ctx, h.Netns, "eth0")
+		err := WaitUp(ctx, h.Netns, "eth0")
 		if err == nil {
-			err = waitUp(ctx, sys.NetnsPath(l.netnsName(Router)), h.Name, bridgeName(h.Subnet))
+			err = WaitUp(ctx, sys.NetnsPath(l.netnsName(Router)), h.Name, bridgeName(h.Subnet))
 		}
 		if err != nil {
 			return err
@@ -273,17 +273,17 @@ func (l *Lab) buildPod(ctx context.Context, host *Host, pod *Pod) error {
 	if err := sys.NewNetns(l.netnsName(pod.Name)); err != nil {
 		return err
 	}
-	hh, err := netlinkIn(host.Netns)
+	hh, err := NetlinkIn(host.Netns)
 	if err != nil {
 		return err
 	}
 	defer hh.Close()
-	ph, err := netlinkIn(pod.Netns)
+	ph, err := NetlinkIn(pod.Netns)
 	if err != nil {
 		return err
 	}
 	defer ph.Close()
-	if err := veth(hh, pod.hostVeth(), "eth0", pod.Netns, pod.MTU, hostVethMAC, pod.mac(host)); err != nil {
+	if err := Veth(hh, pod.hostVeth(), "eth0", pod.Netns, pod.MTU, hostVethMAC, pod.mac(host)); err != nil {
 		return err
 	}
 	if err := errors.Join(sysctl(host.Netns, noDAD(pod.hostVeth())), sysctl(pod.Netns, noDAD("eth0"))); err != nil {
@@ -295,10 +295,10 @@ func (l *Lab) buildPod(ctx context.Context, host *Host, pod *Pod) error {
 	if err := hostSide(ctx, hh, host, pod); err != nil {
 		return fmt.Errorf("pod %s on %s: %w", pod.Name, host.Name, err)
 	}
-	if err := waitUp(ctx, pod.Netns, "eth0"); err != nil {
+	if err := WaitUp(ctx, pod.Netns, "eth0"); err != nil {
 		return err
 	}
-	return waitUp(ctx, host.Netns, pod.hostVeth())
+	return WaitUp(ctx, host.Netns, pod.hostVeth())
 }
 
 func podSide(ctx context.Context, h *sys.Netlink, pod *Pod) error {
@@ -310,7 +310,7 @@ func podSide(ctx context.Context, h *sys.Netlink, pod *Pod) error {
 		return err
 	}
 	for _, a := range pod.Addresses {
-		if err := addAddr(ctx, h, link, hostPrefix(a)); err != nil {
+		if err := AddAddr(ctx, h, link, hostPrefix(a)); err != nil {
 			return err
 		}
 		gw := podGateway4
@@ -332,7 +332,7 @@ func hostSide(ctx context.Context, h *sys.Netlink, host *Host, pod *Pod) error {
 	if err != nil {
 		return err
 	}
-	if err := addAddr(ctx, h, link, netip.PrefixFrom(podGateway6, 64)); err != nil {
+	if err := AddAddr(ctx, h, link, netip.PrefixFrom(podGateway6, 64)); err != nil {
 		return err
 	}
 	for _, a := range pod.Addresses {

@@ -1,0 +1,190 @@
+package hosts
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// Agent is an agent that was started on a host.
+type Agent struct {
+	Host   *Host
+	Client *api.Client
+
+	cmd    *exec.Cmd
+	socket string
+	log    string
+	ended  chan struct{} // closed when the process is gone
+}
+
+// Agent starts an agent, named like the host unless args name it otherwise. It keeps its state in the host's folder, where a
+// later one finds it again.
+func (h *Host) Agent(args ...string) *Agent {
+	n := h.net
+	n.t.Helper()
+	h.starts++
+	a := &Agent{Host: h, socket: filepath.Join(h.dir, "s"), log: filepath.Join(h.dir, fmt.Sprintf("log%d", h.starts)), ended: make(chan struct{})}
+	a.Client = api.NewClient(a.socket)
+	log, err := os.Create(a.log)
+	n.check(err)
+	defer log.Close()
+	a.cmd = exec.Command(n.program, append([]string{"agent", "--node-name", h.Name, "--state-dir", h.StateDir(), "--socket", a.socket, "--metrics", "off"}, args...)...)
+	a.cmd.Dir, a.cmd.Stdout, a.cmd.Stderr = h.dir, log, log
+	n.check(h.start(a.cmd))
+	go func() { // ends with the process
+		_ = a.cmd.Wait()
+		close(a.ended)
+	}()
+	n.t.Cleanup(a.clean)
+	return a
+}
+
+// clean ends the agent and looks at what it logged.
+func (a *Agent) clean() {
+	t := a.Host.net.t
+	if !a.end(syscall.SIGTERM, 20*time.Second) {
+		a.Kill()
+		t.Errorf("the agent of %s did not end within 20 s of SIGTERM", a.Host.Name)
+	}
+	log := a.Log()
+	for _, bad := range []string{"DATA RACE", "panic:", "fatal error:"} {
+		if strings.Contains(log, bad) {
+			t.Errorf("%s in the log of %s", bad, a.Host.Name)
+		}
+	}
+	if t.Failed() {
+		const most = 6000 // bytes
+		t.Logf("the log of %s:\n%s", a.Host.Name, log[max(0, len(log)-most):])
+	}
+}
+
+// Stop ends the agent as systemd does.
+func (a *Agent) Stop() {
+	a.Host.net.t.Helper()
+	if !a.end(syscall.SIGTERM, 20*time.Second) {
+		a.Host.net.t.Fatalf("the agent of %s did not end within 20 s of SIGTERM", a.Host.Name)
+	}
+}
+
+// Kill ends the agent with SIGKILL.
+func (a *Agent) Kill() { a.end(syscall.SIGKILL, time.Minute) }
+
+// Signal sends a signal (SIGSTOP, SIGCONT, SIGHUP …).
+func (a *Agent) Signal(sig syscall.Signal) {
+	a.Host.net.t.Helper()
+	a.Host.net.check(a.cmd.Process.Signal(sig))
+}
+
+func (a *Agent) end(sig syscall.Signal, limit time.Duration) bool {
+	_ = a.cmd.Process.Signal(sig) // it may have ended
+	return a.hasEnded(limit)
+}
+
+func (a *Agent) hasEnded(limit time.Duration) bool {
+	select {
+	case <-a.ended:
+		return true
+	case <-time.After(limit):
+		return false
+	}
+}
+
+// Ended waits until the agent has ended by itself, and returns its exit code and what it logged.
+func (a *Agent) Ended(limit time.Duration) (code int, log string) {
+	a.Host.net.t.Helper()
+	if !a.hasEnded(limit) {
+		a.Host.net.t.Fatalf("the agent of %s still runs after %v: %s", a.Host.Name, limit, a.Problems())
+	}
+	return a.cmd.ProcessState.ExitCode(), a.Log()
+}
+
+// Ready waits until the agent says that it is ready, and returns how long that took.
+func (a *Agent) Ready(limit time.Duration) time.Duration {
+	a.Host.net.t.Helper()
+	return Within(a.Host.net.t, limit, a.Host.Name+" is ready", a.NotReady)
+}
+
+// NotReady is nil if the agent is ready, else it says why not.
+func (a *Agent) NotReady() error {
+	st, err := a.TryStatus()
+	if err != nil {
+		return err
+	}
+	if !st.Ready {
+		return fmt.Errorf("not ready: %s", problems(&st))
+	}
+	return nil
+}
+
+// TryStatus asks the agent for its status.
+func (a *Agent) TryStatus() (api.Status, error) {
+	if a.hasEnded(0) {
+		log := strings.TrimSpace(a.Log())
+		return api.Status{}, fmt.Errorf("it has ended: %s", log[strings.LastIndexByte(log, '\n')+1:])
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return a.Client.Status(ctx)
+}
+
+// Status is TryStatus that ends the test if there is none.
+func (a *Agent) Status() api.Status {
+	a.Host.net.t.Helper()
+	st, err := a.TryStatus()
+	if err != nil {
+		a.Host.net.t.Fatalf("status of %s: %v", a.Host.Name, err)
+	}
+	return st
+}
+
+// Problems is what the agent finds wrong, in one line with the remedies; "" if nothing, and the error if it does not answer.
+func (a *Agent) Problems() string {
+	st, err := a.TryStatus()
+	if err != nil {
+		return err.Error()
+	}
+	return problems(&st)
+}
+
+func problems(st *api.Status) string {
+	var all []string
+	for _, p := range st.Problems {
+		all = append(all, p.What+" ("+p.Remedy+")")
+	}
+	return strings.Join(all, "; ")
+}
+
+// Log is what the agent has logged since it was started.
+func (a *Agent) Log() string {
+	b, err := os.ReadFile(a.log)
+	if err != nil {
+		return err.Error()
+	}
+	return string(b)
+}
+
+// Tulle runs the command line against the agent, and returns what it prints and its exit code.
+func (a *Agent) Tulle(args ...string) (stdout, stderr string, code int) {
+	t := a.Host.net.t
+	t.Helper()
+	var out, errOut bytes.Buffer
+	cmd := exec.CommandContext(t.Context(), a.Host.net.program, append(args, "--socket", a.socket)...)
+	cmd.Stdout, cmd.Stderr = &out, &errOut
+	err := a.Host.start(cmd)
+	if err == nil {
+		err = cmd.Wait()
+	}
+	if _, exited := errors.AsType[*exec.ExitError](err); err != nil && !exited {
+		t.Fatalf("%v: %v", cmd, err)
+	}
+	return out.String(), errOut.String(), cmd.ProcessState.ExitCode()
+}

@@ -1,0 +1,143 @@
+package hosts
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime/debug"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
+)
+
+// programDir is where program builds; Main sets and removes it.
+var programDir string
+
+// Main runs a package's tests, and removes the program that they have built. TestMain of each package that uses New calls it.
+func Main(m *testing.M) int {
+	dir, err := os.MkdirTemp("", "tulle-hosts")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	programDir = dir
+	return m.Run()
+}
+
+// program builds the program once a process, with the race detector if the tests have it.
+var program = sync.OnceValues(func() (string, error) {
+	if programDir == "" {
+		return "", fmt.Errorf("hosts.New needs a TestMain that calls hosts.Main")
+	}
+	var flags []string
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, s := range info.Settings {
+			if s.Key == "-race" && s.Value == "true" {
+				flags = append(flags, "-race")
+			}
+		}
+	}
+	path := filepath.Join(programDir, "tulle")
+	return path, testbuild.Tulle(path, nil, flags...)
+})
+
+// Net is all that one test builds.
+type Net struct {
+	t       testing.TB
+	program string
+	prefix  string // of the names of its namespaces
+	dir     string // its hosts' files; short, because a socket's path has at most 107 bytes
+	hosts   map[string]*Host
+}
+
+var nets atomic.Int32 // that this process has made
+
+// New makes an empty Net, which the end of the test removes. Without root it skips the test.
+func New(t testing.TB) *Net {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: makes network namespaces")
+	}
+	path, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir, err := os.MkdirTemp("", "th")
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := &Net{t: t, program: path, prefix: fmt.Sprintf("t%d-%d-", os.Getpid(), nets.Add(1)), dir: dir, hosts: map[string]*Host{}}
+	t.Cleanup(func() { n.check(os.RemoveAll(dir)) })
+	return n
+}
+
+// check ends the test if something that cannot fail did.
+func (n *Net) check(err error) {
+	n.t.Helper()
+	if err != nil {
+		n.t.Fatal(err)
+	}
+}
+
+// Host makes a host: a network namespace with lo up and nothing else, and an /etc/hosts that knows localhost only.
+func (n *Net) Host(name string) *Host {
+	n.t.Helper()
+	h := &Host{Name: name, net: n, netns: n.prefix + name, dir: filepath.Join(n.dir, name)}
+	n.check(os.Mkdir(h.dir, 0o755))
+	n.check(sys.NewNetns(h.netns))
+	n.t.Cleanup(func() { n.check(sys.DeleteNetns(h.netns)) })
+	n.hosts[name] = h
+	h.EtcHosts()
+	h.ResolvConf("nameserver 127.0.0.1")
+	n.check(h.sysctl("net.ipv6.conf.default.accept_dad", "0"))
+	h.IP("link set lo up")
+	return h
+}
+
+// Switch makes a switch named "sw", with an MTU of 1500 bytes, which knows nothing of IP.
+func (n *Net) Switch() *Host { n.t.Helper(); return n.SwitchNamed("sw", 1500) }
+
+// SwitchNamed makes a switch.
+func (n *Net) SwitchNamed(name string, mtu int) *Host {
+	n.t.Helper()
+	sw := n.Host(name)
+	n.check(sw.sysctl("net.ipv6.conf.default.disable_ipv6", "1"))
+	sw.IP("link add br0 type bridge mcast_snooping 0", fmt.Sprintf("link set br0 mtu %d up", mtu))
+	return sw
+}
+
+// Within polls a condition, and ends the test if it does not come in time, with what it last said. It returns how long it took.
+func Within(t testing.TB, limit time.Duration, what string, cond func() error) time.Duration {
+	t.Helper()
+	began := time.Now()
+	tick := time.NewTicker(50 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := cond()
+		took := time.Since(began)
+		if err == nil {
+			t.Logf("%s: after %.1f s", what, took.Seconds())
+			return took
+		}
+		if took > limit {
+			t.Fatalf("%s: not within %v: %v", what, limit, err)
+		}
+		select {
+		case <-t.Context().Done():
+			t.Fatalf("%s: the test ended", what)
+		case <-tick.C:
+		}
+	}
+}
+
+// waitUp waits until a link of a host passes packets.
+func (n *Net) waitUp(h *Host, dev string) {
+	n.t.Helper()
+	n.check(lab.WaitUp(n.t.Context(), sys.NetnsPath(h.netns), dev))
+}

@@ -22,7 +22,7 @@ const module = "github.com/tulle-net/tulle"
 // trailing "/..." allows the package and all below it. A package that is not listed here fails the test: its place in
 // the house must be decided first.
 var allowed = map[string][]string{
-	"cmd/tulle":                  {"internal/agent", "internal/config", "internal/api", "internal/lab", "internal/doctor", "bench"},
+	"cmd/tulle":                  {"internal/agent", "internal/config", "internal/api", "internal/lab", "internal/doctor", "internal/podnet", "bench"},
 	"tunnel":                     {"tunnel/...", "internal/sys"},
 	"tunnel/header":              {},
 	"tunnel/mtu":                 {"tunnel/header"},
@@ -37,16 +37,17 @@ var allowed = map[string][]string{
 	"membership/gossip":          {"membership", "membership/keyring"},
 	"ipam":                       {},
 	"bench":                      {"internal/lab", "internal/agent", "membership/..."},
-	"internal/agent":             {"internal/config", "internal/ownership", "tunnel/...", "membership/...", "ipam", "internal/hostnet", "internal/api", "internal/sys"},
+	"internal/agent":             {"internal/config", "internal/ownership", "tunnel/...", "membership/...", "ipam", "internal/hostnet", "internal/podnet", "internal/api", "internal/sys"},
 	"internal/config":            {},
 	"internal/ownership":         {"membership", "ipam"},
 	"internal/api":               {},
 	"internal/hostnet":           {"internal/sys"},
 	"internal/sys":               {},
-	"internal/lab":               {"internal/sys", "internal/api"},
+	"internal/podnet":            {"internal/sys"},
+	"internal/lab":               {"internal/sys", "internal/api", "internal/podnet"},
 	"internal/lab/clustertest":   {},
 	"internal/testing/damage":    {},
-	"internal/testing/hosts":     {"internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},
+	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},
 	"internal/testing/testbuild": {},
 }
 

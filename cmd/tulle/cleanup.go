@@ -13,7 +13,7 @@ func cleanupCommand() *cobra.Command {
 		Use:   "cleanup",
 		Short: "Remove what a stopped agent left in this host's network",
 		Long: "Remove what a stopped agent left in this host's network, where it stays on purpose so that pods keep talking: the TUN\n" +
-			"device, its addresses and routes, and the nft table. Sysctls that the agent changed become what they were. Pods and\n" +
+			"device, its addresses and routes, and the nft tables. Sysctls that the agent changed become what they were. Pods and\n" +
 			"their interfaces are left alone. Refused while the agent runs.\n\n" +
 			"The state directory stays: this node keeps its address space, and takes it up again if the agent is started.\n" +
 			"To give it back, run `tulle leave` before you stop the agent.",

@@ -14,11 +14,12 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/tunnel/device"
 )
 
 // Cleanup takes from this host's network what an agent that has stopped left there, because routes and pods outlive it:
-// the TUN device, routes and addresses that carry our mark, the nft table, a socket's file; changed sysctls are put back.
+// the TUN device, routes and addresses that carry our mark, the nft tables, a socket's file; changed sysctls are put back.
 // What is gone already is no error. It is refused while an agent runs. The state directory stays: the node keeps its
 // address space (see Leave).
 func Cleanup(ctx context.Context, cfg config.Config) error {
@@ -37,6 +38,11 @@ func Cleanup(ctx context.Context, cfg config.Config) error {
 	if err == nil {
 		err = errors.Join(host.Remove(ctx), host.Close())
 	}
+	pods, podErr := podnet.Open("")
+	if podErr == nil {
+		podErr = errors.Join(pods.RemoveAllChecks(), pods.Close())
+	}
+	err = errors.Join(err, podErr)
 	if dev != nil {
 		err = errors.Join(err, dev.Persist(false), dev.Close())
 	}

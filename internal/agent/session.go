@@ -14,6 +14,7 @@ import (
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/ownership"
+	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/gossip"
@@ -68,6 +69,7 @@ type clusterSide struct {
 // hostSide keeps the host's routes, addresses and nftables as they should be.
 type hostSide struct {
 	host       *hostnet.Reconciler
+	pods       *podnet.Host  // source checks and routes of this host's pods
 	disturbed  chan struct{} // somebody else changed the host's network
 	masquerade atomic.Bool   // a reload may change it
 
@@ -122,6 +124,9 @@ func (s *session) close() error {
 	}
 	if s.host != nil {
 		errs = append(errs, s.host.Close())
+	}
+	if s.pods != nil {
+		errs = append(errs, s.pods.Close())
 	}
 	if s.store != nil {
 		errs = append(errs, s.store.Close())
@@ -256,9 +261,11 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 // reconcile mends the host, and keeps what it could not mend for status.
 func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	rep, err := s.host.Reconcile(ctx, h)
+	pods, podErr := s.pods.Reconcile(ctx)
 	if ctx.Err() != nil {
 		return
 	}
+	rep.Repaired, err = append(rep.Repaired, pods...), errors.Join(err, podErr)
 	for _, r := range rep.Repaired {
 		s.log.Warn("host state repaired: somebody else had changed it", "object", r)
 	}

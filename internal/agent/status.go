@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"time"
 
@@ -154,6 +155,11 @@ func (s *session) outer(p *peerView, m encap.Mode) netip.AddrPort {
 func (s *session) fillCounters(st *api.Status) {
 	e := s.engine.Stats()
 	st.Drops = e.Drops
+	if pods, err := s.pods.Drops(); err == nil {
+		maps.Copy(st.Drops, pods)
+	} else {
+		s.log.Debug("source checks of pods not looked at", "error", err)
+	}
 	st.Counters = api.Counters{
 		TxPackets: e.TxPackets, TxBytes: e.TxBytes, TxSends: e.TxSends,
 		RxPackets: e.RxPackets, RxBytes: e.RxBytes, RxReceives: e.RxReceives, RxWrites: e.RxWrites,

@@ -201,7 +201,7 @@ func (l *Lab) WaitReady(ctx context.Context, host string) error {
 	}
 	c := api.NewClient(h.Socket)
 	last := errors.New("its socket does not answer")
-	err = poll(ctx, 20*time.Millisecond, func() (bool, error) {
+	err = sys.Poll(ctx, 20*time.Millisecond, func() (bool, error) {
 		if !l.AgentRuns(host) {
 			return false, errors.New("it has ended")
 		}

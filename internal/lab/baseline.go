@@ -39,7 +39,7 @@ func (l *Lab) DirectRoutes(ctx context.Context) (undo func() error, err error) {
 	}()
 	router := Host{Name: Router, Netns: sys.NetnsPath(l.netnsName(Router))}
 	for _, at := range append(l.Hosts(), router) {
-		h, err := NetlinkIn(at.Netns)
+		h, err := sys.OpenNetlink(at.Netns)
 		if err != nil {
 			return nil, err
 		}
@@ -88,13 +88,13 @@ func podRoute(h *sys.Netlink, path, dev string, pod, via netip.Addr) (back func(
 	}
 	r := &netlink.Route{
 		LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC,
-		Dst: ipNet(hostPrefix(pod)), Gw: via.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
+		Dst: sys.IPNet(sys.HostPrefix(pod)), Gw: via.AsSlice(), Flags: int(netlink.FLAG_ONLINK),
 	}
 	if err := h.RouteAdd(r); err != nil {
 		return nil, fmt.Errorf("route to %v via %v: %w", pod, via, err)
 	}
 	return func() error {
-		h, err := NetlinkIn(path)
+		h, err := sys.OpenNetlink(path)
 		if err != nil {
 			return err
 		}
@@ -110,7 +110,7 @@ func podRoute(h *sys.Netlink, path, dev string, pod, via netip.Addr) (back func(
 func (l *Lab) podMTU(mtu int) (back func() error, err error) {
 	var u undoList
 	set := func(path, dev string, mtu int) error {
-		h, err := NetlinkIn(path)
+		h, err := sys.OpenNetlink(path)
 		if err != nil {
 			return err
 		}
@@ -171,7 +171,7 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 	}
 	hosts := l.Hosts()
 	for _, at := range hosts {
-		h, err := NetlinkIn(at.Netns)
+		h, err := sys.OpenNetlink(at.Netns)
 		if err != nil {
 			return nil, err
 		}
@@ -184,7 +184,7 @@ func (l *Lab) KernelVXLAN(ctx context.Context) (undo func() error, err error) {
 			return nil, fmt.Errorf("%s: %w", at.Name, err)
 		}
 		u = append(u, func() error {
-			h, err := NetlinkIn(at.Netns)
+			h, err := sys.OpenNetlink(at.Netns)
 			if err != nil {
 				return err
 			}
@@ -213,19 +213,19 @@ func addVXLAN(ctx context.Context, h *sys.Netlink, at *Host, outer6 bool, mtu in
 		return nil, fmt.Errorf("find eth0: %w", err)
 	}
 	v := &netlink.Vxlan{
-		LinkAttrs: linkAttrs(vxlanDev), VxlanId: vxlanVNI, Port: vxlanPort,
+		LinkAttrs: sys.LinkAttrs(vxlanDev), VxlanId: vxlanVNI, Port: vxlanPort,
 		VtepDevIndex: eth0.Attrs().Index, SrcAddr: at.Addr(outer6).AsSlice(), UDPCSum: outer6,
 	}
 	v.MTU, v.HardwareAddr = mtu, vtepMAC(at)
 	if err := h.LinkAdd(v); err != nil {
 		return nil, fmt.Errorf("make %s: %w", vxlanDev, err)
 	}
-	link, err := linkUp(h, vxlanDev)
+	link, err := h.LinkUp(vxlanDev)
 	if err != nil {
 		return nil, err
 	}
 	for _, v6 := range []bool{false, true} {
-		if err := AddAddr(ctx, h, link, hostPrefix(vtepAddr(at, v6))); err != nil {
+		if err := h.AddAddress(ctx, link, sys.HostPrefix(vtepAddr(at, v6))); err != nil {
 			return nil, err
 		}
 	}
@@ -242,7 +242,7 @@ func (l *Lab) vxlanPeer(h *sys.Netlink, link netlink.Link, at, peer *Host, outer
 		return fmt.Errorf("forwarding entry: %w", err)
 	}
 	for _, v6 := range []bool{false, true} {
-		if err := h.NeighSet(permanentNeigh(link, vtepAddr(peer, v6), vtepMAC(peer))); err != nil {
+		if err := h.NeighSet(sys.PermanentNeighbour(link, vtepAddr(peer, v6), vtepMAC(peer))); err != nil {
 			return fmt.Errorf("neighbour: %w", err)
 		}
 	}

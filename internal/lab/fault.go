@@ -112,7 +112,7 @@ func (l *Lab) port(host string, set func(*sys.Netlink, netlink.Link) error) erro
 	if _, err := l.Host(host); err != nil {
 		return err
 	}
-	h, err := NetlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	h, err := sys.OpenNetlink(sys.NetnsPath(l.netnsName(Router)))
 	if err != nil {
 		return err
 	}
@@ -124,16 +124,13 @@ func (l *Lab) port(host string, set func(*sys.Netlink, netlink.Link) error) erro
 	return set(h, link)
 }
 
-// removeVeth removes a pod's link.
-func (l *Lab) removeVeth(host *Host, pod *Pod) error { return removeLink(host.Netns, pod.hostVeth()) }
-
 // removePort removes a host's link.
 func (l *Lab) removePort(host string) error {
 	return removeLink(sys.NetnsPath(l.netnsName(Router)), host)
 }
 
 func removeLink(path, name string) error {
-	h, err := NetlinkIn(path)
+	h, err := sys.OpenNetlink(path)
 	if err != nil {
 		return err
 	}

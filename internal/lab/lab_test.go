@@ -263,7 +263,7 @@ func TestSplitAndHeal(t *testing.T) {
 		t.Fatal(err)
 	}
 	h3, _ := l.Host("h3")
-	err = poll(t.Context(), 20*time.Millisecond, func() (bool, error) {
+	err = sys.Poll(t.Context(), 20*time.Millisecond, func() (bool, error) {
 		return l.Ping(t.Context(), "h1", "h3", h3.Addr(true)).Err == nil, nil
 	})
 	if err != nil {
@@ -332,7 +332,7 @@ func TestAddAndRemove(t *testing.T) {
 // neighbours' entries for the router must stay true.
 func TestRouterKeepsItsMAC(t *testing.T) {
 	l := up(t, Options{Name: testName("mac"), Nodes: 2, Subnets: 2, Pods: -1})
-	h, err := NetlinkIn(sys.NetnsPath(l.netnsName(Router)))
+	h, err := sys.OpenNetlink(sys.NetnsPath(l.netnsName(Router)))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -580,7 +580,7 @@ func TestProcessesInWhileTheyExecute(t *testing.T) {
 		<-ended
 	}()
 	find := func() int { return len(processesIn(l.Name(), []string{l.Name() + "-p1a"})) }
-	if err := poll(t.Context(), time.Millisecond, func() (bool, error) { return find() > 0, nil }); err != nil {
+	if err := sys.Poll(t.Context(), time.Millisecond, func() (bool, error) { return find() > 0, nil }); err != nil {
 		t.Fatal(err)
 	}
 	for i := range 300 {

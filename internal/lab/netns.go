@@ -2,41 +2,18 @@ package lab
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net"
-	"os"
-	"path/filepath"
 
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// NetlinkIn opens a netlink handle whose sockets are in the namespace at path.
-func NetlinkIn(path string) (*sys.Netlink, error) {
-	ns, err := os.Open(path)
-	if err != nil {
-		return nil, fmt.Errorf("network namespace: %w", err)
-	}
-	defer ns.Close()
-	h, err := sys.NewNetlink(int(ns.Fd()))
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return h, nil
-}
-
-// sysctl writes settings below /proc/sys/net of the namespace at path. Missing files are skipped: a kernel without IPv6
-// or bridge filtering has nothing to set.
+// sysctl writes settings below /proc/sys/net of the namespace at path.
 func sysctl(path string, settings ...[2]string) error {
-	return sys.WithNetns(path, func() error {
-		for _, s := range settings {
-			err := os.WriteFile(filepath.Join("/proc/sys/net", s[0]), []byte(s[1]), 0)
-			if err != nil && !errors.Is(err, os.ErrNotExist) {
-				return fmt.Errorf("set %s = %s in %s: %w", s[0], s[1], path, err)
-			}
-		}
-		return nil
-	})
+	if err := sys.WithNetns(path, func() error { return sys.SetSysctls(settings...) }); err != nil {
+		return fmt.Errorf("%s: %w", path, err)
+	}
+	return nil
 }
 
 // Do runs fn on a thread in the network namespace of a host, a pod or the router. Sockets that fn makes stay in that

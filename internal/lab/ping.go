@@ -303,7 +303,7 @@ func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
 // WaitPods waits until all pods reach each other.
 func (l *Lab) WaitPods(ctx context.Context) error {
 	var failed []string
-	err := poll(ctx, 100*time.Millisecond, func() (bool, error) {
+	err := sys.Poll(ctx, 100*time.Millisecond, func() (bool, error) {
 		pongs, err := l.PingAll(ctx, false)
 		if err != nil {
 			return false, err

@@ -71,23 +71,7 @@ func (p process) end(ctx context.Context, sig syscall.Signal) error {
 	} else if err != nil {
 		return fmt.Errorf("signal process %d: %w", p.PID, err)
 	}
-	return poll(ctx, 2*time.Millisecond, func() (bool, error) { return !p.alive(), nil })
-}
-
-// poll calls done until it says so, fails, or ctx ends.
-func poll(ctx context.Context, every time.Duration, done func() (bool, error)) error {
-	t := time.NewTicker(every)
-	defer t.Stop()
-	for {
-		if ok, err := done(); ok || err != nil {
-			return err
-		}
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-t.C:
-		}
-	}
+	return sys.Poll(ctx, 2*time.Millisecond, func() (bool, error) { return !p.alive(), nil })
 }
 
 // labEnv marks each process that a lab starts.

@@ -176,7 +176,7 @@ func (l *Lab) allocate(ctx context.Context, h *Host, p *Pod) error {
 	c := api.NewClient(h.Socket)
 	req := api.AllocateRequest{ID: p.ID, Name: p.Name, Netns: p.Netns}
 	var last error
-	err := poll(ctx, 50*time.Millisecond, func() (bool, error) {
+	err := sys.Poll(ctx, 50*time.Millisecond, func() (bool, error) {
 		a, err := c.Allocate(ctx, req)
 		if err != nil {
 			last = err

@@ -37,7 +37,7 @@ func (h *Host) Link(dev, addrs string, other *Host, otherDev, otherAddrs string)
 func (h *Host) LinkMTU(dev, addrs string, other *Host, otherDev, otherAddrs string, mtu int) {
 	n := h.net
 	n.t.Helper()
-	nl, err := lab.NetlinkIn(h.NetnsPath())
+	nl, err := sys.OpenNetlink(h.NetnsPath())
 	n.check(err)
 	defer nl.Close()
 	n.check(lab.Veth(nl, dev, otherDev, other.NetnsPath(), mtu, nil, nil))
@@ -53,7 +53,7 @@ func (h *Host) LinkMTU(dev, addrs string, other *Host, otherDev, otherAddrs stri
 func (h *Host) Plug(sw *Host, dev string, addrs ...string) {
 	n := h.net
 	n.t.Helper()
-	nl, err := lab.NetlinkIn(sw.NetnsPath())
+	nl, err := sys.OpenNetlink(sw.NetnsPath())
 	n.check(err)
 	defer nl.Close()
 	br, err := nl.LinkByName("br0")
@@ -69,7 +69,7 @@ func (h *Host) Plug(sw *Host, dev string, addrs ...string) {
 func (h *Host) Addr(dev string, addrs ...string) {
 	n := h.net
 	n.t.Helper()
-	nl, err := lab.NetlinkIn(h.NetnsPath())
+	nl, err := sys.OpenNetlink(h.NetnsPath())
 	n.check(err)
 	defer nl.Close()
 	link, err := nl.LinkByName(dev)
@@ -77,7 +77,7 @@ func (h *Host) Addr(dev string, addrs ...string) {
 	for _, a := range addrs {
 		p, err := netip.ParsePrefix(a)
 		n.check(err)
-		n.check(lab.AddAddr(n.t.Context(), nl, link, p))
+		n.check(nl.AddAddress(n.t.Context(), link, p))
 	}
 }
 

@@ -2,14 +2,14 @@ package hosts
 
 import (
 	"context"
-	"fmt"
 	"net/netip"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/podnet"
 )
 
-// Pod is a pod: a namespace with addresses of an agent, wired to its host as docs/operations.md shows.
+// Pod is a pod: a namespace with addresses of an agent, wired to its host as all pods are.
 type Pod struct {
 	*Host
 	Addrs []netip.Addr
@@ -57,17 +57,15 @@ func (a *Agent) Pod(name string) *Pod {
 }
 
 func (p *Pod) wire() {
-	h, dev := p.agent.Host, "v"+p.Name
-	h.LinkMTU(dev, "169.254.1.1/32 fe80::1/64", p.Host, "eth0", "", p.MTU)
-	for _, addr := range p.Addrs {
-		h.IP(fmt.Sprintf("route add %s dev %s", addr, dev))
-		p.Addr("eth0", netip.PrefixFrom(addr, addr.BitLen()).String())
-		if addr.Is4() {
-			p.IP("route add 169.254.1.1 dev eth0", "route add default via 169.254.1.1")
-		} else {
-			p.IP("route add default via fe80::1 dev eth0")
-		}
-	}
+	n := p.agent.Host.net
+	n.t.Helper()
+	h, err := podnet.Open(p.agent.Host.NetnsPath())
+	n.check(err)
+	defer h.Close()
+	_, err = h.Add(n.t.Context(), podnet.Config{
+		ID: p.id, HostInterface: "v" + p.Name, Netns: p.NetnsPath(), Interface: "eth0", Addresses: p.Addrs, MTU: p.MTU,
+	})
+	n.check(err)
 }
 
 // Remove does what a container engine does when a pod ends: its namespace goes, and its addresses are given back.

@@ -1,0 +1,215 @@
+package podnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Add wires a pod's interface. On an error nothing of it is left. It fails with an error that wraps fs.ErrExist where the host
+// has a link of that name already, which then is left as it is.
+//
+// The order matters: the pod's link goes up when its source checks are there.
+func (h *Host) Add(ctx context.Context, c Config) (Attachment, error) {
+	c, err := c.validate()
+	if err != nil {
+		return Attachment{}, err
+	}
+	if err := h.makeVeth(&c); err != nil {
+		return Attachment{}, err
+	}
+	a, err := h.wire(ctx, &c)
+	if err != nil {
+		return Attachment{}, errors.Join(err, h.Remove(c.HostInterface))
+	}
+	return a, nil
+}
+
+// makeVeth makes the pair, both ends down.
+func (h *Host) makeVeth(c *Config) error {
+	v := &netlink.Veth{LinkAttrs: sys.LinkAttrs(c.HostInterface), PeerName: peerName(c), PeerTxQLen: -1, PeerHardwareAddr: c.MAC}
+	v.MTU, v.HardwareAddr = c.MTU, HostMAC
+	v.GSOMaxSize, v.GSOMaxSegs, v.GSOIPv4MaxSize = uint32(c.GSOMaxSize), uint32(c.GSOMaxSegs), uint32(c.GSOMaxSize)
+	if c.Netns != "" {
+		ns, err := os.Open(c.Netns)
+		if err != nil {
+			return fmt.Errorf("podnet: the pod's network namespace: %w", err)
+		}
+		defer ns.Close()
+		if err := h.otherNamespace(ns); err != nil {
+			return err
+		}
+		v.PeerNamespace = netlink.NsFd(ns.Fd())
+	}
+	err := h.nl.LinkAdd(v)
+	if errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("podnet: %s or, in the pod, %s is there already: %w", c.HostInterface, v.PeerName, fs.ErrExist)
+	} else if err != nil {
+		return fmt.Errorf("podnet: make veth %s with peer %s: %w", c.HostInterface, v.PeerName, err)
+	}
+	return nil
+}
+
+// otherNamespace refuses a pod that would be the host itself.
+func (h *Host) otherNamespace(pod *os.File) error {
+	host := h.ns
+	if host == nil {
+		f, err := os.Open("/proc/thread-self/ns/net")
+		if err != nil {
+			return fmt.Errorf("podnet: %w", err)
+		}
+		defer f.Close()
+		host = f
+	}
+	a, err := pod.Stat()
+	b, err2 := host.Stat()
+	if err := errors.Join(err, err2); err != nil {
+		return fmt.Errorf("podnet: %w", err)
+	}
+	if os.SameFile(a, b) {
+		return fmt.Errorf("podnet: %s is the host's own network namespace: a pod needs one of its own", pod.Name())
+	}
+	return nil
+}
+
+func peerName(c *Config) string {
+	if c.Interface == "" {
+		return nameOf("tq", c.ID)
+	}
+	return c.Interface
+}
+
+func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
+	if err := h.installChecks(c.HostInterface, c.Addresses); err != nil {
+		return Attachment{}, err
+	}
+	link, err := h.nl.LinkByName(c.HostInterface)
+	if err != nil {
+		return Attachment{}, fmt.Errorf("podnet: find %s: %w", c.HostInterface, err)
+	}
+	if err := h.nl.LinkSetAlias(link, aliasOf(c)); err != nil {
+		return Attachment{}, fmt.Errorf("podnet: mark %s: %w", c.HostInterface, err)
+	}
+	pod := h.nl
+	if c.Netns != "" {
+		if pod, err = sys.OpenNetlink(c.Netns); err != nil {
+			return Attachment{}, fmt.Errorf("podnet: the pod's %w", err)
+		}
+		defer pod.Close()
+	}
+	peer, err := pod.LinkByName(peerName(c))
+	if err != nil {
+		return Attachment{}, fmt.Errorf("podnet: find the pod's end %s: %w", peerName(c), err)
+	}
+	a := Attachment{
+		ID: c.ID, HostInterface: c.HostInterface, HostMAC: HostMAC, Addresses: c.Addresses, MTU: c.MTU,
+		PodInterface: peerName(c), MAC: peer.Attrs().HardwareAddr,
+	}
+	if err := h.hostSide(ctx, c, &a); err != nil {
+		return a, fmt.Errorf("podnet: the host's end: %w", err)
+	}
+	if c.Netns == "" {
+		return a, nil
+	}
+	if err := podSide(ctx, pod, c); err != nil {
+		return a, fmt.Errorf("podnet: the pod's end: %w", err)
+	}
+	return a, errors.Join(pod.WaitUp(ctx, c.Interface), h.nl.WaitUp(ctx, c.HostInterface))
+}
+
+func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
+	err := h.do(func() error {
+		return sys.SetSysctls(sys.NoDAD(c.HostInterface),
+			[2]string{"ipv4/conf/" + c.HostInterface + "/forwarding", "1"}, [2]string{"ipv6/conf/" + c.HostInterface + "/forwarding", "1"})
+	})
+	if err != nil {
+		return err
+	}
+	link, err := h.nl.LinkUp(c.HostInterface)
+	if err != nil {
+		return err
+	}
+	return h.hostAddresses(ctx, link, a)
+}
+
+// hostAddresses gives the host's end its addresses, neighbours and routes, and puts back those that are missing.
+func (h *Host) hostAddresses(ctx context.Context, link netlink.Link, a *Attachment) error {
+	if err := h.nl.AddAddress(ctx, link, netip.PrefixFrom(Gateway6, 64)); err != nil {
+		return err
+	}
+	// Of scope host, this address answers ARP and is never chosen as the source of a packet to the pod.
+	v4 := &netlink.Addr{IPNet: sys.IPNet(sys.HostPrefix(Gateway4)), Scope: unix.RT_SCOPE_HOST}
+	if err := h.nl.AddrAdd(link, v4); err != nil && !errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("add address %v: %w", Gateway4, err)
+	}
+	for _, addr := range a.Addresses {
+		if a.MAC != nil {
+			if err := h.nl.NeighSet(sys.PermanentNeighbour(link, addr, a.MAC)); err != nil {
+				return fmt.Errorf("neighbour %v: %w", addr, err)
+			}
+		}
+		r := &netlink.Route{
+			LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC, Scope: netlink.SCOPE_LINK, Dst: sys.IPNet(sys.HostPrefix(addr)),
+		}
+		if err := h.nl.RouteReplace(r); err != nil {
+			return fmt.Errorf("route to %v: %w", addr, err)
+		}
+	}
+	return nil
+}
+
+func podSide(ctx context.Context, pod *sys.Netlink, c *Config) error {
+	settings := [][2]string{sys.NoDAD(c.Interface), {"ipv6/conf/" + c.Interface + "/accept_ra", "0"}}
+	if slices.ContainsFunc(c.Addresses, netip.Addr.Is6) {
+		settings = append(settings, [2]string{"ipv6/conf/" + c.Interface + "/disable_ipv6", "0"}) // engines disable it by default
+	}
+	err := sys.WithNetns(c.Netns, func() error { return sys.SetSysctls(settings...) })
+	if err != nil {
+		return err
+	}
+	if _, err := pod.LinkUp("lo"); err != nil {
+		return err
+	}
+	link, err := pod.LinkUp(c.Interface)
+	if err != nil {
+		return err
+	}
+	for _, a := range c.Addresses {
+		if err := pod.AddAddress(ctx, link, sys.HostPrefix(a)); err != nil {
+			return err
+		}
+		gw := Gateway(a)
+		if err := pod.NeighSet(sys.PermanentNeighbour(link, gw, HostMAC)); err != nil {
+			return fmt.Errorf("neighbour %v: %w", gw, err)
+		}
+		if err := pod.RouteReplace(sys.DefaultRoute(link, gw)); err != nil {
+			return fmt.Errorf("default route via %v: %w", gw, err)
+		}
+	}
+	return nil
+}
+
+// Remove takes a pod's interface away, by the name of the host's end, and its source checks. What is gone already is no error.
+func (h *Host) Remove(hostInterface string) error {
+	link, err := h.nl.LinkByName(hostInterface)
+	switch {
+	case errors.As(err, &netlink.LinkNotFoundError{}):
+	case err != nil:
+		return fmt.Errorf("podnet: find %s: %w", hostInterface, err)
+	default:
+		// It goes with its peer, whose namespace may be going at this moment.
+		if err := h.nl.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
+			return fmt.Errorf("podnet: remove %s: %w", hostInterface, err)
+		}
+	}
+	return h.removeChecks(hostInterface)
+}

@@ -1,0 +1,91 @@
+package podnet
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Check compares a pod's interface with what Add has made of the same Config, and names everything that differs.
+func (h *Host) Check(c Config) error {
+	c, err := c.validate()
+	if err != nil {
+		return err
+	}
+	var errs []error
+	miss := func(format string, args ...any) { errs = append(errs, fmt.Errorf("podnet: "+format, args...)) }
+	link, err := h.nl.LinkByName(c.HostInterface)
+	if err != nil {
+		return fmt.Errorf("podnet: the host's end %s: %w", c.HostInterface, err)
+	}
+	a, ours := attachmentOf(link)
+	if !ours || !slices.Equal(a.Addresses, c.Addresses) {
+		miss("the host's end %s is that of %v, not of %v", c.HostInterface, a.Addresses, c.Addresses)
+	}
+	conn, err := h.nft()
+	if err != nil {
+		return err
+	}
+	have, err := chains(conn)
+	if err != nil {
+		return err
+	}
+	ok := false
+	if chain := have[c.HostInterface]; chain != nil {
+		ok, _, err = checked(conn, chain, c.Addresses)
+		errs = append(errs, err)
+	}
+	if !ok {
+		miss("the source checks of %s are not as they should be", c.HostInterface)
+	}
+	for _, addr := range c.Addresses {
+		if yes, err := hasRoute(h.nl, link, sys.HostPrefix(addr).String()); err != nil {
+			errs = append(errs, err)
+		} else if !yes {
+			miss("the host has no route to %v over %s", addr, c.HostInterface)
+		}
+	}
+	if c.Netns != "" {
+		errs = append(errs, checkPod(&c))
+	}
+	return errors.Join(errs...)
+}
+
+func checkPod(c *Config) error {
+	pod, err := sys.OpenNetlink(c.Netns)
+	if err != nil {
+		return fmt.Errorf("podnet: the pod's %w", err)
+	}
+	defer pod.Close()
+	link, err := pod.LinkByName(c.Interface)
+	if err != nil {
+		return fmt.Errorf("podnet: %s in the pod: %w", c.Interface, err)
+	}
+	list, err := pod.AddrList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return fmt.Errorf("podnet: addresses of %s in the pod: %w", c.Interface, err)
+	}
+	var errs []error
+	for _, addr := range c.Addresses {
+		if !slices.ContainsFunc(list, func(a netlink.Addr) bool { return a.IPNet.String() == sys.HostPrefix(addr).String() }) {
+			errs = append(errs, fmt.Errorf("podnet: %s in the pod has no address %v", c.Interface, addr))
+		}
+		dst := sys.DefaultRoute(link, Gateway(addr)).Dst.String()
+		if yes, err := hasRoute(pod, link, dst); err != nil || !yes {
+			errs = append(errs, errors.Join(err, fmt.Errorf("podnet: the pod has no route %s over %s", dst, c.Interface)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func hasRoute(n *sys.Netlink, link netlink.Link, dst string) (bool, error) {
+	routes, err := n.RouteList(link, netlink.FAMILY_ALL)
+	if err != nil {
+		return false, fmt.Errorf("podnet: routes over %s: %w", link.Attrs().Name, err)
+	}
+	return slices.ContainsFunc(routes, func(r netlink.Route) bool { return r.Dst != nil && r.Dst.String() == dst }), nil
+}

@@ -1,0 +1,238 @@
+package podnet
+
+import (
+	"errors"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// Pods reach each other, their host and the underlay's addresses of it, and are seen under their own address; the host
+// reaches them.
+func TestTraffic(t *testing.T) {
+	w := newWorld(t)
+	for i := range alice {
+		for _, c := range []struct {
+			what, from, at string
+			to, want       netip.Addr
+		}{
+			{"pod to pod", w.a.Netns, w.b.Netns, bob[i], alice[i]},
+			{"pod to host", w.a.Netns, w.hostPath, hostAddrs[i], alice[i]},
+			{"host to pod", w.hostPath, w.a.Netns, alice[i], hostAddrs[i]},
+		} {
+			seen, err := ask(c.from, echo(t, c.at, c.to), 5*time.Second)
+			if err != nil || seen != c.want {
+				t.Errorf("%s, %v: seen as %v (%v), want %v", c.what, c.to, seen, err, c.want)
+			}
+		}
+	}
+	for _, c := range []Config{w.a, w.b} {
+		check(t, w.host.Check(c))
+	}
+	list, err := w.host.List()
+	check(t, err)
+	if len(list) != 2 {
+		t.Fatalf("List: %+v, want two pods", list)
+	}
+	for _, a := range list {
+		if a.Dropped != 0 {
+			t.Errorf("%s: %d packets dropped that an honest pod sends", a.ID, a.Dropped)
+		}
+	}
+	counts, err := w.host.Drops()
+	check(t, err)
+	for reason, n := range counts {
+		if n != 0 {
+			t.Errorf("%s: %d", reason, n)
+		}
+	}
+}
+
+// A pod that forgets its permanent neighbours finds the gateway by ARP and neighbour discovery: an engine that configures
+// the pod's end by itself sets none.
+func TestGatewayAnswers(t *testing.T) {
+	w := newWorld(t)
+	pod, err := sys.OpenNetlink(w.a.Netns)
+	check(t, err)
+	defer pod.Close()
+	link, err := pod.LinkByName("eth0")
+	check(t, err)
+	for i, a := range alice {
+		check(t, pod.NeighDel(sys.PermanentNeighbour(link, Gateway(a), HostMAC)))
+		if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil {
+			t.Errorf("to %v: %v", bob[i], err)
+		}
+	}
+}
+
+// What goes wrong on the way leaves nothing behind.
+func TestAddIsAtomic(t *testing.T) {
+	w := newWorld(t)
+	before := w.names()
+	good := Config{ID: "test/carol", Netns: namespace(t), Interface: "eth0", Addresses: addrs("10.244.0.5"), MTU: 1400}
+	for _, c := range []struct {
+		what   string
+		change func(*Config)
+		is     error
+		text   string
+	}{
+		{"no namespace", func(c *Config) { c.Netns += "-not-there" }, fs.ErrNotExist, ""},
+		{"the host's own namespace", func(c *Config) { c.Netns = w.hostPath }, nil, "own network namespace"},
+		{"no namespace at all", func(c *Config) { c.Netns = "/etc/hostname" }, nil, "make veth"},
+		{"the same pod again", func(c *Config) { c.ID = w.a.ID }, fs.ErrExist, ""},
+		{"the interface is taken", func(c *Config) { c.Netns = w.a.Netns }, fs.ErrExist, ""},
+		{"two addresses of one family", func(c *Config) { c.Addresses = addrs("10.244.0.5", "10.244.0.6") }, nil, "one of each family"},
+		{"a loopback address", func(c *Config) { c.Addresses = addrs("127.0.0.5") }, nil, "unicast"},
+		{"MTU below IPv6's", func(c *Config) { c.Addresses, c.MTU = addrs("fd00:244::5"), 1279 }, nil, "1280"},
+		{"a long name", func(c *Config) { c.Interface = "eth0-of-this-pod" }, nil, "1 to 15 bytes"},
+		{"lo", func(c *Config) { c.Interface = "lo" }, fs.ErrExist, ""},
+	} {
+		bad := good
+		c.change(&bad)
+		_, err := w.host.Add(w.ctx, bad)
+		if err == nil || c.is != nil && !errors.Is(err, c.is) || !strings.Contains(err.Error(), c.text) {
+			t.Errorf("%s: %v, want an error with %q (%v)", c.what, err, c.text, c.is)
+		}
+	}
+	if after := w.names(); !slices.Equal(before, after) {
+		t.Errorf("left behind: %q, before it was %q", after, before)
+	}
+	if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[0]), 5*time.Second); err != nil {
+		t.Errorf("the pod that was there does not work any more: %v", err)
+	}
+}
+
+// names lists the host's devices and chains.
+func (w *world) names() []string {
+	w.t.Helper()
+	links, err := w.host.nl.LinkList()
+	check(w.t, err)
+	var out []string
+	for _, l := range links {
+		out = append(out, l.Attrs().Name)
+	}
+	c, err := w.host.nft()
+	check(w.t, err)
+	have, err := chains(c)
+	check(w.t, err)
+	for name := range have {
+		out = append(out, "chain "+name)
+	}
+	slices.Sort(out)
+	return out
+}
+
+func TestRemove(t *testing.T) {
+	w := newWorld(t)
+	check(t, w.host.Remove(w.a.HostInterface))
+	check(t, w.host.Remove(w.a.HostInterface)) // again
+	check(t, w.host.Remove("never-there"))
+	check(t, sys.DeleteNetns(strings.TrimPrefix(w.b.Netns, sys.NetnsDir+"/"))) // the pod goes first
+	check(t, w.host.Remove(w.b.HostInterface))
+	if got := w.names(); !slices.Equal(got, []string{"eth0", "lo"}) {
+		t.Errorf("left behind: %q", got)
+	}
+}
+
+// An engine gets the pod's end in the host's namespace, moves it and gives it its addresses.
+func TestHandOver(t *testing.T) {
+	w := newWorld(t)
+	mac := net.HardwareAddr{2, 0x42, 10, 244, 0, 5}
+	c := Config{ID: "docker/net/0123", Addresses: addrs("10.244.0.5", "fd00:244::5"), MTU: 1400, MAC: mac}
+	a, err := w.host.Add(w.ctx, c)
+	check(t, err)
+	if a.PodInterface == "" || a.MAC.String() != mac.String() {
+		t.Fatalf("Add: %+v, want the name of the pod's end and the MAC %v", a, mac)
+	}
+	link, err := w.host.nl.LinkByName(a.PodInterface)
+	check(t, err)
+	path := namespace(t)
+	ns, err := os.Open(path)
+	check(t, err)
+	defer ns.Close()
+	check(t, w.host.nl.LinkSetNsFd(link, int(ns.Fd())))
+	pod, err := sys.OpenNetlink(path)
+	check(t, err)
+	defer pod.Close()
+	check(t, pod.LinkSetName(link, "eth7"))
+	link, err = pod.LinkUp("eth7")
+	check(t, err)
+	for _, addr := range c.Addresses {
+		check(t, pod.AddAddress(w.ctx, link, sys.HostPrefix(addr)))
+		check(t, pod.RouteReplace(sys.DefaultRoute(link, Gateway(addr))))
+	}
+	check(t, pod.WaitUp(w.ctx, "eth7"))
+	for i := range bob {
+		if seen, err := ask(path, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != c.Addresses[i] {
+			t.Errorf("to %v: seen as %v, %v", bob[i], seen, err)
+		}
+	}
+}
+
+// Whatever is flushed comes back, without a word about what is as it should be.
+func TestReconcile(t *testing.T) {
+	w := newWorld(t)
+	reconcile := func(what string, want int) {
+		t.Helper()
+		did, err := w.host.Reconcile(w.ctx)
+		if err != nil || len(did) != want {
+			t.Errorf("%s: repaired %q, %v; want %d", what, did, err, want)
+		}
+		check(t, w.host.Check(w.a))
+	}
+	reconcile("at first", 0)
+
+	c, err := w.host.nft()
+	check(t, err)
+	c.FlushRuleset()
+	check(t, c.Flush())
+	if err := w.host.Check(w.a); err == nil {
+		t.Error("Check finds nothing after nft flush ruleset")
+	}
+	reconcile("nft flush ruleset", 2)
+
+	have, err := chains(c)
+	check(t, err)
+	c.FlushChain(have[w.b.HostInterface])
+	check(t, c.Flush())
+	reconcile("nft flush chain", 1)
+
+	link, err := w.host.nl.LinkByName(w.a.HostInterface)
+	check(t, err)
+	check(t, w.host.nl.RouteDel(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: sys.IPNet(sys.HostPrefix(alice[1]))}))
+	if err := w.host.Check(w.a); err == nil || !strings.Contains(err.Error(), alice[1].String()) {
+		t.Errorf("Check after a route was deleted: %v", err)
+	}
+	reconcile("a route", 1)
+
+	// A pod whose namespace went with its link leaves a chain.
+	link, err = w.host.nl.LinkByName(w.b.HostInterface)
+	check(t, err)
+	check(t, w.host.nl.LinkDel(link))
+	reconcile("a pod that is gone", 0)
+	if got := w.names(); slices.Contains(got, "chain "+w.b.HostInterface) {
+		t.Errorf("the chain of a pod that is gone stays: %q", got)
+	}
+}
+
+func TestAlias(t *testing.T) {
+	c := Config{ID: "cni/tulle/" + strings.Repeat("x", 300), Addresses: bob}
+	a, id, ours := parseAlias(aliasOf(&c))
+	if !ours || !slices.Equal(a, bob) || !strings.HasPrefix(c.ID, id) || len(aliasOf(&c)) != maxAlias {
+		t.Errorf("%q is read as %v, %q, %v", aliasOf(&c), a, id, ours)
+	}
+	for _, bad := range []string{"", "uplink", "tulle-pod", "tulle-pod ", "tulle-pod 10.0.0.1", "tulle-pod 10.0.0.1 ", "tulle-pod 10.0.0 x", "tulle-pod  x", "xtulle-pod 10.0.0.1 x"} {
+		if _, _, ours := parseAlias(bad); ours {
+			t.Errorf("%q is taken for ours", bad)
+		}
+	}
+}

@@ -63,7 +63,7 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err := s.chooseMTU(); err != nil {
 		return err
 	}
-	if err := hostnet.CheckOverlap(a.cfg.Tun, a.cfg.ClusterCIDRs, nil); err != nil {
+	if err := checkOverlap(a.cfg, state); err != nil {
 		return err
 	}
 	if err := s.openData(a); err != nil {
@@ -80,22 +80,17 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	return nil
 }
 
-// checkOverlap refuses a cluster CIDR that the host uses for something else. Routes to single addresses inside it are pods
-// of an agent whose state is lost.
-func checkOverlap(cfg config.Config) error {
-	cidrs := cfg.ClusterCIDRs
-	if cfg.Bootstrap {
+// checkOverlap refuses a cluster CIDR that the host uses for something else. The blocks that the configuration or an
+// earlier run gives to this node are none of that: its pods' routes and bridges are there, perhaps since before the agent.
+func checkOverlap(cfg config.Config, state *ipam.State) error {
+	cidrs, own := cfg.ClusterCIDRs, slices.Clone(cfg.PodCIDRs)
+	switch {
+	case state != nil:
+		own = append(own, state.Blocks...)
+	case cfg.Bootstrap:
 		cidrs = cfg.BootstrapCIDRs()
 	}
-	routes, err := hostnet.PodRoutes(cfg.Tun, cidrs)
-	if err != nil {
-		return err
-	}
-	var pods []netip.Prefix
-	for _, r := range routes {
-		pods = append(pods, netip.PrefixFrom(r.Addr, r.Addr.BitLen()))
-	}
-	return hostnet.CheckOverlap(cfg.Tun, cidrs, pods)
+	return hostnet.CheckOverlap(cfg.Tun, cidrs, own)
 }
 
 // usableModes keeps the encapsulations that can be sent, in order.
@@ -264,9 +259,9 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 // or is older than they are) keep their addresses out of use, and what is left of pods whose namespace is gone, as after
 // a reboot, is released. Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
 func (s *session) takeStock() error {
-	cidrs := s.cfg.ClusterCIDRs
+	cidrs := slices.Concat(s.cfg.ClusterCIDRs, s.cfg.PodCIDRs)
 	for _, f := range s.ownership.Params().Families {
-		cidrs = append(slices.Clone(cidrs), f.CIDR)
+		cidrs = append(cidrs, f.CIDR)
 	}
 	routes, err := hostnet.PodRoutes(s.cfg.Tun, cidrs)
 	if err != nil {

@@ -12,8 +12,9 @@ import (
 // CheckOverlap refuses cluster CIDRs that overlap an address or a route of the host, in the
 // calling thread's network namespace, with one line that names it. What carries our mark does
 // not count, nor does the device tun, nor what lies inside own: the prefixes that this node
-// holds from an earlier run, where its pods' routes and bridges are. While the host has
-// not been rebooted, our unreachable routes tell that too, so own may be empty.
+// holds from an earlier run or has been given by configuration, where its pods' routes and
+// bridges are. While the host has not been rebooted, our unreachable routes tell that too, so
+// own may be empty.
 //
 // A route by a gateway to a larger network, as a default route or a site's
 // 10.0.0.0/8, is no overlap: the cluster's is the longer prefix. A directly connected
@@ -49,9 +50,7 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 			own = append(own, prefixOf(rt.Dst))
 		}
 	}
-	inOwn := func(p netip.Prefix) bool {
-		return slices.ContainsFunc(own, func(o netip.Prefix) bool { return contains(o.Masked(), p) })
-	}
+	inOwn := func(p netip.Prefix) bool { return covered(own, p) }
 	refuse := func(c netip.Prefix, what string) error {
 		return fmt.Errorf("cluster CIDR %v overlaps this host's %s: choose another --cluster-cidr, or remove it", c.Masked(), what)
 	}
@@ -90,6 +89,31 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 		}
 	}
 	return nil
+}
+
+// covered reports whether all of p lies in prefixes, in one of them or in several together.
+func covered(prefixes []netip.Prefix, p netip.Prefix) bool {
+	part := false
+	for _, o := range prefixes {
+		if contains(o.Masked(), p) {
+			return true
+		}
+		part = part || contains(p, o)
+	}
+	if !part || p.IsSingleIP() {
+		return false
+	}
+	low, high := halves(p)
+	return covered(prefixes, low) && covered(prefixes, high)
+}
+
+// halves are the two prefixes that make up p, which is longer than none and no single address.
+func halves(p netip.Prefix) (low, high netip.Prefix) {
+	low = netip.PrefixFrom(p.Masked().Addr(), p.Bits()+1)
+	b := low.Addr().AsSlice()
+	b[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
+	a, _ := netip.AddrFromSlice(b)
+	return low, netip.PrefixFrom(a, low.Bits())
 }
 
 // CheckMembers reports members' underlay addresses that this host routes into the TUN device,

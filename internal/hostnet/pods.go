@@ -2,19 +2,21 @@ package hostnet
 
 import (
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// PodRoute is a route to one address out of this node's own space: somebody has connected a pod.
+// PodRoute is one address out of this node's own space that is in use: somebody has connected a pod, or it is the
+// host's own on a bridge of pods.
 type PodRoute struct {
 	Addr   netip.Addr
-	Device string // the host's end
+	Device string // the host's end, or the bridge
 }
 
-// PodRoutes lists the host routes (/32, /128) in the main table that lead to single addresses inside own, over any device
-// but the TUN, in the calling thread's network namespace.
+// PodRoutes lists the addresses inside own that have a host route (/32, /128) in the main table, over any device but
+// the TUN, or that such a device has itself, in the calling thread's network namespace.
 func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	links, err := dump("devices", netlink.LinkList)
 	if err != nil {
@@ -30,18 +32,26 @@ func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	if err != nil {
 		return nil, err
 	}
+	addrs, err := dump("addresses", func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, err
+	}
 	var out []PodRoute
+	seen := map[netip.Addr]bool{}
+	add := func(a netip.Addr, device string) {
+		inside := func(o netip.Prefix) bool { return o.Contains(a) }
+		if device != tun && !seen[a] && slices.ContainsFunc(own, inside) {
+			seen[a] = true
+			out = append(out, PodRoute{a, device})
+		}
+	}
+	for i := range addrs {
+		add(addrOf(addrs[i].IP), names[addrs[i].LinkIndex])
+	}
 	for i := range routes {
 		rt := &routes[i]
-		p := prefixOf(rt.Dst)
-		if rt.Type != unix.RTN_UNICAST || !p.IsValid() || !p.IsSingleIP() || names[rt.LinkIndex] == tun {
-			continue
-		}
-		for _, o := range own {
-			if o.Contains(p.Addr()) {
-				out = append(out, PodRoute{p.Addr(), names[rt.LinkIndex]})
-				break
-			}
+		if p := prefixOf(rt.Dst); rt.Type == unix.RTN_UNICAST && p.IsValid() && p.IsSingleIP() {
+			add(p.Addr(), names[rt.LinkIndex])
 		}
 	}
 	return out, nil

@@ -109,6 +109,14 @@ func TestEveryKey(t *testing.T) {
 	}
 }
 
+// Interfaces have alternative names of up to 127 bytes (ip link property add altname).
+func TestUnderlayAltname(t *testing.T) {
+	const name = "enx0123456789ab-to-the-first-switch"
+	if c := must(t, "", "--underlay="+name); c.Underlay.Interface != name {
+		t.Errorf("%q, want %q", c.Underlay.Interface, name)
+	}
+}
+
 // Each key as a flag gives what the same key gives in the file.
 func TestFlagsEqualFile(t *testing.T) {
 	fromFile := must(t, everyKey)
@@ -237,6 +245,7 @@ func TestRefusals(t *testing.T) {
 		{"pod-cidr of one address", "", "--pod-cidr=10.245.0.1/32", []string{"/30"}},
 		{"underlay of both kinds", "", "--underlay=eth0 --underlay=10.0.0.1", []string{"one interface, or addresses"}},
 		{"underlay twice", "", "--underlay=10.0.0.2,10.0.0.1", []string{"at most one address a family"}},
+		{"underlay too long", "", "--underlay=" + strings.Repeat("e", 128), []string{"neither an address nor"}},
 		{"underlay nonsense", "", "--underlay=not/an/interface", []string{"neither an address nor"}},
 		{"port 0", "", "--udp-port=0", []string{"--udp-port", "1 to 65535"}},
 		{"one port twice", "", "--udp-port=4789", []string{"--vxlan-port (default) 4789", "udp_port"}},

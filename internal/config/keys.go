@@ -76,7 +76,7 @@ var keys = []key{
 		show: func(c *Config) string { return join(c.PodCIDRs) }},
 	{name: "underlay", arg: "IFACE|ADDRESS", list: true,
 		help: "interface or address that carries the tunnel (default: the source address of the route to the seeds)",
-		doc:  "One interface, or at most one address of each family.",
+		doc:  "One interface, by its name or an alternative one, or at most one address of each family. An address on lo is fine where routes lead out from there, as with BGP on the host.",
 		set:  func(c *Config, v []string) (err error) { c.Underlay, err = parseUnderlay(v); return },
 		show: func(c *Config) string { return c.Underlay.String() }},
 	{name: "gossip_port", arg: "PORT", def: "7946",

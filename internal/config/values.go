@@ -168,11 +168,10 @@ func parseUnderlay(v []string) (Underlay, error) {
 			u.Addresses = append(u.Addresses, a)
 			continue
 		}
-		name, err := parseIfname(s)
-		if err != nil {
+		if checkIfname(s, maxAltname) != nil {
 			return u, fmt.Errorf("%q: neither an address nor the name of an interface", s)
 		}
-		u.Interface = name
+		u.Interface = s
 	}
 	if u.Interface != "" && len(v) > 1 {
 		return u, fmt.Errorf("%s: want one interface, or addresses", strings.Join(v, ","))
@@ -213,12 +212,21 @@ func parsePaths(v []string) ([]string, error) {
 	return out, nil
 }
 
-// parseIfname holds the kernel's rules (dev_valid_name) and refuses "%", which the kernel would fill in with a number.
-func parseIfname(s string) (string, error) {
-	if s == "" || len(s) > 15 || s == "." || s == ".." || strings.ContainsAny(s, "/:% \t\n\v\f\r") {
-		return "", fmt.Errorf("%q: want the name of an interface: 1 to 15 bytes without \"/\", \":\", \"%%\" and spaces", s)
+// Lengths of interfaces' names in bytes: IFNAMSIZ and ALTIFNAMSIZ, less the zero at the end.
+const (
+	maxIfname  = 15
+	maxAltname = 127
+)
+
+// parseIfname takes the name of an interface.
+func parseIfname(s string) (string, error) { return s, checkIfname(s, maxIfname) }
+
+// checkIfname holds the kernel's rules (dev_valid_name) and refuses "%", which the kernel would fill in with a number.
+func checkIfname(s string, most int) error {
+	if s == "" || len(s) > most || s == "." || s == ".." || strings.ContainsAny(s, "/:% \t\n\v\f\r") {
+		return fmt.Errorf("%q: want the name of an interface: 1 to %d bytes without \"/\", \":\", \"%%\" and spaces", s, most)
 	}
-	return s, nil
+	return nil
 }
 
 const (

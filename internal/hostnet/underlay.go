@@ -12,11 +12,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Underlay is the device, and its addresses, by which a node talks to the others.
+// Underlay is the address by which a node talks to the others, and the devices that carry it.
 type Underlay struct {
-	Iface string
+	Iface string // the device that has the first address; lo where it belongs to no link, as with BGP on the host
 	Index int
-	MTU   int // bytes, of the device
+	// Uplinks are the devices by which packets leave: Iface, where that is not lo.
+	Uplinks []string
+	// MTU is the least of those of Uplinks and of the default route, in bytes; Narrowest says whose it is.
+	MTU       int
+	Narrowest string
 	// Addrs are one address a family: first the one that was asked for or that the
 	// kernel uses towards the seeds.
 	Addrs []netip.Addr
@@ -79,15 +83,33 @@ func newDetector() (*detector, error) {
 	if err != nil {
 		return nil, err
 	}
-	const unusable = unix.IFA_F_DADFAILED | unix.IFA_F_TENTATIVE | unix.IFA_F_DEPRECATED
 	for _, a := range d.all {
-		ip := addrOf(a.IP)
-		// A secondary IPv4 and a temporary IPv6 address (RFC 8981) share the flag.
-		if refuse(ip) == nil && a.Flags&(unusable|unix.IFA_F_SECONDARY) == 0 {
+		if refuse(addrOf(a.IP)) == nil && a.Flags&unusable == 0 && a.Scope < unix.RT_SCOPE_LINK {
 			d.addrs = append(d.addrs, a)
 		}
 	}
+	slices.SortStableFunc(d.addrs, func(a, b netlink.Addr) int { return d.rank(a) - d.rank(b) })
 	return d, nil
+}
+
+// unusable are the flags of addresses that cannot be bound to.
+const unusable = unix.IFA_F_DADFAILED | unix.IFA_F_TENTATIVE
+
+// rank puts behind the others the addresses that are not meant to be a host's own for long, worst last: one of full length
+// on a device that has an IPv4 subnet too, which may be a virtual one that moves between hosts (VRRP); temporary ones
+// (RFC 8981), with whose flag the kernel also marks secondary IPv4 ones; deprecated ones (RFC 4862 §5.5.4).
+func (d *detector) rank(a netlink.Addr) int {
+	switch {
+	case a.Flags&unix.IFA_F_DEPRECATED != 0:
+		return 3
+	case a.Flags&unix.IFA_F_SECONDARY != 0:
+		return 2
+	case addrOf(a.IP).Is4() && fullLength(a) && slices.ContainsFunc(d.all, func(h netlink.Addr) bool {
+		return h.LinkIndex == a.LinkIndex && addrOf(h.IP).Is4() && !fullLength(h) && refuse(addrOf(h.IP)) == nil
+	}):
+		return 1
+	}
+	return 0
 }
 
 const pick = "choose another with --underlay INTERFACE or --underlay ADDRESS"
@@ -121,10 +143,13 @@ func (d *detector) choose(c candidate) (Underlay, error) {
 	if l == nil {
 		return Underlay{}, fmt.Errorf("underlay device if%d is gone: %s", c.index, pick)
 	}
-	if l.Flags&net.FlagLoopback != 0 {
-		return Underlay{}, fmt.Errorf("underlay device %s is the loopback device, by which other hosts cannot be reached: %s", l.Name, pick)
+	if h := d.holder(c.addr); h != nil && h.Flags&unusable != 0 {
+		return Underlay{}, notYet{fmt.Errorf("underlay address %v on %s cannot be used: the detection of duplicates (RFC 4862 §5.4) is not over, or has found one", c.addr, l.Name)}
 	}
-	u := Underlay{Iface: l.Name, Index: l.Index, MTU: l.MTU, Addrs: []netip.Addr{c.addr}}
+	u, err := d.carried(Underlay{Iface: l.Name, Index: l.Index, Addrs: []netip.Addr{c.addr}}, c)
+	if err != nil {
+		return u, err
+	}
 	for _, a := range d.addrs {
 		if ip := addrOf(a.IP); a.LinkIndex == c.index && ip.Is4() != c.addr.Is4() {
 			u.Addrs = append(u.Addrs, ip)
@@ -148,7 +173,7 @@ func (d *detector) byAddr(a netip.Addr) (Underlay, error) {
 
 func (d *detector) byName(name string, seeds []netip.Addr) (Underlay, error) {
 	for index, l := range d.links {
-		if l.Name != name {
+		if l.Name != name && !slices.Contains(l.AltNames, name) {
 			continue
 		}
 		// Of several addresses, the one that the kernel uses towards the seeds.
@@ -162,8 +187,11 @@ func (d *detector) byName(name string, seeds []netip.Addr) (Underlay, error) {
 				return d.choose(candidate{index, addrOf(a.IP)})
 			}
 		}
+		if c, ok := d.borrowed(index); ok {
+			return d.choose(c)
+		}
 		if l.Flags&net.FlagLoopback != 0 {
-			return Underlay{}, fmt.Errorf("underlay device %s is the loopback device, by which other hosts cannot be reached: %s", name, pick)
+			return Underlay{}, fmt.Errorf("underlay device %s is the loopback device and has no address that other hosts could reach: %s", name, pick)
 		}
 		return Underlay{}, notYet{fmt.Errorf("underlay device %s has no usable address: give it one, or %s", name, pick)}
 	}
@@ -177,19 +205,16 @@ func (d *detector) routeTo(a netip.Addr) (candidate, error) {
 	if err != nil {
 		return candidate{}, notYet{fmt.Errorf("no route to %v: %w", a, err)}
 	}
-	for i := range routes {
-		rt := &routes[i]
-		if rt.Type == unix.RTN_LOCAL {
-			// One of our own addresses, as in a list of seeds that all hosts share.
-			for _, h := range d.all {
-				if addrOf(h.IP) == a {
-					return candidate{h.LinkIndex, a}, nil
-				}
-			}
-		}
-		return candidate{rt.LinkIndex, addrOf(rt.Src)}, nil
+	if len(routes) == 0 {
+		return candidate{}, notYet{fmt.Errorf("no route to %v", a)}
 	}
-	return candidate{}, notYet{fmt.Errorf("no route to %v", a)}
+	if routes[0].Type == unix.RTN_LOCAL {
+		// One of our own addresses, as in a list of seeds that all hosts share.
+		if h := d.holder(a); h != nil {
+			return candidate{h.LinkIndex, a}, nil
+		}
+	}
+	return d.source(addrOf(routes[0].Src), routes[0].LinkIndex), nil
 }
 
 func (d *detector) bySeeds(seeds []netip.Addr) (Underlay, error) {
@@ -216,29 +241,22 @@ func (d *detector) bySeeds(seeds []netip.Addr) (Underlay, error) {
 // host with both families on one device has both.
 func (d *detector) byDefault() (Underlay, error) {
 	var found []candidate
-	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		routes, err := dump("routes", func() ([]netlink.Route, error) {
-			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
-		})
+	for _, v4 := range []bool{true, false} {
+		routes, err := mainUnicast(v4)
 		if err != nil {
 			return Underlay{}, err
 		}
-		routes = slices.DeleteFunc(routes, func(rt netlink.Route) bool {
-			return prefixOf(rt.Dst).Bits() > 0 || rt.Type != unix.RTN_UNICAST
-		})
+		routes = slices.DeleteFunc(routes, func(rt netlink.Route) bool { return !isDefault(&rt) })
+		if len(found) > 0 && d.loopback(found[0].index) {
+			break // an address that belongs to no link is the host's choice for all of them
+		}
 		for i := range routes {
 			rt := &routes[i]
 			if slices.ContainsFunc(routes, func(o netlink.Route) bool { return o.Priority < rt.Priority }) {
 				continue
 			}
-			indexes := []int{rt.LinkIndex}
-			for _, nh := range rt.MultiPath {
-				indexes = append(indexes, nh.LinkIndex)
-			}
-			for _, index := range indexes {
-				if a := d.first(index, family == netlink.FAMILY_V4, addrOf(rt.Src)); a.IsValid() {
-					found = append(found, candidate{index, a})
-				}
+			if c, ok := d.sourceOf(rt, v4); ok {
+				found = append(found, c)
 			}
 		}
 	}
@@ -271,7 +289,7 @@ func (d *detector) candidates() []candidate {
 	var out []candidate
 	for _, a := range d.addrs {
 		l := d.links[a.LinkIndex]
-		if l == nil || l.Flags&net.FlagLoopback != 0 || slices.ContainsFunc(out, func(c candidate) bool { return c.index == a.LinkIndex }) {
+		if l == nil || l.Flags&net.FlagLoopback != 0 || l.Flags&net.FlagUp == 0 || d.rank(a) > d.rank(d.addrs[0]) || slices.ContainsFunc(out, func(c candidate) bool { return c.index == a.LinkIndex }) {
 			continue
 		}
 		out = append(out, candidate{a.LinkIndex, addrOf(a.IP)})
@@ -279,9 +297,9 @@ func (d *detector) candidates() []candidate {
 	return out
 }
 
-// only gives the first candidate if all are on one device.
+// only gives the first candidate if all are on one device, or are one address on several.
 func (d *detector) only(found []candidate, why string) (Underlay, error) {
-	if slices.ContainsFunc(found, func(c candidate) bool { return c.index != found[0].index }) {
+	if slices.ContainsFunc(found, func(c candidate) bool { return c.index != found[0].index && c.addr != found[0].addr }) {
 		return Underlay{}, fmt.Errorf("underlay is ambiguous: %s (%s): choose one with --underlay INTERFACE or --underlay ADDRESS", why, d.list(found))
 	}
 	return d.choose(found[0])

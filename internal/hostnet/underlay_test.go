@@ -37,7 +37,7 @@ func TestDetectUnderlay(t *testing.T) {
 			h.check(h.nl.RouteDel(rt))
 			rt.Src = []byte{192, 0, 2, 3}
 			h.check(h.nl.RouteAdd(rt))
-		}, seeds: ips("203.0.113.1"), iface: "eth1", addrs: ips("192.0.2.3", "2001:db8:1::1")},
+		}, seeds: ips("203.0.113.1"), iface: "eth0", addrs: ips("192.0.2.3", "2001:db8::1")},
 		{name: "one seed without a route", setup: two, seeds: ips("203.0.113.200", "192.0.2.8"), iface: "eth0", addrs: ips("192.0.2.1", "2001:db8::1")},
 		{name: "seeds on two devices", setup: two, seeds: ips("192.0.2.8", "198.51.100.8"), err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
 		{name: "seeds without a route and a loopback one", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("127.0.0.1", "203.0.113.1"), err: []string{"203.0.113.1", "127.0.0.1"}, wait: true},
@@ -49,8 +49,9 @@ func TestDetectUnderlay(t *testing.T) {
 		{name: "unknown name", setup: two, want: "eth7", err: []string{"eth7", "eth0 192.0.2.1", "--underlay"}, wait: true},
 		{name: "unknown address", setup: two, want: "192.0.2.99", err: []string{"192.0.2.99", "eth1 198.51.100.1", "--underlay"}, wait: true},
 		{name: "loopback address", setup: two, want: "127.0.0.1", err: []string{"loopback", "--underlay"}},
-		{name: "loopback device", setup: two, want: "lo", err: []string{"lo", "loopback", "--underlay"}},
-		{name: "address on the loopback device", setup: two, want: "203.0.113.9", err: []string{"lo", "loopback", "--underlay"}},
+		{name: "loopback device without an address", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, want: "lo", err: []string{"lo", "loopback", "--underlay"}},
+		{name: "loopback device, and no route", setup: two, want: "lo", err: []string{"203.0.113.9", "lo", "no route", "--underlay"}, wait: true},
+		{name: "address on the loopback device, and no route", setup: two, want: "203.0.113.9", err: []string{"lo", "no route", "--underlay"}, wait: true},
 		{name: "link-local address", setup: func(h *host) { h.device("eth0", "fe80::5/64") }, want: "fe80::5", err: []string{"link-local", "--underlay"}},
 		{name: "device without address", setup: func(h *host) { h.device("eth0") }, want: "eth0", err: []string{"eth0", "address"}, wait: true},
 		{name: "default route", setup: func(h *host) {
@@ -137,6 +138,15 @@ func TestCheckOverlap(t *testing.T) {
 			h.up("tun9")
 			h.route("10.99.0.0/16", "", "tun9", 0, Protocol)
 		}},
+		{name: "a bridge over several blocks of ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64") },
+			own: pfx("10.244.1.0/25", "10.244.1.192/26", "10.244.1.128/26", "fd00:244:0:1:8000::/65", "fd00:244:0:1::/65")},
+		{name: "a bridge of which a part is ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24") }, own: pfx("10.244.1.0/25", "10.244.1.128/26"),
+			err: []string{"route 10.244.1.0/24 dev pods", "--cluster-cidr"}},
+		{name: "routes to pods behind a bridge of ours", setup: func(h *host) {
+			h.device("pods", "10.244.1.1/24")
+			h.route("10.244.1.5/32", "", "pods", 0, unix.RTPROT_STATIC)
+			h.route("10.244.1.64/26", "10.244.1.5", "pods", 0, unix.RTPROT_STATIC)
+		}, own: pfx("10.244.1.0/24")},
 		{name: "pods, of space that is not ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24") }, own: pfx("10.244.2.0/24"), err: []string{"10.244.1.1/24 on pods"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -150,6 +160,24 @@ func TestCheckOverlap(t *testing.T) {
 				t.Error(err)
 			}
 		})
+	}
+}
+
+// The host's own addresses on a bridge of pods go to no pod, any more than those that pods have.
+func TestPodRoutes(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.reconcile(h.reconciler(Options{}), dual())
+	h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64", "192.0.2.9/24")
+	h.route("10.244.1.5/32", "", "pods", 0, unix.RTPROT_STATIC)
+	h.route("10.244.1.1/32", "", "pods", 0, unix.RTPROT_STATIC)
+	h.route("10.244.2.5/32", "", "pods", 0, unix.RTPROT_STATIC)
+	var got []PodRoute
+	h.do(func() (err error) { got, err = PodRoutes("tun0", dual().Own); return err })
+	want := []PodRoute{{netip.MustParseAddr("10.244.1.1"), "pods"}, {netip.MustParseAddr("10.244.1.5"), "pods"}, {netip.MustParseAddr("fd00:244:0:1::1"), "pods"}}
+	slices.SortFunc(got, func(a, b PodRoute) int { return a.Addr.Compare(b.Addr) })
+	if !slices.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
 	}
 }
 

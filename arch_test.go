@@ -48,6 +48,7 @@ var allowed = map[string][]string{
 	"internal/lab/clustertest":   {},
 	"internal/testing/damage":    {},
 	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},
+	"internal/testing/namespace": {"internal/sys"},
 	"internal/testing/testbuild": {},
 }
 

@@ -10,7 +10,6 @@ import (
 	"net/netip"
 	"os"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/namespace"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/mtu"
@@ -109,13 +109,6 @@ func must(t testing.TB, err error) {
 	}
 }
 
-func needRoot(t testing.TB) {
-	t.Helper()
-	if os.Getuid() != 0 {
-		t.Skip("needs root: network namespaces and TUN devices")
-	}
-}
-
 // patience bounds every wait for something that must happen; nothing is asserted about how long it takes.
 const patience = 20 * time.Second
 
@@ -129,20 +122,10 @@ func eventually(t testing.TB, what string, ok func() bool) {
 	}
 }
 
-var testSerial atomic.Uint32
-
 // newNetns makes a namespace that the test deletes.
 func newNetns(t testing.TB) string {
 	t.Helper()
-	needRoot(t)
-	ns := fmt.Sprintf("tulle-eng-%d-%d", os.Getpid(), testSerial.Add(1))
-	must(t, sys.NewNetns(ns))
-	t.Cleanup(func() {
-		if err := sys.DeleteNetns(ns); err != nil {
-			t.Error(err)
-		}
-	})
-	return ns
+	return namespace.New(t).Name
 }
 
 // inNetns runs f inside the namespace.

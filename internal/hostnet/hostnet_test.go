@@ -3,10 +3,8 @@ package hostnet
 import (
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
+	testns "github.com/tulle-net/tulle/internal/testing/namespace"
 )
 
 // host is a network namespace that ends with the test.
@@ -29,19 +28,8 @@ type host struct {
 
 func newHost(t testing.TB) *host {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Fatal("this test makes network namespaces: run it as root")
-	}
-	name := fmt.Sprintf("hostnet-%d-%08x", os.Getpid(), rand.Uint32())
-	if err := sys.NewNetns(name); err != nil {
-		t.Fatal(err)
-	}
-	h := &host{t: t, name: name, path: sys.NetnsPath(name)}
-	t.Cleanup(func() {
-		if err := sys.DeleteNetns(name); err != nil {
-			t.Error(err)
-		}
-	})
+	ns := testns.New(t)
+	h := &host{t: t, name: ns.Name, path: ns.Path()}
 	h.do(func() error {
 		var err error
 		h.nl, err = netlink.NewHandle(unix.NETLINK_ROUTE)
@@ -50,7 +38,6 @@ func newHost(t testing.TB) *host {
 	t.Cleanup(h.nl.Close)
 	// Without duplicate address detection addresses serve at once.
 	h.setSysctl("net/ipv6/conf/default/accept_dad", "0")
-	h.up("lo")
 	return h
 }
 

@@ -2,14 +2,12 @@ package device
 
 import (
 	"errors"
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"runtime"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -17,56 +15,24 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/namespace"
 )
 
 // A host is a network namespace of the test.
 type host struct {
-	t    testing.TB
-	name string
+	*namespace.Namespace
+	t testing.TB
 }
-
-var hosts atomic.Uint32
 
 func newHost(t testing.TB) *host {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: makes network namespaces and TUN devices")
-	}
-	h := &host{t, fmt.Sprintf("tulle-device-%d-%d", os.Getpid(), hosts.Add(1))}
-	if err := sys.NewNetns(h.name); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := sys.DeleteNetns(h.name); err != nil {
-			t.Error(err)
-		}
-	})
-	return h
-}
-
-func (h *host) do(f func() error) {
-	h.t.Helper()
-	if err := sys.WithNetns(sys.NetnsPath(h.name), f); err != nil {
-		h.t.Fatal(err)
-	}
-}
-
-func (h *host) netlink(f func(nl *sys.Netlink) error) {
-	h.t.Helper()
-	h.do(func() error {
-		nl, err := sys.NewNetlink(-1)
-		if err != nil {
-			return err
-		}
-		defer nl.Close()
-		return f(nl)
-	})
+	return &host{namespace.New(t), t}
 }
 
 // tryOpen opens a device, which the test closes.
 func (h *host) tryOpen(o Options) (d *Device, err error) {
 	h.t.Helper()
-	h.do(func() error { d, err = Open(o); return nil })
+	h.Do(func() error { d, err = Open(o); return nil })
 	if err == nil {
 		h.t.Cleanup(func() {
 			if err := d.Close(); err != nil {
@@ -88,7 +54,7 @@ func (h *host) open(o Options) *Device {
 
 func (h *host) link(name string) (l netlink.Link, err error) {
 	h.t.Helper()
-	h.netlink(func(nl *sys.Netlink) error { l, err = nl.LinkByName(name); return nil })
+	h.Netlink(func(nl *sys.Netlink) error { l, err = nl.LinkByName(name); return nil })
 	return l, err
 }
 
@@ -191,7 +157,7 @@ func TestBusy(t *testing.T) {
 // An interface of another kind keeps its name and its life.
 func TestForeignInterface(t *testing.T) {
 	h := newHost(t)
-	h.netlink(func(nl *sys.Netlink) error {
+	h.Netlink(func(nl *sys.Netlink) error {
 		tap := netlink.NewLinkAttrs()
 		tap.Name = "tap0"
 		veth := netlink.NewLinkAttrs()
@@ -221,7 +187,7 @@ func TestPersist(t *testing.T) {
 			t.Fatal(err)
 		}
 		index := d.Index()
-		h.netlink(func(nl *sys.Netlink) error {
+		h.Netlink(func(nl *sys.Netlink) error {
 			return nl.AddrAdd(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: index}},
 				&netlink.Addr{IPNet: &net.IPNet{IP: addr.Addr().AsSlice(), Mask: net.CIDRMask(32, 32)}})
 		})
@@ -231,7 +197,7 @@ func TestPersist(t *testing.T) {
 		if !d.Kept() || d.Index() != index {
 			t.Errorf("%d queues: kept %v, index %d, want %d", queues, d.Kept(), d.Index(), index)
 		}
-		h.netlink(func(nl *sys.Netlink) error {
+		h.Netlink(func(nl *sys.Netlink) error {
 			l, err := nl.LinkByIndex(index)
 			if err != nil {
 				return err
@@ -272,7 +238,7 @@ func TestFromFD(t *testing.T) {
 		}
 		first.Close()
 		var d *Device
-		h.do(func() (err error) { d, err = FromFD(fds, Options{Name: "tulle0", MTU: 1350}); return err })
+		h.Do(func() (err error) { d, err = FromFD(fds, Options{Name: "tulle0", MTU: 1350}); return err })
 		if !d.Kept() || d.Name() != "tulle0" || d.Index() != first.Index() || len(d.Queues()) != queues || !d.Offloads().TSO {
 			t.Errorf("device %s index %d of %d, %d queues, offloads %v", d.Name(), d.Index(), first.Index(), len(d.Queues()), d.Offloads())
 		}
@@ -292,7 +258,7 @@ func TestFromFDRefused(t *testing.T) {
 	ours := func(flags uint16, name string) int {
 		t.Helper()
 		var fd int
-		h.do(func() (err error) {
+		h.Do(func() (err error) {
 			if fd, err = sys.TunOpen(); err != nil {
 				return err
 			}
@@ -318,7 +284,7 @@ func TestFromFDRefused(t *testing.T) {
 		{"a TAP", func() int { return ours(unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR, "tulle0") }, []string{"tulle0", "ip link del"}},
 	} {
 		fds := []int{c.fd(), event()}
-		h.do(func() error {
+		h.Do(func() error {
 			_, err := FromFD(fds, Options{Name: "tulle0"})
 			says(t, err, c.says...)
 			return nil
@@ -329,7 +295,7 @@ func TestFromFDRefused(t *testing.T) {
 			}
 		}
 	}
-	h.do(func() error {
+	h.Do(func() error {
 		_, err := FromFD(nil, Options{})
 		says(t, err, "no descriptor")
 		return nil
@@ -376,7 +342,7 @@ func TestMissingNode(t *testing.T) {
 func TestNotPermitted(t *testing.T) {
 	h := newHost(t)
 	onOwnThread(func() {
-		ns, err := os.Open(sys.NetnsPath(h.name))
+		ns, err := os.Open(h.Path())
 		if err != nil {
 			t.Error(err)
 			return
@@ -428,7 +394,7 @@ func TestWait(t *testing.T) {
 			}
 		}
 	}()
-	h.netlink(func(nl *sys.Netlink) error {
+	h.Netlink(func(nl *sys.Netlink) error {
 		return nl.LinkDel(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.Index()}})
 	})
 	select {

@@ -23,7 +23,7 @@ import (
 func newRouter(t testing.TB) (in, out *Device) {
 	t.Helper()
 	h := newHost(t)
-	h.do(func() error {
+	h.Do(func() error {
 		for _, s := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
 			if err := os.WriteFile("/proc/sys/net/"+s, []byte("1"), 0); err != nil {
 				return err
@@ -32,7 +32,7 @@ func newRouter(t testing.TB) (in, out *Device) {
 		return nil
 	})
 	in, out = h.open(Options{Name: "in0"}), h.open(Options{Name: "out0"})
-	h.netlink(func(nl *sys.Netlink) error {
+	h.Netlink(func(nl *sys.Netlink) error {
 		for i, d := range []*Device{in, out} {
 			for _, a := range []string{fmt.Sprintf("10.%d.0.1/24", i+1), fmt.Sprintf("fd00:%d::1/64", i+1)} {
 				p := netip.MustParsePrefix(a)

@@ -183,7 +183,7 @@ func openLite(bind netip.AddrPort) (*Socket, error) {
 
 func (h *host) ethtool(args ...string) {
 	h.t.Helper()
-	h.do(func() error {
+	h.Do(func() error {
 		if out, err := exec.Command("ethtool", args...).CombinedOutput(); err != nil {
 			return fmt.Errorf("ethtool %v: %w: %s", args, err, out)
 		}

@@ -16,7 +16,7 @@ import (
 func TestSendBufferFull(t *testing.T) {
 	l := newLink(t, 1500)
 	var noQdisc error
-	l.a.netlink(func(nl *sys.Netlink) error {
+	l.a.Netlink(func(nl *sys.Netlink) error {
 		link, err := nl.LinkByName("eth0")
 		if err != nil {
 			return err

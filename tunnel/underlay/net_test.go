@@ -1,11 +1,9 @@
 package underlay
 
 import (
-	"fmt"
 	"net"
 	"net/netip"
 	"os"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -13,67 +11,31 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/namespace"
 )
 
 // A host is a network namespace of the test.
 type host struct {
-	t    testing.TB
-	name string
+	*namespace.Namespace
+	t testing.TB
 }
-
-var hosts atomic.Uint32
 
 func newHost(t testing.TB) *host {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root: makes network namespaces")
-	}
-	h := &host{t, fmt.Sprintf("tulle-underlay-%d-%d", os.Getpid(), hosts.Add(1))}
-	if err := sys.NewNetns(h.name); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := sys.DeleteNetns(h.name); err != nil {
-			t.Error(err)
-		}
-	})
-	h.netlink(func(nl *sys.Netlink) error {
-		return nl.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: 1, Name: "lo"}})
-	})
-	return h
-}
-
-// do runs f in the host's namespace.
-func (h *host) do(f func() error) {
-	h.t.Helper()
-	if err := sys.WithNetns(sys.NetnsPath(h.name), f); err != nil {
-		h.t.Fatal(err)
-	}
-}
-
-func (h *host) netlink(f func(nl *sys.Netlink) error) {
-	h.t.Helper()
-	h.do(func() error {
-		nl, err := sys.NewNetlink(-1)
-		if err != nil {
-			return err
-		}
-		defer nl.Close()
-		return f(nl)
-	})
+	return &host{namespace.New(t), t}
 }
 
 func (h *host) sysctl(path, value string) {
 	h.t.Helper()
-	h.do(func() error { return os.WriteFile("/proc/sys/"+path, []byte(value), 0) })
+	h.Do(func() error { return os.WriteFile("/proc/sys/"+path, []byte(value), 0) })
 }
 
 // connect makes a veth pair between two hosts, with the interface names of the
 // far end's host, and gives each end its addresses.
 func connect(a, b *host, ifa, ifb string, mtu int, addrsA, addrsB []string) {
 	a.t.Helper()
-	a.netlink(func(nl *sys.Netlink) error {
-		ns, err := os.Open(sys.NetnsPath(b.name))
+	a.Netlink(func(nl *sys.Netlink) error {
+		ns, err := os.Open(b.Path())
 		if err != nil {
 			return err
 		}
@@ -91,7 +53,7 @@ func connect(a, b *host, ifa, ifb string, mtu int, addrsA, addrsB []string) {
 // neighbour discovery, which takes seconds on an interface just set up.
 func (h *host) neighbours(ifname string, mac net.HardwareAddr, addrs []string) {
 	h.t.Helper()
-	h.netlink(func(nl *sys.Netlink) error {
+	h.Netlink(func(nl *sys.Netlink) error {
 		link, err := nl.LinkByName(ifname)
 		if err != nil {
 			return err
@@ -110,7 +72,7 @@ func (h *host) neighbours(ifname string, mac net.HardwareAddr, addrs []string) {
 // address gives an interface its addresses, sets it up, and returns its MAC.
 func (h *host) address(ifname string, addrs []string) (mac net.HardwareAddr) {
 	h.t.Helper()
-	h.netlink(func(nl *sys.Netlink) error {
+	h.Netlink(func(nl *sys.Netlink) error {
 		link, err := nl.LinkByName(ifname)
 		if err != nil {
 			return err
@@ -130,7 +92,7 @@ func (h *host) address(ifname string, addrs []string) (mac net.HardwareAddr) {
 
 func (h *host) route(dst, via string) {
 	h.t.Helper()
-	h.netlink(func(nl *sys.Netlink) error {
+	h.Netlink(func(nl *sys.Netlink) error {
 		p := netip.MustParsePrefix(dst)
 		return nl.RouteAdd(&netlink.Route{
 			Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
@@ -196,7 +158,7 @@ func (h *host) raw(bind netip.Addr, proto int) *Socket {
 
 func (h *host) open(f func() (*Socket, error)) (s *Socket) {
 	h.t.Helper()
-	h.do(func() (err error) { s, err = f(); return err })
+	h.Do(func() (err error) { s, err = f(); return err })
 	h.t.Cleanup(func() {
 		if err := s.Close(); err != nil {
 			h.t.Error(err)

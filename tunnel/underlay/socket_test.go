@@ -19,7 +19,7 @@ func TestOpenErrors(t *testing.T) {
 		taken := l.a.udp(Options{Bind: netipPort(addrA[six], 6080)})
 		check := func(what string, open func() (*Socket, error), is error, says ...string) {
 			t.Helper()
-			l.a.do(func() error {
+			l.a.Do(func() error {
 				s, err := open()
 				if err == nil {
 					s.Close()

@@ -19,7 +19,7 @@ func (l *link) espBetween(six bool) (failed error) {
 		return &net.IPNet{IP: a.AsSlice(), Mask: net.CIDRMask(a.BitLen(), a.BitLen())}
 	}
 	for _, h := range []*espEnd{{l.a, netlink.XFRM_DIR_OUT}, {l.b, netlink.XFRM_DIR_IN}} {
-		h.host.do(func() error {
+		h.host.Do(func() error {
 			nl, err := netlink.NewHandle()
 			if err != nil {
 				return err

@@ -9,7 +9,7 @@ import (
 	"strings"
 )
 
-// kind decides how a key is written; the values themselves are all texts until set has read them.
+// kind decides how a key is written. All values are strings until set parses them.
 type kind uint8
 
 const (
@@ -38,45 +38,46 @@ var defaultClusterCIDR = netip.MustParsePrefix("10.244.0.0/16")
 var keys = []key{
 	{name: "node_name", arg: "NAME",
 		help: "name of this node (default: the host's name)",
-		doc:  "Letters, digits, `-`, `_` and `.`, at most 63 characters. It is for people: nodes are told apart by a random ID that they keep in `state_dir`.",
+		doc:  "Letters, digits, `-`, `_` and `.`, at most 63 characters. The name is for people and need not be unique: a node's identity is a random ID in `state_dir`.",
 		set:  text(func(c *Config, s string) (err error) { c.NodeName, err = parseNodeName(s); return }),
 		show: func(c *Config) string { return c.NodeName }},
 	{name: "join", arg: "HOST[:PORT]", list: true,
 		help: "a node of the cluster to join; repeatable",
-		doc: "A name or an address, IPv6 in brackets; the port is `gossip_port` if it is left out. All hosts can share one list: a node passes over " +
-			"its own entry. The agent keeps trying until one of them answers.",
+		doc: "A host name or an address, IPv6 in brackets. The default port is `gossip_port`. All hosts can share one list: a node ignores " +
+			"its own entry. The agent keeps trying until one of the seeds answers.",
 		set:  func(c *Config, v []string) error { c.Join = v; return nil }, // read by validate, which knows the gossip port
 		show: func(c *Config) string { return strings.Join(c.Join, ",") }},
 	{name: "bootstrap", arg: "NODE-NAME", kind: kindBootstrap,
-		help: "start a new cluster, unless a seed is in one; on one node only (=force: although seeds are silent)",
-		doc: "As a flag it is a switch: `--bootstrap` on the one node that starts the cluster. In the file it names that node, so that all hosts can " +
-			"share the file. The node first tries the addresses of `join`. If one of them is in a cluster, it joins that. It starts one when all of them have " +
-			"answered and are in none. If some of them cannot answer, start the node once with `--bootstrap=force`, and be sure that they are in no " +
-			"cluster. Once it has state it never bootstraps again.",
+		help: "start a new cluster, unless a seed is in one; on one node only (=force: even if seeds do not answer)",
+		doc: "As a flag it is a switch: give `--bootstrap` to the one node that starts the cluster. In the file it names that node, so that all hosts can " +
+			"share the file. The node first contacts all seeds in `join`. If one of them is in a cluster, the node joins that cluster. If all of them have " +
+			"answered and none is in a cluster, it starts one. If some of them cannot answer, and you are sure that they are in no cluster, start the node once " +
+			"with `--bootstrap=force`. A node that has state never bootstraps again.",
 		show: func(c *Config) string { return strconv.FormatBool(c.Bootstrap) }},
 	{name: "cluster_cidr", arg: "PREFIX", list: true,
-		help: "address space of all pods, one prefix a family; repeatable (default of a new cluster: " + defaultClusterCIDR.String() + ")",
-		doc: "Only the node that starts the cluster needs it. On others it may be left out; if it is there, it must be the cluster's. It must not overlap " +
-			"the hosts' own addresses, nor loopback, link-local, multicast or reserved space.",
+		help: "address space of all pods, one prefix per family; repeatable (default of a new cluster: " + defaultClusterCIDR.String() + ")",
+		doc: "Only the node that starts the cluster needs it. On other nodes it is optional; if it is set, it must equal the cluster's. It must not overlap " +
+			"addresses of hosts, nor loopback, link-local, multicast or reserved space.",
 		set:  func(c *Config, v []string) (err error) { c.ClusterCIDRs, err = parsePrefixes(v); return },
 		show: func(c *Config) string { return join(c.ClusterCIDRs) }},
 	{name: "node_prefix_len", arg: "LEN[,LEN6]", def: "24,64", list: true,
-		help: "length of the blocks out of which a node gives its pods addresses: IPv4, IPv6",
-		doc: "One number means IPv4 if it is at most 32, else IPv6; the other family keeps its default. Longer than the `cluster_cidr` of that family, " +
-			"at most 30 for IPv4 and 126 for IPv6. A node that has filled its block opens another one.",
+		help: "prefix length of the blocks from which a node gives addresses to its pods: IPv4, IPv6",
+		doc: "One number means IPv4 if it is at most 32, else IPv6; the other family keeps its default. It must be longer than the `cluster_cidr` of that family, " +
+			"and at most 30 for IPv4 and 126 for IPv6. A node whose block is full opens another one.",
 		set: func(c *Config, v []string) (err error) {
 			c.NodePrefixLen4, c.NodePrefixLen6, err = parseLens(v)
 			return
 		},
 		show: func(c *Config) string { return fmt.Sprintf("%d,%d", c.NodePrefixLen4, c.NodePrefixLen6) }},
 	{name: "pod_cidr", arg: "PREFIX", list: true,
-		help: "ask for this very prefix for the pods of this node, one a family; repeatable",
-		doc:  "Inside the cluster's address space. Its present owner gives it up unless pods live in it. Left out, a node takes what it is given.",
+		help: "use exactly this prefix for the pods of this node, one per family; repeatable",
+		doc:  "It must lie in the cluster's address space. The node asks the current owner for it, who refuses while pods have addresses in it. Without this key the node takes whatever space it is given.",
 		set:  func(c *Config, v []string) (err error) { c.PodCIDRs, err = parsePrefixes(v); return },
 		show: func(c *Config) string { return join(c.PodCIDRs) }},
 	{name: "underlay", arg: "IFACE|ADDRESS", list: true,
 		help: "interface or address that carries the tunnel (default: the source address of the route to the seeds)",
-		doc:  "One interface, by its name or an alternative one, or at most one address of each family. An address on lo is fine where routes lead out from there, as with BGP on the host.",
+		doc: "One interface, by its name or an alternative name, or at most one address per family. An address on `lo` works if routes use it as their source, " +
+			"as with BGP on the host.",
 		set:  func(c *Config, v []string) (err error) { c.Underlay, err = parseUnderlay(v); return },
 		show: func(c *Config) string { return c.Underlay.String() }},
 	{name: "gossip_port", arg: "PORT", def: "7946",
@@ -85,13 +86,13 @@ var keys = []key{
 		show: func(c *Config) string { return strconv.Itoa(int(c.GossipPort)) }},
 	{name: "gossip_key_file", arg: "FILE",
 		help: "file with the AES-256 keys of gossip (default: not encrypted)",
-		doc: "Mode 0600. One key a line, 32 bytes in base64, the first one encrypts; `tulle keys generate` makes one. Rotate keys with `tulle keys install|use|remove`, " +
-			"which also writes this file.",
+		doc: "Its mode must be 0600. One key per line, 32 bytes in base64; the first key encrypts. `tulle keys generate` makes a key. Rotate keys with " +
+			"`tulle keys install|use|remove`, which also updates this file.",
 		set:  text(func(c *Config, s string) (err error) { c.GossipKeyFile, err = parsePath(s); return }),
 		show: func(c *Config) string { return c.GossipKeyFile }},
 	{name: "udp_port", arg: "PORT", def: "6080",
 		help: "UDP port of the udp encapsulation (GUE)",
-		doc:  "It is part of what a node tells the others about itself, so that nodes may differ.",
+		doc:  "Nodes announce their port to each other, so it may differ between nodes.",
 		set:  text(func(c *Config, s string) (err error) { c.UDPPort, err = parsePort(s); return }),
 		show: func(c *Config) string { return strconv.Itoa(int(c.UDPPort)) }},
 	{name: "vxlan_port", arg: "PORT", def: "4789",
@@ -103,8 +104,8 @@ var keys = []key{
 		set:  text(func(c *Config, s string) (err error) { c.VNI, err = parseVNI(s); return }),
 		show: func(c *Config) string { return strconv.FormatUint(uint64(c.VNI), 10) }},
 	{name: "paths", arg: "MODE,...", def: "direct,udp,ipip,vxlan", list: true,
-		help: "encapsulations to send with, in order of preference; one name pins it",
-		doc:  "`direct` (the host's own route, no encapsulation), `udp`, `ipip`, `vxlan`. Whatever is chosen here, all of them are accepted from members.",
+		help: "encapsulations to send with, in order of preference; a single name pins it",
+		doc:  "`direct` (the host's own route, no encapsulation), `udp`, `ipip`, `vxlan`. This setting does not restrict what the node accepts from members.",
 		set:  func(c *Config, v []string) (err error) { c.Paths, err = parsePaths(v); return },
 		show: func(c *Config) string { return strings.Join(c.Paths, ",") }},
 	{name: "tun", arg: "NAME", def: "tun0",
@@ -112,29 +113,29 @@ var keys = []key{
 		set:  text(func(c *Config, s string) (err error) { c.Tun, err = parseIfname(s); return }),
 		show: func(c *Config) string { return c.Tun }},
 	{name: "mtu", arg: "BYTES|auto", def: "auto",
-		help: "MTU of the TUN device; auto: the underlay's less the largest overhead in use",
-		doc:  "576 to 65535, at least 1280 where the cluster has IPv6. Paths to single peers that carry less get a smaller MTU of their own.",
+		help: "MTU of the TUN device; auto: the underlay's MTU minus the largest overhead in use",
+		doc:  "576 to 65535, at least 1280 if the cluster has IPv6. If the path to a peer carries less, the routes to that peer get a smaller MTU.",
 		set:  text(func(c *Config, s string) (err error) { c.MTU, err = parseMTU(s); return }),
 		show: func(c *Config) string { return showAuto(c.MTU) }},
 	{name: "queues", arg: "NUMBER|auto", def: "auto",
-		help: "queues of the TUN device, each with goroutines of its own; auto: one, and more where there are more than 4 CPUs",
-		doc:  "1 to 64. A flow stays on its queue. auto takes one for each 4 CPUs, one at least and 8 at most; which number is the fastest has not been measured beyond 2 CPUs.",
+		help: "queues of the TUN device, each with its own goroutines; auto: one per 4 CPUs, at least 1 and at most 8",
+		doc:  "1 to 64. A flow stays on its queue. The best number has not been measured on machines with more than 2 CPUs.",
 		set:  text(func(c *Config, s string) (err error) { c.Queues, err = parseQueues(s); return }),
 		show: func(c *Config) string { return showAuto(c.Queues) }},
 	{name: "masquerade", arg: "true|false", kind: kindBool, def: "true", live: true,
-		help: "pods reach the outside under this host's address; between pods and nodes nothing is ever translated",
+		help: "translate the source of pod traffic to the outside into this host's address; traffic between pods and nodes is never translated",
 		set:  text(func(c *Config, s string) (err error) { c.Masquerade, err = parseBool(s); return }),
 		show: func(c *Config) string { return strconv.FormatBool(c.Masquerade) }},
 	{name: "state_dir", arg: "DIR", def: "/var/lib/tulle",
-		help: "where identity, address table and allocations are kept",
+		help: "directory of the state file: identity, address table and allocations",
 		set:  text(func(c *Config, s string) (err error) { c.StateDir, err = parsePath(s); return }),
 		show: func(c *Config) string { return c.StateDir }},
 	{name: "socket", arg: "FILE", def: "/run/tulle/tulle.sock",
-		help: "control socket; all other commands talk to it",
+		help: "control socket; all other commands connect to it",
 		set:  text(func(c *Config, s string) (err error) { c.Socket, err = parsePath(s); return }),
 		show: func(c *Config) string { return c.Socket }},
 	{name: "metrics", arg: "ADDRESS:PORT|off", def: "127.0.0.1:9646",
-		help: "where to serve Prometheus metrics, /healthz and /readyz",
+		help: "address of the HTTP server for Prometheus metrics, /healthz and /readyz",
 		set:  text(func(c *Config, s string) (err error) { c.Metrics, err = parseMetrics(s); return }),
 		show: func(c *Config) string { return cmp.Or(c.Metrics, "off") }},
 	{name: "log_level", arg: "LEVEL", def: "info", live: true,
@@ -142,16 +143,16 @@ var keys = []key{
 		set:  text(func(c *Config, s string) (err error) { c.LogLevel, err = parseLevel(s); return }),
 		show: func(c *Config) string { return levelName(c.LogLevel) }},
 	{name: "log_format", arg: "text|json", def: "text",
-		help: "form of the log on standard error",
+		help: "format of the log on standard error",
 		set:  text(func(c *Config, s string) (err error) { c.LogFormat, err = oneOf(s, "text", "json"); return }),
 		show: func(c *Config) string { return c.LogFormat }},
 }
 
-// text adapts a setter of one value. A default of "" arrives as no value at all, and then as "".
+// text adapts a setter of a single value. No value (a default of "") is passed on as "".
 func text(set func(*Config, string) error) func(*Config, []string) error {
 	return func(c *Config, v []string) error {
 		if len(v) > 1 {
-			return fmt.Errorf("%v: wants one value, not %d", v, len(v))
+			return fmt.Errorf("%v: want one value, not %d", v, len(v))
 		}
 		return set(c, strings.Join(v, ""))
 	}

@@ -66,7 +66,14 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err := checkOverlap(a.cfg, state); err != nil {
 		return err
 	}
+	// Looked for twice: before this agent makes a device, and when two that start at once must find each other.
+	if err := hostnet.CheckAlone(a.cfg.Tun); err != nil {
+		return err
+	}
 	if err := s.openData(a); err != nil {
+		return err
+	}
+	if err := hostnet.CheckAlone(a.cfg.Tun); err != nil {
 		return err
 	}
 	if err := s.openCluster(state); err != nil {
@@ -179,7 +186,7 @@ func (s *session) chooseMTU() error {
 
 // openData opens the TUN and the sockets.
 func (s *session) openData(a *agent) (err error) {
-	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU), Queues: queues(s.cfg.Queues)}); err != nil {
+	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU), Queues: queues(s.cfg.Queues), Alias: hostnet.Alias}); err != nil {
 		return err
 	}
 	s.probes = newProber(s.log)

@@ -19,10 +19,6 @@ import (
 // A route by a gateway to a larger network, as a default route or a site's
 // 10.0.0.0/8, is no overlap: the cluster's is the longer prefix. A directly connected
 // larger network is: its hosts would be cut off.
-//
-// Another device with routes of our mark and somebody at its other end is another agent's:
-// it is refused too, whatever its cluster, because the table and the unreachable
-// routes are one host's.
 func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 	d, err := newDetector()
 	if err != nil {
@@ -76,9 +72,6 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 					return fmt.Errorf("cluster CIDR %v overlaps this host's route %s, which an agent with --tun %s has made: stop that agent and run `tulle cleanup --tun %[3]s`, or choose another --cluster-cidr",
 						c.Masked(), routeText(rt, d.name), d.name(rt.LinkIndex))
 				}
-			}
-			if l := d.links[rt.LinkIndex]; l != nil && l.RawFlags&unix.IFF_LOWER_UP != 0 && rt.Type == unix.RTN_UNICAST {
-				return fmt.Errorf("another agent runs on this host, with --tun %s: two would undo each other's routes and nftables table; stop it and run `tulle cleanup --tun %[1]s`, or run each in a network namespace of its own", l.Name)
 			}
 		}
 		connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST

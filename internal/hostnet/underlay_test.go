@@ -129,10 +129,6 @@ func TestCheckOverlap(t *testing.T) {
 			h.reconcile(h.reconciler(Options{}), dual())
 			h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64")
 		}},
-		{name: "another agent, of another cluster", setup: func(h *host) {
-			h.device("tun9")
-			h.route("10.99.0.0/16", "", "tun9", 0, Protocol)
-		}, err: []string{"another agent", "--tun tun9", "tulle cleanup --tun tun9"}},
 		{name: "what another agent left, of another cluster", setup: func(h *host) {
 			h.tun("tun9")
 			h.up("tun9")

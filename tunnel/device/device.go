@@ -38,6 +38,7 @@ type Options struct {
 	MTU        int    // bytes; the kernel's default of a new device (1500), or what the device has
 	Queues     int    // 1
 	TxQueueLen int    // packets; DefaultTxQueueLen
+	Alias      string // of the interface (ip link set … alias); none, or what the device has
 }
 
 func (o Options) validate() error {

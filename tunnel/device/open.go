@@ -250,6 +250,11 @@ func (d *Device) setUp(o Options) error {
 			return err
 		}
 	}
+	if o.Alias != "" {
+		if err := d.nl.LinkSetAlias(link, o.Alias); err != nil {
+			return fmt.Errorf("TUN device %s: set alias %q: %w", d.name, o.Alias, err)
+		}
+	}
 	if err := d.nl.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.index, Name: d.name}}); err != nil {
 		return fmt.Errorf("TUN device %s: set up: %w", d.name, err)
 	}

@@ -26,7 +26,8 @@ type Config struct {
 	Device    *device.Device
 	Underlay  []netip.Addr // this node's underlay addresses, at most one of each family: sockets are bound to them
 	UDPPort   uint16       // of the udp encapsulation, here
-	VXLANPort uint16       // of the vxlan encapsulation, here: only to recognise nested packets
+	VXLANPort uint16       // of the vxlan encapsulation, here
+	VNI       uint32       // of the vxlan encapsulation, 24 bits
 	CopyDSCP  bool         // outer DSCP is the inner one's copy, else 0
 	Senders   int          // UDP source ports in use at once, of all queues; 0 means defaultSenders
 
@@ -53,9 +54,9 @@ type Engine struct {
 	copyDSCP bool
 	log      *slog.Logger
 
-	fwd      atomic.Pointer[forwarding]
-	mu       sync.Mutex // of Update
-	counters map[string]*peerCounters
+	fwd    atomic.Pointer[forwarding]
+	mu     sync.Mutex // of Update
+	states map[string]*peerState
 
 	drops    [encap.NumDrops]atomic.Uint64
 	stats    stats
@@ -67,11 +68,13 @@ type Engine struct {
 	socks  []*underlay.Socket // all of them, to close
 	out    []*underlay.Socket // those that only send: their error queues are drained by a timer
 	prober prober
+
+	noVXLAN error // why there is no socket for vxlan
 }
 
 // New opens the sockets. On an error nothing stays open but the device, which is still the caller's.
 func New(cfg Config) (*Engine, error) {
-	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, counters: make(map[string]*peerCounters)}
+	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, states: make(map[string]*peerState)}
 	if cfg.Senders <= 0 {
 		e.cfg.Senders = defaultSenders
 	}
@@ -100,14 +103,14 @@ func (e *Engine) open() error {
 // openFamily opens everything that is bound to one underlay address.
 func (e *Engine) openFamily(a netip.Addr) error {
 	f := family(a)
-	udp, err := listenUDP(netip.AddrPortFrom(a, e.cfg.UDPPort), len(e.tx))
-	for i, s := range udp {
-		e.receive(s, i, overUDP, encap.UDP)
-	}
+	udp, err := e.listen(netip.AddrPortFrom(a, e.cfg.UDPPort), overUDP, encap.UDP)
 	if err != nil {
 		return err
 	}
-	e.prober.out[f].udp = &sender{sock: udp[0], batch: underlay.NewSendBatch(1, 1)}
+	e.prober.out[f].udp = udp
+	if err := e.openVXLAN(a); err != nil {
+		return err
+	}
 	// A second raw socket would get every packet again: they have one, whatever the number of queues.
 	raw := [2]*underlay.Socket{}
 	for i, proto := range [2]int{header.ProtoIPv4, header.ProtoIPv6} {
@@ -141,6 +144,40 @@ func (e *Engine) openFamily(a netip.Addr) error {
 	return nil
 }
 
+// openVXLAN opens the sockets of vxlan on an underlay address. A port that is taken leaves the engine without: it may be
+// that of a VXLAN device of this host's kernel.
+func (e *Engine) openVXLAN(a netip.Addr) error {
+	if e.cfg.VXLANPort == 0 {
+		e.noVXLAN = errors.New("no port is configured for vxlan")
+		return nil
+	}
+	s, err := e.listen(netip.AddrPortFrom(a, e.cfg.VXLANPort), overVXLAN, encap.VXLAN)
+	if errors.Is(err, unix.EADDRINUSE) {
+		e.noVXLAN = err
+		return nil
+	}
+	e.prober.out[family(a)].vxlan = s
+	return err
+}
+
+// listen opens a UDP socket for each queue and gives each a worker. It returns a sender through one of them.
+func (e *Engine) listen(at netip.AddrPort, c carrier, m encap.Mode) (*sender, error) {
+	socks, err := listenUDP(at, len(e.tx))
+	for i, s := range socks {
+		w := e.receive(s, i, c, m)
+		if c == overVXLAN {
+			w.replies = &sender{sock: s, batch: underlay.NewSendBatch(1, 1)}
+		}
+	}
+	if errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("%w: choose another with --%s-port (the same on all nodes), or see who holds it with `ss -ulnp 'sport = :%d'`", err, m, at.Port())
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &sender{sock: socks[0], batch: underlay.NewSendBatch(1, 1)}, nil
+}
+
 // listenUDP opens n sockets on one port. The kernel spreads peers' flows over them and keeps each flow on one.
 func listenUDP(at netip.AddrPort, n int) ([]*underlay.Socket, error) {
 	if n > 1 {
@@ -162,6 +199,14 @@ func listenUDP(at netip.AddrPort, n int) ([]*underlay.Socket, error) {
 		out = append(out, s)
 	}
 	return out, nil
+}
+
+// Unavailable says why this node can neither send nor receive in an encapsulation; nil if it can.
+func (e *Engine) Unavailable(m encap.Mode) error {
+	if m == encap.VXLAN {
+		return e.noVXLAN
+	}
+	return nil
 }
 
 // openSender opens a socket with a free source port of the range that is a flow hash's.
@@ -197,7 +242,7 @@ func (e *Engine) receive(s *underlay.Socket, queue int, c carrier, m encap.Mode)
 	off := e.cfg.Device.Offloads()
 	e.socks = append(e.socks, s)
 	slots := udpSlots
-	if c != overUDP {
+	if c.raw() {
 		slots = rawSlots
 	}
 	w := &rxWorker{
@@ -271,16 +316,16 @@ func (e *Engine) closeSockets() error {
 func (e *Engine) Update(local Local, peers []Peer) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	keep := make(map[string]*peerCounters, len(peers))
-	e.fwd.Store(newForwarding(local, peers, func(id string) *peerCounters {
-		c := e.counters[id]
+	keep := make(map[string]*peerState, len(peers))
+	e.fwd.Store(newForwarding(local, peers, func(id string) *peerState {
+		c := e.states[id]
 		if c == nil {
-			c = new(peerCounters)
+			c = new(peerState)
 		}
 		keep[id] = c
 		return c
 	}))
-	e.counters = keep
+	e.states = keep
 	// Workers load the tables when they wake and with each batch; those that sleep now have nothing looked up in the old ones.
 }
 

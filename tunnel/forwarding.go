@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 
 	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 	"github.com/tulle-net/tulle/tunnel/route"
 	"github.com/tulle-net/tulle/tunnel/underlay"
@@ -18,6 +19,8 @@ type Peer struct {
 	Endpoint    netip.Addr     // where outer packets go
 	Accept      []netip.Addr   // underlay addresses whose packets are the peer's; Endpoint is one of them
 	UDPPort     uint16         // of its udp encapsulation
+	VXLANPort   uint16         // of its vxlan encapsulation; 0: it has none
+	VTEPMAC     header.MAC     // of its VTEP; zero: learned from what it sends
 	Prefixes    []netip.Prefix // its space, of both families, its tun addresses included
 	TunAddrs    []netip.Addr   // its own addresses inside Prefixes, at most one of each family: where probes go
 	Mode        encap.Mode     // encapsulation of what is sent to it
@@ -30,6 +33,7 @@ type Local struct {
 	TunAddrs []netip.Addr   // at most one of each family; source of ICMP errors and of probes
 	Prefixes []netip.Prefix // space that is this node's
 	Underlay []netip.Addr   // this node's underlay addresses
+	VTEPMAC  header.MAC     // of this node's VTEP
 }
 
 // target is what a lookup ends in: a peer, ready to be sent to, or this node itself.
@@ -42,15 +46,21 @@ type target struct {
 	id          string
 	endpoint    netip.Addr
 	udp         *underlay.Dest // endpoint and its udp port
+	vxlan       *underlay.Dest // endpoint and its vxlan port; nil without one
 	raw         *underlay.Dest // endpoint, for protocols 4 and 41
+	mac         header.MAC     // of its VTEP, if that is told and not learned
 	tunAddrs    [2]netip.Addr  // the peer's, where known: IPv4, IPv6
 	underlay    []netip.Addr   // the peer's: it may send from them, too
-	count       *peerCounters
+	state       *peerState
 }
 
-// peerCounters are one peer's totals; inner packets and bytes.
-type peerCounters struct {
+// peerState is what outlives the tables of one peer: its totals, inner packets and bytes, and what was learned of its VTEP.
+type peerState struct {
 	txPackets, txBytes, rxPackets, rxBytes atomic.Uint64
+
+	mac       atomic.Pointer[header.MAC] // where its frames come from
+	asked     atomic.Int64               // when it was last asked for its MAC, in nanoseconds of Unix time
+	questions atomic.Int64               // how often it was asked
 }
 
 // forwarding is everything that the packet loops look up. It is never changed after newForwarding, only replaced.
@@ -61,11 +71,13 @@ type forwarding struct {
 	own      []netip.Addr            // this node's underlay addresses
 	underlay map[netip.Addr]struct{} // of members and of this node: where a nested tunnel packet would go
 	tun      [2]netip.Addr           // our own addresses: IPv4, IPv6; invalid if there is none
+	mac      header.MAC              // of our VTEP
 }
 
-// newForwarding builds the tables. counters finds or makes the counters of a peer.
-func newForwarding(local Local, peers []Peer, counters func(id string) *peerCounters) *forwarding {
+// newForwarding builds the tables. states finds or makes the state of a peer.
+func newForwarding(local Local, peers []Peer, states func(id string) *peerState) *forwarding {
 	f := &forwarding{
+		mac:      local.VTEPMAC,
 		own:      local.Underlay,
 		sources:  make(map[netip.Addr]*target, len(peers)),
 		peers:    make(map[string]*target, len(peers)),
@@ -86,11 +98,15 @@ func newForwarding(local Local, peers []Peer, counters func(id string) *peerCoun
 			id:          p.ID,
 			endpoint:    p.Endpoint,
 			underlay:    p.Accept,
-			count:       counters(p.ID),
+			mac:         p.VTEPMAC,
+			state:       states(p.ID),
 		}
 		if p.Endpoint.IsValid() {
 			t.udp = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, p.UDPPort))
 			t.raw = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, 0))
+			if p.VXLANPort != 0 {
+				t.vxlan = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, p.VXLANPort))
+			}
 		}
 		for _, a := range p.TunAddrs {
 			t.tunAddrs[family(a)] = a

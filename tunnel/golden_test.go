@@ -38,7 +38,7 @@ func TestGoldenOnTheWire(t *testing.T) {
 							first = got
 						}
 						checkSameFlow(t, l, first, got)
-						if l.mode == encap.UDP {
+						if l.mode != encap.IPIP {
 							ports[binary.BigEndian.Uint16(got[outerHeader(l):])] = true
 						}
 						if in := far.next("the inner packet", carries(string(d.payload))); !bytes.Equal(in, inner) {
@@ -46,7 +46,7 @@ func TestGoldenOnTheWire(t *testing.T) {
 						}
 					}
 				}
-				if l.mode == encap.UDP && len(ports) < 4 {
+				if l.mode != encap.IPIP && len(ports) < 4 {
 					t.Errorf("40 flows share %d source ports: nothing spreads them over equal-cost paths", len(ports))
 				}
 			})
@@ -77,13 +77,19 @@ func checkGolden(t *testing.T, l testLink, src, dst netip.Addr, got, inner []byt
 		o.ID = binary.BigEndian.Uint16(got[4:])
 	}
 	wrap := encap.WrapIPIP
-	if l.mode == encap.UDP {
+	if l.mode != encap.IPIP {
 		port := binary.BigEndian.Uint16(got[outerHeader(l):])
 		if port < encap.FirstSourcePort || port > encap.LastSourcePort {
 			t.Errorf("source port %d is not within %d and %d", port, encap.FirstSourcePort, encap.LastSourcePort)
 		}
 		o.Src, o.Dst = netip.AddrPortFrom(src, port), netip.AddrPortFrom(dst, 6080)
 		wrap = encap.WrapUDP
+		if l.mode == encap.VXLAN {
+			o.Dst = netip.AddrPortFrom(dst, testVXLANPort)
+			wrap = func(b []byte, o *encap.Outer, inner []byte) ([]byte, error) {
+				return encap.WrapVXLAN(b, o, testVNI, macOf(1), macOf(0), inner)
+			}
+		}
 		if sum := got[outerHeader(l)+6:][:2]; sum[0]|sum[1] == 0 {
 			t.Error("no UDP checksum")
 		}
@@ -98,7 +104,7 @@ func checkGolden(t *testing.T, l testLink, src, dst netip.Addr, got, inner []byt
 // checkSameFlow requires that routers see the packets as one flow.
 func checkSameFlow(t *testing.T, l testLink, first, got []byte) {
 	t.Helper()
-	if l.mode == encap.UDP && !slices.Equal(first[outerHeader(l):][:2], got[outerHeader(l):][:2]) {
+	if l.mode != encap.IPIP && !slices.Equal(first[outerHeader(l):][:2], got[outerHeader(l):][:2]) {
 		t.Error("the source port changed within a flow")
 	}
 	if l.underlay6 && !slices.Equal(first[:4], got[:4]) {

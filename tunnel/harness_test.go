@@ -20,6 +20,7 @@ import (
 	"github.com/tulle-net/tulle/internal/testing/namespace"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
@@ -29,6 +30,7 @@ type testNode struct {
 	tun    [2]netip.Addr   // its tun addresses
 	space  [2]netip.Prefix // its pods' prefixes
 	under  netip.Addr
+	mac    header.MAC // of its VTEP
 	dev    *device.Device
 	engine *Engine
 	local  Local
@@ -82,7 +84,7 @@ func (l testLink) mtu() mtu.TUN {
 // allLinks are the encapsulations and outer families.
 func allLinks() []testLink {
 	var ls []testLink
-	for _, m := range []encap.Mode{encap.UDP, encap.IPIP} {
+	for _, m := range []encap.Mode{encap.UDP, encap.IPIP, encap.VXLAN} {
 		for _, six := range []bool{false, true} {
 			ls = append(ls, testLink{mode: m, underlay6: six})
 		}
@@ -92,7 +94,7 @@ func allLinks() []testLink {
 
 // severalQueues are links with a worker for each of a few queues.
 func severalQueues() []testLink {
-	return []testLink{{mode: encap.UDP, queues: 2}, {mode: encap.UDP, underlay6: true, queues: 3}, {mode: encap.IPIP, queues: 2}}
+	return []testLink{{mode: encap.UDP, queues: 2}, {mode: encap.UDP, underlay6: true, queues: 3}, {mode: encap.IPIP, queues: 2}, {mode: encap.VXLAN, queues: 2}}
 }
 
 // eachLink runs f for every encapsulation and outer family.
@@ -155,8 +157,8 @@ func newNode(t testing.TB, i int, l testLink) *testNode {
 		n.space[f] = spaceOf(f, i)
 		n.tun[f] = n.space[f].Addr()
 	}
-	n.under = underlayOf(l.underlay6, i)
-	n.local = Local{TunAddrs: n.tun[:], Prefixes: n.space[:], Underlay: []netip.Addr{n.under}}
+	n.under, n.mac = underlayOf(l.underlay6, i), macOf(i)
+	n.local = Local{TunAddrs: n.tun[:], Prefixes: n.space[:], Underlay: []netip.Addr{n.under}, VTEPMAC: n.mac}
 	return n
 }
 
@@ -170,6 +172,14 @@ func underlayOf(six bool, i int) netip.Addr {
 	}
 	return netip.AddrFrom4([4]byte{192, 168, 77, byte(i + 1)})
 }
+
+// testVNI is the VNI of all nodes, testVXLANPort their port.
+const (
+	testVNI       = 0x777701
+	testVXLANPort = 4789
+)
+
+func macOf(i int) header.MAC { return header.MAC{2, 0x77, 0, 0, 0, byte(i + 1)} }
 
 // pod is an address in the node's space that nobody has: what is delivered to it shows on the TUN, and then the kernel
 // says nothing.
@@ -186,7 +196,7 @@ func podOf(family int, space [2]netip.Prefix) netip.Addr {
 // asPeer is the node as another one knows it.
 func (n *testNode) asPeer(l testLink) Peer {
 	return Peer{
-		ID: n.ns, Endpoint: n.under, Accept: []netip.Addr{n.under}, UDPPort: 6080,
+		ID: n.ns, Endpoint: n.under, Accept: []netip.Addr{n.under}, UDPPort: 6080, VXLANPort: testVXLANPort, VTEPMAC: n.mac,
 		Prefixes: n.space[:], TunAddrs: n.tun[:], Mode: l.mode, MTU: l.mtu(),
 	}
 }
@@ -292,7 +302,7 @@ func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 			return err
 		}
 		n.engine, err = New(Config{
-			Device: n.dev, Underlay: []netip.Addr{n.under}, UDPPort: 6080, VXLANPort: 4789, CopyDSCP: !l.dscp0,
+			Device: n.dev, Underlay: []netip.Addr{n.under}, UDPPort: 6080, VXLANPort: testVXLANPort, VNI: testVNI, CopyDSCP: !l.dscp0,
 			Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
 			Probed: func(peer string, m encap.Mode, body []byte, size int) {
 				n.probes <- probe{peer, m, bytes.Clone(body), size}

@@ -9,6 +9,7 @@ import (
 	"github.com/google/gopacket/layers"
 
 	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
 )
 
 // datagram is an IP packet that tests make with gopacket, which shares no code with the engine: UDP unless proto says
@@ -62,15 +63,27 @@ func (d datagram) bytes(t testing.TB) []byte {
 	return b
 }
 
-// outerPacket puts payload into an outer packet of the encapsulation.
+// outerPacket puts payload into an outer packet of the encapsulation; for vxlan, into a frame from the MAC of node 0 to that
+// of node 1, as the intruder sends them.
 func outerPacket(t testing.TB, m encap.Mode, src, dst netip.Addr, tos byte, proto layers.IPProtocol, payload []byte) []byte {
 	t.Helper()
 	d := datagram{src: src, dst: dst, sport: 50123, dport: 6080, tos: tos, payload: payload}
-	if m == encap.IPIP {
+	switch m {
+	case encap.IPIP:
 		d.proto = proto
+	case encap.VXLAN:
+		d.dport, d.payload = testVXLANPort, framed(macOf(1), macOf(0), etherTypeOf(proto), payload)
 	}
 	return d.bytes(t)
 }
+
+// framed puts payload into a VXLAN frame.
+func framed(to, from header.MAC, etherType uint16, payload []byte) []byte {
+	return append(header.AppendVXLAN(nil, testVNI, to, from, etherType), payload...)
+}
+
+// etherTypeOf is the EtherType of what IP calls protocol 4 or 41.
+func etherTypeOf(proto layers.IPProtocol) uint16 { return encap.EtherType(proto == layers.IPProtocolIPv6) }
 
 // protoOf is the protocol number of an inner family.
 func protoOf(family int) layers.IPProtocol {

@@ -8,6 +8,7 @@ import (
 
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
+	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
 // ProbePort is the inner UDP port, source and destination, of probes between tun addresses. The engine takes such packets
@@ -18,7 +19,8 @@ const ProbePort = 6080
 var (
 	ErrNoPeer    = errors.New("no such peer")
 	ErrNoAddress = errors.New("no tun address of one family on both sides")
-	ErrNoSocket  = errors.New("this node has no socket for that encapsulation")
+	ErrNoSocket  = errors.New("this node or the peer has no socket for that encapsulation")
+	ErrNoMAC     = errors.New("the MAC of its VTEP is not known")
 )
 
 // prober sends probes, one at a time, through sockets of the receiving side.
@@ -27,8 +29,8 @@ type prober struct {
 	closed bool
 	buf    []byte
 	out    [2]struct { // by the outer family
-		udp *sender
-		raw [2]*sender // by the inner family
+		udp, vxlan *sender
+		raw        [2]*sender // by the inner family
 	}
 }
 
@@ -55,22 +57,27 @@ func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) e
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	out := &p.out[outer(t.six)]
-	s, dest := out.udp, t.udp
+	var s *sender
+	var dest *underlay.Dest
+	p.buf = p.buf[:0]
 	switch mode {
 	case encap.UDP:
+		s, dest = out.udp, t.udp
+	case encap.VXLAN:
+		mac, ok := t.vtep()
+		if !ok {
+			return fmt.Errorf("probe %s: %w", peer, ErrNoMAC)
+		}
+		s, dest = out.vxlan, t.vxlan
+		p.buf = header.AppendVXLAN(p.buf, e.cfg.VNI, mac, f.mac, encap.EtherType(dst.Is6()))
 	case encap.IPIP:
 		s, dest = out.raw[family(dst)], t.raw
-	default:
-		s = nil
 	}
-	if s == nil || !t.endpoint.IsValid() || p.closed {
+	if s == nil || dest == nil || p.closed {
 		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)
 	}
-	p.buf = appendProbe(p.buf[:0], src, dst, payload, size)
-	s.batch.Begin(dest, 0)
-	s.batch.Append(p.buf)
-	s.batch.End(0)
-	r, err := s.sock.Send(s.batch)
+	p.buf = appendProbe(p.buf, src, dst, payload, size)
+	r, err := s.single(dest, p.buf)
 	if err == nil && r.Dropped > 0 {
 		err = r.LastErr
 	}

@@ -37,7 +37,7 @@ func TestProbe(t *testing.T) {
 			local := a.local
 			local.TunAddrs = family
 			a.engine.Update(local, a.peers)
-			for _, m := range []encap.Mode{encap.UDP, encap.IPIP} {
+			for _, m := range []encap.Mode{encap.UDP, encap.IPIP, encap.VXLAN} {
 				largest := int(mtu.Link(1500).TUN(encap.Overhead(m, l.underlay6)))
 				least := []int{28, 48}[f] + 16
 				for _, size := range []int{0, least, least + 1, 1280, largest - 1, largest} {
@@ -78,11 +78,13 @@ func TestProbe(t *testing.T) {
 func TestProbeRefused(t *testing.T) {
 	l := testLink{mode: encap.UDP}
 	a, b := startPair(t, l)
-	nowhere, mute, six := b.asPeer(l), b.asPeer(l), b.asPeer(l)
+	nowhere, mute, six, portless, macless := b.asPeer(l), b.asPeer(l), b.asPeer(l), b.asPeer(l), b.asPeer(l)
 	nowhere.ID, nowhere.Endpoint, nowhere.Accept = "nowhere", netip.Addr{}, nil
 	mute.ID, mute.TunAddrs = "mute", nil
 	six.ID, six.Endpoint, six.Accept = "six", underlayOf(true, 1), nil
-	a.update(b.asPeer(l), nowhere, mute, six)
+	portless.ID, portless.VXLANPort = "portless", 0
+	macless.ID, macless.VTEPMAC = "macless", header.MAC{}
+	a.update(b.asPeer(l), nowhere, mute, six, portless, macless)
 	for _, tt := range []struct {
 		peer string
 		mode encap.Mode
@@ -93,7 +95,9 @@ func TestProbeRefused(t *testing.T) {
 		{"nowhere", encap.UDP, ErrNoSocket},
 		{"six", encap.UDP, ErrNoSocket},
 		{"six", encap.IPIP, ErrNoSocket},
-		{b.ns, encap.VXLAN, ErrNoSocket},
+		{"six", encap.VXLAN, ErrNoSocket},
+		{"portless", encap.VXLAN, ErrNoSocket},
+		{"macless", encap.VXLAN, ErrNoMAC},
 		{b.ns, encap.Direct, ErrNoSocket},
 	} {
 		if err := a.engine.Probe(tt.peer, tt.mode, []byte("x"), 100); !errors.Is(err, tt.want) {

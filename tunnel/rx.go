@@ -17,10 +17,14 @@ import (
 type carrier uint8
 
 const (
-	overUDP  carrier = iota // a datagram of the udp encapsulation
-	overRaw4                // an IPv4 packet with its header: IPv4 raw sockets hand that out
-	overRaw6                // the payload of an IPv6 packet: IPv6 raw sockets keep the header
+	overUDP   carrier = iota // a datagram of the udp encapsulation
+	overVXLAN                // a datagram of the vxlan encapsulation
+	overRaw4                 // an IPv4 packet with its header: IPv4 raw sockets hand that out
+	overRaw6                 // the payload of an IPv6 packet: IPv6 raw sockets keep the header
 )
+
+// raw reports a raw socket's packets.
+func (c carrier) raw() bool { return c == overRaw4 || c == overRaw6 }
 
 const (
 	// udpSlots is few: each takes a train that UDP_GRO joined, and together they should stay in a cache.
@@ -53,6 +57,8 @@ type rxWorker struct {
 	slots   int // of batch
 	tun     *tunWriter
 	join    *offload.Joiner
+	replies *sender // to neighbour discovery, of a vxlan socket
+	reply   []byte  // the last one
 
 	fwd *forwarding
 	// What the last packets looked up, and in which tables.
@@ -169,6 +175,10 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 	switch w.carrier {
 	case overUDP:
 		inner, d = encap.UnwrapUDP(payload)
+	case overVXLAN:
+		if inner, d = w.frame(payload); inner == nil && d == encap.DropNone {
+			return
+		}
 	case overRaw4:
 		inner, tos, d = encap.UnwrapRaw4(payload)
 	case overRaw6:
@@ -240,7 +250,7 @@ func (w *rxWorker) Accepts(dst netip.Addr) bool {
 
 // deliver joins the packet to those before it, or writes them and starts anew.
 func (w *rxWorker) deliver(inner []byte) {
-	if w.carrier != overUDP {
+	if w.carrier.raw() {
 		// The kernel's own GRO may have joined packets of protocol 4 or 41 before the socket saw them.
 		if h, joined := offload.RawVnetHdr(inner, w.from.mtu); joined {
 			w.flush()

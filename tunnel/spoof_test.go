@@ -79,7 +79,40 @@ type attack struct {
 	tos   byte // of the outer header
 	other bool // sent by the second member
 	inner []byte
+	frame []byte            // if not nil, what stands for VXLAN header, Ethernet frame and all
 	proto layers.IPProtocol // of the outer IPIP header; 0 means the family's
+}
+
+// emit sends it from an underlay address.
+func (k attack) emit(i *intruder, from netip.Addr, family int) {
+	i.t.Helper()
+	if k.frame != nil {
+		i.wire.emit(datagram{src: from, dst: i.victim.under, sport: 50123, dport: testVXLANPort, tos: k.tos, payload: k.frame}.bytes(i.t))
+		return
+	}
+	proto := k.proto
+	if proto == 0 {
+		proto = protoOf(family)
+	}
+	i.wire.emit(outerPacket(i.t, i.l.mode, from, i.victim.under, k.tos, proto, k.inner))
+}
+
+// badFrames are VXLAN frames that must be dropped, with a good packet inside.
+func (i *intruder) badFrames(f int, good []byte) (as []attack) {
+	edited := func(name string, d encap.Drop, at int, v ...byte) {
+		b := framed(macOf(1), macOf(0), etherTypeOf(protoOf(f)), good)
+		copy(b[at:], v)
+		as = append(as, attack{name: name, drop: d, frame: b})
+	}
+	edited("VXLAN without a VNI", encap.DropBadEncap, 0, 0)
+	edited("a reserved flag of VXLAN", encap.DropBadEncap, 0, 0x48)
+	edited("a reserved byte of VXLAN", encap.DropBadEncap, 7, 1)
+	edited("another VNI", encap.DropBadEncap, 6, 2)
+	edited("another station", encap.DropBadEncap, 13, 99)
+	edited("a VLAN tag", encap.DropBadEncap, 20, 0x81, 0)
+	edited("an EtherType that announces the other family", encap.DropMalformed, 20, 0x08+0x7e*byte(1-f), 0xdd*byte(1-f))
+	as = append(as, attack{name: "half a frame", drop: encap.DropMalformed, frame: framed(macOf(1), macOf(0), 0x800, nil)[:20]})
+	return as
 }
 
 // attacks are those of one inner family.
@@ -100,7 +133,10 @@ func (i *intruder) attacks(f int) (as []attack) {
 		return b
 	}
 
-	if i.l.mode == encap.UDP {
+	switch i.l.mode {
+	case encap.VXLAN:
+		as = append(as, i.badFrames(f, good)...)
+	case encap.UDP:
 		proto := byte(protoOf(f))
 		raw("GUE with the control bit", encap.DropBadEncap, append([]byte{0x20, proto, 0, 0}, good...))
 		raw("GUE with an option", encap.DropBadEncap, append([]byte{0x01, proto, 0, 0, 0, 0, 0, 0}, good...))
@@ -109,7 +145,7 @@ func (i *intruder) attacks(f int) (as []attack) {
 		raw("GUE variant 2", encap.DropBadEncap, append([]byte{0x80, proto, 0, 0}, good...))
 		raw("GUE that announces the other family", encap.DropMalformed, append([]byte{0x00, byte(protoOf(1 - f)), 0, 0}, good...))
 		raw("half a GUE header", encap.DropMalformed, []byte{0x00, proto})
-	} else {
+	case encap.IPIP:
 		as = append(as, attack{name: "the other family's protocol number", drop: encap.DropMalformed, inner: good, proto: protoOf(1 - f)})
 	}
 	raw("nothing inside", encap.DropMalformed, nil)
@@ -124,16 +160,16 @@ func (i *intruder) attacks(f int) (as []attack) {
 		raw("payload length beyond the packet", encap.DropMalformed, edited(func(b []byte) { b[4] = 0xff }))
 	}
 
-	add("IPv4 in the inner packet", encap.DropNested, func(d *datagram) { d.proto, d.payload = 4, good })
-	add("IPv6 in the inner packet", encap.DropNested, func(d *datagram) { d.proto, d.payload = 41, good })
 	if i.l.underlay6 != v4 { // the underlay has one family
+		add("IPv4 in IP toward a member", encap.DropNested, func(d *datagram) { d.dst, d.proto, d.payload = a.under, 4, good })
+		add("IPv6 in IP toward ourselves", encap.DropNested, func(d *datagram) { d.dst, d.proto, d.payload = b.under, 41, good })
 		add("our port toward a member", encap.DropNested, func(d *datagram) { d.dst, d.dport = a.under, 6080 })
 		add("our port toward another member", encap.DropNested, func(d *datagram) { d.dst, d.dport = i.other, 6080 })
 		add("VXLAN toward ourselves", encap.DropNested, func(d *datagram) { d.dst, d.dport = b.under, 4789 })
 	}
-	if !v4 {
+	if !v4 && i.l.underlay6 {
 		add("IPv6 behind destination options", encap.DropNested, func(d *datagram) {
-			d.proto, d.payload = layers.IPProtocolIPv6Destination, append([]byte{41, 0, 1, 4, 0, 0, 0, 0}, good...)
+			d.dst, d.proto, d.payload = b.under, layers.IPProtocolIPv6Destination, append([]byte{41, 0, 1, 4, 0, 0, 0, 0}, good...)
 		})
 	}
 	raw("TTL 0", encap.DropTTLZero, edited(func(b []byte) {
@@ -189,10 +225,6 @@ func TestSpoofing(t *testing.T) {
 			i.wire.drain()
 			for _, k := range i.attacks(f) {
 				tried[k.drop] = true
-				proto := k.proto
-				if proto == 0 {
-					proto = protoOf(f)
-				}
 				from := i.member.under
 				if k.other {
 					from = i.other
@@ -204,13 +236,13 @@ func TestSpoofing(t *testing.T) {
 						marker = 1 - f
 					}
 					before := i.victim.counts()
-					i.wire.emit(outerPacket(t, l.mode, from, i.victim.under, k.tos, proto, k.inner))
+					k.emit(i, from, f)
 					i.marker(marker)
 					i.victim.moved(t, before, k.drop, 1)
 					i.silent(netip.Addr{})
 
 					before = i.victim.counts()
-					i.wire.emit(outerPacket(t, l.mode, i.nobody, i.victim.under, k.tos, proto, k.inner))
+					k.emit(i, i.nobody, f)
 					i.marker(marker)
 					i.victim.moved(t, before, encap.DropNotMember, 1)
 					i.silent(i.nobody)

@@ -69,7 +69,7 @@ func (e *Engine) PeerStats(id string) PeerStats {
 	if t == nil {
 		return PeerStats{}
 	}
-	c := t.count
+	c := t.state
 	return PeerStats{c.txPackets.Load(), c.txBytes.Load(), c.rxPackets.Load(), c.rxBytes.Load()}
 }
 
@@ -107,15 +107,15 @@ func (y *tally) settle(s *stats) {
 	if y.txPkts > 0 {
 		s.txPackets.Add(y.txPkts)
 		s.txBytes.Add(y.txBytes)
-		y.txTo.count.txPackets.Add(y.txPkts)
-		y.txTo.count.txBytes.Add(y.txBytes)
+		y.txTo.state.txPackets.Add(y.txPkts)
+		y.txTo.state.txBytes.Add(y.txBytes)
 		y.txPkts, y.txBytes = 0, 0
 	}
 	if y.rxPkts > 0 {
 		s.rxPackets.Add(y.rxPkts)
 		s.rxBytes.Add(y.rxBytes)
-		y.rxFrom.count.rxPackets.Add(y.rxPkts)
-		y.rxFrom.count.rxBytes.Add(y.rxBytes)
+		y.rxFrom.state.rxPackets.Add(y.rxPkts)
+		y.rxFrom.state.rxBytes.Add(y.rxBytes)
 		y.rxPkts, y.rxBytes = 0, 0
 	}
 }

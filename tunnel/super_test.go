@@ -32,10 +32,10 @@ func TestSuperPackets(t *testing.T) {
 			if mean := int(s.TxBytes-before.TxBytes) / int(s.TxPackets-before.TxPackets); mean < 2*int(l.mtu()) {
 				t.Errorf("the TUN gave %d bytes a read on average: no super-packets", mean)
 			}
-			if mean := int(sb.RxBytes-beforeB.RxBytes) / int(sb.RxWrites-beforeB.RxWrites); l.mode == encap.UDP && mean < 2*int(l.mtu()) {
+			if mean := int(sb.RxBytes-beforeB.RxBytes) / int(sb.RxWrites-beforeB.RxWrites); l.mode != encap.IPIP && mean < 2*int(l.mtu()) {
 				t.Errorf("%d bytes a write to the TUN on average: nothing was joined", mean)
 			}
-			if l.mode == encap.UDP && s.GSOFallbacks != 0 {
+			if l.mode != encap.IPIP && s.GSOFallbacks != 0 {
 				t.Errorf("%d trains were refused", s.GSOFallbacks)
 			}
 		}

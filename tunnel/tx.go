@@ -19,6 +19,10 @@ const (
 	// arenaSize holds what one worker has read and not yet sent: a few super-packets, or some thousand small packets.
 	// It stays near the second-level cache's size on purpose.
 	arenaSize = 4 * (maxRead + 64)
+	// headRoom is in front of every packet in the arena, for what an encapsulation puts there behind the kernel's headers.
+	// The virtio-net header, which is done with by then, is a part of it.
+	headRoom = header.VXLANFrameLen
+	spare    = headRoom - offload.VnetHdrLen
 	// headerArena holds the headers that the splitter wrote for the super-packets in the arena.
 	headerArena = 128 << 10
 	// maxReads bounds what a worker reads before it sends what it holds, though most of it was refused.
@@ -70,9 +74,10 @@ type txWorker struct {
 	lastDst netip.Addr
 	last    *target
 
-	vnet  offload.VnetHdr
-	in    header.Inner
-	tally tally
+	vnet   offload.VnetHdr
+	in     header.Inner
+	prefix [header.VXLANFrameLen]byte // of the present packet
+	tally  tally
 }
 
 // run reads and sends until Wake is called on the queue.
@@ -114,7 +119,7 @@ func (w *txWorker) refresh() {
 func (w *txWorker) drain() (got int, err error) {
 	w.refresh()
 	for reads := 1; ; reads++ {
-		n, err := w.queue.Read(w.arena[w.used : w.used+maxRead])
+		n, err := w.queue.Read(w.arena[w.used+spare : w.used+spare+maxRead])
 		if err != nil {
 			w.flush()
 			if errors.Is(err, sys.ErrAgain) {
@@ -123,8 +128,8 @@ func (w *txWorker) drain() (got int, err error) {
 			return got, err
 		}
 		got++
-		w.read(w.arena[w.used : w.used+n])
-		if w.used+maxRead > len(w.arena) || reads == maxReads {
+		w.read(w.arena[w.used : w.used+spare+n])
+		if w.used+spare+maxRead > len(w.arena) || reads == maxReads {
 			w.flush()
 			if w.e.stopping.Load() {
 				return got, nil
@@ -135,19 +140,22 @@ func (w *txWorker) drain() (got int, err error) {
 	}
 }
 
-// read takes what one read of the queue gave: buf is the arena's, just behind what is used.
+// read takes what one read of the queue gave: buf is the arena's, just behind what is used, and begins with the spare
+// part of the head room.
 func (w *txWorker) read(buf []byte) {
-	if w.vnet.Decode(buf) != nil {
+	if w.vnet.Decode(buf[spare:]) != nil {
 		w.e.drop(encap.DropTxMalformed)
 		return
 	}
-	if w.packet(buf[offload.VnetHdrLen:], w.vnet) {
+	if w.packet(buf, w.vnet) {
 		w.used += len(buf)
 	}
 }
 
-// packet takes one packet or super-packet off the TUN. It reports whether pkt is now referenced until the next flush.
-func (w *txWorker) packet(pkt []byte, h offload.VnetHdr) bool {
+// packet takes one packet or super-packet off the TUN: buf holds it behind the head room. It reports whether buf is now
+// referenced until the next flush.
+func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
+	pkt := buf[headRoom:]
 	if err := header.ParseInner(pkt, &w.in); err != nil {
 		w.e.drop(encap.DropTxMalformed)
 		return false
@@ -174,32 +182,48 @@ func (w *txWorker) packet(pkt []byte, h offload.VnetHdr) bool {
 		return false
 	}
 	tos := encap.OuterTOS(in.TOS, w.e.copyDSCP)
-	s := o.sender(t.mode, in, pkt)
+	s, dest := o.sender(t, in, pkt)
 	if s == nil {
 		w.refuse(pkt, encap.DropNoPath)
 		return false
 	}
-	w.tally.tx(&w.e.stats, t, len(pkt))
-	if !segmented {
-		if err := offload.CompleteChecksum(pkt, h); err != nil {
-			w.e.drop(encap.DropTxMalformed)
+	var prefix []byte // what the encapsulation puts between the kernel's headers and the packet
+	if t.mode == encap.VXLAN {
+		mac, ok := t.vtep()
+		if !ok {
+			w.resolve(t, in, s, pkt)
 			return false
 		}
-		header.ClampMSS(pkt, in, t.mtu)
-		s.packet(w, t, pkt, tos)
-		return true
+		prefix = header.AppendVXLAN(w.prefix[:0], w.e.cfg.VNI, mac, w.fwd.mac, encap.EtherType(in.Version == 6))
 	}
-	segs, err := w.split.Split(pkt, h)
+	w.tally.tx(&w.e.stats, t, len(pkt))
+	if segmented {
+		return w.segments(s, dest, prefix, pkt, h, tos)
+	}
+	if err := offload.CompleteChecksum(pkt, h); err != nil {
+		w.e.drop(encap.DropTxMalformed)
+		return false
+	}
+	header.ClampMSS(pkt, in, t.mtu)
+	front := headRoom - len(prefix)
+	copy(buf[front:], prefix)
+	s.packet(w, dest, buf[front:headRoom+len(pkt)], tos)
+	return true
+}
+
+// segments sends a super-packet as the packets that it stands for, each behind prefix.
+func (w *txWorker) segments(s *sender, to *underlay.Dest, prefix, pkt []byte, h offload.VnetHdr, tos byte) bool {
+	segs, err := w.split.SplitBehind(prefix, pkt, h)
 	if errors.Is(err, offload.ErrArenaFull) {
 		// The headers of earlier super-packets fill the arena: send those, keep this one.
 		w.send()
-		segs, err = w.split.Split(pkt, h)
+		segs, err = w.split.SplitBehind(prefix, pkt, h)
 	}
 	if err != nil {
 		w.e.drop(encap.DropTxMalformed)
 		return false
 	}
-	s.segments(w, t, segs, tos)
+	s.segments(w, to, segs, tos)
 	return true
 }
 
@@ -282,124 +306,4 @@ func outer(six bool) int {
 		return 1
 	}
 	return 0
-}
-
-// outlet is a worker's senders of one outer family. The UDP senders differ in their source port, which a flow keeps: so
-// that fabrics which hash ports (ECMP, NIC queues) spread flows and never reorder one.
-type outlet struct {
-	udp   []*sender
-	raw   [2]*sender // protocols 4 and 41, by the inner family
-	dirty []*sender
-}
-
-// sender chooses the socket for a packet; nil if the mode cannot send.
-func (o *outlet) sender(m encap.Mode, in *header.Inner, pkt []byte) *sender {
-	var s *sender
-	switch m {
-	case encap.UDP:
-		s = o.udp[0]
-		if len(o.udp) > 1 {
-			s = o.udp[header.FlowHash(pkt, in)%uint32(len(o.udp))]
-		}
-	case encap.IPIP:
-		s = o.raw[outer(in.Version == 6)]
-	default:
-		return nil
-	}
-	if !s.dirty {
-		s.dirty = true
-		o.dirty = append(o.dirty, s)
-	}
-	return s
-}
-
-// sender collects messages for one socket. For a UDP socket, consecutive packets of one length to one peer (whatever
-// their inner flows) become a train: one message that the kernel cuts by UDP_SEGMENT.
-type sender struct {
-	sock  outSocket
-	batch *underlay.SendBatch
-	gso   bool // trains and super-packets go out as one message
-	dirty bool // holds something
-
-	// The open train. count 0: none is open.
-	to     *target
-	size   int // of each packet but perhaps the last
-	tos    byte
-	count  int
-	bytes  int
-	closed bool // a shorter packet ended it
-}
-
-// packet adds one packet, which stays referenced until flush.
-func (s *sender) packet(w *txWorker, t *target, pkt []byte, tos byte) {
-	if s.count > 0 && s.gso && s.to == t && s.tos == tos && !s.closed && len(pkt) <= s.size &&
-		s.count < maxSegments && s.bytes+len(pkt) <= maxGSOBytes && !s.batch.Full(1) {
-		s.batch.Append(pkt)
-		s.count++
-		s.bytes += len(pkt)
-		s.closed = len(pkt) < s.size
-		return
-	}
-	s.begin(w, t, tos, 1)
-	s.to, s.size, s.tos, s.closed = t, len(pkt), tos, false
-	s.count, s.bytes = 1, len(pkt)
-	s.batch.Append(pkt)
-}
-
-// segments adds the segments of a super-packet.
-func (s *sender) segments(w *txWorker, t *target, segs []offload.Segment, tos byte) {
-	s.end()
-	for len(segs) > 0 {
-		n := 1
-		size := len(segs[0].Header) + len(segs[0].Payload)
-		if s.gso {
-			n = min(len(segs), maxSegments, maxGSOBytes/size)
-		}
-		s.begin(w, t, tos, 2*n)
-		for _, seg := range segs[:n] {
-			s.batch.Append(seg.Header)
-			s.batch.Append(seg.Payload)
-		}
-		if n > 1 {
-			s.batch.End(size)
-		} else {
-			s.batch.End(0)
-		}
-		segs = segs[n:]
-	}
-}
-
-// begin ends the open train and starts a message of up to iovecs slices; it sends first if there is no room.
-func (s *sender) begin(w *txWorker, t *target, tos byte, iovecs int) {
-	s.end()
-	if s.batch.Full(iovecs) {
-		s.transmit(w)
-	}
-	dest := t.udp
-	if !s.gso {
-		dest = t.raw
-	}
-	s.batch.Begin(dest, tos)
-}
-
-// end closes the open train.
-func (s *sender) end() {
-	switch {
-	case s.count > 1:
-		s.batch.End(s.size)
-	case s.count == 1:
-		s.batch.End(0)
-	}
-	s.count = 0
-}
-
-func (s *sender) flush(w *txWorker) {
-	s.end()
-	s.transmit(w)
-}
-
-// transmit hands the batch to the kernel.
-func (s *sender) transmit(w *txWorker) {
-	r, err := s.sock.Send(s.batch)
-	w.e.sent(s.sock, r, err)
 }

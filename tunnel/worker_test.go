@@ -104,7 +104,7 @@ func newMemRig(mode encap.Mode) *memRig {
 		ID: "peer", Endpoint: underlayOf(false, 1), Accept: []netip.Addr{underlayOf(false, 1)}, UDPPort: 6080,
 		Prefixes: []netip.Prefix{spaceOf(0, 1), spaceOf(1, 1)}, Mode: mode, MTU: 1452,
 	}
-	e := &Engine{cfg: Config{UDPPort: 6080, VXLANPort: 4789}, copyDSCP: true, counters: make(map[string]*peerCounters)}
+	e := &Engine{cfg: Config{UDPPort: 6080, VXLANPort: 4789}, copyDSCP: true, states: make(map[string]*peerState)}
 	r.e = e
 	e.Update(r.local, []Peer{r.peer})
 	writer := func() *tunWriter { return &tunWriter{w: r.tun, iov: make([][]byte, 0, 2*maxJoined)} }

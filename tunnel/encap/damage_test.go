@@ -18,6 +18,7 @@ func TestUnwrapDamaged(t *testing.T) {
 		"GUE variant 1": {inner, UnwrapUDP},
 		"GUE variant 0": {append([]byte{0, 4, 0, 0}, inner...), UnwrapUDP},
 		"IPv4":          {readHex(t, "ipip_4in4"), func(b []byte) ([]byte, Drop) { inner, _, d := UnwrapRaw4(b); return inner, d }},
+		"VXLAN":         {readHex(t, "vxlan_4in4")[28:], unwrapVXLAN},
 		"IPv6":          {inner, func(b []byte) ([]byte, Drop) { return UnwrapRaw6(b, header.ProtoIPv4) }},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -27,8 +28,7 @@ func TestUnwrapDamaged(t *testing.T) {
 					return fmt.Errorf("%v", d)
 				}
 				var in header.Inner
-				Shape(inner, &in)
-				return nil
+				return header.ParseInner(inner, &in)
 			})
 		})
 	}

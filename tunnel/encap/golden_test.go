@@ -52,6 +52,31 @@ var goldens = []struct {
 	{"ipip_6in4", false, true, WrapIPIP, 20, 20},
 	{"ipip_4in6", true, false, WrapIPIP, 40, 40},
 	{"ipip_6in6", true, true, WrapIPIP, 40, 40},
+	{"vxlan_4in4", false, false, wrapVXLAN, 50, 20},
+	{"vxlan_6in4", false, true, wrapVXLAN, 50, 20},
+	{"vxlan_4in6", true, false, wrapVXLAN, 70, 40},
+	{"vxlan_6in6", true, true, wrapVXLAN, 70, 40},
+}
+
+// The VTEPs of the files, and their VNI.
+var goldenTo, goldenFrom = header.MAC{2, 0x11, 0x22, 0x33, 0x44, 0x55}, header.MAC{2, 0x66, 0x77, 0x88, 0x99, 0xaa}
+
+const goldenVNI = 0xabcdef
+
+// wrapVXLAN is WrapVXLAN between the VTEPs of the files, to the port of vxlan.
+func wrapVXLAN(dst []byte, o *Outer, inner []byte) ([]byte, error) {
+	to := *o
+	to.Dst = netip.AddrPortFrom(o.Dst.Addr(), 4789)
+	return WrapVXLAN(dst, &to, goldenVNI, goldenTo, goldenFrom, inner)
+}
+
+// unwrapVXLAN takes the inner packet out of a datagram for the VTEP of the files.
+func unwrapVXLAN(payload []byte) ([]byte, Drop) {
+	v, d := UnwrapVXLAN(payload, goldenVNI, goldenTo)
+	if d != DropNone {
+		return nil, d
+	}
+	return InnerVXLAN(v)
 }
 
 // goldenInner is the inner packet of the files, made by the field.
@@ -110,6 +135,8 @@ func unwrapGolden(p []byte, outer6 bool, inside int) ([]byte, Drop) {
 		proto = header.IPv6(p).NextHeader
 	}
 	switch {
+	case proto() == header.ProtoUDP && header.UDP(p[inside:]).DstPort() == 4789:
+		return unwrapVXLAN(p[inside+header.UDPLen:])
 	case proto() == header.ProtoUDP:
 		return UnwrapUDP(p[inside+header.UDPLen:])
 	case outer6:
@@ -181,7 +208,7 @@ func TestWrapRefuses(t *testing.T) {
 	mixed := &Outer{Src: four.Src, Dst: six.Dst}
 	big4, big6 := make([]byte, 65536), make([]byte, 65536)
 	big4[0], big6[0] = 0x45, 0x60
-	wraps := map[string]func([]byte, *Outer, []byte) ([]byte, error){"udp": WrapUDP, "gue0": WrapGUE0, "ipip": WrapIPIP}
+	wraps := map[string]func([]byte, *Outer, []byte) ([]byte, error){"udp": WrapUDP, "gue0": WrapGUE0, "ipip": WrapIPIP, "vxlan": wrapVXLAN}
 	for _, tt := range []struct {
 		name  string
 		o     *Outer

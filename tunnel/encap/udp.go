@@ -69,14 +69,15 @@ func WrapGUE0(dst []byte, o *Outer, inner []byte) ([]byte, error) {
 	return wrapUDP(dst, o, header.AppendGUE(gue[:0], proto), inner)
 }
 
-func wrapUDP(dst []byte, o *Outer, gue, inner []byte) ([]byte, error) {
-	dst, err := o.appendIP(dst, header.ProtoUDP, header.UDPLen+len(gue)+len(inner))
+// wrapUDP appends an outer UDP packet; head is what the encapsulation puts in front of the inner packet.
+func wrapUDP(dst []byte, o *Outer, head, inner []byte) ([]byte, error) {
+	dst, err := o.appendIP(dst, header.ProtoUDP, header.UDPLen+len(head)+len(inner))
 	if err != nil {
 		return dst, err
 	}
 	start := len(dst)
-	dst = header.AppendUDPHeader(dst, o.Src.Port(), o.Dst.Port(), len(gue)+len(inner))
-	dst = append(dst, gue...)
+	dst = header.AppendUDPHeader(dst, o.Src.Port(), o.Dst.Port(), len(head)+len(inner))
+	dst = append(dst, head...)
 	dst = append(dst, inner...)
 	u := header.UDP(dst[start:])
 	if o.Src.Addr().Is4() {

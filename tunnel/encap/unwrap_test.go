@@ -48,6 +48,49 @@ func TestUnwrapUDP(t *testing.T) {
 	}
 }
 
+func TestUnwrapVXLAN(t *testing.T) {
+	four, six := readHex(t, "vxlan_4in4")[28:], readHex(t, "vxlan_6in4")[28:]
+	edit := func(b []byte, off int, v ...byte) []byte { b = bytes.Clone(b); copy(b[off:], v); return b }
+	for _, tt := range []struct {
+		name    string
+		payload []byte
+		want    []byte
+		drop    Drop
+	}{
+		{"v4", four, four[22:], DropNone},
+		{"v6", six, six[22:], DropNone},
+		{"to all stations", edit(four, 8, 255, 255, 255, 255, 255, 255), four[22:], DropNone},
+		{"ARP, for the engine to read", edit(four, 20, 8, 6), four[22:], DropNone},
+		{"another VNI", edit(four, 4, 0, 0, 1), nil, DropBadEncap},
+		{"no VNI", edit(four, 0, 0), nil, DropBadEncap},
+		{"reserved flag", edit(four, 0, 0x88), nil, DropBadEncap},
+		{"reserved byte 1", edit(four, 1, 1), nil, DropBadEncap},
+		{"reserved byte 3", edit(four, 3, 0x80), nil, DropBadEncap},
+		{"reserved last byte", edit(four, 7, 1), nil, DropBadEncap},
+		{"another station", edit(four, 13, 0x56), nil, DropBadEncap},
+		{"a VLAN tag", edit(four, 20, 0x81, 0), nil, DropBadEncap},
+		{"another EtherType", edit(four, 20, 0x88, 0x47), nil, DropBadEncap},
+		{"v4 as v6", edit(four, 20, 0x86, 0xdd), nil, DropMalformed},
+		{"v6 as v4", edit(six, 20, 8, 0), nil, DropMalformed},
+		{"nothing inside", four[:22], nil, DropMalformed},
+		{"cut", four[:21], nil, DropMalformed},
+		{"empty", nil, nil, DropMalformed},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			v, d := UnwrapVXLAN(tt.payload, goldenVNI, goldenTo)
+			inner := []byte(nil)
+			if d == DropNone {
+				if inner = v.Payload(); v.EtherType() != header.EtherTypeARP {
+					inner, d = InnerVXLAN(v)
+				}
+			}
+			if d != tt.drop || !bytes.Equal(inner, tt.want) {
+				t.Errorf("%v, %x", d, inner)
+			}
+		})
+	}
+}
+
 func TestUnwrapRaw(t *testing.T) {
 	four4, six4 := readHex(t, "ipip_4in4"), readHex(t, "ipip_6in4")
 	edit := func(b []byte, off int, v byte) []byte { b = bytes.Clone(b); b[off] = v; return b }
@@ -115,6 +158,8 @@ func FuzzUnwrap(f *testing.F) {
 		b = b[:len(b):len(b)]
 		udp, d := UnwrapUDP(b)
 		checkUnwrapped(t, b, udp, d)
+		vxlan, d := unwrapVXLAN(b)
+		checkUnwrapped(t, b, vxlan, d)
 		raw, _, d := UnwrapRaw4(b)
 		checkUnwrapped(t, b, raw, d)
 		for _, proto := range []uint8{header.ProtoIPv4, header.ProtoIPv6, header.ProtoUDP} {
@@ -135,7 +180,7 @@ func checkUnwrapped(t *testing.T, b, inner []byte, d Drop) {
 			t.Fatalf("version %d", v)
 		}
 		var in header.Inner
-		if Shape(inner, &in) == DropNone && in.Length > len(inner) {
+		if header.ParseInner(inner, &in) == nil && in.Length > len(inner) {
 			t.Fatal("longer than what it came in")
 		}
 	case DropBadEncap, DropMalformed:

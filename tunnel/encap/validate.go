@@ -10,8 +10,8 @@ import (
 // Its methods run for every packet: they must not allocate, block or keep
 // anything. IPv4-mapped IPv6 addresses arrive as such and belong to nobody.
 type Validator interface {
-	// OwnPort reports a UDP port of our own encapsulations, and Underlay a member's
-	// (or external peer's) underlay address: together, a tunnel in the tunnel.
+	// OwnPort reports a UDP port of our own encapsulations, and Underlay an underlay address,
+	// a member's (or external peer's) or this node's: together, a tunnel in the tunnel.
 	OwnPort(port uint16) bool
 	Underlay(dst netip.Addr) bool
 	// Ours reports a source that only this node may send from.
@@ -26,7 +26,7 @@ type Validator interface {
 // order, and reports the first that fails:
 //
 //	DropMalformed            it does not parse; trailing bytes are cut
-//	DropNested               inner protocol 4 or 41, or our own port toward an underlay address
+//	DropNested               inner protocol 4 or 41, or our own port, toward an underlay address
 //	DropTTLZero              TTL 0
 //	DropSourceInvalid        source multicast, loopback, unspecified, reserved or ours
 //	DropSourceNotSenders     source is not the sending peer's
@@ -39,8 +39,7 @@ func Validate[V Validator](b []byte, in *header.Inner, outerTOS byte, v V) (pkt 
 	if header.ParseInner(b, in) != nil {
 		return nil, DropMalformed
 	}
-	if nestedProto(in.Proto) ||
-		in.Proto == header.ProtoUDP && in.HasPorts && v.OwnPort(in.DstPort) && v.Underlay(in.Dst) {
+	if tunnels(in, v) && v.Underlay(in.Dst) {
 		return nil, DropNested
 	}
 	if in.TTL == 0 {
@@ -62,24 +61,14 @@ func Validate[V Validator](b []byte, in *header.Inner, outerTOS byte, v V) (pkt 
 	return pkt, DropNone
 }
 
-// Shape makes those of [Validate]'s checks that need no table: malformed, nested by
-// protocol, TTL 0, the source's class. After DropNone, in describes the packet
-// b[:in.Length].
-func Shape(b []byte, in *header.Inner) Drop {
-	if header.ParseInner(b, in) != nil {
-		return DropMalformed
+// tunnels reports IP in IP, which is known in a later fragment as well, and UDP to a port of ours. Between pods that is
+// theirs to do: load balancers that answer directly, for instance, send IP in IP to pods.
+func tunnels[V Validator](in *header.Inner, v V) bool {
+	switch in.Proto {
+	case header.ProtoIPv4, header.ProtoIPv6:
+		return true
+	case header.ProtoUDP:
+		return in.HasPorts && v.OwnPort(in.DstPort)
 	}
-	if nestedProto(in.Proto) {
-		return DropNested
-	}
-	if in.TTL == 0 {
-		return DropTTLZero
-	}
-	if header.SourceInvalid(in.Src) {
-		return DropSourceInvalid
-	}
-	return DropNone
+	return false
 }
-
-// nestedProto reports IP in IP. In a later fragment the protocol is known as well.
-func nestedProto(proto uint8) bool { return proto == header.ProtoIPv4 || proto == header.ProtoIPv6 }

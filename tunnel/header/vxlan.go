@@ -1,18 +1,61 @@
 package header
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"fmt"
+	"strconv"
+	"strings"
+)
 
 // Sizes in bytes (RFC 7348 §5).
 const (
-	VXLANLen    = 8
-	EthernetLen = 14 // without a VLAN tag
+	VXLANLen      = 8
+	EthernetLen   = 14                     // without a VLAN tag
+	VXLANFrameLen = VXLANLen + EthernetLen // what is in front of an inner packet, behind UDP
 )
 
 // EtherTypes (IANA "ETHER TYPES").
 const (
 	EtherTypeIPv4 = 0x0800
+	EtherTypeARP  = 0x0806
 	EtherTypeIPv6 = 0x86dd
 )
+
+// MAC is an Ethernet address (IEEE 802, EUI-48).
+type MAC [6]byte
+
+// BroadcastMAC is the address of all stations.
+var BroadcastMAC = MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
+
+// ParseMAC reads six bytes in hexadecimal, separated by colons.
+func ParseMAC(s string) (m MAC, err error) {
+	digits := strings.Split(s, ":")
+	for i := range m {
+		if len(digits) != len(m) || len(digits[i]) != 2 {
+			return MAC{}, fmt.Errorf("header: %q is no MAC address such as 02:00:5e:10:00:01", s)
+		}
+		v, err := strconv.ParseUint(digits[i], 16, 8)
+		if err != nil {
+			return MAC{}, fmt.Errorf("header: %q is no MAC address such as 02:00:5e:10:00:01", s)
+		}
+		m[i] = byte(v)
+	}
+	return m, nil
+}
+
+// String is six bytes in hexadecimal, separated by colons.
+func (m MAC) String() string {
+	return fmt.Sprintf("%02x:%02x:%02x:%02x:%02x:%02x", m[0], m[1], m[2], m[3], m[4], m[5])
+}
+
+// Group reports an address of several stations: multicast or broadcast.
+func (m MAC) Group() bool { return m[0]&1 != 0 }
+
+// IsZero reports the address of nobody.
+func (m MAC) IsZero() bool { return m == MAC{} }
+
+// Station reports an address that one station can have: not zero, no group.
+func (m MAC) Station() bool { return !m.IsZero() && !m.Group() }
 
 // vxlanFlagVNI is the I flag: the VNI is valid. Every other bit is reserved and,
 // as the Linux driver does (drivers/net/vxlan), refused when set.
@@ -35,11 +78,11 @@ func ParseVXLAN(b []byte) (VXLAN, error) {
 // VNI is the 24-bit VXLAN network identifier.
 func (v VXLAN) VNI() uint32 { return binary.BigEndian.Uint32(v[4:]) >> 8 }
 
-// DstMAC is the inner frame's destination, in place.
-func (v VXLAN) DstMAC() []byte { return v[VXLANLen : VXLANLen+6] }
+// DstMAC is the inner frame's destination.
+func (v VXLAN) DstMAC() MAC { return MAC(v[VXLANLen:]) }
 
-// SrcMAC is the inner frame's source, in place.
-func (v VXLAN) SrcMAC() []byte { return v[VXLANLen+6 : VXLANLen+12] }
+// SrcMAC is the inner frame's source.
+func (v VXLAN) SrcMAC() MAC { return MAC(v[VXLANLen+6:]) }
 
 // EtherType is the inner frame's.
 func (v VXLAN) EtherType() uint16 { return binary.BigEndian.Uint16(v[VXLANLen+12:]) }
@@ -48,7 +91,7 @@ func (v VXLAN) EtherType() uint16 { return binary.BigEndian.Uint16(v[VXLANLen+12
 func (v VXLAN) Payload() []byte { return v[VXLANLen+EthernetLen:] }
 
 // AppendVXLAN appends a VXLAN header and the Ethernet header behind it.
-func AppendVXLAN(dst []byte, vni uint32, dstMAC, srcMAC [6]byte, etherType uint16) []byte {
+func AppendVXLAN(dst []byte, vni uint32, dstMAC, srcMAC MAC, etherType uint16) []byte {
 	dst = binary.BigEndian.AppendUint32(dst, vxlanFlagVNI<<24)
 	dst = binary.BigEndian.AppendUint32(dst, vni<<8)
 	dst = append(dst, dstMAC[:]...)

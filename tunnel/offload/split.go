@@ -21,15 +21,16 @@ const minHeaders = ipv4MinLen + udpLen
 
 // Segment is one packet in two pieces.
 type Segment struct {
-	Header  []byte // IP and transport headers, in the Splitter's arena
+	Header  []byte // what SplitBehind was given, then IP and transport headers, in the Splitter's arena
 	Payload []byte // a piece of the super-packet; empty when that has no payload
 }
 
 // Splitter cuts super-packets into segments. It keeps the segments of several
 // packets until Reset.
 type Splitter struct {
-	arena []byte    // headers; the length is what is used
-	segs  []Segment // never more than cap(arena)/minHeaders
+	arena  []byte    // headers; the length is what is used
+	segs   []Segment // never more than cap(arena)/minHeaders
+	prefix []byte    // of the present packet's segments
 }
 
 // NewSplitter returns a Splitter whose headers have arenaBytes of room. A 64 KiB
@@ -58,7 +59,10 @@ func (s *Splitter) Reset() {
 // It makes what the kernel's software segmentation makes: FIN and PSH on the last
 // segment only, CWR on the first only, IPv4 IDs counting up. Bytes after the IP
 // length are cut. Errors are ErrHeader, wrapped, and ErrArenaFull.
-func (s *Splitter) Split(pkt []byte, h VnetHdr) ([]Segment, error) {
+func (s *Splitter) Split(pkt []byte, h VnetHdr) ([]Segment, error) { return s.SplitBehind(nil, pkt, h) }
+
+// SplitBehind is Split with prefix, which an encapsulation wants there, in front of each segment's headers.
+func (s *Splitter) SplitBehind(prefix, pkt []byte, h VnetHdr) ([]Segment, error) {
 	var l layout
 	if err := l.checkGSO(pkt, &h); err != nil {
 		return nil, err
@@ -66,7 +70,7 @@ func (s *Splitter) Split(pkt []byte, h VnetHdr) ([]Segment, error) {
 	payload := pkt[l.hdr:l.total]
 	mss := int(h.GSOSize)
 	n := max(1, (len(payload)+mss-1)/mss)
-	if need := n * l.hdr; need > cap(s.arena)-len(s.arena) {
+	if need := n * (len(prefix) + l.hdr); need > cap(s.arena)-len(s.arena) {
 		if len(s.arena) > 0 {
 			return nil, ErrArenaFull
 		}
@@ -75,6 +79,7 @@ func (s *Splitter) Split(pkt []byte, h VnetHdr) ([]Segment, error) {
 		}
 		s.grow(need)
 	}
+	s.prefix = prefix
 	if l.proto == protoTCP {
 		return s.splitTCP(pkt, payload, &l, n, mss), nil
 	}
@@ -162,7 +167,7 @@ func (s *Splitter) splitTCP(pkt, payload []byte, l *layout, n, mss int) []Segmen
 		if last {
 			f |= flags & (tcpFIN | tcpPSH)
 		}
-		h := s.header(pkt[:hdr])
+		whole, h := s.header(pkt[:hdr])
 		ip.write(h, hdr+len(p))
 		t := h[l4 : l4+tcpMinLen]
 		binary.BigEndian.PutUint32(t[4:], seq)
@@ -170,7 +175,7 @@ func (s *Splitter) splitTCP(pkt, payload []byte, l *layout, n, mss int) []Segmen
 		sum := base + uint32(hdr-l4+len(p)) + seq>>16 + seq&0xffff + uint32(f)
 		binary.BigEndian.PutUint16(t[16:], ^header.Fold(header.Sum(p, sum)))
 		seq += uint32(mss)
-		s.segs = append(s.segs, Segment{h, p})
+		s.segs = append(s.segs, Segment{whole, p})
 	}
 	return s.segs[first:]
 }
@@ -189,7 +194,7 @@ func (s *Splitter) splitUDP(pkt, payload []byte, l *layout, n, mss int) []Segmen
 		if i < n-1 {
 			p, payload = payload[:mss:mss], payload[mss:]
 		}
-		h := s.header(pkt[:hdr])
+		whole, h := s.header(pkt[:hdr])
 		ip.write(h, hdr+len(p))
 		u := h[l4 : l4+udpLen]
 		length := uint32(udpLen + len(p))
@@ -200,16 +205,17 @@ func (s *Splitter) splitUDP(pkt, payload []byte, l *layout, n, mss int) []Segmen
 			c = 0xffff // RFC 768: zero says that there is no checksum
 		}
 		binary.BigEndian.PutUint16(u[6:], c)
-		s.segs = append(s.segs, Segment{h, p})
+		s.segs = append(s.segs, Segment{whole, p})
 	}
 	return s.segs[first:]
 }
 
-// header appends a copy of from to the arena, which has room for it.
-func (s *Splitter) header(from []byte) []byte {
+// header appends the prefix and a copy of from to the arena, which has room for both, and returns both and the copy.
+func (s *Splitter) header(from []byte) (whole, h []byte) {
 	at := len(s.arena)
-	s.arena = append(s.arena, from...)
-	return s.arena[at:len(s.arena):len(s.arena)]
+	s.arena = append(append(s.arena, s.prefix...), from...)
+	end := len(s.arena)
+	return s.arena[at:end:end], s.arena[at+len(s.prefix) : end : end]
 }
 
 // write fills in the fields of the next segment's IP header, whose packet is total

@@ -50,8 +50,7 @@ type Socket struct {
 func ListenUDP(o Options) (*Socket, error) {
 	s, err := openUDP(o)
 	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, fmt.Errorf("UDP port %d on %v is in use: choose another with --udp-port (the same on all nodes), or see who holds it with `ss -ulnp 'sport = :%d'`: %w",
-			o.Bind.Port(), o.Bind.Addr(), o.Bind.Port(), err)
+		return nil, fmt.Errorf("UDP port %d on %v is in use: %w", o.Bind.Port(), o.Bind.Addr(), err)
 	}
 	return s, err
 }

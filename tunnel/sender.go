@@ -1,0 +1,136 @@
+package tunnel
+
+import (
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
+	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/underlay"
+)
+
+// outlet is a worker's senders of one outer family. The UDP senders differ in their source port, which a flow keeps: so
+// that fabrics which hash ports (ECMP, NIC queues) spread flows and never reorder one.
+type outlet struct {
+	udp   []*sender
+	raw   [2]*sender // protocols 4 and 41, by the inner family
+	dirty []*sender
+}
+
+// sender chooses the socket for a packet, and says where it goes; nil if the peer's encapsulation cannot be sent.
+func (o *outlet) sender(t *target, in *header.Inner, pkt []byte) (s *sender, to *underlay.Dest) {
+	switch t.mode {
+	case encap.UDP, encap.VXLAN:
+		to = t.udp
+		if t.mode == encap.VXLAN {
+			to = t.vxlan
+		}
+		s = o.udp[0]
+		if len(o.udp) > 1 {
+			s = o.udp[header.FlowHash(pkt, in)%uint32(len(o.udp))]
+		}
+	case encap.IPIP:
+		s, to = o.raw[outer(in.Version == 6)], t.raw
+	}
+	if s == nil || to == nil {
+		return nil, nil
+	}
+	if !s.dirty {
+		s.dirty = true
+		o.dirty = append(o.dirty, s)
+	}
+	return s, to
+}
+
+// sender collects messages for one socket. For a UDP socket, consecutive packets of one length to one peer (whatever
+// their inner flows) become a train: one message that the kernel cuts by UDP_SEGMENT.
+type sender struct {
+	sock  outSocket
+	batch *underlay.SendBatch
+	gso   bool // trains and super-packets go out as one message
+	dirty bool // holds something
+
+	// The open train. count 0: none is open.
+	to     *underlay.Dest
+	size   int // of each packet but perhaps the last
+	tos    byte
+	count  int
+	bytes  int
+	closed bool // a shorter packet ended it
+}
+
+// packet adds one packet, which stays referenced until flush.
+func (s *sender) packet(w *txWorker, to *underlay.Dest, pkt []byte, tos byte) {
+	if s.count > 0 && s.gso && s.to == to && s.tos == tos && !s.closed && len(pkt) <= s.size &&
+		s.count < maxSegments && s.bytes+len(pkt) <= maxGSOBytes && !s.batch.Full(1) {
+		s.batch.Append(pkt)
+		s.count++
+		s.bytes += len(pkt)
+		s.closed = len(pkt) < s.size
+		return
+	}
+	s.begin(w, to, tos, 1)
+	s.to, s.size, s.tos, s.closed = to, len(pkt), tos, false
+	s.count, s.bytes = 1, len(pkt)
+	s.batch.Append(pkt)
+}
+
+// segments adds the segments of a super-packet.
+func (s *sender) segments(w *txWorker, to *underlay.Dest, segs []offload.Segment, tos byte) {
+	s.end()
+	for len(segs) > 0 {
+		n := 1
+		size := len(segs[0].Header) + len(segs[0].Payload)
+		if s.gso {
+			n = min(len(segs), maxSegments, maxGSOBytes/size)
+		}
+		s.begin(w, to, tos, 2*n)
+		for _, seg := range segs[:n] {
+			s.batch.Append(seg.Header)
+			s.batch.Append(seg.Payload)
+		}
+		if n > 1 {
+			s.batch.End(size)
+		} else {
+			s.batch.End(0)
+		}
+		segs = segs[n:]
+	}
+}
+
+// begin ends the open train and starts a message of up to iovecs slices; it sends first if there is no room.
+func (s *sender) begin(w *txWorker, to *underlay.Dest, tos byte, iovecs int) {
+	s.end()
+	if s.batch.Full(iovecs) {
+		s.transmit(w)
+	}
+	s.batch.Begin(to, tos)
+}
+
+// end closes the open train.
+func (s *sender) end() {
+	switch {
+	case s.count > 1:
+		s.batch.End(s.size)
+	case s.count == 1:
+		s.batch.End(0)
+	}
+	s.count = 0
+}
+
+func (s *sender) flush(w *txWorker) {
+	s.end()
+	s.transmit(w)
+}
+
+// transmit hands the batch to the kernel.
+func (s *sender) transmit(w *txWorker) {
+	r, err := s.sock.Send(s.batch)
+	w.e.sent(s.sock, r, err)
+}
+
+// single sends one message at once, for whoever has a sender of its own.
+func (s *sender) single(to *underlay.Dest, msg []byte) (underlay.SendResult, error) {
+	s.batch.Begin(to, 0)
+	s.batch.Append(msg)
+	s.batch.End(0)
+	return s.sock.Send(s.batch)
+}

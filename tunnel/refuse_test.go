@@ -92,7 +92,7 @@ func refusingPeers(l testLink, good Peer) []Peer {
 		good,
 		peer(2, func(p *Peer) { p.Unreachable = true }),
 		peer(3, func(p *Peer) { p.Endpoint = netip.Addr{}; p.Accept = nil }),
-		peer(4, func(p *Peer) { p.Mode = encap.VXLAN }),
+		peer(4, func(p *Peer) { p.Mode = encap.Direct }),
 		peer(5, func(p *Peer) { p.Mode = encap.Direct }),
 		peer(6, func(p *Peer) { p.Endpoint = underlayOf(!l.underlay6, 6); p.Accept = []netip.Addr{p.Endpoint} }),
 		// Their endpoints lie in their own space: what is sent there would go round and round.
@@ -130,7 +130,7 @@ func refusals(t testing.TB, n *testNode, f int) []refusal {
 		{"link-local", encap.DropLocalMulticast, to(pick("169.254.1.1", "fe80::1")).bytes(t), silence},
 		{"peer that is gone", encap.DropPeerDown, to(podOf(f, spacesOf(2))).bytes(t), hostUnreachable[f]},
 		{"peer without endpoint", encap.DropNoPath, to(podOf(f, spacesOf(3))).bytes(t), hostUnreachable[f]},
-		{"peer by vxlan", encap.DropNoPath, to(podOf(f, spacesOf(4))).bytes(t), hostUnreachable[f]},
+		{"peer by direct", encap.DropNoPath, to(podOf(f, spacesOf(4))).bytes(t), hostUnreachable[f]},
 		{"peer by no encapsulation", encap.DropNoPath, to(podOf(f, spacesOf(5))).bytes(t), hostUnreachable[f]},
 		{"peer of the other outer family", encap.DropNoEncapSocket, to(podOf(f, spacesOf(6))).bytes(t), hostUnreachable[f]},
 		{"one byte too many", encap.DropTooBig, edit(to(podOf(f, spacesOf(9))), func(d *datagram) { d.payload = random(1301 - []int{28, 48}[f]) }), tooBig1300[f]},

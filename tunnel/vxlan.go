@@ -29,7 +29,8 @@ func (t *target) learn(mac header.MAC) {
 		return
 	}
 	if m := t.state.mac.Load(); m == nil || *m != mac {
-		t.state.mac.Store(&mac)
+		own := mac // only what is kept goes to the heap
+		t.state.mac.Store(&own)
 	}
 }
 

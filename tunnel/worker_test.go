@@ -98,13 +98,14 @@ func newMemRig(mode encap.Mode) *memRig {
 	r := &memRig{queue: &memQueue{}, sock: &memSocket{}, tun: &memTun{}}
 	r.local = Local{
 		TunAddrs: []netip.Addr{spaceOf(0, 0).Addr(), spaceOf(1, 0).Addr()}, Prefixes: []netip.Prefix{spaceOf(0, 0), spaceOf(1, 0)},
-		Underlay: []netip.Addr{underlayOf(false, 0)},
+		Underlay: []netip.Addr{underlayOf(false, 0)}, VTEPMAC: macOf(0),
 	}
 	r.peer = Peer{
 		ID: "peer", Endpoint: underlayOf(false, 1), Accept: []netip.Addr{underlayOf(false, 1)}, UDPPort: 6080,
+		VXLANPort: testVXLANPort, VTEPMAC: macOf(1),
 		Prefixes: []netip.Prefix{spaceOf(0, 1), spaceOf(1, 1)}, Mode: mode, MTU: 1452,
 	}
-	e := &Engine{cfg: Config{UDPPort: 6080, VXLANPort: 4789}, copyDSCP: true, states: make(map[string]*peerState)}
+	e := &Engine{cfg: Config{UDPPort: 6080, VXLANPort: testVXLANPort, VNI: testVNI}, copyDSCP: true, states: make(map[string]*peerState)}
 	r.e = e
 	e.Update(r.local, []Peer{r.peer})
 	writer := func() *tunWriter { return &tunWriter{w: r.tun, iov: make([][]byte, 0, 2*maxJoined)} }
@@ -122,8 +123,11 @@ func newMemRig(mode encap.Mode) *memRig {
 	r.rx = &rxWorker{
 		e: e, sock: r.sock, carrier: overUDP, mode: mode, slots: udpSlots, batch: underlay.NewRecvBatch(udpSlots, 2048), tun: writer(), join: offload.NewJoiner(true, true),
 	}
-	if mode == encap.IPIP {
+	switch mode {
+	case encap.IPIP:
 		r.rx.carrier, r.rx.proto = overRaw4, header.ProtoIPv4
+	case encap.VXLAN:
+		r.rx.carrier, r.rx.replies = overVXLAN, &sender{sock: r.sock, batch: underlay.NewSendBatch(1, 1)}
 	}
 	return r
 }
@@ -213,7 +217,7 @@ type memLoad struct {
 }
 
 func memLoads() (ls []memLoad) {
-	for _, m := range []encap.Mode{encap.UDP, encap.IPIP} {
+	for _, m := range []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP} {
 		for f := range 2 {
 			name := fmt.Sprintf("%s/inner %s/", m, familyName(f == 1))
 			ls = append(ls,
@@ -241,7 +245,7 @@ func (l memLoad) supers(from, to int) (ps [][]byte) {
 	return ps
 }
 
-// slots are the same packets as they arrive: for udp, trains; for ipip, outer packets. refill restores what the worker
+// slots are the same packets as they arrive: for udp and vxlan, trains; for ipip, outer packets. refill restores what the worker
 // has changed in them.
 func (l memLoad) slots(t testing.TB, from, to int) (slots []underlay.Received, refill func()) {
 	src := netip.AddrPortFrom(underlayOf(false, from), 50000)
@@ -249,6 +253,9 @@ func (l memLoad) slots(t testing.TB, from, to int) (slots []underlay.Received, r
 	for _, super := range l.supers(from, to) {
 		var pkts [][]byte
 		for _, p := range segmentsOf(t, super) {
+			if l.mode == encap.VXLAN {
+				p = framed(macOf(to), macOf(from), encap.EtherType(l.family == 1), p)
+			}
 			pkts = append(pkts, p)
 			if l.mode == encap.IPIP {
 				outer := encap.Outer{Src: src, Dst: netip.AddrPortFrom(underlayOf(false, to), 0)}
@@ -258,7 +265,7 @@ func (l memLoad) slots(t testing.TB, from, to int) (slots []underlay.Received, r
 				slots = append(slots, underlay.Received{Data: make([]byte, len(o)), From: src})
 			}
 		}
-		if l.mode == encap.UDP {
+		if l.mode != encap.IPIP {
 			train := bytes.Join(pkts, nil)
 			if k := len(slots) - 1; l.count > 1 && k >= 0 && len(train) == len(pkts[0]) && len(fresh[k])+len(train) < 60000 {
 				// Small packets share a train.

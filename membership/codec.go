@@ -15,7 +15,7 @@ import (
 //	0       1     format version, 1
 //	1       1–10  number of entries, varint, at most MaxEntries
 //	…             entries, each:
-//	  0     1     flags: bit 0 IPv6 prefix, bit 1 external, bit 2 IPv6 endpoint; others 0
+//	  0     1     flags: bit 0 IPv6 prefix, bit 1 external, bit 2 IPv6 endpoint, bit 3 port and MAC; others 0
 //	  1     1     prefix length
 //	  2     n     the prefix's first ⌈length/8⌉ bytes; bits beyond the length are 0
 //	        16    owner
@@ -24,6 +24,9 @@ import (
 //	        4|16  endpoint
 //	        1     length of the encapsulation's name, at most 16
 //	        n     the name
+//	  with port and MAC, not both 0:
+//	        2     port
+//	        6     MAC
 //
 // Entries are in table order and do not overlap; a decoder refuses others, so
 // that one set of entries has one encoding and merging stays linear.
@@ -34,10 +37,12 @@ const formatVersion = 1
 const MaxEntries = 65536
 
 const (
-	flagPrefix6   = 1 << 0
-	flagExternal  = 1 << 1
-	flagEndpoint6 = 1 << 2
-	flagsKnown    = flagPrefix6 | flagExternal | flagEndpoint6
+	flagPrefix6       = 1 << 0
+	flagExternal      = 1 << 1
+	flagEndpoint6     = 1 << 2
+	flagPortMAC       = 1 << 3
+	flagsKnown        = flagPrefix6 | flagExternal | flagEndpoint6 | flagPortMAC
+	flagsExternalOnly = flagEndpoint6 | flagPortMAC
 )
 
 // minEntrySize is the smallest encoded entry: a /0, with a one-byte version.
@@ -70,6 +75,9 @@ func appendEntry(b []byte, e Entry) []byte {
 		if x.Endpoint.Is6() {
 			flags |= flagEndpoint6
 		}
+		if x.Port != 0 || x.MAC != [6]byte{} {
+			flags |= flagPortMAC
+		}
 	}
 	b = append(b, flags, byte(e.Prefix.Bits()))
 	b = appendAddr(b, a, (e.Prefix.Bits()+7)/8)
@@ -79,6 +87,10 @@ func appendEntry(b []byte, e Entry) []byte {
 		b = appendAddr(b, x.Endpoint, x.Endpoint.BitLen()/8)
 		b = append(b, byte(len(x.Encap)))
 		b = append(b, x.Encap...)
+		if flags&flagPortMAC != 0 {
+			b = binary.BigEndian.AppendUint16(b, x.Port)
+			b = append(b, x.MAC[:]...)
+		}
 	}
 	return b
 }
@@ -158,6 +170,13 @@ func (d *decoder) byte() byte {
 	return 0
 }
 
+func (d *decoder) uint16() uint16 {
+	if v := d.take(2); v != nil {
+		return binary.BigEndian.Uint16(v)
+	}
+	return 0
+}
+
 func (d *decoder) uvarint() uint64 {
 	if d.err != nil {
 		return 0
@@ -188,7 +207,7 @@ func (d *decoder) entry() (e Entry) {
 	if flags&flagPrefix6 != 0 {
 		size = 128
 	}
-	if flags&^flagsKnown != 0 || flags&flagEndpoint6 != 0 && flags&flagExternal == 0 || bits > size {
+	if flags&^flagsKnown != 0 || flags&flagsExternalOnly != 0 && flags&flagExternal == 0 || bits > size {
 		d.fail("flags %#x with a prefix length of %d", flags, bits)
 		return e
 	}
@@ -202,6 +221,13 @@ func (d *decoder) entry() (e Entry) {
 		}
 		x := &External{Endpoint: d.addr(n == 16, n)}
 		x.Encap = string(d.take(int(d.byte())))
+		if flags&flagPortMAC != 0 {
+			x.Port = d.uint16()
+			copy(x.MAC[:], d.take(len(x.MAC)))
+			if x.Port == 0 && x.MAC == [6]byte{} {
+				d.fail("an external peer with neither port nor MAC announced both")
+			}
+		}
 		e.External = x
 	}
 	if d.err == nil {

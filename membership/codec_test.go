@@ -53,7 +53,7 @@ func unhex(s string) []byte {
 func TestCodecGolden(t *testing.T) {
 	want := []Entry{
 		{Prefix: netip.MustParsePrefix("10.244.1.0/24"), Owner: owner(0), Version: 129},
-		{Prefix: netip.MustParsePrefix("fd00:1234::/32"), Owner: owner(1), Version: 1, External: &External{netip.MustParseAddr("2001:db8::1"), "ipip"}},
+		{Prefix: netip.MustParsePrefix("fd00:1234::/32"), Owner: owner(1), Version: 1, External: &External{Endpoint: netip.MustParseAddr("2001:db8::1"), Encap: "ipip"}},
 	}
 	got, rest, err := DecodeEntries(unhex(golden))
 	if err != nil || len(rest) != 0 || !slices.EqualFunc(got, want, Entry.Equal) {
@@ -61,6 +61,20 @@ func TestCodecGolden(t *testing.T) {
 	}
 	if b := AppendEntries(nil, want); !bytes.Equal(b, unhex(golden)) {
 		t.Fatalf("% x", b)
+	}
+}
+
+// Port and MAC of an external peer travel where it has them, each alone too.
+func TestCodecPortAndMAC(t *testing.T) {
+	for _, x := range []External{
+		{Encap: "vxlan", Port: 8472, MAC: [6]byte{2, 0, 0x5e, 0x10, 0, 1}}, {Encap: "vxlan", MAC: [6]byte{5: 1}}, {Encap: "udp", Port: 1},
+	} {
+		x.Endpoint = netip.MustParseAddr("192.0.2.1")
+		want := []Entry{{Prefix: netip.MustParsePrefix("10.244.1.0/24"), Owner: owner(0), Version: 1, External: &x}}
+		got, rest, err := DecodeEntries(AppendEntries(nil, want))
+		if err != nil || len(rest) != 0 || !slices.EqualFunc(got, want, Entry.Equal) {
+			t.Errorf("%v %v %v", got, rest, err)
+		}
 	}
 }
 
@@ -72,7 +86,9 @@ func TestCodecRefuses(t *testing.T) {
 		"more than there are":  "01 02 00 08 0a 01000000000000000000000000000000 01",
 		"host bits":            "01 01 00 07 0b 01000000000000000000000000000000 01",
 		"length 33":            "01 01 00 21 0a00000000 01000000000000000000000000000000 01",
-		"unknown flag":         "01 01 08 08 0a 01000000000000000000000000000000 01",
+		"port of no external":  "01 01 08 08 0a 01000000000000000000000000000000 01",
+		"no port and no MAC":   "01 01 0a 08 0a 01000000000000000000000000000000 01 c0000201 03 756470 0000 000000000000",
+		"unknown flag":         "01 01 10 08 0a 01000000000000000000000000000000 01",
 		"endpoint w/o ext.":    "01 01 04 08 0a 01000000000000000000000000000000 01",
 		"no owner":             "01 01 00 08 0a 00000000000000000000000000000000 01",
 		"version 0":            "01 01 00 08 0a 01000000000000000000000000000000 00",

@@ -19,7 +19,7 @@ func TestDecodersDamaged(t *testing.T) {
 	entries := []Entry{
 		{Prefix: netip.MustParsePrefix("10.32.0.0/24"), Owner: NodeID{1}, Version: 300},
 		{Prefix: netip.MustParsePrefix("fd00::/48"), Owner: NodeID{2}, Version: 1,
-			External: &External{Endpoint: netip.MustParseAddr("192.0.2.1"), Encap: "udp"}},
+			External: &External{Endpoint: netip.MustParseAddr("192.0.2.1"), Encap: "udp", Port: 5555, MAC: [6]byte{2, 5: 1}}},
 	}
 	for name, c := range map[string]struct {
 		good   []byte

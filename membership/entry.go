@@ -1,6 +1,7 @@
 package membership
 
 import (
+	"bytes"
 	"cmp"
 	"fmt"
 	"net/netip"
@@ -32,6 +33,20 @@ type Entry struct {
 type External struct {
 	Endpoint netip.Addr // underlay address
 	Encap    string     // an encapsulation's name: "udp", "ipip", "vxlan", "direct"
+	Port     uint16     // UDP port of "udp" or "vxlan"; 0: this cluster's own
+	MAC      [6]byte    // of its VTEP, for "vxlan"; zero: to be learned from what it sends
+}
+
+// Way is the encapsulation with what belongs to it.
+func (x External) Way() string {
+	way := x.Encap
+	if x.Port != 0 {
+		way += fmt.Sprintf(" port %d", x.Port)
+	}
+	if x.MAC != [6]byte{} {
+		way += fmt.Sprintf(" MAC %x", x.MAC)
+	}
+	return way
 }
 
 // maxEncapLen bounds External.Encap in bytes.
@@ -42,7 +57,7 @@ func (e Entry) String() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "%v@%d→%s", e.Prefix, e.Version, e.Owner.Short())
 	if e.External != nil {
-		fmt.Fprintf(&b, " via %v %s", e.External.Endpoint, e.External.Encap)
+		fmt.Fprintf(&b, " via %v %s", e.External.Endpoint, e.External.Way())
 	}
 	return b.String()
 }
@@ -98,7 +113,8 @@ func (e Entry) beats(o Entry) bool {
 	if c := e.External.Endpoint.Compare(o.External.Endpoint); c != 0 {
 		return c < 0
 	}
-	return cmp.Less(e.External.Encap, o.External.Encap)
+	return cmp.Or(cmp.Compare(e.External.Encap, o.External.Encap), cmp.Compare(e.External.Port, o.External.Port),
+		bytes.Compare(e.External.MAC[:], o.External.MAC[:])) < 0
 }
 
 // A Conflict is a tie between two owners over the same addresses at the same

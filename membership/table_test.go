@@ -62,7 +62,8 @@ var anEntry = rapid.Custom(func(t *rapid.T) Entry {
 		Version: rapid.Uint64Range(1, 4).Draw(t, "version"),
 	}
 	if rapid.IntRange(0, 9).Draw(t, "external") == 0 {
-		e.External = &External{Endpoint: netip.AddrFrom4([4]byte{192, 0, 2, rapid.ByteRange(1, 2).Draw(t, "endpoint")}), Encap: "ipip"}
+		e.External = &External{Endpoint: netip.AddrFrom4([4]byte{192, 0, 2, rapid.ByteRange(1, 2).Draw(t, "endpoint")}), Encap: "vxlan",
+			Port: rapid.Uint16Range(0, 1).Draw(t, "port"), MAC: [6]byte{5: rapid.ByteRange(0, 1).Draw(t, "MAC")}}
 	}
 	return e
 })

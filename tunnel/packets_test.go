@@ -83,7 +83,9 @@ func framed(to, from header.MAC, etherType uint16, payload []byte) []byte {
 }
 
 // etherTypeOf is the EtherType of what IP calls protocol 4 or 41.
-func etherTypeOf(proto layers.IPProtocol) uint16 { return encap.EtherType(proto == layers.IPProtocolIPv6) }
+func etherTypeOf(proto layers.IPProtocol) uint16 {
+	return encap.EtherType(proto == layers.IPProtocolIPv6)
+}
 
 // protoOf is the protocol number of an inner family.
 func protoOf(family int) layers.IPProtocol {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"time"
 
@@ -58,9 +59,21 @@ func printTransfers(p *printer, ts []api.Transfer) {
 	p.table(&t)
 }
 
+// externalWay is how packets go to an external peer.
+func externalWay(e api.External) string {
+	way := e.Encapsulation
+	if e.Port != 0 {
+		way += fmt.Sprintf(" port %d", e.Port)
+	}
+	if e.MAC != "" {
+		way += " MAC " + e.MAC
+	}
+	return way
+}
+
 func externalCommand() *cobra.Command {
 	c := new(client)
-	encap := "ipip"
+	req := api.ExternalRequest{Encapsulation: "ipip"}
 	prefix := func(s string) (netip.Prefix, error) {
 		p, err := netip.ParsePrefix(s)
 		if err != nil {
@@ -73,14 +86,18 @@ func externalCommand() *cobra.Command {
 	}
 	show := func(word string) func(p *printer, e api.External) {
 		return func(p *printer, e api.External) {
-			p.line("%s %s at %s by %s, kept by %s", word, e.Prefix, e.Endpoint, e.Encapsulation, nodeRef(e.Owner))
+			p.line("%s %s at %s by %s, kept by %s", word, e.Prefix, e.Endpoint, externalWay(e), nodeRef(e.Owner))
 		}
 	}
 	add := &cobra.Command{
-		Use:     "add PREFIX ENDPOINT",
-		Short:   "Give a prefix out of this node's space to a router or host that has no agent",
-		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip",
-		Args:    exactly("a prefix", "the address of its endpoint"),
+		Use:   "add PREFIX ENDPOINT",
+		Short: "Give a prefix out of this node's space to a router or host that has no agent",
+		Long: "Give a prefix out of this node's space to a router or host that has no agent, but a plain tunnel: a Linux ipip, sit or\n" +
+			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). The MAC of a vxlan device is learned from what\n" +
+			"it sends, and asked for; --mac tells it where neither can be.",
+		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip\n" +
+			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan --port 8472 --mac 02:00:5e:10:00:01",
+		Args: exactly("a prefix", "the address of its endpoint"),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (e api.External, err error) {
 			p, err := prefix(args[0])
 			if err != nil {
@@ -90,10 +107,13 @@ func externalCommand() *cobra.Command {
 			if err != nil {
 				return e, usagef("%q is not the address of an endpoint", args[1])
 			}
-			return a.ExternalAdd(ctx, api.ExternalRequest{Prefix: p, Endpoint: ep, Encapsulation: encap})
+			req.Prefix, req.Endpoint = p, ep
+			return a.ExternalAdd(ctx, req)
 		}, show("added"), nil),
 	}
-	add.Flags().StringVar(&encap, "encap", encap, "encapsulation: udp, ipip, vxlan or direct")
+	add.Flags().StringVar(&req.Encapsulation, "encap", req.Encapsulation, "encapsulation: udp, ipip, vxlan or direct")
+	add.Flags().Uint16Var(&req.Port, "port", 0, "its UDP `PORT` for udp or vxlan (default: this cluster's)")
+	add.Flags().StringVar(&req.MAC, "mac", "", "`MAC` of its vxlan device (default: learned from what it sends)")
 	remove := &cobra.Command{
 		Use:   "remove PREFIX",
 		Short: "Take a prefix back",
@@ -117,7 +137,7 @@ func externalCommand() *cobra.Command {
 				}
 				t := table{head: []string{"PREFIX", "ENDPOINT", "PATH", "KEPT BY"}}
 				for _, e := range es {
-					t.row(e.Prefix.String(), e.Endpoint.String(), e.Encapsulation, nodeRef(e.Owner))
+					t.row(e.Prefix.String(), e.Endpoint.String(), externalWay(e), nodeRef(e.Owner))
 				}
 				p.table(&t)
 			}, nil),

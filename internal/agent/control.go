@@ -295,10 +295,6 @@ func (a *agent) Externals(context.Context) ([]api.External, error) {
 	return out, nil
 }
 
-func (s *session) external(e membership.Entry) api.External {
-	return api.External{Prefix: e.Prefix, Endpoint: e.External.Endpoint, Encapsulation: e.External.Encap, Owner: s.ref(e.Owner), Version: e.Version}
-}
-
 // ExternalAdd implements api.Backend.
 func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.External, error) {
 	s, err := a.current()
@@ -312,6 +308,10 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 	if len(usableModes([]string{m.String()})) == 0 {
 		return api.External{}, api.Errorf(api.CodeUsage, "this version cannot send %s to an external peer", m).WithRemedy("use one of %v", sendable)
 	}
+	x, err := externalOf(req, m)
+	if err != nil {
+		return api.External{}, api.Errorf(api.CodeUsage, "%v", err)
+	}
 	if v := s.view.Load(); v != nil {
 		if name := v.livesAt(req.Endpoint, s.link.Addrs); name != "" {
 			return api.External{}, api.Errorf(api.CodeRefused, "%v is the address of %s", req.Endpoint, name).
@@ -319,12 +319,12 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 		}
 	}
 	for _, e := range s.ownership.Externals() {
-		if e.External.Endpoint == req.Endpoint && e.External.Encap != req.Encapsulation {
-			return api.External{}, api.Errorf(api.CodeRefused, "%v is an external peer by %s already (%v)", req.Endpoint, e.External.Encap, e.Prefix).
-				WithRemedy("an external peer has one encapsulation: use the same, or remove that first")
+		if e.External.Endpoint == req.Endpoint && *e.External != x {
+			return api.External{}, api.Errorf(api.CodeRefused, "%v is an external peer by %s already (%v)", req.Endpoint, e.External.Way(), e.Prefix).
+				WithRemedy("an external peer has one encapsulation, port and MAC: use the same, or remove that first")
 		}
 	}
-	if err := s.ownership.AddExternal(time.Now(), req.Prefix, membership.External{Endpoint: req.Endpoint, Encap: req.Encapsulation}); err != nil {
+	if err := s.ownership.AddExternal(time.Now(), req.Prefix, x); err != nil {
 		return api.External{}, coded(err)
 	}
 	e, _ := s.ownership.Owner(req.Prefix.Addr())

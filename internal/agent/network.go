@@ -15,6 +15,7 @@ import (
 	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 	"github.com/tulle-net/tulle/tunnel/path"
 )
@@ -31,23 +32,25 @@ type view struct {
 
 // peerView is one member or external peer.
 type peerView struct {
-	id       string
-	node     membership.NodeID // zero for an external peer
-	name     string
-	state    string // api.PeerAlive and so on
-	since    time.Time
-	underlay []netip.Addr
-	udpPort  uint16
-	endpoint netip.Addr // the underlay address in use; invalid if none fits ours
-	tun      []netip.Addr
-	prefixes []netip.Prefix
-	mode     encap.Mode
-	mtu      mtu.TUN
-	path     path.Info
-	probed   bool
-	gone     bool   // gossip and data path agree: packets to it are answered with host unreachable
-	replaced bool   // another node lives at its address: nothing is sent there for it, nor taken from there as its own
-	why      string // a sentence about the endpoint or the verdict; empty if there is nothing to say
+	id        string
+	node      membership.NodeID // zero for an external peer
+	name      string
+	state     string // api.PeerAlive and so on
+	since     time.Time
+	underlay  []netip.Addr
+	udpPort   uint16
+	vxlanPort uint16     // 0: it takes no vxlan
+	mac       header.MAC // of its VTEP; zero: to be learned
+	endpoint  netip.Addr // the underlay address in use; invalid if none fits ours
+	tun       []netip.Addr
+	prefixes  []netip.Prefix
+	mode      encap.Mode
+	mtu       mtu.TUN
+	path      path.Info
+	probed    bool
+	gone      bool   // gossip and data path agree: packets to it are answered with host unreachable
+	replaced  bool   // another node lives at its address: nothing is sent there for it, nor taken from there as its own
+	why       string // a sentence about the endpoint or the verdict; empty if there is nothing to say
 }
 
 // holdDown is how long a node must be gone, for gossip and for the data path, before packets to it are refused: long
@@ -190,7 +193,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	id := m.ID.String()
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
-		udpPort: m.Meta.UDPPort, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.modes[0],
+		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.modes[0],
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	limit := s.limit(p.mode, p.endpoint.Is6())
@@ -246,7 +249,8 @@ func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefi
 	if p == nil {
 		p = &peerView{
 			id: "external " + r.External.Endpoint.String(), name: r.External.Endpoint.String(), state: api.PeerExternal,
-			since: s.started, underlay: []netip.Addr{r.External.Endpoint}, udpPort: s.cfg.UDPPort,
+			since: s.started, underlay: []netip.Addr{r.External.Endpoint},
+			udpPort: cmp.Or(r.External.Port, s.cfg.UDPPort), vxlanPort: cmp.Or(r.External.Port, s.cfg.VXLANPort), mac: r.External.MAC,
 		}
 		var err error
 		if p.mode, err = encap.ParseMode(r.External.Encap); err != nil || !slices.Contains(sendable, p.mode) {
@@ -269,7 +273,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 			accept = nil
 		}
 		out[i] = tunnel.Peer{
-			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, Prefixes: p.prefixes,
+			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, VXLANPort: p.vxlanPort, VTEPMAC: p.mac, Prefixes: p.prefixes,
 			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Unreachable: p.gone,
 		}
 	}
@@ -285,6 +289,9 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 			continue
 		}
 		for _, m := range s.modes {
+			if s.unfit(&p, m) != "" {
+				continue
+			}
 			out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, p.endpoint.Is6())})
 		}
 	}

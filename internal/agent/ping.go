@@ -22,8 +22,8 @@ func (s *session) ping(ctx context.Context, p *peerView, count int) (api.PingRes
 		}
 		pm := api.PingMode{Mode: name, Active: m == p.mode, Endpoint: s.outer(p, m)}
 		switch {
-		case len(usableModes([]string{name})) == 0:
-			pm.State, pm.Reason = api.PathOff, "this version does not send it"
+		case s.unfit(p, m) != "":
+			pm.State, pm.Reason = api.PathOff, s.unfit(p, m)
 		case p.node.IsZero():
 			pm.State, pm.Reason = api.PathOff, "external peers have no agent that answers"
 		default:

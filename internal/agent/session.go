@@ -84,7 +84,7 @@ type hostSide struct {
 func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
-		UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort,
+		UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
 	}
 }
 
@@ -245,7 +245,7 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 		}
 		was.meta = m
 	}
-	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs}
+	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs, VTEPMAC: s.vtepMAC()}
 	if peers := v.tunnelPeers(); !reflect.DeepEqual(local, was.local) || !reflect.DeepEqual(peers, was.peers) {
 		s.engine.Update(local, peers)
 		was.local, was.peers = local, peers

@@ -27,7 +27,7 @@ import (
 )
 
 // sendable are the encapsulations that this version can send.
-var sendable = []encap.Mode{encap.UDP, encap.IPIP}
+var sendable = []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP}
 
 // start opens a session. It waits for an underlay address, because a host may boot slower than its services; everything
 // else that is wrong is an error.
@@ -191,12 +191,15 @@ func (s *session) openData(a *agent) (err error) {
 	}
 	s.probes = newProber(s.log)
 	s.engine, err = tunnel.New(tunnel.Config{
-		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, CopyDSCP: true,
+		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, VNI: s.cfg.VNI, CopyDSCP: true,
 		Probed:  s.probes.received,
 		PathMTU: s.pathMTU,
 		Logger:  s.log,
 	})
 	if err != nil {
+		return err
+	}
+	if err := s.checkVXLAN(); err != nil {
 		return err
 	}
 	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick

@@ -113,11 +113,14 @@ func (s *session) peer(p *peerView) api.Peer {
 func (s *session) path(p *peerView, m encap.Mode) api.Path {
 	out := api.Path{Mode: m.String(), State: api.PathProbing, Since: p.since}
 	switch {
-	case len(usableModes([]string{m.String()})) == 0:
-		out.State, out.Reason = api.PathOff, "this version does not send it"
+	case s.unfit(p, m) != "":
+		out.State, out.Reason = api.PathOff, s.unfit(p, m)
 		return out
 	case p.node.IsZero() && !p.replaced:
 		out.State, out.MTU, out.Reason = api.PathUp, int(p.mtu), "external peers are not probed"
+		if m == encap.VXLAN && m == p.mode {
+			out.Reason = s.externalVTEP(p)
+		}
 		return out
 	case !p.endpoint.IsValid():
 		out.State, out.Reason = api.PathDown, p.why
@@ -139,17 +142,6 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 		out.State = api.PathDown
 	}
 	return out
-}
-
-// outer is where packets of a mode go.
-func (s *session) outer(p *peerView, m encap.Mode) netip.AddrPort {
-	switch {
-	case !p.endpoint.IsValid():
-		return netip.AddrPort{}
-	case m == encap.UDP:
-		return netip.AddrPortFrom(p.endpoint, p.udpPort)
-	}
-	return netip.AddrPortFrom(p.endpoint, 0)
 }
 
 func (s *session) fillCounters(st *api.Status) {
@@ -243,6 +235,7 @@ func (s *session) problems(v *view) []api.Problem {
 			out = append(out, api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay"})
 		}
 	}
+	out = append(out, s.vxlanProblem()...)
 	s.mu.Lock()
 	conflicts, hostErr := s.conflicts, s.hostErr
 	s.mu.Unlock()
@@ -260,8 +253,11 @@ func (s *session) problems(v *view) []api.Problem {
 
 // outerText names what a firewall sees.
 func outerText(p *peerView) string {
-	if p.mode == encap.UDP {
+	switch p.mode {
+	case encap.UDP:
 		return fmt.Sprintf("UDP port %d", p.udpPort)
+	case encap.VXLAN:
+		return fmt.Sprintf("UDP port %d", p.vxlanPort)
 	}
 	return "IP protocols 4 and 41"
 }

@@ -77,6 +77,9 @@ func (r ExternalRequest) validate() error {
 	if !r.Endpoint.IsValid() || r.Endpoint.Zone() != "" || r.Endpoint.Is4In6() || !r.Endpoint.IsGlobalUnicast() {
 		return usage("endpoint %q: want the unicast address of the external peer", r.Endpoint)
 	}
+	if err := checkText("mac", r.MAC, len("02:00:00:00:00:00"), true); err != nil {
+		return err
+	}
 	if slices.Contains(encapsulations, r.Encapsulation) {
 		return nil
 	}

@@ -221,7 +221,9 @@ type ForgetResult struct {
 type ExternalRequest struct {
 	Prefix        netip.Prefix `json:"prefix"`
 	Endpoint      netip.Addr   `json:"endpoint"`
-	Encapsulation string       `json:"encapsulation"` // udp, ipip, vxlan or direct
+	Encapsulation string       `json:"encapsulation"`  // udp, ipip, vxlan or direct
+	Port          uint16       `json:"port,omitempty"` // UDP port of udp or vxlan, if not this cluster's
+	MAC           string       `json:"mac,omitempty"`  // of its VTEP, for vxlan, if it shall not be learned
 }
 
 // External is an external peer: a router, or a host with a plain kernel tunnel and no agent.
@@ -229,6 +231,8 @@ type External struct {
 	Prefix        netip.Prefix `json:"prefix"`
 	Endpoint      netip.Addr   `json:"endpoint"`
 	Encapsulation string       `json:"encapsulation"`
+	Port          uint16       `json:"port,omitempty"`
+	MAC           string       `json:"mac,omitempty"`
 	Owner         NodeRef      `json:"owner"` // the node that added it and keeps it
 	Version       uint64       `json:"version"`
 }

@@ -47,6 +47,7 @@ type Config struct {
 	UDPPort       uint16
 	VXLANPort     uint16
 	VNI           uint32
+	VTEPMAC       [6]byte  // zero: made out of the node ID
 	Paths         []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
 	Tun           string
 	MTU           int // of the TUN, bytes; 0: found out of the underlay's

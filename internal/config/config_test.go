@@ -75,6 +75,7 @@ gossip_key_file: /etc/tulle/gossip.key
 udp_port: 6081
 vxlan_port: 4790
 vni: 77
+vtep_mac: 02:00:5e:10:00:01
 paths: udp, ipip
 tun: tulle0
 mtu: 1400
@@ -93,7 +94,8 @@ func TestEveryKey(t *testing.T) {
 		"node_name": "node-a", "join": "node-a:7950,192.0.2.7:7000,[2001:db8::1]:7950,[2001:db8::2]:7001", "bootstrap": "true",
 		"cluster_cidr": "10.32.0.0/12,fd00:10:244::/48", "node_prefix_len": "26,80", "pod_cidr": "10.33.0.0/20", "underlay": "eth1",
 		"gossip_port": "7950", "gossip_key_file": "/etc/tulle/gossip.key", "udp_port": "6081", "vxlan_port": "4790", "vni": "77",
-		"paths": "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
+		"vtep_mac": "02:00:5e:10:00:01",
+		"paths":    "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
 		"metrics": "off", "log_level": "debug", "log_format": "json",
 	}
 	for _, k := range keys {
@@ -252,6 +254,9 @@ func TestRefusals(t *testing.T) {
 		{"metrics port", "", "--metrics=:7946", []string{"gossip_port"}},
 		{"metrics", "", "--metrics=9646", []string{"ADDRESS:PORT"}},
 		{"vni", "", "--vni=16777216", []string{"16777215"}},
+		{"MAC", "", "--vtep-mac=02:00:5e:10:00", []string{"02:00:5e:10:00:01"}},
+		{"MAC of several", "", "--vtep-mac=01:00:5e:00:00:01", []string{"one station"}},
+		{"MAC of nobody", "", "--vtep-mac=00:00:00:00:00:00", []string{"one station"}},
 		{"path", "", "--paths=udp,gre", []string{`"gre"`, "direct, udp, ipip, vxlan"}},
 		{"path twice", "", "--paths=udp,udp", []string{"twice"}},
 		{"no path", "", "--paths=", []string{"--paths is empty"}},

@@ -195,6 +195,24 @@ func parseVNI(s string) (uint32, error) {
 	return uint32(n), nil
 }
 
+func parseMAC(s string) (mac [6]byte, err error) {
+	if s == "" {
+		return mac, nil
+	}
+	b, err := net.ParseMAC(s)
+	if err != nil || len(b) != len(mac) || b[0]&1 != 0 || slices.Max(b) == 0 {
+		return mac, fmt.Errorf("%q: want the MAC address of one station, such as 02:00:5e:10:00:01", s)
+	}
+	return [6]byte(b), nil
+}
+
+func showMAC(mac [6]byte) string {
+	if mac == [6]byte{} {
+		return ""
+	}
+	return net.HardwareAddr(mac[:]).String()
+}
+
 func parsePaths(v []string) ([]string, error) {
 	var out []string
 	for _, s := range v {

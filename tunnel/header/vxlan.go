@@ -3,8 +3,6 @@ package header
 import (
 	"encoding/binary"
 	"fmt"
-	"strconv"
-	"strings"
 )
 
 // Sizes in bytes (RFC 7348 §5).
@@ -26,22 +24,6 @@ type MAC [6]byte
 
 // BroadcastMAC is the address of all stations.
 var BroadcastMAC = MAC{0xff, 0xff, 0xff, 0xff, 0xff, 0xff}
-
-// ParseMAC reads six bytes in hexadecimal, separated by colons.
-func ParseMAC(s string) (m MAC, err error) {
-	digits := strings.Split(s, ":")
-	for i := range m {
-		if len(digits) != len(m) || len(digits[i]) != 2 {
-			return MAC{}, fmt.Errorf("header: %q is no MAC address such as 02:00:5e:10:00:01", s)
-		}
-		v, err := strconv.ParseUint(digits[i], 16, 8)
-		if err != nil {
-			return MAC{}, fmt.Errorf("header: %q is no MAC address such as 02:00:5e:10:00:01", s)
-		}
-		m[i] = byte(v)
-	}
-	return m, nil
-}
 
 // String is six bytes in hexadecimal, separated by colons.
 func (m MAC) String() string {

@@ -31,10 +31,22 @@ func statusCommand() *cobra.Command {
 	}, quickTimeout)
 }
 
+// underlay says by which addresses the other hosts know this one, and why.
+func underlay(n api.Node) string {
+	text := list(n.Underlay, " ")
+	if n.Interface != "" {
+		text += " on " + n.Interface
+	}
+	if n.UnderlayReason != "" {
+		text += ": " + n.UnderlayReason
+	}
+	return text
+}
+
 func printStatus(p *printer, s api.Status) {
 	p.fields(
 		[2]string{"node", fmt.Sprintf("%s (%s), %s, up %s, tulle %s", s.Node.Name, orNone(short(s.Node.ID)), verdict(&s), p.since(s.Started), s.Version)},
-		[2]string{"underlay", list(s.Node.Underlay, " ")},
+		[2]string{"underlay", underlay(s.Node)},
 		[2]string{"tun", fmt.Sprintf("%s, mtu %s, %s", orNone(s.Node.Tun.Name), mtu(s.Node.Tun.MTU), orNone(list(s.Node.Tun.Addresses, " ")))},
 		[2]string{"space", orNone(list(s.Node.Prefixes, " "))},
 		[2]string{"blocks", blocks(s.Node.Blocks)},

@@ -12,10 +12,8 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/config"
+	"github.com/tulle-net/tulle/membership/seed"
 )
-
-// errUnderlayChanged ends a session whose underlay address is no longer the host's.
-var errUnderlayChanged = errors.New("the underlay address of this host has changed")
 
 // agent is what outlives a session: the control socket and what it shows before there is one.
 type agent struct {
@@ -23,6 +21,9 @@ type agent struct {
 	log     *slog.Logger
 	started time.Time
 	session atomic.Pointer[session]
+	seeds   *seed.List
+
+	moved underlayMove // the last change of the underlay address; sessions' own
 
 	mu      sync.Mutex
 	pending api.Problem // why there is no session
@@ -38,7 +39,11 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	// The packet loops wait without giving up their processor (sys.Poller): two of them are at it for each conversation,
 	// and the rest of the agent must not wait for them.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 4)
-	a := &agent{cfg: cfg, log: log, started: time.Now()}
+	seeds, err := seed.New(cfg.Join, cfg.GossipPort, nil, log)
+	if err != nil {
+		return err
+	}
+	a := &agent{cfg: cfg, log: log, started: time.Now(), seeds: seeds}
 	listener, err := api.Listen(cfg.Socket)
 	if err != nil {
 		return err
@@ -54,6 +59,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		})
 	}
 	serve(func(ctx context.Context) error { return api.NewServer(a, log).Serve(ctx, listener) })
+	serve(a.seeds.Run)
 	if cfg.Metrics != "" {
 		serve(a.serveMetrics)
 	}
@@ -79,11 +85,13 @@ func (a *agent) sessions(ctx context.Context) error {
 		a.session.Store(s)
 		err = s.run(ctx)
 		a.session.Store(nil)
+		change, moves := errors.AsType[*underlayChange](err)
 		switch {
-		case errors.Is(err, errUnderlayChanged):
-			a.log.Warn("underlay address changed, starting again with the new one", "old", s.link.Addrs)
+		case moves:
+			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
+			a.moved = underlayMove{time.Now(), s.link.Addrs, change.why}
 			a.forgetTUN(a.cfg.Tun)
-			a.wait(api.Problem{What: "the underlay address of this host has changed", Remedy: "wait a moment: the agent starts again with the new one"})
+			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
 		case ctx.Err() != nil && err == nil:
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
 			return nil

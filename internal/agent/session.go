@@ -6,7 +6,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"reflect"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,6 +18,7 @@ import (
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/membership/keyring"
+	"github.com/tulle-net/tulle/membership/seed"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -44,10 +44,17 @@ type session struct {
 
 // underlay is what this host is to the others.
 type underlay struct {
-	link   hostnet.Underlay
-	seeds  []netip.Addr
-	modes  []encap.Mode // those of the configuration's paths that can be sent, best first
-	tunMTU mtu.TUN
+	link  hostnet.Underlay
+	moved underlayMove // how the last session ended; zero for the first
+	seeds *seed.List
+	// podSpace is the cluster's space as far as it is known at the start.
+	podSpace []netip.Prefix
+	peers    []netip.Addr // where members were at the start, as the state knows them
+	modes    []encap.Mode // those of the configuration's paths that can be sent, best first
+	tunMTU   mtu.TUN
+
+	kept      atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
+	lostSince time.Time                    // since when an address of link is missing; loop's own
 }
 
 // dataPath moves packets, and asks peers whether they arrive.
@@ -103,7 +110,7 @@ func (s *session) run(ctx context.Context) error {
 			}
 		})
 	}
-	s.log.Info("agent runs", "node", s.cfg.NodeName, "id", s.ownership.Node(), "underlay", s.link.Addrs, "interface", s.link.Iface,
+	s.log.Info("agent runs", "node", s.cfg.NodeName, "id", s.ownership.Node(), "underlay", s.link.Addrs, "interface", s.link.Iface, "because", s.link.Why,
 		"tun", s.device.Name(), "mtu", int(s.tunMTU), "offloads", s.device.Offloads().String())
 	<-ctx.Done()
 	wg.Wait()
@@ -188,6 +195,7 @@ func (s *session) loop(ctx context.Context) error {
 	defer full.Stop()
 	look := time.NewTicker(lookEvery)
 	defer look.Stop()
+	seeds := s.seeds.Changed()
 	notify := newNotifier(s.log)
 	var applied applied
 	for {
@@ -201,12 +209,22 @@ func (s *session) loop(ctx context.Context) error {
 			continue
 		case <-changed:
 		case <-s.wake:
+		case <-seeds:
+			seeds = s.seeds.Changed()
+			if err := s.checkUnderlay(time.Now()); err != nil {
+				return err
+			}
 		case <-look.C:
+			if !s.lostSince.IsZero() {
+				if err := s.checkUnderlay(time.Now()); err != nil {
+					return err
+				}
+			}
 		case <-full.C:
 			force = true
 		case <-s.disturbed:
 			force = true
-			if err := s.checkUnderlay(); err != nil {
+			if err := s.checkUnderlay(time.Now()); err != nil {
 				return err
 			}
 		}
@@ -277,18 +295,6 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	s.repairs += uint64(len(rep.Repaired))
 	s.conflicts, s.hostErr = rep.Conflicts, err
 	s.hostDone = s.hostDone || err == nil && len(h.TunAddrs) > 0
-}
-
-// checkUnderlay ends the session when the address that everything is bound to is no longer this host's.
-func (s *session) checkUnderlay() error {
-	link, err := detect(s.cfg.Underlay, s.seeds)
-	if err != nil {
-		return nil // an interface that is down for a moment is no reason to let go
-	}
-	if !slices.Equal(link.Addrs, s.link.Addrs) || link.MTU != s.link.MTU {
-		return errUnderlayChanged
-	}
-	return nil
 }
 
 // ready: the table is confirmed, this node has its addresses, and the host is as it should be.

@@ -4,14 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"time"
 
-	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/ownership"
@@ -34,6 +32,7 @@ var sendable = []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP}
 func (a *agent) start(ctx context.Context) (*session, error) {
 	s := &session{
 		cfg: a.cfg, log: a.log, started: time.Now(),
+		underlay: underlay{seeds: a.seeds, moved: a.moved},
 		hostSide: hostSide{disturbed: make(chan struct{}, 1)},
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
@@ -57,7 +56,7 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err != nil && !errors.Is(err, ipam.ErrNoState) {
 		return err
 	}
-	if err := a.awaitUnderlay(ctx, s); err != nil {
+	if err := a.awaitUnderlay(ctx, s, state); err != nil {
 		return err
 	}
 	if err := s.chooseMTU(); err != nil {
@@ -84,6 +83,9 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 		return err
 	}
 	a.keepTUN(s.device)
+	if err := writeLastUnderlay(runFile(a.cfg, "underlay"), s.link); err != nil {
+		a.log.Warn("the underlay address is not noted for the next start", "error", err)
+	}
 	return nil
 }
 
@@ -106,65 +108,6 @@ func usableModes(paths []string) []encap.Mode {
 	for _, p := range paths {
 		if m, err := encap.ParseMode(p); err == nil && slices.Contains(sendable, m) {
 			out = append(out, m)
-		}
-	}
-	return out
-}
-
-// awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
-func (a *agent) awaitUnderlay(ctx context.Context, s *session) error {
-	for try := 0; ; try++ {
-		s.seeds = resolve(ctx, a.cfg.Join)
-		link, err := detect(a.cfg.Underlay, s.seeds)
-		if err == nil {
-			s.link = link
-			return nil
-		}
-		if !errors.Is(err, hostnet.ErrNotYet) {
-			return err
-		}
-		if try == 0 {
-			a.log.Warn("no underlay address yet, waiting for one", "reason", err)
-		}
-		a.wait(api.Problem{What: "no underlay address yet: " + err.Error(), Remedy: "bring the interface up, or name it with --underlay"})
-		select {
-		case <-ctx.Done():
-			return ctx.Err()
-		case <-time.After(2 * time.Second):
-		}
-	}
-}
-
-// detect finds the underlay. Given addresses are all that is used of their interface.
-func detect(want config.Underlay, seeds []netip.Addr) (hostnet.Underlay, error) {
-	if len(want.Addresses) == 0 {
-		return hostnet.DetectUnderlay(want.Interface, seeds)
-	}
-	link, err := hostnet.DetectUnderlay(want.Addresses[0].String(), seeds)
-	link.Addrs = want.Addresses
-	return link, err
-}
-
-// resolve looks the seeds up, as far as names resolve now; gossip resolves them again each time that it joins.
-func resolve(ctx context.Context, seeds []string) []netip.Addr {
-	ctx, cancel := context.WithTimeout(ctx, 2*time.Second)
-	defer cancel()
-	var out []netip.Addr
-	for _, s := range seeds {
-		host, _, err := net.SplitHostPort(s)
-		if err != nil {
-			host = s
-		}
-		if a, err := netip.ParseAddr(host); err == nil {
-			out = append(out, a.Unmap())
-			continue
-		}
-		addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
-		if err != nil {
-			continue
-		}
-		for _, a := range addrs {
-			out = append(out, a.Unmap())
 		}
 	}
 	return out

@@ -40,7 +40,7 @@ func (s *session) fill(st *api.Status) {
 	v := s.view.Load()
 	st.Ready = s.ready()
 	st.Node.ID = v.status.Node.String()
-	st.Node.Underlay = s.link.Addrs
+	st.Node.Underlay, st.Node.Interface, st.Node.UnderlayReason = s.link.Addrs, s.link.Iface, s.underlayReason()
 	st.Node.Tun = api.Tun{Name: s.device.Name(), MTU: int(s.tunMTU), Addresses: v.tun, Queues: len(s.device.Queues())}
 	st.Node.Prefixes = v.own
 	st.Node.Blocks = s.blocks(now)
@@ -245,6 +245,7 @@ func (s *session) problems(v *view) []api.Problem {
 	if hostErr != nil {
 		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(), Remedy: "mend what it names; the agent tries again by itself"})
 	}
+	out = append(out, s.underlayProblems()...)
 	for _, p := range s.hostProblems(v) {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
 	}

@@ -60,12 +60,15 @@ func (s *Status) Healthy() bool { return s.Ready && len(s.Problems) == 0 }
 
 // Node is this host.
 type Node struct {
-	Name     string         `json:"name"`
-	ID       string         `json:"id"`
-	Underlay []netip.Addr   `json:"underlay"`
-	Tun      Tun            `json:"tun"`
-	Prefixes []netip.Prefix `json:"prefixes"` // the space this node owns
-	Blocks   []Block        `json:"blocks"`   // the part of it that pods get addresses from
+	Name     string       `json:"name"`
+	ID       string       `json:"id"`
+	Underlay []netip.Addr `json:"underlay"`
+	// Interface has the underlay addresses; UnderlayReason says why they are used, and what was before them.
+	Interface      string         `json:"interface,omitempty"`
+	UnderlayReason string         `json:"underlay_reason,omitempty"`
+	Tun            Tun            `json:"tun"`
+	Prefixes       []netip.Prefix `json:"prefixes"` // the space this node owns
+	Blocks         []Block        `json:"blocks"`   // the part of it that pods get addresses from
 }
 
 // Tun is the TUN device. Addresses are those that host processes use as source toward remote pods.

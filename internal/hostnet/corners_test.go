@@ -63,12 +63,12 @@ func TestDetectUnderlayCorners(t *testing.T) {
 			route add default nexthop via 10.0.1.6 dev up1 nexthop via 10.0.2.6 dev up2`},
 		{name: "lo: a default route without a source", iface: "up1", uplinks: "up1", mtu: 1500, addrs: ips("10.0.1.5", "2001:db8:1::5"), setup: bgp + `
 			route add default via 10.0.1.6`},
-		{name: "lo: by its address", want: "10.255.0.1", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("10.255.0.1", "2001:db8:ff::1"), setup: bgp + `
+		{name: "lo: by its address", want: "10.255.0.1", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("10.255.0.1"), setup: bgp + `
 			route add default nexthop via 10.0.1.6 dev up1 nexthop via 10.0.2.6 dev up2`},
-		{name: "lo: by its address, with routes to parts of the network only", want: "10.255.0.1", iface: "lo", uplinks: "up2", mtu: 1400, addrs: ips("10.255.0.1", "2001:db8:ff::1"), setup: bgp + `
+		{name: "lo: by its address, with routes to parts of the network only", want: "10.255.0.1", iface: "lo", uplinks: "up2", mtu: 1400, addrs: ips("10.255.0.1"), setup: bgp + `
 			route add 10.255.0.2 via 10.0.2.6 src 10.255.0.1
 			route add default via 10.0.1.6`},
-		{name: "lo: by its IPv6 address", want: "2001:db8:ff::1", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("2001:db8:ff::1", "10.255.0.1"), setup: bgp + `
+		{name: "lo: by its IPv6 address", want: "2001:db8:ff::1", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("2001:db8:ff::1"), setup: bgp + `
 			route add default nexthop via 2001:db8:1::6 dev up1 nexthop via 2001:db8:2::6 dev up2`},
 		{name: "lo: IPv6 alone, equal-cost with a source", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("2001:db8:ff::1", "10.255.0.1"), setup: bgp + `
 			route add default src 2001:db8:ff::1 nexthop via 2001:db8:1::6 dev up1 nexthop via 2001:db8:2::6 dev up2`},
@@ -159,7 +159,14 @@ func TestDetectUnderlayCorners(t *testing.T) {
 }
 
 func (h *host) detect(want string, seeds []netip.Addr) (u Underlay, err error) {
-	h.do(func() error { u, err = DetectUnderlay(want, seeds); return nil })
+	s := Sought{Interface: want}
+	if a, err := netip.ParseAddr(want); err == nil {
+		s = Sought{Addresses: []netip.Addr{a}}
+	}
+	for _, a := range seeds {
+		s.Seeds = append(s.Seeds, []netip.Addr{a})
+	}
+	h.do(func() error { u, err = DetectUnderlay(s); return nil })
 	return u, err
 }
 

@@ -24,6 +24,8 @@ type Underlay struct {
 	// Addrs are one address a family: first the one that was asked for or that the
 	// kernel uses towards the seeds.
 	Addrs []netip.Addr
+	By    Basis  // what it was chosen by
+	Why   string // likewise, in a sentence for the log and for status
 }
 
 // ErrNotYet is in the errors of DetectUnderlay that time may mend: a device, an address or a
@@ -36,28 +38,6 @@ type notYet struct{ error }
 func (e notYet) Is(target error) bool { return target == ErrNotYet }
 func (e notYet) Unwrap() error        { return e.error }
 
-// DetectUnderlay finds the underlay in the calling thread's network namespace. want
-// is what --underlay says: a device's name, one of the host's addresses, or empty; then
-// the route to the seeds decides, or without seeds the default route, or else the
-// only device that has an address. Where two devices are possible it refuses and names
-// them. See ErrNotYet for the errors that are worth waiting for.
-func DetectUnderlay(want string, seeds []netip.Addr) (Underlay, error) {
-	d, err := newDetector()
-	if err != nil {
-		return Underlay{}, err
-	}
-	if want != "" {
-		if a, err := netip.ParseAddr(want); err == nil {
-			return d.byAddr(a.Unmap())
-		}
-		return d.byName(want, seeds)
-	}
-	if len(seeds) > 0 {
-		return d.bySeeds(seeds)
-	}
-	return d.byDefault()
-}
-
 // candidate is a possible underlay: a device and a source address on it.
 type candidate struct {
 	index int
@@ -68,6 +48,7 @@ type detector struct {
 	links map[int]*netlink.LinkAttrs
 	addrs []netlink.Addr // usable ones, in the kernel's order
 	all   []netlink.Addr
+	last  []netip.Addr // in use before: preferred as the second address too
 }
 
 func newDetector() (*detector, error) {
@@ -127,6 +108,16 @@ func refuse(a netip.Addr) error {
 	return nil
 }
 
+// companion is an address of the other family on a candidate's device: the one that was in use before, or the first.
+func (d *detector) companion(c candidate) netip.Addr {
+	for _, h := range d.addrs {
+		if a := addrOf(h.IP); h.LinkIndex == c.index && a.Is4() != c.addr.Is4() && slices.Contains(d.last, a) {
+			return a
+		}
+	}
+	return d.first(c.index, !c.addr.Is4(), netip.Addr{})
+}
+
 func (d *detector) name(index int) string {
 	if l := d.links[index]; l != nil {
 		return l.Name
@@ -150,45 +141,54 @@ func (d *detector) choose(c candidate) (Underlay, error) {
 	if err != nil {
 		return u, err
 	}
-	for _, a := range d.addrs {
-		if ip := addrOf(a.IP); a.LinkIndex == c.index && ip.Is4() != c.addr.Is4() {
-			u.Addrs = append(u.Addrs, ip)
-			break
-		}
+	if a := d.companion(c); a.IsValid() {
+		u.Addrs = append(u.Addrs, a)
 	}
 	return u, nil
 }
 
-func (d *detector) byAddr(a netip.Addr) (Underlay, error) {
-	if err := refuse(a); err != nil {
-		return Underlay{}, err
-	}
-	for _, h := range d.all {
-		if addrOf(h.IP) == a {
-			return d.choose(candidate{h.LinkIndex, a})
+// byAddr takes addresses that the operator names. They are all that is used, and each of them has to be there.
+func (d *detector) byAddr(addrs []netip.Addr) (Underlay, error) {
+	var u Underlay
+	for i, a := range addrs {
+		if err := refuse(a); err != nil {
+			return Underlay{}, err
+		}
+		h := d.holder(a)
+		if h == nil {
+			return Underlay{}, notYet{fmt.Errorf("underlay address %v is on none of this host's devices (they have %s): %s", a, d.list(d.candidates()), pick)}
+		}
+		if i > 0 {
+			continue
+		}
+		var err error
+		if u, err = d.because(candidate{h.LinkIndex, a}, ByOperator, "--underlay names it"); err != nil {
+			return u, err
 		}
 	}
-	return Underlay{}, notYet{fmt.Errorf("underlay address %v is on none of this host's devices (they have %s): %s", a, d.list(d.candidates()), pick)}
+	u.Addrs = addrs
+	return u, nil
 }
 
-func (d *detector) byName(name string, seeds []netip.Addr) (Underlay, error) {
+func (d *detector) byName(name string, s Sought) (Underlay, error) {
 	for index, l := range d.links {
 		if l.Name != name && !slices.Contains(l.AltNames, name) {
 			continue
 		}
-		// Of several addresses, the one that the kernel uses towards the seeds.
-		for _, s := range seeds {
-			if c, err := d.routeTo(s); err == nil && c.index == index && refuse(c.addr) == nil {
-				return d.choose(c)
+		// Of several addresses, the one that the kernel uses towards the seeds, or the one that was used last.
+		for _, c := range d.toward(s.Seeds) {
+			if c.index == index {
+				return d.because(c, BySeeds, fmt.Sprintf("--underlay names %s, and the route to the seeds its address", name))
 			}
 		}
-		for _, a := range d.addrs {
-			if a.LinkIndex == index {
-				return d.choose(candidate{index, addrOf(a.IP)})
-			}
+		if c, ok := d.inUse(s); ok && c.index == index {
+			return d.because(c, s.LastBy, fmt.Sprintf("--underlay names %s, and the address was in use before", name))
+		}
+		if a := d.firstOf(index); a.IsValid() {
+			return d.because(candidate{index, a}, ByGuess, fmt.Sprintf("--underlay names %s, and this is its first address", name))
 		}
 		if c, ok := d.borrowed(index); ok {
-			return d.choose(c)
+			return d.because(c, ByGuess, fmt.Sprintf("--underlay names %s, and packets that leave by it have this address", name))
 		}
 		if l.Flags&net.FlagLoopback != 0 {
 			return Underlay{}, fmt.Errorf("underlay device %s is the loopback device and has no address that other hosts could reach: %s", name, pick)
@@ -208,33 +208,7 @@ func (d *detector) routeTo(a netip.Addr) (candidate, error) {
 	if len(routes) == 0 {
 		return candidate{}, notYet{fmt.Errorf("no route to %v", a)}
 	}
-	if routes[0].Type == unix.RTN_LOCAL {
-		// One of our own addresses, as in a list of seeds that all hosts share.
-		if h := d.holder(a); h != nil {
-			return candidate{h.LinkIndex, a}, nil
-		}
-	}
 	return d.source(addrOf(routes[0].Src), routes[0].LinkIndex), nil
-}
-
-func (d *detector) bySeeds(seeds []netip.Addr) (Underlay, error) {
-	var found []candidate
-	var errs []error
-	for _, s := range seeds {
-		c, err := d.routeTo(s)
-		if err == nil {
-			err = refuse(c.addr)
-		}
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		found = append(found, c)
-	}
-	if len(found) == 0 {
-		return Underlay{}, fmt.Errorf("no underlay leads to any seed: %w", line(errs))
-	}
-	return d.only(found, "the seeds are reached by more than one device")
 }
 
 // byDefault goes by the default routes with the lowest metric; IPv4's first, since a
@@ -260,15 +234,16 @@ func (d *detector) byDefault() (Underlay, error) {
 			}
 		}
 	}
-	why := "the default route leads to more than one device"
+	why, chosen := "the default route leads to more than one device", "the default route leads there"
 	if len(found) == 0 {
-		why = "there is no default route, and more than one device has an address"
+		why, chosen = "there is no default route, and more than one device has an address", "no other device has an address"
 		found = d.candidates()
 	}
 	if len(found) == 0 {
 		return Underlay{}, notYet{fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)}
 	}
-	return d.only(found, why)
+	u, err := d.only(found, why)
+	return u.because(ByGuess, chosen), err
 }
 
 // first is the device's first usable address of the family, or prefer where that is set.
@@ -279,6 +254,16 @@ func (d *detector) first(index int, v4 bool, prefer netip.Addr) netip.Addr {
 	for _, a := range d.addrs {
 		if ip := addrOf(a.IP); a.LinkIndex == index && ip.Is4() == v4 {
 			return ip
+		}
+	}
+	return netip.Addr{}
+}
+
+// firstOf is the device's first usable address of either family.
+func (d *detector) firstOf(index int) netip.Addr {
+	for _, a := range d.addrs {
+		if a.LinkIndex == index {
+			return addrOf(a.IP)
 		}
 	}
 	return netip.Addr{}

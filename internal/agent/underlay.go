@@ -1,0 +1,259 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/config"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership/seed"
+)
+
+const (
+	underlayRetry = 2 * time.Second // a host that boots gets its addresses one after the other
+	// namesPatience is how long the choice waits for the other names after the first has an address.
+	namesPatience = 2 * time.Second
+	// lostPatience is how long an address may be gone, as while an interface is restarted, before another one is used.
+	lostPatience = 5 * time.Second
+)
+
+// awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
+func (a *agent) awaitUnderlay(ctx context.Context, s *session, state *ipam.State) error {
+	s.podSpace = slices.Clone(a.cfg.ClusterCIDRs)
+	if state != nil {
+		for _, p := range state.Peers {
+			s.peers = append(s.peers, p.Addr.Addr())
+		}
+		for _, f := range state.Families {
+			s.podSpace = append(s.podSpace, f.CIDR)
+		}
+	}
+	last := readLastUnderlay(runFile(a.cfg, "underlay"))
+	told := ""
+	for began := time.Now(); ; {
+		changed := a.seeds.Changed()
+		seeds := a.seeds.All()
+		link, err := hostnet.DetectUnderlay(s.sought(a.cfg, last))
+		if err == nil && (link.By == hostnet.ByOperator || allTried(seeds) || time.Since(began) > namesPatience) {
+			s.link = link
+			return nil
+		}
+		if err != nil && !errors.Is(err, hostnet.ErrNotYet) {
+			return err
+		}
+		if err != nil && err.Error() != told && time.Since(began) > namesPatience/4 {
+			told = err.Error()
+			a.log.Warn("no underlay address yet, waiting for one", "reason", err)
+			a.wait(waitingFor(err, seeds))
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-changed:
+		case <-time.After(underlayRetry / 4):
+		}
+	}
+}
+
+// waitingFor is what status says while there is no underlay address.
+func waitingFor(err error, seeds []seed.Seed) api.Problem {
+	p := api.Problem{What: "no underlay address yet: " + err.Error(), Remedy: "bring the interface up, or name it with --underlay"}
+	for _, s := range seeds {
+		if s.Unresolved() {
+			p.Remedy = "correct --join, or the name server, or write addresses; or name the interface with --underlay. The names are looked up again and again"
+		}
+	}
+	return p
+}
+
+func allTried(seeds []seed.Seed) bool {
+	return !slices.ContainsFunc(seeds, func(s seed.Seed) bool { return !s.Tried })
+}
+
+// sought is what the choice of the underlay goes by.
+func (u *underlay) sought(cfg config.Config, last lastUnderlay) hostnet.Sought {
+	s := hostnet.Sought{
+		Interface: cfg.Underlay.Interface, Addresses: cfg.Underlay.Addresses, Tun: cfg.Tun, Pods: u.podSpace,
+		Peers: u.peers, Last: last.Addrs, LastBy: last.By,
+	}
+	s.Seeds, s.Unknown = seedAddrs(u.seeds.All())
+	if cfg.ForceBootstrap {
+		s.Unknown = "" // whoever forces a start says that these seeds are not there
+	}
+	return s
+}
+
+// seedAddrs are the addresses of each seed that has some, and in words the seeds that have none.
+func seedAddrs(seeds []seed.Seed) (known [][]netip.Addr, unknown string) {
+	var names []string
+	for _, e := range seeds {
+		if e.Unresolved() {
+			text := fmt.Sprintf("%s (%s", e.Name, e.Why())
+			if !e.Since.IsZero() {
+				text += ", since " + e.Since.Format(time.TimeOnly)
+			}
+			names = append(names, text+")")
+			continue
+		}
+		var addrs []netip.Addr
+		for _, a := range e.Addrs {
+			addrs = append(addrs, a.Addr())
+		}
+		known = append(known, addrs)
+	}
+	return known, strings.Join(names, ", ")
+}
+
+// lastUnderlay is what a run leaves for the next one: the same address is taken again while the host has it, though by then
+// something else may look better.
+type lastUnderlay struct {
+	Addrs []netip.Addr  `json:"addrs"`
+	By    hostnet.Basis `json:"by"`
+}
+
+// readLastUnderlay reads what writeLastUnderlay wrote. Without it the choice is made afresh, so errors do not count.
+func readLastUnderlay(path string) lastUnderlay {
+	var last lastUnderlay
+	b, err := os.ReadFile(path)
+	if err != nil || json.Unmarshal(b, &last) != nil {
+		return lastUnderlay{}
+	}
+	return last
+}
+
+func writeLastUnderlay(path string, link hostnet.Underlay) error {
+	b, err := json.Marshal(lastUnderlay{link.Addrs, link.By})
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(path, b, 0o600)
+}
+
+// An underlayChange ends a session: the address on which everything hangs is no longer the one to use.
+type underlayChange struct{ why string }
+
+// underlayMove is a change of the underlay address, for status.
+type underlayMove struct {
+	at    time.Time
+	addrs []netip.Addr // before it
+	why   string
+}
+
+func (e *underlayChange) Error() string { return "the underlay address changes: " + e.why }
+
+// checkUnderlay looks whether the underlay in use is still there. It ends the session for a reason, and not otherwise.
+func (s *session) checkUnderlay(now time.Time) error {
+	kept, err := hostnet.KeptUnderlay(s.link)
+	if err != nil {
+		s.log.Debug("underlay not looked at", "error", err)
+		return nil
+	}
+	if was := s.kept.Swap(&kept); len(kept.Lost) == 0 {
+		s.lostSince = time.Time{}
+		if was != nil && len(was.Lost) > 0 {
+			s.log.Info("the underlay address is back", "addrs", was.Lost)
+		}
+	} else if s.lostSince.IsZero() {
+		s.lostSince = now
+		s.log.Warn("this host has lost an underlay address, waiting for it to come back", "lost", kept.Lost)
+	}
+	last := lastUnderlay{By: s.link.By}
+	for _, a := range s.link.Addrs {
+		if !slices.Contains(kept.Lost, a) {
+			last.Addrs = append(last.Addrs, a)
+		}
+	}
+	next, err := hostnet.DetectUnderlay(s.sought(s.cfg, last))
+	if err != nil {
+		s.log.Debug("no other underlay", "error", err)
+		return nil // there is nothing to change over to
+	}
+	lost := !s.lostSince.IsZero() && now.Sub(s.lostSince) >= lostPatience
+	if why := letGo(s.link, kept, next, lost, s.gossip.Alive() == 0, kept.More.IsValid() && s.wants(kept.More)); why != "" {
+		return &underlayChange{why}
+	}
+	return nil
+}
+
+// letGo decides whether an underlay in use gives way to the next one: it returns the reason, or "" to keep what works. lost says
+// that addresses have been gone for long enough, alone that no other member is in sight, wanted that somebody can only be reached
+// by the family that this host has got meanwhile.
+func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost, alone, wanted bool) string {
+	switch {
+	case len(kept.Lost) > 0:
+		if !lost || slices.Equal(use.Addrs, next.Addrs) {
+			return ""
+		}
+		return fmt.Sprintf("this host has lost %s; %s on %s takes over (%s)", listed(kept.Lost), listed(next.Addrs), next.Iface, next.Why)
+	case kept.MTU != use.MTU:
+		return fmt.Sprintf("the MTU of %s is %d now, it was %d", kept.Iface, kept.MTU, use.MTU)
+	case use.By == hostnet.ByGuess && next.By == hostnet.BySeeds && alone && next.Addrs[0] != use.Addrs[0]:
+		return fmt.Sprintf("%s was a guess, and the seeds are known now: the route to them leaves from %s on %s", listed(use.Addrs), listed(next.Addrs), next.Iface)
+	case kept.More.IsValid() && wanted:
+		return fmt.Sprintf("this host has got %v, and some member or seed can only be reached by that family", kept.More)
+	case kept.More.IsValid() && alone:
+		return fmt.Sprintf("this host has got %v, an address of the other family", kept.More)
+	}
+	return ""
+}
+
+// wants reports whether a seed or a member can only be reached by the family of an address that this host has got.
+func (s *session) wants(more netip.Addr) bool {
+	only := func(addrs []netip.Addr) bool {
+		return len(addrs) > 0 && !slices.ContainsFunc(addrs, func(a netip.Addr) bool { return a.Is4() != more.Is4() })
+	}
+	for _, e := range s.seeds.All() {
+		var addrs []netip.Addr
+		for _, a := range e.Addrs {
+			addrs = append(addrs, a.Addr())
+		}
+		if only(addrs) {
+			return true
+		}
+	}
+	v := s.view.Load()
+	return v != nil && slices.ContainsFunc(v.peers, func(p peerView) bool { return p.lives() && only(p.underlay) })
+}
+
+// underlayReason says why this address is used, and what was before it.
+func (s *session) underlayReason() string {
+	why := s.link.Why
+	if m := s.moved; m.why != "" {
+		why += fmt.Sprintf("; until %s it was %s: %s", m.at.Format(time.DateTime), listed(m.addrs), m.why)
+	}
+	return why
+}
+
+// underlayProblems is what is wrong with the underlay in use.
+func (s *session) underlayProblems() []api.Problem {
+	k := s.kept.Load()
+	if k == nil {
+		return nil
+	}
+	var out []api.Problem
+	if len(k.Lost) > 0 {
+		out = append(out, api.Problem{What: fmt.Sprintf("this host has lost its underlay address %s", listed(k.Lost)),
+			Remedy: fmt.Sprintf("give it back to an interface; after %v another address of this host takes over, if there is one", lostPatience)})
+	}
+	if k.Down != "" {
+		out = append(out, api.Problem{What: fmt.Sprintf("the underlay interface %s", k.Down), Remedy: "bring it up, or plug it in; the address stays in use"})
+	}
+	return out
+}
+
+func listed(addrs []netip.Addr) string {
+	var out []string
+	for _, a := range addrs {
+		out = append(out, a.String())
+	}
+	return strings.Join(out, ", ")
+}

@@ -1,0 +1,276 @@
+package hostnet
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Sought is what DetectUnderlay goes by, beside the host itself.
+type Sought struct {
+	Interface string       // --underlay INTERFACE
+	Addresses []netip.Addr // --underlay ADDRESS, at most one a family; then they are all that is used
+
+	// Tun and Pods are never the underlay: the TUN device, and addresses inside the pods' space, as of their bridges.
+	Tun  string
+	Pods []netip.Prefix
+
+	// Seeds are, for each seed with a known address, its addresses, this host's own among them.
+	Seeds [][]netip.Addr
+	// Unknown says which seeds have no address yet, and why; "" if all have one. They may lead anywhere, so nothing is guessed.
+	Unknown string
+	// Peers are where other members were when this node last saw them.
+	Peers []netip.Addr
+	// Last are the addresses that were in use before the agent's restart, and LastBy what they were chosen by.
+	Last   []netip.Addr
+	LastBy Basis
+}
+
+// Basis is what an underlay address was chosen by.
+type Basis string
+
+const (
+	ByOperator Basis = "operator" // named with --underlay ADDRESS
+	BySeeds    Basis = "seeds"    // the source address of the route to them, or an address of this host that is in their list
+	ByPeers    Basis = "peers"    // the same, with the members that were there before
+	ByGuess    Basis = "guess"    // the default route, or the only device with an address
+)
+
+// DetectUnderlay finds the underlay in the calling thread's network namespace. What the operator names decides. Else the source
+// address of the route to the seeds, or while their names do not resolve to the members known from before; then an address of
+// this host that the seeds list; then the one that was in use before. Only where there are no seeds to wait for does the default
+// route decide, or else the only device that has an address. Where two devices are possible it refuses and names them. See
+// ErrNotYet for the errors that are worth waiting for.
+func DetectUnderlay(s Sought) (Underlay, error) {
+	d, err := newDetector()
+	if err != nil {
+		return Underlay{}, err
+	}
+	d.addrs = slices.DeleteFunc(d.addrs, func(h netlink.Addr) bool {
+		return s.Tun != "" && d.name(h.LinkIndex) == s.Tun || slices.ContainsFunc(s.Pods, func(p netip.Prefix) bool { return p.Contains(addrOf(h.IP)) })
+	})
+	d.last = s.Last
+	switch {
+	case len(s.Addresses) > 0:
+		return d.byAddr(s.Addresses)
+	case s.Interface != "":
+		return d.byName(s.Interface, s)
+	}
+	last, lasts := d.inUse(s)
+	switch others := d.others(s.Seeds); {
+	case len(others) > 0:
+		return d.bySeeds(others, last, s.LastBy)
+	case len(d.toward([][]netip.Addr{s.Peers})) > 0:
+		return d.byPeers(s.Peers, last)
+	}
+	if c, ok := d.listed(s.Seeds); ok {
+		return d.because(c, BySeeds, "the seeds list it, and it is this host's")
+	}
+	if lasts {
+		return d.because(last, s.LastBy, "it was in use before, and is still this host's")
+	}
+	if s.Unknown != "" {
+		return Underlay{}, notYet{fmt.Errorf("it is the source address of the route to the seeds, and none of them has a known address: %s", s.Unknown)}
+	}
+	return d.byDefault()
+}
+
+// own reports whether an address leads to this host: an address of any device, or loopback.
+func (d *detector) own(a netip.Addr) bool {
+	return a.IsLoopback() || a.IsUnspecified() || slices.ContainsFunc(d.all, func(h netlink.Addr) bool { return addrOf(h.IP) == a })
+}
+
+// others are the seeds' addresses without this host's own; seeds of which nothing remains are left out.
+func (d *detector) others(seeds [][]netip.Addr) [][]netip.Addr {
+	var out [][]netip.Addr
+	for _, addrs := range seeds {
+		if foreign := slices.DeleteFunc(slices.Clone(addrs), func(a netip.Addr) bool { return d.own(a.Unmap()) }); len(foreign) > 0 {
+			out = append(out, foreign)
+		}
+	}
+	return out
+}
+
+// toward gives a candidate for each seed's address to which there is a route, IPv4 first, so that hosts with both families see the
+// same order whatever their name servers say first.
+func (d *detector) toward(seeds [][]netip.Addr) []candidate {
+	var out []candidate
+	for _, v4 := range []bool{true, false} {
+		for _, addrs := range d.others(seeds) {
+			for _, a := range addrs {
+				if a = a.Unmap(); a.Is4() != v4 {
+					continue
+				}
+				if c, err := d.routeTo(a); err == nil && refuse(c.addr) == nil {
+					out = append(out, c)
+				}
+			}
+		}
+	}
+	return out
+}
+
+// bySeeds finds the device that leads to every seed to which there is a route, by whichever of its addresses.
+func (d *detector) bySeeds(seeds [][]netip.Addr, last candidate, lastBy Basis) (Underlay, error) {
+	all := d.toward(seeds)
+	if len(all) == 0 {
+		return Underlay{}, notYet{fmt.Errorf("no underlay leads to any seed: %w", d.noRoute(seeds))}
+	}
+	found := all
+	for _, s := range seeds {
+		reach := d.toward([][]netip.Addr{s})
+		if len(reach) > 0 {
+			found = slices.DeleteFunc(slices.Clone(found), func(c candidate) bool { return !onDevice(reach, c.index) })
+		}
+	}
+	if onDevice(found, last.index) {
+		if lastBy == BySeeds {
+			return d.because(last, BySeeds, fmt.Sprintf("the seeds are reached by %s, and the address was in use before", d.name(last.index)))
+		}
+		found = slices.DeleteFunc(slices.Clone(found), func(c candidate) bool { return c.index != last.index })
+	}
+	// Names that lead to one device by IPv4 and to another by IPv6: the same choice on all hosts.
+	if v4 := slices.DeleteFunc(slices.Clone(found), func(c candidate) bool { return !c.addr.Is4() }); len(v4) > 0 {
+		found = v4
+	}
+	const two = "the seeds are reached by more than one device"
+	if len(found) == 0 {
+		return d.only(all, two)
+	}
+	u, err := d.only(found, two)
+	return u.because(BySeeds, "it is the source address of the route to the seeds"), err
+}
+
+// noRoute says for each seed why no device leads to it.
+func (d *detector) noRoute(seeds [][]netip.Addr) error {
+	var errs []error
+	for _, s := range seeds {
+		for _, a := range s {
+			c, err := d.routeTo(a)
+			if err == nil {
+				err = refuse(c.addr)
+			}
+			if err != nil {
+				errs = append(errs, err)
+			}
+		}
+	}
+	return line(errs)
+}
+
+// byPeers takes the device by which most of the members known from before are reached: one of them may have moved.
+func (d *detector) byPeers(peers []netip.Addr, last candidate) (Underlay, error) {
+	found := d.toward([][]netip.Addr{peers})
+	count := map[int]int{}
+	best := found[0]
+	for _, c := range found {
+		count[c.index]++
+	}
+	for _, c := range found {
+		if count[c.index] > count[best.index] {
+			best = c
+		}
+	}
+	if onDevice(found, last.index) {
+		best = last
+	}
+	return d.because(best, ByPeers, "it is the source address of the route to the members known from before")
+}
+
+// listed finds an address of this host in the seeds' lists: as the operator named this host there, others reach it. A virtual
+// address stands for the device that has it now, not for itself.
+func (d *detector) listed(seeds [][]netip.Addr) (candidate, bool) {
+	for _, a := range slices.Concat(seeds...) {
+		for _, h := range d.addrs {
+			if addrOf(h.IP) != a.Unmap() {
+				continue
+			}
+			if d.rank(h) > 0 {
+				return candidate{h.LinkIndex, d.first(h.LinkIndex, a.Unmap().Is4(), netip.Addr{})}, true
+			}
+			return candidate{h.LinkIndex, a.Unmap()}, true
+		}
+	}
+	return candidate{}, false
+}
+
+// inUse finds the address that was in use before, if it is there and usable.
+func (d *detector) inUse(s Sought) (candidate, bool) {
+	if len(s.Last) == 0 {
+		return candidate{}, false
+	}
+	h := d.holder(s.Last[0])
+	if h == nil || h.Flags&unusable != 0 || refuse(s.Last[0]) != nil {
+		return candidate{}, false
+	}
+	return candidate{h.LinkIndex, s.Last[0]}, true
+}
+
+func onDevice(cs []candidate, index int) bool {
+	return slices.ContainsFunc(cs, func(c candidate) bool { return c.index == index })
+}
+
+// because completes a candidate, with the reason for it.
+func (d *detector) because(c candidate, by Basis, why string) (Underlay, error) {
+	u, err := d.choose(c)
+	return u.because(by, why), err
+}
+
+func (u Underlay) because(by Basis, why string) Underlay {
+	u.By, u.Why = by, why
+	return u
+}
+
+// LocalAddrs are the addresses of all the host's devices, in the calling thread's network namespace.
+func LocalAddrs() ([]netip.Addr, error) {
+	d, err := newDetector()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]netip.Addr, 0, len(d.all))
+	for _, a := range d.all {
+		out = append(out, addrOf(a.IP))
+	}
+	return out, nil
+}
+
+// Kept is what has become of an underlay in use.
+type Kept struct {
+	Underlay              // with the device on which its first address is now
+	Lost     []netip.Addr // of its addresses, those that the host has no more, or cannot use
+	More     netip.Addr   // an address of the family that it has none of; invalid if there is none
+	Down     string       // why its device carries nothing; "" if it does
+}
+
+// KeptUnderlay looks for the addresses of an underlay in use. Whatever else the host got meanwhile, they are what the other hosts
+// know this one by.
+func KeptUnderlay(u Underlay) (Kept, error) {
+	d, err := newDetector()
+	if err != nil {
+		return Kept{}, err
+	}
+	k := Kept{Underlay: u}
+	for i, a := range u.Addrs {
+		h := d.holder(a)
+		if h == nil || h.Flags&unusable != 0 {
+			k.Lost = append(k.Lost, a)
+		} else if l := d.links[h.LinkIndex]; i == 0 && l != nil {
+			// Without a route the device and its MTU stay as they were.
+			if now, err := d.carried(Underlay{Iface: l.Name, Index: l.Index, Addrs: u.Addrs, By: u.By, Why: u.Why}, candidate{l.Index, a}); err == nil {
+				k.Underlay = now
+			}
+			if l.RawFlags&unix.IFF_UP == 0 {
+				k.Down = l.Name + " is down"
+			} else if l.RawFlags&unix.IFF_RUNNING == 0 {
+				k.Down = l.Name + " has no carrier"
+			}
+		}
+	}
+	if len(u.Addrs) == 1 && len(k.Lost) == 0 && u.By != ByOperator {
+		k.More = d.first(k.Index, !u.Addrs[0].Is4(), netip.Addr{})
+	}
+	return k, nil
+}

@@ -1,0 +1,186 @@
+package hostnet
+
+import (
+	"errors"
+	"net/netip"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// twoNICs is a host with a private network on eth0, and the way out on eth1.
+func twoNICs(h *host) {
+	h.device("eth0", "10.0.1.11/24", "2001:db8:1::11/64")
+	h.device("eth1", "192.0.2.11/24", "2001:db8:2::11/64")
+	h.route("0.0.0.0/0", "192.0.2.1", "eth1", 100, unix.RTPROT_DHCP)
+	h.route("::/0", "2001:db8:2::1", "eth1", 1024, unix.RTPROT_RA)
+}
+
+// deprecate makes an address of eth0 one whose preferred lifetime is over.
+func deprecate(h *host, addr string, bits int) {
+	h.t.Helper()
+	n := &netlink.Addr{IPNet: dst(netip.PrefixFrom(netip.MustParseAddr(addr), bits).String()), ValidLft: 3600, PreferedLft: 0, Flags: unix.IFA_F_NODAD}
+	h.check(h.nl.AddrReplace(h.link("eth0"), n))
+}
+
+func TestSought(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		setup  func(h *host)
+		sought Sought
+		addrs  []netip.Addr
+		by     Basis
+		err    []string
+		wait   bool
+	}{
+		{name: "a seed's name that lists this host and others", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.11", "10.0.1.12", "10.0.1.13")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "this host's own name is loopback, the others' are not", sought: Sought{Seeds: [][]netip.Addr{ips("127.0.1.1"), ips("10.0.1.12")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "only this host is listed, by an address", sought: Sought{Seeds: [][]netip.Addr{ips("127.0.1.1", "10.0.1.11")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "only this host is listed, by loopback", sought: Sought{Seeds: [][]netip.Addr{ips("127.0.1.1", "::1")}},
+			addrs: ips("192.0.2.11", "2001:db8:2::11"), by: ByGuess},
+		{name: "IPv6 first from the name server", sought: Sought{Seeds: [][]netip.Addr{ips("2001:db8:1::12", "10.0.1.12")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "one seed by IPv6 only", sought: Sought{Seeds: [][]netip.Addr{ips("2001:db8:1::12")}},
+			addrs: ips("2001:db8:1::11", "10.0.1.11"), by: BySeeds},
+		{name: "one seed with one family, one with the other", sought: Sought{Seeds: [][]netip.Addr{ips("2001:db8:1::12"), ips("10.0.1.13")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "public and private addresses, the private ones in all", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12", "198.51.100.12"), ips("10.0.1.13")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "private IPv4, public IPv6", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12", "2001:db8:9::12")}},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "public and private addresses in all", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12", "198.51.100.12")}},
+			err: []string{"ambiguous", "eth0 10.0.1.11", "eth1 192.0.2.11"}},
+		{name: "and one of them was in use", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12", "198.51.100.12")}, Last: ips("10.0.1.11"), LastBy: BySeeds},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "no name resolves", sought: Sought{Unknown: "node-a (its name does not resolve: no such host)"}, err: []string{"node-a", "no such host"}, wait: true},
+		{name: "no name resolves, loopback only", setup: func(*host) {}, sought: Sought{Unknown: "node-a"}, err: []string{"node-a"}, wait: true},
+		{name: "one name resolves, to this host's loopback", sought: Sought{Seeds: [][]netip.Addr{ips("127.0.1.1")}, Unknown: "node-b"}, err: []string{"node-b"}, wait: true},
+		{name: "one name resolves, to this host", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.11")}, Unknown: "node-b"},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "one name resolves, to another host", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}, Unknown: "node-c"},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "no name resolves, the members are known", sought: Sought{Unknown: "node-b", Peers: ips("10.0.1.12", "10.0.1.13", "198.51.100.4")},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: ByPeers},
+		{name: "no name resolves, an address was in use", sought: Sought{Unknown: "node-b", Last: ips("10.0.1.11"), LastBy: BySeeds},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "a better default route came since", sought: Sought{Last: ips("10.0.1.11"), LastBy: ByGuess}, addrs: ips("10.0.1.11", "2001:db8:1::11"), by: ByGuess},
+		{name: "the address in use is gone", sought: Sought{Last: ips("10.0.1.99"), LastBy: ByGuess}, addrs: ips("192.0.2.11", "2001:db8:2::11"), by: ByGuess},
+		{name: "the seeds say more than a guess that was in use", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}, Last: ips("192.0.2.11"), LastBy: ByGuess},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "a virtual address of full length, added first", setup: func(h *host) {
+			h.device("eth0", "10.0.1.5/32", "10.0.1.11/24")
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 0, unix.RTPROT_STATIC)
+		}, addrs: ips("10.0.1.11"), by: ByGuess},
+		{name: "a virtual address within the subnet", setup: func(h *host) {
+			h.device("eth0", "10.0.1.11/24", "10.0.1.5/24")
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 0, unix.RTPROT_STATIC)
+		}, addrs: ips("10.0.1.11"), by: ByGuess},
+		{name: "the seeds' only address is virtual, and this host has it", setup: func(h *host) { h.device("eth0", "10.0.1.5/32", "10.0.1.11/24") },
+			sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.5")}}, addrs: ips("10.0.1.11"), by: BySeeds},
+		{name: "a host whose only address has full length", setup: func(h *host) {
+			h.device("eth0", "10.0.1.11/32")
+			h.check(h.nl.RouteAdd(&netlink.Route{Dst: dst("10.0.1.1/32"), LinkIndex: h.link("eth0").Attrs().Index, Scope: netlink.SCOPE_LINK}))
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 0, unix.RTPROT_STATIC)
+		}, addrs: ips("10.0.1.11"), by: ByGuess},
+		{name: "a device by name, the seeds choose its address", setup: func(h *host) { h.device("eth0", "10.0.1.11/24", "10.0.2.11/24") },
+			sought: Sought{Interface: "eth0", Seeds: [][]netip.Addr{ips("10.0.2.12")}}, addrs: ips("10.0.2.11"), by: BySeeds},
+		{name: "a device by name, no name resolves", setup: func(h *host) { h.device("eth0", "10.0.1.11/24", "10.0.2.11/24") },
+			sought: Sought{Interface: "eth0", Unknown: "node-b"}, addrs: ips("10.0.1.11"), by: ByGuess},
+		{name: "a device by name, an address was in use", setup: func(h *host) { h.device("eth0", "10.0.1.11/24", "10.0.2.11/24") },
+			sought: Sought{Interface: "eth0", Last: ips("10.0.2.11"), LastBy: ByGuess}, addrs: ips("10.0.2.11"), by: ByGuess},
+		{name: "a device by name, the seeds are elsewhere", sought: Sought{Interface: "eth1", Seeds: [][]netip.Addr{ips("10.0.1.12")}},
+			addrs: ips("192.0.2.11", "2001:db8:2::11"), by: ByGuess},
+		{name: "one address of two is not there", sought: Sought{Addresses: ips("10.0.1.11", "2001:db8:1::99")}, err: []string{"2001:db8:1::99"}, wait: true},
+		{name: "addresses, whatever the seeds", sought: Sought{Addresses: ips("192.0.2.11"), Seeds: [][]netip.Addr{ips("10.0.1.12")}, Unknown: "node-c"},
+			addrs: ips("192.0.2.11"), by: ByOperator},
+		{name: "a deprecated address was in use", setup: func(h *host) {
+			h.device("eth0", "2001:db8:1::11/64", "2001:db8:5::11/64")
+			deprecate(h, "2001:db8:1::11", 64)
+		}, sought: Sought{Last: ips("2001:db8:1::11"), LastBy: ByGuess}, addrs: ips("2001:db8:1::11"), by: ByGuess},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			if c.setup == nil {
+				c.setup = twoNICs
+			}
+			c.setup(h)
+			var u Underlay
+			var err error
+			h.do(func() error { u, err = DetectUnderlay(c.sought); return nil })
+			if errors.Is(err, ErrNotYet) != c.wait {
+				t.Errorf("%v: to be waited for: %v", err, c.wait)
+			}
+			if c.err != nil {
+				wantError(t, err, c.err...)
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !slices.Equal(u.Addrs, c.addrs) || u.By != c.by || u.Why == "" {
+				t.Errorf("got %v by %s (%s), want %v by %s", u.Addrs, u.By, u.Why, c.addrs, c.by)
+			}
+		})
+	}
+}
+
+// The address in use stays whatever else the host gets, and is missed when it is gone.
+func TestKeptUnderlay(t *testing.T) {
+	h := newHost(t)
+	h.device("eth0", "10.0.1.11/24")
+	h.route("0.0.0.0/0", "10.0.1.1", "eth0", 100, unix.RTPROT_DHCP)
+	var u Underlay
+	h.do(func() (err error) { u, err = DetectUnderlay(Sought{}); return err })
+	kept := func() (k Kept) {
+		t.Helper()
+		h.do(func() (err error) { k, err = KeptUnderlay(u); return err })
+		return k
+	}
+	if k := kept(); k.Underlay.Iface != "eth0" || len(k.Lost) > 0 || k.More.IsValid() || k.Down != "" {
+		t.Errorf("at rest: %+v", k)
+	}
+	h.device("vpn0", "192.0.2.11/24")
+	h.route("0.0.0.0/0", "192.0.2.1", "vpn0", 50, unix.RTPROT_STATIC)
+	h.addrs("eth0", "10.0.1.5/32", "10.0.1.6/24")
+	if k := kept(); len(k.Lost) > 0 || k.More.IsValid() {
+		t.Errorf("with a VPN and virtual addresses: %+v", k)
+	}
+	h.addrs("eth0", "2001:db8:1::11/64")
+	if k := kept(); len(k.Lost) > 0 || k.More != netip.MustParseAddr("2001:db8:1::11") {
+		t.Errorf("with another family: %+v", k)
+	}
+	u.Addrs = append(u.Addrs, netip.MustParseAddr("2001:db8:1::11"))
+	deprecate(h, "2001:db8:1::11", 64)
+	h.addrs("eth0", "2001:db8:5::11/64")
+	if k := kept(); len(k.Lost) > 0 || k.More.IsValid() {
+		t.Errorf("with a new prefix beside a deprecated one: %+v", k)
+	}
+	h.check(h.nl.LinkSetDown(h.link("eth0-far")))
+	var k Kept
+	for deadline := time.Now().Add(5 * time.Second); k.Down == "" && time.Now().Before(deadline); { // the kernel takes its time
+		k = kept()
+	}
+	if k.Down != "eth0 has no carrier" || len(k.Lost) > 0 {
+		t.Errorf("without carrier: %+v", k)
+	}
+	h.check(h.nl.LinkSetDown(h.link("eth0")))
+	if k := kept(); k.Down != "eth0 is down" || !slices.Equal(k.Lost, ips("2001:db8:1::11")) {
+		t.Errorf("down, which takes IPv6 addresses: %+v", k)
+	}
+	h.up("eth0")
+	h.up("eth0-far")
+	h.check(h.nl.AddrDel(h.link("eth0"), &netlink.Addr{IPNet: dst("10.0.1.11/24")}))
+	if k := kept(); !slices.Equal(k.Lost, ips("10.0.1.11", "2001:db8:1::11")) {
+		t.Errorf("without the address: %+v", k)
+	}
+	h.addrs("vpn0", "10.0.1.11/24") // as when a bridge takes over
+	if k := kept(); k.Underlay.Iface != "vpn0" || slices.Contains(k.Lost, u.Addrs[0]) {
+		t.Errorf("the address moved to another device: %+v", k)
+	}
+}

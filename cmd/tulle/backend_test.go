@@ -166,6 +166,20 @@ func (f *fixture) Free(context.Context, api.FreeRequest) (api.FreeResult, error)
 	return api.FreeResult{}, nil
 }
 
+func (f *fixture) Pods(context.Context) ([]api.Pod, error) {
+	if f.young {
+		return nil, nil
+	}
+	pod := func(engine, network, container, name, state string, dropped uint64, a ...netip.Addr) api.Pod {
+		id := api.PodID{Engine: engine, Network: network, Container: container, Interface: "eth0"}
+		return api.Pod{ID: id.String(), PodID: id, Name: name, Addresses: a, State: state, Since: f.ago(5), HostInterface: "tp0123456789ab", MTU: 1472, Dropped: dropped}
+	}
+	return []api.Pod{
+		pod(api.EngineCNI, "tulle", "4f1d5e0c9a7b23d8e6f1", "default/web-1", api.PodUp, 12, addr("10.244.0.1"), addr("fd00:10:244::1")),
+		pod(api.EngineTulle, "tulle", "db", "db", api.PodUp, 0, addr("10.244.0.2")),
+	}, nil
+}
+
 func (f *fixture) Leave(context.Context) (api.LeaveResult, error) {
 	if f.sick {
 		return api.LeaveResult{}, api.Errorf(api.CodeUnhealthy, "no live peer can take 10.244.0.0/17").WithRemedy("see `tulle peers`")

@@ -85,7 +85,7 @@ func rootCommand() *cobra.Command {
 		}
 	}
 	add("look", statusCommand(), peersCommand(), routeCommand(), pingCommand(), ipamCommand(), versionCommand())
-	add("change", keysCommand(), externalCommand(), forgetCommand(), leaveCommand(), reloadCommand(), cleanupCommand())
+	add("change", keysCommand(), externalCommand(), podCommand(), forgetCommand(), leaveCommand(), reloadCommand(), cleanupCommand())
 	add("run", agentCommand(), labCommand(), benchCommand())
 	argsAreUsage(root)
 	return root

@@ -153,6 +153,11 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 	if err != nil {
 		return api.Allocation{}, err
 	}
+	if api.IsFreed(s.cfg.Socket, req.ID) { // it went while this agent did not answer, and comes back
+		if err := s.honour(req.ID); err != nil {
+			return api.Allocation{}, err
+		}
+	}
 	r := ownership.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested}
 	list, err := s.ownership.Allocate(time.Now(), r)
 	// More space was asked for: the answer takes a round trip or two.
@@ -168,6 +173,7 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 		return api.Allocation{}, coded(err)
 	}
 	out := api.Allocation{ID: req.ID, MTU: int(s.tunMTU)}
+	out.GSOMaxSize, out.GSOMaxSegs = s.gsoLimits()
 	for _, f := range s.ownership.Params().Families {
 		out.CIDRs = append(out.CIDRs, f.CIDR)
 	}

@@ -222,6 +222,9 @@ func (s *session) loop(ctx context.Context) error {
 			}
 		case <-full.C:
 			force = true
+			if err := s.honourFreed(); err != nil {
+				s.log.Warn("addresses of pods that are gone stay allocated for now", "error", err)
+			}
 		case <-s.disturbed:
 			force = true
 			if err := s.checkUnderlay(time.Now()); err != nil {

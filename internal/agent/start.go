@@ -191,7 +191,7 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		return err
 	}
 	s.cluster.ownership = s.ownership
-	if err := s.takeStock(); err != nil {
+	if err := errors.Join(s.honourFreed(), s.takeStock()); err != nil {
 		return err
 	}
 	var known []netip.AddrPort

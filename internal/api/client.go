@@ -87,6 +87,11 @@ func (c *Client) Free(ctx context.Context, req FreeRequest) (FreeResult, error) 
 	return call[FreeResult](ctx, c, "POST", "/v1/ipam/free", req)
 }
 
+// Pods lists the pods of this node with their links.
+func (c *Client) Pods(ctx context.Context) ([]Pod, error) {
+	return call[[]Pod](ctx, c, "GET", "/v1/pods", nil)
+}
+
 // Leave gives all of this node's space to others.
 func (c *Client) Leave(ctx context.Context) (LeaveResult, error) {
 	return call[LeaveResult](ctx, c, "POST", "/v1/leave", nil)

@@ -53,6 +53,7 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	post(s, "POST /v1/ipam/release", ReleaseRequest.validate, b.IPAMRelease)
 	post(s, "POST /v1/ipam/allocate", AllocateRequest.validate, b.Allocate)
 	post(s, "POST /v1/ipam/free", FreeRequest.validate, b.Free)
+	get(s, "GET /v1/pods", b.Pods)
 
 	get(s, "POST /v1/leave", b.Leave)
 	post(s, "POST /v1/forget", ForgetRequest.validate, b.Forget)

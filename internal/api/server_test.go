@@ -75,6 +75,10 @@ func (e *echo) Allocate(ctx context.Context, r AllocateRequest) (Allocation, err
 func (e *echo) Free(ctx context.Context, r FreeRequest) (FreeResult, error) {
 	return FreeResult{Freed: []netip.Addr{addr}}, e.do(ctx, r)
 }
+func (e *echo) Pods(ctx context.Context) ([]Pod, error) {
+	id := PodID{EngineCNI, "tulle", "c0ffee", "eth0"}
+	return []Pod{{ID: id.String(), PodID: id, Addresses: []netip.Addr{addr}, State: PodUp}}, e.do(ctx, nil)
+}
 func (e *echo) Leave(ctx context.Context) (LeaveResult, error) {
 	return LeaveResult{Transfers: []Transfer{{Prefix: prefix, To: node}}}, e.do(ctx, nil)
 }

@@ -19,6 +19,7 @@ type Backend interface {
 	IPAMRelease(ctx context.Context, req ReleaseRequest) (ReleaseResult, error)
 	Allocate(ctx context.Context, req AllocateRequest) (Allocation, error)
 	Free(ctx context.Context, req FreeRequest) (FreeResult, error)
+	Pods(ctx context.Context) ([]Pod, error)
 
 	Leave(ctx context.Context) (LeaveResult, error)
 	Forget(ctx context.Context, req ForgetRequest) (ForgetResult, error)
@@ -172,8 +173,11 @@ const (
 type Allocation struct {
 	ID        string             `json:"id"`
 	Addresses []AllocatedAddress `json:"addresses"`
-	MTU       int                `json:"mtu"`   // for the pod's interface
-	CIDRs     []netip.Prefix     `json:"cidrs"` // the cluster's, for routes in the pod
+	MTU       int                `json:"mtu"` // for the pod's interface
+	// Bounds of the super-packets that the TUN device takes, bytes and segments; 0: as the kernel has it.
+	GSOMaxSize int            `json:"gso_max_size,omitempty"`
+	GSOMaxSegs int            `json:"gso_max_segs,omitempty"`
+	CIDRs      []netip.Prefix `json:"cidrs"` // the cluster's, for routes in the pod
 }
 
 // AllocatedAddress is one address with its next hop.

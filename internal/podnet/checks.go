@@ -147,7 +147,7 @@ func (h *Host) Reconcile(ctx context.Context) (repaired []string, err error) {
 		errs = append(errs, err)
 	}
 	for name := range have {
-		if _, ok := pods[name]; !ok && !h.exists(name) {
+		if _, ok := pods[name]; !ok && !h.Exists(name) {
 			errs = append(errs, h.removeChecks(name))
 		}
 	}
@@ -192,14 +192,15 @@ func (h *Host) mend(ctx context.Context, c *nftables.Conn, a *Attachment, chain 
 	return append(repaired, fmt.Sprintf("routes to %v by %s (%s)", a.Addresses, a.HostInterface, a.ID)), nil
 }
 
-func (h *Host) exists(device string) bool {
+// Exists reports whether the host has a device of this name.
+func (h *Host) Exists(device string) bool {
 	_, err := h.nl.LinkByName(device)
 	return err == nil
 }
 
 // unlessGone is err, or nil if the device has gone meanwhile.
 func (h *Host) unlessGone(device string, err error) error {
-	if !h.exists(device) {
+	if !h.Exists(device) {
 		return nil
 	}
 	return err
@@ -223,7 +224,7 @@ func (h *Host) List() ([]Attachment, error) {
 	for _, name := range slices.Sorted(maps.Keys(pods)) {
 		a := pods[name]
 		if chain := have[name]; chain != nil {
-			if _, a.Dropped, err = checked(c, chain, a.Addresses); err != nil && h.exists(name) {
+			if _, a.Dropped, err = checked(c, chain, a.Addresses); err != nil && h.Exists(name) {
 				return nil, err
 			}
 		}

@@ -98,6 +98,9 @@ func (c Config) validate() (Config, error) {
 			least = minMTU6
 		}
 	}
+	if n := len(aliasOf(&c)); n > maxAlias {
+		return c, fmt.Errorf("podnet: ID %q is %d bytes too long to be kept in the link's alias", c.ID, n-maxAlias)
+	}
 	if c.MTU < least || c.MTU > maxMTU {
 		return c, fmt.Errorf("podnet: MTU %d is outside %d–%d", c.MTU, least, maxMTU)
 	}
@@ -114,7 +117,7 @@ func checkInterface(name string) error {
 
 // Attachment is a pod's interface as it is.
 type Attachment struct {
-	ID            string           // cut off if it is very long
+	ID            string
 	HostInterface string           // the host's end
 	PodInterface  string           // the pod's end: in the pod, or in the host's namespace where it was handed over. Only Add knows it
 	MAC           net.HardwareAddr // of the pod's end. Only Add knows it
@@ -176,8 +179,7 @@ func aliasOf(c *Config) string {
 	for i, a := range c.Addresses {
 		texts[i] = a.String()
 	}
-	s := aliasMark + " " + strings.Join(texts, ",") + " " + c.ID
-	return s[:min(len(s), maxAlias)]
+	return aliasMark + " " + strings.Join(texts, ",") + " " + c.ID
 }
 
 // parseAlias reads what aliasOf wrote. Others' aliases, and damaged ones, are not ours.

@@ -1,0 +1,97 @@
+package agent
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/podnet"
+)
+
+// Pods implements api.Backend: the allocations, each with its link where there is one, and the links without an allocation.
+func (a *agent) Pods(context.Context) ([]api.Pod, error) {
+	s, err := a.current()
+	if err != nil {
+		return nil, err
+	}
+	links, err := s.pods.List()
+	if err != nil {
+		return nil, err
+	}
+	byID := map[string]podnet.Attachment{}
+	for _, l := range links {
+		byID[l.ID] = l
+	}
+	byKey := map[string]*api.Pod{}
+	for _, l := range s.ownership.Allocations() {
+		p := byKey[l.Key]
+		if p == nil {
+			p = &api.Pod{ID: l.Key, Name: l.Pod, State: api.PodUnwired, Since: l.Since, Netns: l.Netns}
+			p.PodID, _ = api.ParsePodID(l.Key)
+			byKey[l.Key] = p
+		}
+		p.Addresses = append(p.Addresses, l.Addr)
+	}
+	var out []api.Pod
+	for id, p := range byKey {
+		if l, ok := byID[id]; ok {
+			delete(byID, l.ID)
+			p.State, p.HostInterface, p.MTU, p.Dropped = api.PodUp, l.HostInterface, l.MTU, l.Dropped
+			if !sameAddrs(p.Addresses, l.Addresses) {
+				p.State = api.PodMismatch
+			}
+		}
+		out = append(out, *p)
+	}
+	for _, l := range byID {
+		p := api.Pod{ID: l.ID, Addresses: l.Addresses, State: api.PodUnknown, HostInterface: l.HostInterface, MTU: l.MTU, Dropped: l.Dropped}
+		p.PodID, _ = api.ParsePodID(l.ID)
+		out = append(out, p)
+	}
+	slices.SortFunc(out, func(a, b api.Pod) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
+	return out, nil
+}
+
+// sameAddrs compares two lists in any order.
+func sameAddrs(a, b []netip.Addr) bool {
+	a, b = slices.Clone(a), slices.Clone(b)
+	slices.SortFunc(a, netip.Addr.Compare)
+	slices.SortFunc(b, netip.Addr.Compare)
+	return slices.Equal(a, b)
+}
+
+// honourFreed gives back the addresses of pods that went while this agent did not answer.
+func (s *session) honourFreed() error {
+	ids, err := api.Freed(s.cfg.Socket)
+	errs := []error{err}
+	for _, id := range ids {
+		errs = append(errs, s.honour(id))
+	}
+	return errors.Join(errs...)
+}
+
+func (s *session) honour(id string) error {
+	list, err := s.ownership.Release(time.Now(), id)
+	if err != nil {
+		return err
+	}
+	if len(list) > 0 {
+		s.log.Info("released the addresses of a pod that went while the agent did not answer", "pod", id)
+	}
+	return api.ForgetFreed(s.cfg.Socket, id)
+}
+
+// gsoLimits are the bounds of the super-packets that the TUN takes: pods' links have the same.
+func (s *session) gsoLimits() (size, segs int) {
+	link, err := netlink.LinkByName(s.cfg.Tun)
+	if err != nil {
+		return 0, 0 // as the kernel has it
+	}
+	return int(link.Attrs().GSOMaxSize), int(link.Attrs().GSOMaxSegs)
+}

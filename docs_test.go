@@ -83,7 +83,7 @@ func commands(t *testing.T, binary string, words ...string) []string {
 		switch {
 		case !strings.HasPrefix(line, " "):
 			title := strings.TrimSpace(line)
-			in = slices.Contains([]string{"Look:", "Change:", "Run:", "Additional Commands:", "Available Commands:"}, title) || in && title == ""
+			in = slices.Contains([]string{"Inspect:", "Change:", "Run:", "Additional Commands:", "Available Commands:"}, title) || in && title == ""
 		case in && strings.HasPrefix(line, "  ") && word != "":
 			list = append(list, word)
 		}

@@ -9,23 +9,23 @@ import (
 	"time"
 )
 
-// AllOptions describe one run of [All]. The zero value of each field but Helper means its default.
+// AllOptions configure one run of [All]. The zero value of each field except Helper means its default.
 type AllOptions struct {
 	Name    string   // prefix of the labs' names; default "bench"
 	Modes   []string // of [Modes]; default all
 	Rounds  int      // default 5
 	MTU     int      // of the underlay, in bytes; default 1500
 	Timeout time.Duration
-	// Duration is how long each measure counts, after a third of it as a warm-up. Each trial of the search for the
-	// highest rate of datagrams takes a quarter of it. Default 2 s.
+	// Duration is the counted time of each measure; a warm-up of a third of it comes first. Each trial of the search
+	// for the highest UDP rate takes a quarter of it. Default 2 s.
 	Duration time.Duration
 	// Binary is the tulle program, for agents. Default: the running one.
 	Binary string
-	// Helper is the command line, with its program first, that ends in [Helper] when the helper's name is appended.
+	// Helper is the command line that, with a helper's name appended, calls [Helper]. Its first element is the program.
 	Helper []string
 	// Profile is a folder for a CPU profile of each mode, recorded after the last round; "" for none.
 	Profile  string
-	Progress func(string) // told what is going on; may be nil
+	Progress func(string) // receives progress messages; may be nil
 }
 
 func (o AllOptions) withDefaults() (AllOptions, error) {
@@ -63,44 +63,44 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 // DefaultDuration is AllOptions.Duration's default.
 const DefaultDuration = 2 * time.Second
 
-const shortest = 100 * time.Millisecond // that a measure may count
+const shortest = 100 * time.Millisecond // lower limit of AllOptions.Duration
 
-// warm is the time before a measure that is not counted.
+// warm is the duration of the warm-up before a measure.
 func (o *AllOptions) warm() time.Duration { return o.Duration / 3 }
 
-// Validate reports what of the options cannot be.
+// Validate returns an error if an option is invalid.
 func (o AllOptions) Validate() error {
 	_, err := o.withDefaults()
 	return err
 }
 
-// AllResult is what one run of [All] measured, and how.
+// AllResult is the result of one run of [All], with the method.
 type AllResult struct {
 	Started  time.Time    `json:"started"`
 	Seconds  float64      `json:"seconds"` // of the whole run
 	Machine  Machine      `json:"machine"`
 	Rounds   int          `json:"rounds"`
-	Duration float64      `json:"duration_s"` // that each measure counted
+	Duration float64      `json:"duration_s"` // counted time of each measure
 	Warm     float64      `json:"warm_up_s"`
 	Trial    float64      `json:"udp_trial_s"`
 	MTU      int          `json:"mtu"`
-	Notes    []string     `json:"notes"` // on how it was measured
+	Notes    []string     `json:"notes"` // on the method
 	Metrics  []Metric     `json:"metrics"`
 	Modes    []ModeResult `json:"modes"`
 	Ratios   []Ratio      `json:"ratios"` // of the modes to the references, round by round
 	Floors   []Floor      `json:"floors"`
-	// Others is the share of the machine that something else used just before each round, while no traffic ran.
+	// Others is the share of the machine's CPU time that other processes used just before each round, without traffic.
 	Others Spread `json:"others_cpu_share"`
-	// Steal is the share of the machine that the hypervisor gave to somebody else in the TCP measures.
+	// Steal is the share of the machine's CPU time that the hypervisor took during the TCP measures.
 	Steal Spread `json:"steal_share"`
 }
 
-// ModeResult is what was measured of one mode.
+// ModeResult is the result for one mode.
 type ModeResult struct {
 	Name    string            `json:"name"`
 	What    string            `json:"what"`
 	Missing string            `json:"missing,omitempty"` // why the mode could not be measured at all
-	Lacking bool              `json:"lacking,omitempty"` // Missing is for want of something on this machine: it is no failure
+	Lacking bool              `json:"lacking,omitempty"` // this machine does not support the mode: Missing is no failure
 	MTU     int               `json:"mtu,omitempty"`
 	Errors  []string          `json:"errors,omitempty"` // measures that failed
 	Summary map[string]Spread `json:"summary,omitempty"`
@@ -108,7 +108,7 @@ type ModeResult struct {
 	Detail  []Detail          `json:"detail,omitempty"`
 }
 
-// Detail is everything that one round found out about one mode; what failed is nil.
+// Detail is the full result of one round for one mode. Measures that failed are missing.
 type Detail struct {
 	TCP     []TCP        `json:"tcp"`
 	Latency []Latency    `json:"latency"`
@@ -116,13 +116,13 @@ type Detail struct {
 	RSS     uint64       `json:"rss_bytes"` // of the largest process of the tunnel
 }
 
-// Failed reports whether something failed that this machine should have been able to do.
+// Failed reports whether a mode or measure failed that this machine supports.
 func (r *AllResult) Failed() bool {
 	return slices.ContainsFunc(r.Modes, func(m ModeResult) bool { return m.Missing != "" && !m.Lacking || len(m.Errors) > 0 })
 }
 
-// All measures all modes side by side: each measure is taken of one mode after the other, round by round, so that what
-// disturbs the machine for a while disturbs all. What fails for one mode is reported in the result; an error means that
+// All measures all modes in interleaved rounds: each measure is taken for one mode after the other, so that a temporary
+// disturbance of the machine affects all modes. The failure of a single mode is part of the result. An error means that
 // there is no result.
 func All(ctx context.Context, o AllOptions) (*AllResult, error) {
 	o, err := o.withDefaults()
@@ -160,7 +160,7 @@ func All(ctx context.Context, o AllOptions) (*AllResult, error) {
 	return r, nil
 }
 
-// allRun is a run of All. Stands are the modes that are up; each points at its result by its index in r.Modes.
+// allRun is a run of All. stands are the modes that are up; result[i] is the index of stands[i] in r.Modes.
 type allRun struct {
 	o      AllOptions
 	r      *AllResult
@@ -214,7 +214,7 @@ func (run *allRun) down(ctx context.Context) error {
 	return err
 }
 
-// measure is one measure of a round. It fills in a part of the detail.
+// measure is one measure of a round. take fills in a part of the detail.
 type measure struct {
 	what  string
 	awake bool
@@ -269,7 +269,7 @@ func takeMemory(_ context.Context, _ *AllOptions, s *stand, d *Detail) (err erro
 	return err
 }
 
-// round takes each measure of each mode.
+// round takes each measure for each mode.
 func (run *allRun) round(ctx context.Context, n int) error {
 	others, err := othersShare(ctx)
 	if err != nil {
@@ -306,7 +306,7 @@ func (run *allRun) round(ctx context.Context, n int) error {
 	return nil
 }
 
-// othersShare is the share of the machine in use while this program does nothing.
+// othersShare measures the share of the machine's CPU time that is used while this program sleeps.
 func othersShare(ctx context.Context) (float64, error) {
 	m, err := startCPU(nil)
 	if err != nil {

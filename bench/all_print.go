@@ -10,34 +10,33 @@ import (
 
 func sinceSeconds(t time.Time) float64 { return time.Since(t).Seconds() }
 
-// notes say how it was measured.
+// notes describe the method.
 func notes(o *AllOptions, r *AllResult) []string {
 	n := []string{
-		"Two hosts in two subnets, a router between them, one pod each, all of them network namespaces on this machine: sender, " +
-			"receiver, router and both tunnel ends share its CPUs. Each mode has a lab of its own; the others are idle meanwhile.",
-		fmt.Sprintf("Each measure is taken of one mode after the other before the next measure begins; %d such rounds. Values are medians "+
-			"over the rounds, with the lowest and the highest in parentheses; ratios are taken within each round, then their median.", o.Rounds),
-		"Half round trip: one UDP datagram at a time, to and fro between blocking sockets, with a SCHED_IDLE thread spinning on each " +
-			"CPU so that none halts. Nothing is pinned to a CPU, so that the scheduler mostly brings both ends together on one; where " +
-			"it says pinned, sender and its host's tunnel process have the first half of the CPUs, receiver and its host's the second, " +
-			"and each trip crosses from CPU to CPU. Ends and tunnel run at nice -20, before what else runs here. In all other measures CPUs may halt, and nothing is pinned or preferred.",
-		fmt.Sprintf("UDP: the highest rate at which at most %.1f %% of a %v trial's datagrams are lost, in datagrams received a second, sent with "+
-			"sendmmsg about every %v, received with recvmmsg; the median of the trials that confirm it, of which two of three must hold. Where the unpaced "+
-			"sender loses nothing, the sender is the limit.", 100*lossAllowed, o.Duration/4, pace),
-		"CPU: all that was not idle on the machine during TCP with one stream, softirqs, sender and receiver included, less what " +
-			"processes were charged that have nothing to do with it, per 10^9 bytes received.",
+		"Setup: two hosts in two subnets, a router, one pod per host. All are network namespaces on this machine and share its CPUs. " +
+			"Each mode has its own lab; only one mode has traffic at a time.",
+		fmt.Sprintf("Rounds: %d. Each measure is taken for all modes before the next measure begins. Values: median (lowest–highest). "+
+			"Ratios are taken within each round.", o.Rounds),
+		"Half round trip: one UDP datagram at a time between blocking sockets. A SCHED_IDLE thread spins on each CPU, so none halts. " +
+			"Ends and tunnel run at nice -20. Unpinned, the scheduler usually puts both ends on one CPU. Pinned, the sender and its host's tunnel process get the " +
+			"first half of the CPUs, the receiver and its host's the second.",
+		"All other measures: CPUs may halt, nothing is pinned, nice 0.",
+		fmt.Sprintf("UDP rate: the highest rate with at most %.1f %% loss in a trial of %v, counted at the receiver. Sent with sendmmsg about every %v, "+
+			"received with recvmmsg. Two of three confirming trials must hold; the result is their median. If the unpaced sender loses nothing, the sender is the limit.",
+			100*lossAllowed, o.Duration/4, pace),
+		"CPU: all CPU time of the machine during one TCP stream (softirqs, sender and receiver included), without unrelated processes, per 10^9 bytes received.",
 		"Memory: resident set of the larger of the tunnel's two processes at the end of each round.",
 	}
 	if r.Others.Max > 0.05 {
-		n = append(n, fmt.Sprintf("Others used up to %.0f %% of the machine just before a round: figures are too low, and noisy.", 100*r.Others.Max))
+		n = append(n, fmt.Sprintf("Other processes used up to %.0f %% of the machine just before a round: the figures are too low and noisy.", 100*r.Others.Max))
 	}
 	if r.Steal.Max > 0.02 {
-		n = append(n, fmt.Sprintf("The hypervisor took up to %.0f %% of the machine away while TCP was measured.", 100*r.Steal.Max))
+		n = append(n, fmt.Sprintf("The hypervisor took up to %.0f %% of the machine (steal) during the TCP measures.", 100*r.Steal.Max))
 	}
 	return n
 }
 
-// groups are the columns that are printed together.
+// groups are the tables: each lists the metrics of its columns.
 var groups = [][]string{
 	{"tcp1_gbps", "tcp4_gbps", "cpu_s_per_gb", "tunnel_cpu_s_per_gb"},
 	{"rtt64_p50_us", "rtt64_p99_us", "rtt64_p99_9_us"},
@@ -58,7 +57,7 @@ func metricOf(key string) Metric {
 	return Metric{Key: key, Title: key}
 }
 
-// nothing stands where there is no value.
+// nothing is printed where there is no value.
 const nothing = "–"
 
 // Print writes the result as tables for people.
@@ -89,7 +88,7 @@ func (r *AllResult) Print(w io.Writer) error {
 	return p.err
 }
 
-// tables writes to w until something fails.
+// tables writes to w until the first error.
 type tables struct {
 	w   io.Writer
 	err error

@@ -16,20 +16,19 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A halted virtual CPU adds tens of microseconds to the next wake-up, and makes latencies bimodal. So while latency is
-// measured, a process spins on every CPU, in threads of the class SCHED_IDLE: they run only when nothing else wants to,
-// and give way at once (sched(7)). It is a process of its own because Go's scheduler would take such threads for busy
-// ones, and without asynchronous preemption, so that its own scheduler leaves them alone.
+// A halted virtual CPU adds tens of microseconds to the next wake-up and makes latencies bimodal. So while latency is
+// measured, a helper process spins on every CPU with SCHED_IDLE threads: they run only when the CPU is otherwise idle,
+// and yield at once (sched(7)). It is a separate process because Go's scheduler would count such threads as busy. It runs
+// without asynchronous preemption, so that its own scheduler does not interrupt the threads.
 //
-// The class says only how threads of one group share what their group gets, and with autogroups each session is a group:
-// there such a thread takes half of a CPU from whatever runs in another session, such as an agent. So these threads are made
-// while autogroups are off, which puts them in the root group for good.
+// SCHED_IDLE only decides how threads share the CPU time of their own group. With autogroups each session is a group, and
+// such a thread would take half of a CPU from processes in other sessions, such as an agent. So the helper creates these
+// threads while autogroups are off: then they stay in the root group.
 
-const ready = "ready" // is what a helper process prints once it does its work
+const ready = "ready" // printed by a helper process when it has started its work
 
-// Helper runs a helper process of this package, which the program must make reachable: name is the last word of the
-// command line that the package started it with (AllOptions.Helper). It ends when in does, so that it cannot outlive its
-// maker.
+// Helper runs a helper process of this package. The program must call it for the command line in AllOptions.Helper; name
+// is the argument that the package appended. It returns when in ends, so that it cannot outlive its parent.
 func Helper(name string, in io.Reader, out io.Writer) error {
 	switch name {
 	case "keep-awake":
@@ -44,10 +43,10 @@ func Helper(name string, in io.Reader, out io.Writer) error {
 func keepAwake(in io.Reader, out io.Writer) error {
 	var mask unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &mask); err != nil {
-		return fmt.Errorf("which CPUs there are: %w", err)
+		return fmt.Errorf("find the CPUs: %w", err)
 	}
 	runtime.GOMAXPROCS(mask.Count() + 1)
-	debug.SetGCPercent(-1) // a collection would wait for threads that hardly run
+	debug.SetGCPercent(-1) // a collection would wait for threads that rarely run
 	started := make(chan spinner)
 	var spinners []spinner
 	var err error
@@ -59,7 +58,7 @@ func keepAwake(in io.Reader, out io.Writer) error {
 			err = errors.Join(err, s.err)
 		}
 	}
-	// The threads become idle ones only now, and not in the end: as such they might not get to say so for long.
+	// The threads switch to SCHED_IDLE only now: before, they might wait long for CPU time to report that they started.
 	for _, s := range spinners {
 		err = errors.Join(err, setPolicy(s.tid, unix.SCHED_IDLE))
 	}
@@ -74,7 +73,7 @@ func keepAwake(in io.Reader, out io.Writer) error {
 	return err
 }
 
-// spinner is a thread that spins.
+// spinner is one spinning thread.
 type spinner struct {
 	tid int
 	err error
@@ -94,11 +93,11 @@ func setPolicy(tid int, policy uint32) error {
 	return unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: policy}, 0)
 }
 
-// StartAwake keeps the CPUs awake until the result is called. helper is the command line of [AllOptions.Helper].
+// StartAwake keeps the CPUs awake until stop is called. helper is the command line of [AllOptions.Helper].
 func StartAwake(ctx context.Context, helper []string) (stop func(), err error) {
 	cmd := exec.CommandContext(ctx, helper[0], append(helper[1:len(helper):len(helper)], "keep-awake")...)
 	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is its maker's
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C goes to the parent only
 	var errs strings.Builder
 	cmd.Stderr = &errs
 	in, err := cmd.StdinPipe()
@@ -111,7 +110,7 @@ func StartAwake(ctx context.Context, helper []string) (stop func(), err error) {
 	}
 	stop = func() {
 		in.Close()
-		_ = cmd.Wait() // that it was killed with ctx is no error
+		_ = cmd.Wait() // being killed with ctx is no error
 	}
 	err = withoutAutogroups(func() error {
 		if err := cmd.Start(); err != nil {
@@ -129,12 +128,12 @@ func StartAwake(ctx context.Context, helper []string) (stop func(), err error) {
 	return stop, nil
 }
 
-// withoutAutogroups runs fn while threads are made in no autogroup (sched(7)).
+// withoutAutogroups runs fn while autogroups are disabled (sched(7)).
 func withoutAutogroups(fn func() error) error {
 	const path = "/proc/sys/kernel/sched_autogroup_enabled"
 	was, err := os.ReadFile(path)
 	if err != nil || strings.TrimSpace(string(was)) == "0" {
-		return fn() // a kernel without them, or switched off
+		return fn() // not supported by the kernel, or already off
 	}
 	if err := os.WriteFile(path, []byte("0"), 0); err != nil {
 		return err

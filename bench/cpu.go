@@ -12,21 +12,20 @@ import (
 	"time"
 )
 
-// CPUUse is processor time of a stretch of time, in seconds. Busy is all of the machine's, the kernel's interrupts and
-// softirqs included, but for what other processes were charged. It is the time that has passed, times the CPUs, less the
-// idle time: the kernel counts idle time to the nanosecond where its tick stops on idle CPUs, while the rest of /proc/stat
-// is sampled.
+// CPUUse is the CPU time of a period, in seconds. Busy is the CPU time of the whole machine, with interrupts and softirqs,
+// without the time of unrelated processes. It is computed as elapsed time × CPUs − idle time: the kernel counts idle time to
+// the nanosecond if its tick stops on idle CPUs, while the other values of /proc/stat are sampled.
 type CPUUse struct {
 	Busy   float64 `json:"busy_s"`
-	Others float64 `json:"others_s"` // charged to processes that are neither this one nor of the tunnel, not counted as busy
-	Steal  float64 `json:"steal_s"`  // taken by the hypervisor, not counted as busy
-	Agents float64 `json:"agents_s"` // of Busy, what the tunnel's own processes were charged
+	Others float64 `json:"others_s"` // of processes other than this one and the tunnel's; not part of Busy
+	Steal  float64 `json:"steal_s"`  // taken by the hypervisor; not part of Busy
+	Agents float64 `json:"agents_s"` // part of Busy: the tunnel's own processes
 }
 
 // clockTick is the unit of times in /proc, USER_HZ: 100 a second on every architecture that Go runs on (time(7)).
 const clockTick = 10 * time.Millisecond
 
-// cpuStat is /proc/stat's first line, in seconds, and how many CPUs are online (proc(5)).
+// cpuStat is the first line of /proc/stat, in seconds, and the number of online CPUs (proc(5)).
 type cpuStat struct {
 	idle, steal float64
 	cpus        int
@@ -110,9 +109,9 @@ func (m *cpuMeter) use(passed float64, now cpuStat, agents, others float64) CPUU
 	return u
 }
 
-// processes is the processor time so far of the tunnel's processes, and of those that have nothing to do with it. What
-// children used that have ended counts as their parents', so that nothing is lost when one ends meanwhile. Kernel threads
-// are nobody's: their work, such as softirqs, may be for the tunnel.
+// processes returns the CPU time so far of the tunnel's processes (agents) and of unrelated processes (others). The time
+// of ended children counts for their parents, so that nothing is lost when a child ends. Kernel threads count for neither:
+// their work, such as softirqs, may belong to the tunnel.
 func (m *cpuMeter) processes() (agents, others float64, err error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
@@ -146,7 +145,7 @@ func (m *cpuMeter) processes() (agents, others float64, err error) {
 	return agents, others, nil
 }
 
-// process is what /proc/PID/stat says of a process, times in seconds.
+// process holds the values of /proc/PID/stat, times in seconds.
 type process struct {
 	own, children float64 // of its children, those that have ended
 	kernel        bool    // a kernel thread
@@ -155,7 +154,7 @@ type process struct {
 const kernelThread = 0x00200000 // PF_KTHREAD, linux/sched.h
 
 func parseProcess(b []byte) (process, error) {
-	// The second field is the command in parentheses, and may itself hold anything. Those after it count from 3 (proc(5)).
+	// The second field is the command in parentheses; it may contain any character. The next field has number 3 (proc(5)).
 	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	const flags, utime, cstime = 9 - 3, 14 - 3, 17 - 3
 	if len(f) <= cstime {

@@ -8,8 +8,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Ends are two places with an address each, between which something is measured: traffic goes from From to To. They are
-// pods of a lab; the methods of measuring know nothing of labs.
+// Ends are the two ends of a measurement, each with an address. Traffic goes from From to To. They are pods of a lab, but
+// the measuring code does not depend on labs.
 type Ends struct {
 	From, To         string
 	FromAddr, ToAddr netip.Addr
@@ -17,14 +17,14 @@ type Ends struct {
 	Do func(place string, fn func() error) error
 }
 
-// socketBuffer is what each socket of the generator asks for, in bytes, so that it is not the generator which loses
-// packets while it waits for a core.
+// socketBuffer is the buffer size of each socket of the generator, in bytes. It is large enough that the generator itself
+// loses no packets while it waits for a CPU.
 const socketBuffer = 8 << 20
 
-// readTimeout ends a blocking read, so that its loop can look whether it should stop.
+// readTimeout ends a blocking read, so that its loop can check whether to stop.
 const readTimeout = 50 * time.Millisecond
 
-// socket makes a bound blocking socket at a place, on a port of the kernel's choice.
+// socket creates a blocking socket at a place, bound to a port that the kernel chooses.
 func (e *Ends) socket(place string, addr netip.Addr, typ int) (fd int, err error) {
 	fd = -1
 	err = e.Do(place, func() error {
@@ -57,7 +57,7 @@ func (e *Ends) socket(place string, addr netip.Addr, typ int) (fd int, err error
 	return fd, nil
 }
 
-// udpPair makes a UDP socket at either end, connected to each other, so that reads and writes carry no address.
+// udpPair creates a UDP socket at each end and connects them, so that reads and writes need no address.
 func (e *Ends) udpPair() (from, to int, err error) {
 	if from, err = e.socket(e.From, e.FromAddr, unix.SOCK_DGRAM); err != nil {
 		return -1, -1, err
@@ -87,7 +87,7 @@ func sockaddr(a netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
 }
 
-// passing tells errors of a connected socket that say nothing about it: a timeout, a signal, an ICMP error of before.
+// passing reports whether an error of a connected socket is transient: a timeout, a signal, an earlier ICMP error.
 func passing(err error) bool {
 	switch err {
 	case unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ENOBUFS:

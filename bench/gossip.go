@@ -25,52 +25,52 @@ import (
 	"github.com/tulle-net/tulle/membership/keyring"
 )
 
-// GossipOptions describe one run of [Gossip].
+// GossipOptions configure one run of [Gossip].
 type GossipOptions struct {
 	Nodes    int // members in this process, at least 2
 	Prefixes int // entries in the table; 0 means one for each node
-	Rounds   int // new entries whose spreading is timed; 0 means 20
-	// Rest is for how long traffic at rest is counted. 0 means one period of
-	// push/pull, which memberlist stretches with the number of nodes: every
-	// node then starts exactly one.
+	Rounds   int // new entries to time; 0 means 20
+	// Rest is how long idle traffic is counted. 0 means one push/pull period, in
+	// which every node starts exactly one push/pull. memberlist makes the period
+	// longer in larger clusters.
 	Rest time.Duration
 	Port int // 0 means 17947; the addresses are 127.128.0.0 and up
 
-	Progress func(string) // told what is going on; may be nil
+	Progress func(string) // receives progress messages; may be nil
 }
 
-// GossipResult is what one run of [Gossip] measured.
+// GossipResult is the result of one run of [Gossip].
 type GossipResult struct {
 	Nodes     int    `json:"nodes"`
 	Prefixes  int    `json:"prefixes"`
 	Transport string `json:"transport"`
 	CPUs      int    `json:"cpus"`
 
-	Form     time.Duration   `json:"form_ns"`     // from the first start until all knew all; nodes start in batches that are left to settle
+	Form     time.Duration   `json:"form_ns"`     // from the first start until all nodes knew all others; nodes start in batches
 	Spread   []time.Duration `json:"spread_ns"`   // by round: until the last node had the new entry
 	OneNode  Quantiles       `json:"one_node"`    // seconds until a node had it, over all nodes and rounds
 	LastNode Quantiles       `json:"last_node"`   // seconds until the last node had it, over all rounds
-	Rest     time.Duration   `json:"rest_ns"`     // how long traffic at rest was counted
-	PushPull time.Duration   `json:"pushpull_ns"` // a node starts one in every such period
+	Rest     time.Duration   `json:"rest_ns"`     // how long idle traffic was counted
+	PushPull time.Duration   `json:"pushpull_ns"` // the period in which each node starts one push/pull
 
-	SentPerNode     float64 `json:"sent_bytes_per_node_second"` // at rest, mean; UDP and TCP payload
+	SentPerNode     float64 `json:"sent_bytes_per_node_second"` // idle, mean; UDP and TCP payload
 	ReceivedPerNode float64 `json:"received_bytes_per_node_second"`
 	PacketsPerNode  float64 `json:"packets_per_node_second"`  // UDP datagrams sent
 	LargestPacket   uint64  `json:"largest_packet_bytes"`     // of UDP payload
-	CPUPerNode      float64 `json:"cpu_fraction_of_one_core"` // at rest, mean; without the collection of garbage
-	HeapPerNode     float64 `json:"heap_bytes_per_node"`      // live, after collection: members, table, its wire form, and memberlist
+	CPUPerNode      float64 `json:"cpu_fraction_of_one_core"` // idle, mean; without garbage collection
+	HeapPerNode     float64 `json:"heap_bytes_per_node"`      // live heap after a collection: members, table, its encoding, and memberlist
 	StackPerNode    float64 `json:"stack_bytes_per_node"`     // of goroutines
 	Goroutines      float64 `json:"goroutines_per_node"`
-	TableBytes      int     `json:"table_bytes"`  // wire form, as push/pull carries it
+	TableBytes      int     `json:"table_bytes"`  // size of the encoded table in a push/pull
 	Lookup          float64 `json:"lookup_ns"`    // in the forwarding trie, with this table
 	LookupSmall     float64 `json:"lookup_10_ns"` // the same with ten entries, for comparison
-	Unsettled       int     `json:"unsettled"`    // members held for dead by somebody at the end
-	Dropped         uint64  `json:"dropped"`      // messages that a handler was too slow for
+	Unsettled       int     `json:"unsettled"`    // members that some node considers dead at the end
+	Dropped         uint64  `json:"dropped"`      // messages dropped because a handler was too slow
 	Malformed       uint64  `json:"malformed"`    //
 }
 
-// member is one node of the run: the gossip layer as an agent uses it, with a
-// table of its own behind it.
+// member is one node of the run: the gossip layer as an agent uses it, with its
+// own table.
 type member struct {
 	*gossip.Gossip
 	id  membership.NodeID
@@ -78,10 +78,10 @@ type member struct {
 
 	mu    sync.Mutex
 	table *membership.Table
-	wire  []byte // of the table, nil after a change
+	wire  []byte // the encoded table; nil after a change
 }
 
-// gossipRun is what all members of a run share: the round that is being timed.
+// gossipRun is shared by all members of a run. It holds the round that is being timed.
 type gossipRun struct {
 	round atomic.Pointer[round]
 }
@@ -114,7 +114,7 @@ func (*member) Members()                          {}
 func (m *member) merge(b []byte) {
 	entries, _, err := membership.DecodeEntries(b)
 	if err != nil {
-		return // shown by the convergence that does not come
+		return // the run then does not converge, which reports it
 	}
 	m.mu.Lock()
 	changed, _ := m.table.Merge(entries)
@@ -133,9 +133,9 @@ func (m *member) merge(b []byte) {
 	}
 }
 
-// Gossip runs real members in this process and measures how news spread among
-// them and what they cost. The members use memberlist's LAN profile with a
-// gossip key, as agents do.
+// Gossip runs real members in this process. It measures how fast new entries
+// spread among them, and what the members cost. They use memberlist's LAN
+// profile with a gossip key, as agents do.
 func Gossip(ctx context.Context, o GossipOptions) (GossipResult, error) {
 	if o.Nodes < 2 || o.Nodes > 1<<15 {
 		return GossipResult{}, fmt.Errorf("gossip: %d nodes, from 2 to %d can be run", o.Nodes, 1<<15)
@@ -169,9 +169,9 @@ func Gossip(ctx context.Context, o GossipOptions) (GossipResult, error) {
 		Nodes: o.Nodes, Prefixes: o.Prefixes, CPUs: runtime.NumCPU(), Rest: o.Rest, PushPull: period,
 		Transport: "UDP and TCP sockets on 127.128.0.0/9, all nodes in one process",
 	}
-	// So many nodes in one process make a heap of gigabytes, and while that is
-	// collected answers come late: enough to be taken for dead. So collections are
-	// ours to place, until memory runs short.
+	// So many nodes in one process need gigabytes of heap. During a collection,
+	// answers are late enough that nodes are declared dead. So this function decides
+	// when to collect, until memory runs short.
 	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	var info syscall.Sysinfo_t
 	if err := syscall.Sysinfo(&info); err != nil {
@@ -246,7 +246,7 @@ func allowFiles(n int) error {
 func memory() runtime.MemStats {
 	var s runtime.MemStats
 	runtime.GC()
-	debug.FreeOSMemory() // collects again: finalizers of the first have run
+	debug.FreeOSMemory() // collects again, after the finalizers of the first collection
 	runtime.ReadMemStats(&s)
 	return s
 }
@@ -318,16 +318,16 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 			return nodes, wait, ctx.Err()
 		}
 		nodes = append(nodes, m)
-		// A thousand hosts that start within a second on two cores measure the
-		// cores: every join makes work for all who are there, and who has just
-		// joined passes on all that it has learned. When the cores do not keep up,
-		// probes time out, and what everybody has to say about that is more work
-		// still. So let a batch settle before the next one, and make it the smaller
-		// the more they are.
+		// A thousand hosts that start within a second on two CPUs would only measure
+		// the CPUs: each join makes work for all members, and each new member passes
+		// on everything that it has learned. If the CPUs cannot keep up, probes time
+		// out, and the gossip about that is even more work. So wait until a batch has
+		// settled before starting the next, and make batches smaller in larger
+		// clusters.
 		if batch++; batch >= min(50, max(1, 1200/len(nodes))) || len(nodes) == o.Nodes {
 			batch = 0
-			// Who missed a packet learns of a new member at its next push/pull, minutes later among a thousand: a few
-			// such hold nobody up but at the end.
+			// A node that missed a packet learns of a new member at its next push/pull, minutes later among a thousand.
+			// Tolerate a few such nodes until the end.
 			missed := len(nodes) / 50
 			if len(nodes) == o.Nodes {
 				missed = 0
@@ -347,7 +347,7 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 	return nodes, wait, nil
 }
 
-// garbage is how many bytes may be allocated before a collection.
+// garbage is the number of bytes that may be allocated before a collection.
 const garbage = 3 << 30
 
 // collect frees memory if more than garbage was allocated since the last time.
@@ -359,7 +359,7 @@ func collect() {
 	}
 }
 
-// unhurried waits until this process leaves half of the processors alone.
+// unhurried waits until this process uses less than half of the CPUs.
 func unhurried(ctx context.Context) error {
 	const period = 200 * time.Millisecond
 	for {
@@ -373,7 +373,7 @@ func unhurried(ctx context.Context) error {
 	}
 }
 
-// formed waits until every node has all the others for alive, but for the given number of members missed by somebody.
+// formed waits until every node considers all others alive. It tolerates a total of missed missing members.
 func formed(ctx context.Context, o GossipOptions, nodes []*member, missed int) error {
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
@@ -389,7 +389,7 @@ func formed(ctx context.Context, o GossipOptions, nodes []*member, missed int) e
 			return nil
 		}
 		if ticks%200 == 0 {
-			o.Progress(fmt.Sprintf("%d of %d nodes do not know all others yet, %d members are missing in all", missing, len(nodes), pairs))
+			o.Progress(fmt.Sprintf("%d of %d nodes do not know all others yet, %d members are missing in total", missing, len(nodes), pairs))
 		}
 		select {
 		case <-tick.C:
@@ -399,7 +399,7 @@ func formed(ctx context.Context, o GossipOptions, nodes []*member, missed int) e
 	}
 }
 
-// settled waits until what the joins have set off has been passed on: at rest a node sends a probe and an answer a second.
+// settled waits until the gossip about the joins has ended: an idle node sends one probe and one answer per second.
 func settled(ctx context.Context, o GossipOptions, nodes []*member) error {
 	packets := func() (n uint64) {
 		for _, m := range nodes {
@@ -407,11 +407,11 @@ func settled(ctx context.Context, o GossipOptions, nodes []*member) error {
 		}
 		return n
 	}
-	const atRest = 3 // a second and node
+	const atRest = 3 // packets per second and node
 	for ticks := 1; ; ticks++ {
 		before := packets()
 		if err := sleep(ctx, time.Second); err != nil {
-			return fmt.Errorf("gossip: joins are still passed on: %w", err)
+			return fmt.Errorf("gossip: joins are still spreading: %w", err)
 		}
 		rate := float64(packets()-before) / float64(len(nodes))
 		if rate < atRest {
@@ -419,7 +419,7 @@ func settled(ctx context.Context, o GossipOptions, nodes []*member) error {
 		}
 		collect()
 		if ticks%10 == 0 {
-			o.Progress(fmt.Sprintf("joins are still passed on, by %.1f packets a second and node", rate))
+			o.Progress(fmt.Sprintf("joins are still spreading: %.1f packets per second and node", rate))
 		}
 	}
 }
@@ -467,7 +467,7 @@ func timeEntries(ctx context.Context, o GossipOptions, nodes []*member, res *Gos
 	return nil
 }
 
-// quiet waits until no node has anything left to pass on.
+// quiet waits until no node has a broadcast left to send.
 func quiet(ctx context.Context, o GossipOptions, nodes []*member) error {
 	for ticks := 1; ; ticks++ {
 		busy, queued, missing := 0, 0, 0
@@ -482,20 +482,20 @@ func quiet(ctx context.Context, o GossipOptions, nodes []*member) error {
 			return nil
 		}
 		if ticks%200 == 0 {
-			o.Progress(fmt.Sprintf("%d nodes still pass %d messages on, %d members are held for dead", busy, queued, missing))
+			o.Progress(fmt.Sprintf("%d nodes still have %d broadcasts to send, %d members are considered dead", busy, queued, missing))
 		}
 		select {
 		case <-time.After(50 * time.Millisecond):
 		case <-ctx.Done():
-			return errors.Join(errors.New("gossip: broadcasts are still under way"), ctx.Err())
+			return errors.Join(errors.New("gossip: broadcasts are still queued"), ctx.Err())
 		}
 	}
 }
 
-// rest counts traffic and processor time while nothing happens.
+// rest measures traffic and CPU time while nothing happens.
 func rest(ctx context.Context, o GossipOptions, nodes []*member, res *GossipResult) error {
 	runtime.GC()
-	o.Progress(fmt.Sprintf("counting traffic at rest for %v", o.Rest))
+	o.Progress(fmt.Sprintf("counting idle traffic for %v", o.Rest))
 	total := func() (s gossip.Stats) {
 		for _, m := range nodes {
 			t := m.Stats()
@@ -530,9 +530,9 @@ func cpuTime() time.Duration {
 }
 
 // lookupCost returns the mean time of a longest-prefix lookup, in nanoseconds,
-// in the trie that forwards packets, built out of the entries.
+// in a forwarding trie built from the entries.
 func lookupCost(entries []membership.Entry) float64 {
-	var trie bart.Fast[membership.NodeID] // as tunnel/route has it
+	var trie bart.Fast[membership.NodeID] // the same type as in tunnel/route
 	for _, e := range entries {
 		trie.Insert(e.Prefix, e.Owner)
 	}
@@ -545,7 +545,7 @@ func lookupCost(entries []membership.Entry) float64 {
 		targets[i] = netip.AddrFrom4(a)
 	}
 	const passes = 256
-	best := math.Inf(1) // of several: what disturbs a run only ever adds
+	best := math.Inf(1) // the best of several runs: disturbances only add time
 	found := 0
 	for range 5 {
 		start := time.Now()

@@ -2,7 +2,7 @@ package bench
 
 import "slices"
 
-// Quantiles sum up a sample, in its own unit.
+// Quantiles summarise a sample, in its unit.
 type Quantiles struct {
 	N      int     `json:"n"`
 	Min    float64 `json:"min"`

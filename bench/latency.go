@@ -15,11 +15,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Latency is half of the round-trip times of UDP datagrams, each sent when the one before has been answered. Times are
-// in microseconds.
+// Latency is half of the round-trip time of UDP datagrams, in microseconds. Each datagram is sent after the previous one
+// was answered.
 type Latency struct {
 	Payload int     `json:"payload"` // bytes of UDP payload
-	Pinned  bool    `json:"pinned"`  // each side to CPUs of its own
+	Pinned  bool    `json:"pinned"`  // each side had its own CPUs
 	Answers int64   `json:"answers"`
 	Lost    int64   `json:"lost"` // not answered within 50 ms
 	Min     float64 `json:"min_us"`
@@ -30,28 +30,28 @@ type Latency struct {
 	Max     float64 `json:"max_us"`
 }
 
-// Round trips between these bounds are told apart to three digits.
+// Round trips between these bounds are recorded with three significant digits.
 const (
 	shortestTrip = 100 * time.Nanosecond
 	longestTrip  = 10 * time.Second
 )
 
-// RoundTrips measures the latency of 64-byte datagrams between the ends for the time d, with each end on CPUs of its own.
-// The processes of what carries them, one of From's side and one of To's, share those CPUs. [StartAwake] belongs around it.
+// RoundTrips measures the latency of 64-byte datagrams between the ends for the time d, with each end on its own CPUs.
+// pids are the tunnel's processes, first From's, then To's; each shares the CPUs of its side. Call it within [StartAwake].
 func RoundTrips(ctx context.Context, e *Ends, pids []int, d time.Duration) (Latency, error) {
 	defer manyProcessors()()
 	return placedLatency(ctx, e, pids, 64, d/3, d, true)
 }
 
-// manyProcessors lets threads in system calls not wait for each other's processor of Go's scheduler, until the result is
-// called.
+// manyProcessors raises GOMAXPROCS until undo is called, so that threads that return from system calls need not wait for a
+// processor of Go's scheduler.
 func manyProcessors() (undo func()) {
 	was := runtime.GOMAXPROCS(max(16, 4*runtime.NumCPU()))
 	return func() { runtime.GOMAXPROCS(was) }
 }
 
-// placedLatency is measureLatency while this program and the tunnel's processes go before others and, if pinned, each side
-// has CPUs of its own.
+// placedLatency calls measureLatency while this program and the tunnel's processes have priority over others and, if
+// pinned, each side has its own CPUs.
 func placedLatency(ctx context.Context, e *Ends, pids []int, payload int, warm, d time.Duration, pinned bool) (l Latency, err error) {
 	all, err := allCPUs()
 	if err != nil {
@@ -75,8 +75,8 @@ func placedLatency(ctx context.Context, e *Ends, pids []int, payload int, warm, 
 	return measureLatency(ctx, e, payload, warm, d, cpus)
 }
 
-// measureLatency sends datagrams to and fro for warm, and counts those of the time d after that. Both ends are blocking
-// sockets on threads of their own, each on its side's CPUs.
+// measureLatency runs a ping-pong for warm, and then counts the round trips of the time d. Both ends are blocking sockets
+// on their own threads, each on its side's CPUs.
 func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Duration, cpus Sides) (Latency, error) {
 	from, to, err := e.udpPair()
 	if err != nil {
@@ -101,7 +101,7 @@ func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Dura
 		err  error
 	}
 	done := make(chan outcome, 1)
-	go func() { // on a thread of its own, which ends with it
+	go func() { // on its own thread, which ends with the goroutine
 		runtime.LockOSThread()
 		var o outcome
 		o.h = hdrhistogram.New(int64(shortestTrip), int64(longestTrip), 3)
@@ -125,13 +125,13 @@ func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Dura
 	}, nil
 }
 
-// echo sends back what comes, until stop.
+// echo returns every datagram to its sender, until stop.
 func echo(fd int, stop *atomic.Bool) {
 	buf := make([]byte, 1<<16)
 	for !stop.Load() {
 		n, err := unix.Read(fd, buf)
 		if err == nil {
-			_, err = unix.Write(fd, buf[:n]) // a lost answer is the other end's to count
+			_, err = unix.Write(fd, buf[:n]) // the other end counts lost answers
 		}
 		if err != nil && !passing(err) {
 			return
@@ -170,7 +170,7 @@ func pingPong(ctx context.Context, fd, payload int, warm, d time.Duration, h *hd
 	}
 }
 
-// awaitAnswer reads until the answer of that number comes, or none does; late answers to earlier datagrams are skipped.
+// awaitAnswer reads until the answer with that number arrives or the read times out. It skips late answers to earlier datagrams.
 func awaitAnswer(fd int, in []byte, seq uint64) (bool, error) {
 	for {
 		n, err := unix.Read(fd, in)

@@ -28,7 +28,7 @@ var metrics = []Metric{
 	{"rss_mb", "memory", "MB", false},
 }
 
-// values are the metrics of a round, as far as they were measured.
+// values returns the metrics of a round that were measured.
 func (d *Detail) values() Round {
 	r := Round{}
 	for _, t := range d.TCP {
@@ -62,7 +62,7 @@ func (d *Detail) values() Round {
 	return r
 }
 
-// Ratio is a metric of a mode divided by that of a reference in the same round, over the rounds.
+// Ratio is a metric of a mode divided by the same metric of a reference mode. It is taken within each round.
 type Ratio struct {
 	Mode   string `json:"mode"`
 	To     string `json:"to"`
@@ -70,15 +70,15 @@ type Ratio struct {
 	Spread
 }
 
-// references are what the others are compared with.
+// references are the modes that the others are compared with.
 var references = []string{KernelVXLAN, WireGuardGo}
 
-// Floor is what Tulle must reach at least (docs/performance.md).
+// Floor is a target for Tulle (docs/performance.md).
 type Floor struct {
 	Mode     string  `json:"mode"`
 	Metric   string  `json:"metric"`
 	To       string  `json:"to"`
-	Bound    float64 `json:"bound"` // of the median ratio: the least if AtLeast, else the most
+	Bound    float64 `json:"bound"` // of the median ratio: a lower bound if AtLeast, else an upper bound
 	AtLeast  bool    `json:"at_least"`
 	Measured bool    `json:"measured"`
 	Ratio    Spread  `json:"ratio"`
@@ -149,11 +149,11 @@ func (r *AllResult) ratio(mode, to, metric string) (Spread, bool) {
 	return Spread{}, false
 }
 
-// Machine is what was measured on.
+// Machine describes the machine of a run.
 type Machine struct {
 	Kernel      string `json:"kernel"`
 	CPUs        int    `json:"cpus"`
-	CPU         string `json:"cpu"` // its name
+	CPU         string `json:"cpu"` // model name
 	Arch        string `json:"arch"`
 	Go          string `json:"go"`
 	WireGuardGo string `json:"wireguard_go"` // version of the module
@@ -177,7 +177,7 @@ func thisMachine() Machine {
 	return m
 }
 
-// cpuName finds the processor's name in /proc/cpuinfo; not every architecture gives one.
+// cpuName returns the CPU's name in /proc/cpuinfo, which some architectures do not have.
 func cpuName(cpuinfo string) string {
 	for line := range strings.Lines(cpuinfo) {
 		if key, value, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(key) == "model name" {

@@ -16,7 +16,7 @@ import (
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
-// The modes of [All], in the order in which each round takes them.
+// The modes of [All], in the order of each round.
 const (
 	NoTunnel        = "no-tunnel"
 	KernelVXLAN     = "kernel-vxlan"
@@ -27,10 +27,10 @@ const (
 	TulleIPIP       = "tulle-ipip"
 )
 
-// A mode is a way from pod to pod. Each has a lab of its own, so that nothing is set up between the measures of a round.
+// A mode is one way to connect two pods. Each has its own lab, so that nothing is set up between the measures of a round.
 type mode struct {
 	name, what string
-	paths      string // of the agents; "" for a lab without agents
+	paths      string // --paths of the agents; "" for a lab without agents
 	setup      func(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error)
 }
 
@@ -55,10 +55,10 @@ func Modes() []string {
 	return names
 }
 
-// tunnel is what carries packets between the pods of a lab.
+// tunnel carries packets between the pods of a lab.
 type tunnel struct {
 	mtu  int   // of the pods
-	pids []int // of its processes, none if it is the kernel's
+	pids []int // its processes; none for a kernel tunnel
 	undo []func() error
 }
 
@@ -71,7 +71,7 @@ func (t *tunnel) close() error {
 	return err
 }
 
-// lackError says what this machine has not got for a mode.
+// lackError means that this machine does not support a mode, and says why.
 type lackError string
 
 func (e lackError) Error() string { return string(e) }
@@ -120,7 +120,7 @@ func setupKernelWireGuard(_ context.Context, l *lab.Lab, _ *AllOptions) (*tunnel
 	return nil, lackError("this kernel has WireGuard, but this benchmark cannot configure it")
 }
 
-// lack replaces the kernel's word for "no such kind of device".
+// lack replaces the kernel's error for an unknown kind of device by a lackError.
 func lack(err error, reason string) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return lackError(reason)
@@ -128,7 +128,7 @@ func lack(err error, reason string) error {
 	return err
 }
 
-// setupTulle finds the agents that the lab has started, and checks that they take the path that the mode is about.
+// setupTulle finds the agents that the lab has started, and checks that they use the encapsulation of the mode.
 func setupTulle(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
 	t := &tunnel{mtu: l.Pods()[0].MTU}
 	want := l.Options().Paths
@@ -179,7 +179,7 @@ func ipNet(p netip.Prefix) *net.IPNet {
 	return &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())}
 }
 
-// stand is a mode that is set up.
+// stand is a mode that is set up and ready to measure.
 type stand struct {
 	mode
 	lab    *lab.Lab
@@ -187,7 +187,7 @@ type stand struct {
 	ends   Ends
 }
 
-// build makes a mode's lab and tunnel, and checks that the pods reach each other. It leaves nothing behind if it fails.
+// build creates a mode's lab and tunnel, and checks that the pods reach each other. If it fails it removes everything.
 func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, error) {
 	l, err := lab.Up(ctx, lab.Options{
 		Name: name, Nodes: 2, Subnets: 2, Pods: 1, MTU: o.MTU, Underlay: lab.IPv4Only, Overlay: lab.IPv4Only,
@@ -206,7 +206,7 @@ func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, er
 	return s, nil
 }
 
-// reach fills in the ends, and pings to and fro.
+// reach fills in the ends, and pings in both directions.
 func (s *stand) reach(ctx context.Context) error {
 	pods := s.lab.Pods()
 	a, b := pods[0], pods[1]
@@ -216,7 +216,7 @@ func (s *stand) reach(ctx context.Context) error {
 		there, back := s.lab.Ping(ctx, a.Name, b.Name, s.ends.ToAddr), s.lab.Ping(ctx, b.Name, a.Name, s.ends.FromAddr)
 		if last = errors.Join(there.Err, back.Err, ctx.Err()); last == nil {
 			if there.Source != s.ends.FromAddr {
-				return fmt.Errorf("%s sees pings of %s from %v, not %v: there is NAT in between", b.Name, a.Name, there.Source, s.ends.FromAddr)
+				return fmt.Errorf("%s sees pings of %s from %v, not %v: something translates addresses (NAT)", b.Name, a.Name, there.Source, s.ends.FromAddr)
 			}
 			return nil
 		}
@@ -232,7 +232,7 @@ func (s *stand) down(ctx context.Context) error {
 	return errors.Join(err, s.lab.Down(context.WithoutCancel(ctx)))
 }
 
-// needs reports why no mode can run here.
+// needs returns an error if no mode can run on this machine.
 func needs() error {
 	if os.Geteuid() != 0 {
 		return errors.New("this benchmark needs root: it makes network namespaces; run it with sudo")

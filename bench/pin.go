@@ -14,18 +14,18 @@ import (
 // Sides are the CPUs on which each end runs.
 type Sides struct{ From, To unix.CPUSet }
 
-// allCPUs lets both ends run on all CPUs that this program may use: the scheduler then mostly brings sender and receiver
-// together on one, where waking each other is cheapest.
+// allCPUs lets both ends run on all CPUs that this program may use. The scheduler then usually places sender and receiver on
+// one CPU, where they wake each other at the lowest cost.
 func allCPUs() (Sides, error) {
 	var all unix.CPUSet
 	if err := unix.SchedGetaffinity(0, &all); err != nil {
-		return Sides{}, fmt.Errorf("which CPUs there are: %w", err)
+		return Sides{}, fmt.Errorf("find the CPUs: %w", err)
 	}
 	return Sides{all, all}, nil
 }
 
-// split shares the CPUs among the ends, as if each host had its own: a packet then always wakes somebody on another CPU.
-// A single CPU is both's.
+// split divides the CPUs between the ends, as if each host had its own: a packet then always wakes a process on another
+// CPU. Both ends share a single CPU.
 func (s Sides) split() Sides {
 	all := s.From
 	n, seen := all.Count(), 0
@@ -47,16 +47,16 @@ func (s Sides) split() Sides {
 	return out
 }
 
-// The nice values at which latency is measured, and everything else. At the former the ends and the tunnel's processes get
-// their CPU before what else runs on the machine, so that its load is not taken for the tunnel's slowness. It makes no
-// difference on an idle machine. Throughput is measured at 0: there, processes compete with the kernel's own threads.
+// The nice values for latency and for everything else. For latency the ends and the tunnel's processes have priority over
+// other processes, so that load on the machine does not look like latency of the tunnel. On an idle machine this makes no
+// difference. Throughput is measured at 0, because there processes compete with the kernel's threads.
 const (
 	niceFirst  = -20
 	niceNormal = 0
 )
 
-// place confines all threads of a process, and those that they start later, to CPUs, and sets their nice value and that of
-// their autogroup.
+// place pins all threads of a process, and the threads that they start later, to CPUs. It sets the nice value of the threads
+// and of their autogroup.
 func place(pid int, on *unix.CPUSet, nice int) error {
 	tasks, err := filepath.Glob(fmt.Sprintf("/proc/%d/task/[0-9]*", pid))
 	if err != nil || len(tasks) == 0 {
@@ -74,7 +74,7 @@ func place(pid int, on *unix.CPUSet, nice int) error {
 	return setAutogroup(pid, nice)
 }
 
-// setAutogroup sets the nice value of a process's autogroup, which all processes of its session share, if it has one.
+// setAutogroup sets the nice value of a process's autogroup, if it has one. All processes of a session share it.
 func setAutogroup(pid, nice int) error {
 	if _, in, err := autogroup(pid); err != nil || !in {
 		return err
@@ -82,9 +82,9 @@ func setAutogroup(pid, nice int) error {
 	return os.WriteFile(autogroupPath(pid), []byte(strconv.Itoa(nice)), 0)
 }
 
-// autogroup is the nice value of a process's autogroup. A process is in none where the kernel has no autogroups, and where
-// neither it nor an ancestor began a session since the system's start (sched(7); kernel/sched/autogroup.c, which then prints
-// nothing, and refuses a value).
+// autogroup returns the nice value of a process's autogroup. A process has none if the kernel has no autogroups, or if
+// neither it nor an ancestor has started a session since boot (sched(7)). kernel/sched/autogroup.c then prints nothing
+// and refuses a value.
 func autogroup(pid int) (nice int, in bool, err error) {
 	b, err := os.ReadFile(autogroupPath(pid))
 	if errors.Is(err, os.ErrNotExist) || err == nil && len(b) == 0 {
@@ -113,7 +113,7 @@ func placeThread(tid int, on *unix.CPUSet, nice int) error {
 	return nil
 }
 
-// placeTunnel places the tunnel's processes, the first on its side's CPUs and the second on the other's.
+// placeTunnel places the tunnel's processes: the first on the CPUs of From's side, the second on those of To's side.
 func placeTunnel(pids []int, cpus Sides, nice int) error {
 	for i, pid := range pids {
 		on := &cpus.From

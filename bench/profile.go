@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// profile records where the whole machine spends its time while each mode carries one TCP stream, and then small
-// datagrams as fast as they go: kernel and processes alike. It needs perf(1).
+// profile records a CPU profile of the whole machine, kernel and processes, for each mode: first with one TCP stream, then
+// with small datagrams at full speed. It needs perf(1).
 func (run *allRun) profile(ctx context.Context) error {
 	perf, err := exec.LookPath("perf")
 	if err != nil {
@@ -41,8 +41,8 @@ func (run *allRun) profile(ctx context.Context) error {
 	return nil
 }
 
-// record writes file.perf, perf's own data, and file.txt, its report by process and symbol, of the time d in the middle
-// of traffic.
+// record profiles the time d while traffic runs. It writes file.perf (perf's data) and file.txt (its report by process and
+// symbol).
 func record(ctx context.Context, perf, file string, d time.Duration, traffic func() error) error {
 	moved := make(chan error, 1)
 	go func() { moved <- traffic() }()

@@ -7,13 +7,13 @@ import (
 
 // Limits of the search for the highest rate without loss.
 const (
-	lossAllowed  = 0.001 // of the datagrams of a trial
-	precision    = 1.03  // between the rate that holds and the lowest known that does not
-	maxTrials    = 12    // of the search, repetitions counted; those that confirm its result come on top
+	lossAllowed  = 0.001 // maximum share of lost datagrams in a trial that holds
+	precision    = 1.03  // end of the search: ratio of the lowest rate that failed to the highest that held
+	maxTrials    = 12    // of the search, with repetitions, without the confirming trials
 	lossHopeless = 0.02  // a trial that loses more is not repeated
-	floorRate    = 100.0 // datagrams a second, below which the search gives up
-	confirmSteps = 5     // of which each after the first goes down from a rate that was not confirmed
-	confirmDown  = 0.05  // the share that the first such step takes off; each takes twice as much as the one before
+	floorRate    = 100.0 // datagrams per second; the search gives up below it
+	confirmSteps = 5     // attempts to confirm; each after the first lowers the rate
+	confirmDown  = 0.05  // share by which the first such step lowers the rate; each step doubles it
 )
 
 // RateSearch is the outcome of a search. Best.Received is 0 if no rate held.
@@ -25,9 +25,9 @@ type RateSearch struct {
 
 func (t *Trial) holds() bool { return t.Received > 0 && t.Loss() <= lossAllowed }
 
-// searchRate looks for the highest rate at which a trial loses at most lossAllowed, and then confirms it: of three
-// trials at that rate, or a little below it, two must hold, and the middle one of those that do is the result. So no
-// tunnel gets more chances of a lucky trial than another.
+// searchRate finds the highest rate at which a trial loses at most lossAllowed, and then confirms it: of three trials at that
+// rate, or slightly below it, two must hold; the result is the median of those that held. So every tunnel has the same
+// chance of a lucky trial.
 func searchRate(payload int, trial func(rate float64) (Trial, error)) (RateSearch, error) {
 	s := RateSearch{Payload: payload}
 	run := func(rate float64) (Trial, error) {
@@ -67,10 +67,10 @@ func searchRate(payload int, trial func(rate float64) (Trial, error)) (RateSearc
 	return s, nil
 }
 
-// highest is the highest offered rate that held, 0 if that is as fast as the sender can, or negative if none did. The
-// first trial is unpaced: if it holds, the sender is the limit. Otherwise the rate is searched for by halving, in
-// proportions, beginning near what arrived. A trial that loses a little is repeated once, because on a shared machine it
-// may have been somebody else who took the core.
+// highest returns the highest offered rate that held; 0 if the unpaced sender held, negative if no rate held. The first
+// trial is unpaced: if it holds, the sender is the limit. Otherwise a bisection on a logarithmic scale starts near the rate that
+// arrived. A trial with a small loss is repeated once, because on a shared machine another process may have used
+// the CPU.
 func (s *RateSearch) highest(trial func(rate float64) (Trial, error)) (float64, error) {
 	holds := func(rate float64) (bool, error) {
 		for range 2 {
@@ -103,7 +103,7 @@ func (s *RateSearch) highest(trial func(rate float64) (Trial, error)) (float64, 
 		switch {
 		case low < 0:
 			rate = high * 0.7
-		case low >= high: // what holds now did not before: it is noise that separates them
+		case low >= high: // this rate failed before and holds now: the difference is noise
 			return low, nil
 		default:
 			rate = math.Sqrt(low * high)

@@ -2,7 +2,7 @@ package bench
 
 import "slices"
 
-// Spread sums up a few values, one a round.
+// Spread summarises the values of the rounds.
 type Spread struct {
 	N      int     `json:"n"`
 	Median float64 `json:"median"`
@@ -10,7 +10,7 @@ type Spread struct {
 	Max    float64 `json:"max"`
 }
 
-// spreadOf sums up values; the median of an even number is the mean of the middle two.
+// spreadOf summarises values. The median of an even number of values is the mean of the middle two.
 func spreadOf(values []float64) Spread {
 	n := len(values)
 	if n == 0 {
@@ -20,7 +20,7 @@ func spreadOf(values []float64) Spread {
 	return Spread{N: n, Median: (s[(n-1)/2] + s[n/2]) / 2, Min: s[0], Max: s[n-1]}
 }
 
-// Metric is something that each round yields one value of.
+// Metric is a quantity with one value per round.
 type Metric struct {
 	Key    string `json:"key"`
 	Title  string `json:"title"`
@@ -28,10 +28,10 @@ type Metric struct {
 	Higher bool   `json:"higher_is_better"`
 }
 
-// Round is the values of one round by Metric.Key; what could not be measured is missing.
+// Round has the values of one round by Metric.Key. Values that could not be measured are missing.
 type Round map[string]float64
 
-// column is the values of one metric, in the order of rounds.
+// column returns the values of one metric, in the order of the rounds.
 func column(rounds []Round, key string) []float64 {
 	var out []float64
 	for _, r := range rounds {
@@ -42,8 +42,8 @@ func column(rounds []Round, key string) []float64 {
 	return out
 }
 
-// ratios are those of a metric in the same round, as far as both have it: what disturbed the machine in a round
-// disturbed both.
+// ratios returns the ratio of a metric within each round that has both values. A disturbance of the machine in a round
+// affects both.
 func ratios(of, to []Round, key string) []float64 {
 	var out []float64
 	for i := range min(len(of), len(to)) {

@@ -12,27 +12,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TCP is what streams from one end to the other carried, as their receivers counted it.
+// TCP is the result for TCP streams from one end to the other, counted by the receivers.
 type TCP struct {
 	Streams     int     `json:"streams"`
 	Bytes       int64   `json:"bytes"` // in the counted time
 	Seconds     float64 `json:"seconds"`
-	Gbps        float64 `json:"gbps"`        // 10^9 bits of payload a second
-	Retransmits uint32  `json:"retransmits"` // segments, over the streams' whole life
+	Gbps        float64 `json:"gbps"`        // 10^9 bits of payload per second
+	Retransmits uint32  `json:"retransmits"` // segments, over the whole lifetime of the streams
 	CPU         CPUUse  `json:"cpu"`         // of the whole machine in the counted time
 }
 
-// tcpBuffer is how much one call reads or writes, in bytes.
+// tcpBuffer is the size of one read or write, in bytes.
 const tcpBuffer = 256 << 10
 
-// counter is a count in a cache line of its own.
+// counter is a counter in its own cache line.
 type counter struct {
 	atomic.Int64
 	_ [56]byte
 }
 
-// measureTCP lets streams run for warm, and counts what arrives in the time d after that. Each end of each stream is a
-// blocking socket on a thread of its own. Of the processes pids, the CPU time is counted apart.
+// measureTCP runs streams for warm, and then counts the bytes that arrive in the time d. Each end of each stream is a
+// blocking socket on its own thread. The CPU time of the processes pids is counted separately.
 func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration, pids []int) (TCP, error) {
 	var ends sync.WaitGroup
 	var stop atomic.Bool
@@ -97,7 +97,7 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 	return r, err
 }
 
-// tcpPair makes a connection from one end to the other.
+// tcpPair opens a connection from one end to the other.
 func (e *Ends) tcpPair() (from, to int, err error) {
 	ln, err := e.socket(e.To, e.ToAddr, unix.SOCK_STREAM)
 	if err != nil {
@@ -114,7 +114,7 @@ func (e *Ends) tcpPair() (from, to int, err error) {
 	if from, err = e.socket(e.From, e.FromAddr, unix.SOCK_STREAM); err != nil {
 		return -1, -1, err
 	}
-	patience := unix.NsecToTimeval(int64(5 * time.Second)) // bounds connect and write
+	patience := unix.NsecToTimeval(int64(5 * time.Second)) // timeout of connect and write
 	if err = unix.SetsockoptTimeval(from, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &patience); err == nil {
 		if err = unix.Connect(from, at); err == nil {
 			if to, err = acceptRetry(ln); err == nil {
@@ -152,11 +152,11 @@ func tcpSource(fd int, stop *atomic.Bool) error {
 			return err
 		}
 	}
-	// What is still in the socket's buffer need not be delivered: reset, so that it is not in the way of the next measure.
+	// Data in the socket's buffer need not be delivered. A reset discards it, so that it cannot disturb the next measure.
 	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
 }
 
-// tcpSink reads until the stream ends, or stop has been said and nothing comes any more.
+// tcpSink reads until the stream ends, or until stop is set and no more data arrives.
 func tcpSink(fd int, got *atomic.Int64, stop *atomic.Bool) error {
 	runtime.LockOSThread()
 	buf := make([]byte, tcpBuffer)

@@ -15,12 +15,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Trial is one run of UDP datagrams at a steady rate.
+// Trial is one run with UDP datagrams at a constant rate.
 type Trial struct {
-	Offered   float64 `json:"offered_pps"` // datagrams a second that were asked for; 0: as many as went
+	Offered   float64 `json:"offered_pps"` // requested datagrams per second; 0: unpaced
 	Sent      uint64  `json:"sent"`
 	Received  uint64  `json:"received"`
-	Reordered uint64  `json:"reordered"`  // received after one that was sent later
+	Reordered uint64  `json:"reordered"`  // received after a datagram that was sent later
 	Seconds   float64 `json:"seconds"`    // of sending
 	Arriving  float64 `json:"arriving_s"` // from the first to the last that was received
 }
@@ -33,25 +33,25 @@ func (t *Trial) Loss() float64 {
 	return 1 - float64(min(t.Received, t.Sent))/float64(t.Sent)
 }
 
-// SentRate and Rate are datagrams a second, sent and received. What a queue still holds when the sender stops takes its
-// time to arrive: a tunnel is not faster for having long queues.
+// SentRate and Rate are datagrams per second, sent and received. Rate includes the time in which queued datagrams arrive after the
+// sender has stopped, so that long queues do not make a tunnel look faster.
 func (t *Trial) SentRate() float64 { return float64(t.Sent) / t.Seconds }
 func (t *Trial) Rate() float64     { return float64(t.Received) / max(t.Seconds, t.Arriving) }
 
 const (
 	batch = 64 // datagrams of one sendmmsg or recvmmsg
-	// pace is how long the sender sleeps when it has sent what was due: it must leave its core to the tunnel, so it cannot
-	// spin on the clock.
+	// pace is the sender's sleep after it has sent all due datagrams. It must leave its CPU to the tunnel, so it cannot spin on
+	// the clock.
 	pace = 100 * time.Microsecond
-	// debt is how late datagrams may be and still be sent, so that a sender which had to wait for a core does not burst
-	// into queues that the rate itself would never fill. Later ones are not sent, nor counted.
+	// debt is the maximum delay of a datagram. A sender that had to wait for a CPU must not send a burst that fills queues
+	// which the constant rate would never fill. Datagrams that are later are neither sent nor counted.
 	debt = time.Millisecond
-	// silence is how long nothing must arrive before what is missing is held for lost.
+	// silence is the time without arrivals after which missing datagrams count as lost.
 	silence = 60 * time.Millisecond
 )
 
-// udpTrial sends datagrams of a payload of that many bytes at a rate for d and counts what arrives. Sender and receiver
-// are threads of their own.
+// udpTrial sends datagrams of payload bytes at a rate for d, and counts those that arrive. Sender and receiver run on their
+// own threads.
 func udpTrial(ctx context.Context, e *Ends, payload int, rate float64, d time.Duration) (Trial, error) {
 	from, to, err := e.udpPair()
 	if err != nil {
@@ -96,10 +96,10 @@ func packetConn(fd int) (*ipv4.PacketConn, error) {
 	if err != nil {
 		return nil, err
 	}
-	return ipv4.NewPacketConn(c), nil // its batches are plain sendmmsg and recvmmsg, whatever the family
+	return ipv4.NewPacketConn(c), nil // its batches are plain sendmmsg and recvmmsg for both families
 }
 
-// messages are a batch of datagrams of size bytes.
+// messages returns a batch of datagrams of size bytes.
 func messages(size int) []ipv4.Message {
 	ms := make([]ipv4.Message, batch)
 	for i := range ms {
@@ -145,7 +145,7 @@ func udpSource(ctx context.Context, c *ipv4.PacketConn, payload int, d time.Dura
 	}
 }
 
-// bare is the errno in an error of package net.
+// bare returns the errno in an error of package net.
 func bare(err error) error {
 	if errno, ok := errors.AsType[unix.Errno](err); ok {
 		return errno
@@ -153,7 +153,7 @@ func bare(err error) error {
 	return err
 }
 
-// udpSink counts until c is closed, and fills in what it alone knows.
+// udpSink counts arrivals until c is closed, and fills in the receiver's part of t.
 func udpSink(c *ipv4.PacketConn, received *atomic.Uint64, t *Trial) error {
 	ms := messages(2048)
 	next := uint64(0)

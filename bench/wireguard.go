@@ -23,16 +23,16 @@ import (
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
-// wireguard-go, built in from its own module: its device, its TUN and its sockets as its authors ship them, configured
-// by its own text protocol (wireguard.com/xplatform). Only the process around it is ours.
+// The wireguard-go mode uses the module's own device, TUN and sockets, unchanged and configured by its own text protocol
+// (wireguard.com/xplatform). Only the process around it is ours.
 
 const (
 	wireguardPort = 51820
-	// wireguardOverhead is IPv4, UDP, WireGuard's header and its authentication tag, in bytes.
+	// wireguardOverhead is the size of the IPv4, UDP and WireGuard headers and the authentication tag, in bytes.
 	wireguardOverhead = 20 + 8 + 16 + 16
 )
 
-// wireguardConfig is what one wireguard-go process is told on its standard input, in one line.
+// wireguardConfig is the configuration of one wireguard-go process, one line of JSON on its standard input.
 type wireguardConfig struct {
 	Device string         `json:"device"`
 	MTU    int            `json:"mtu"`
@@ -42,7 +42,7 @@ type wireguardConfig struct {
 
 // wireguardGo runs a device in the network namespace of this process until in ends.
 func wireguardGo(in io.Reader, out io.Writer) error {
-	if _, err := unix.Setsid(); err != nil { // as the agents do, so that the kernel schedules both alike
+	if _, err := unix.Setsid(); err != nil { // as the agents do, so that the kernel schedules both the same way
 		return fmt.Errorf("session: %w", err)
 	}
 	input := bufio.NewReader(in)

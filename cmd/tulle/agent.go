@@ -17,14 +17,14 @@ import (
 	"github.com/tulle-net/tulle/internal/config"
 )
 
-// runAgent is what `tulle agent` runs: it returns when ctx has ended and everything that it started has too.
+// runAgent runs the agent. It returns when ctx has ended and everything that it started has ended.
 var runAgent = agent.Run
 
 func agentCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "agent",
 		Short: "Run the agent of this host",
-		Long: "Run the agent of this host. Each flag is also a key of " + config.DefaultFile + ", written with \"_\"; flags win.\n" +
+		Long: "Run the agent of this host. Each flag is also a key of " + config.DefaultFile + ", written with \"_\"; a flag overrides the file.\n" +
 			"docs/configuration.md describes them. SIGTERM and SIGINT stop it; routes, pods and their addresses stay.\n" +
 			"SIGHUP reads the configuration again, like `tulle reload`.",
 		Example: "  tulle agent --bootstrap                    # on one host\n" +
@@ -64,7 +64,7 @@ func serve(parent context.Context, cfg config.Config, log *slog.Logger) error {
 	return err
 }
 
-// reloadOnHangup turns each SIGHUP into what `tulle reload` does.
+// reloadOnHangup does for each SIGHUP what `tulle reload` does.
 func reloadOnHangup(ctx context.Context, hups <-chan os.Signal, socket string, log *slog.Logger) {
 	for {
 		select {
@@ -89,7 +89,7 @@ func reloadOnHangup(ctx context.Context, hups <-chan os.Signal, socket string, l
 	}
 }
 
-// newLogger writes to out, at a level that may change while the agent runs. The journal keeps its own time.
+// newLogger returns a logger that writes to out. Its level may change while the agent runs. It omits the time in the journal, which has its own.
 func newLogger(out io.Writer, cfg config.Config) *slog.Logger {
 	o := &slog.HandlerOptions{Level: cfg.LevelVar()}
 	if os.Getenv("JOURNAL_STREAM") != "" {

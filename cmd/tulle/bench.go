@@ -19,9 +19,9 @@ func benchGossip() *cobra.Command {
 	output := "table"
 	cmd := &cobra.Command{
 		Use:   "gossip",
-		Short: "How fast a new table entry is known to all, and what gossip costs at rest",
-		Long: "Runs many gossip members in this one process, over loopback, and prints how long a new table entry takes until all\n" +
-			"know it (median, largest), bytes per node and second at rest, memory per node, and the cost of a lookup.",
+		Short: "Measure how fast a new table entry reaches all members, and what idle gossip costs",
+		Long: "Runs many gossip members in this process, over loopback, and prints how long a new table entry takes until all members\n" +
+			"know it (median, largest), idle traffic per node and second, memory per node, and the cost of a lookup.",
 		Example: "  tulle bench gossip --nodes 100\n  tulle bench gossip --nodes 1000 --prefixes 10000 -o json",
 		Args:    exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -52,10 +52,10 @@ func benchGossip() *cobra.Command {
 	f := cmd.Flags()
 	f.SortFlags = false
 	f.IntVar(&o.Nodes, "nodes", 100, "members in this process")
-	f.IntVar(&o.Prefixes, "prefixes", 0, "entries in the table (default: one a node)")
-	f.IntVar(&o.Rounds, "rounds", 20, "new entries whose spreading is timed")
+	f.IntVar(&o.Prefixes, "prefixes", 0, "entries in the table (default: one per node)")
+	f.IntVar(&o.Rounds, "rounds", 20, "number of new entries to time")
 	f.IntVar(&o.Port, "port", 17947, "port of the members, on addresses from 127.128.0.0 up")
-	f.DurationVar(&o.Rest, "rest", 0*time.Second, "how long traffic at rest is counted (default: one period of push/pull)")
+	f.DurationVar(&o.Rest, "rest", 0*time.Second, "how long idle traffic is counted (default: one push/pull period)")
 	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table or json")
 	return cmd
 }

@@ -11,17 +11,17 @@ import (
 	"github.com/tulle-net/tulle/bench"
 )
 
-const benchAllLong = `Measures ways from pod to pod beside each other: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle by udp and by ipip, each
-in a lab of its own (two hosts in two subnets, a router between them, one pod each), round by round, and prints medians,
-spread, and ratios to the kernel's VXLAN and to wireguard-go. A mode that this kernel lacks is named. It needs root and
-nothing but the kernel.`
+const benchAllLong = `Compares the ways to connect two pods: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle with udp and with ipip. Each mode
+has its own lab (two hosts in two subnets, a router, one pod per host). Modes are measured in interleaved rounds. The output
+has medians, extremes, and ratios to the kernel's VXLAN and to wireguard-go. A mode that this kernel does not support is
+listed with the reason. Needs root, and no other programs.`
 
 func benchAll() *cobra.Command {
 	o := bench.AllOptions{}
 	output := "table"
 	cmd := &cobra.Command{
 		Use:   "all",
-		Short: "Tulle beside no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
+		Short: "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
 		Long:  benchAllLong,
 		Example: "  tulle bench all\n" +
 			"  tulle bench all --rounds 9 -o json > result.json\n" +
@@ -66,19 +66,19 @@ func benchAll() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.IntVar(&o.Rounds, "rounds", 5, "how often each measure is taken of each mode")
-	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "how long each measure counts; a warm-up of a third of it comes before")
+	f.IntVar(&o.Rounds, "rounds", 5, "number of rounds: how often each measure is taken for each mode")
+	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "counted time of each measure, after a warm-up of a third of it")
 	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all): "+strings.Join(bench.Modes(), ", "))
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay, in `BYTES`")
 	f.StringVar(&o.Profile, "profile", "", "after the rounds, record a CPU profile of each mode into `DIR` with perf")
-	f.StringVar(&o.Name, "name", "bench", "`NAME` that the labs' names begin with")
-	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long agents may take to be ready (default 1m0s)")
+	f.StringVar(&o.Name, "name", "bench", "`NAME`: the prefix of the labs' names")
+	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long to wait until agents are ready (default 1m0s)")
 	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table or json")
 	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(bench.Modes(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 
-// benchHelper is what `tulle bench all` starts itself as.
+// benchHelper is the hidden command that `tulle bench all` runs as a child process.
 func benchHelper() *cobra.Command {
 	return &cobra.Command{
 		Use:    "helper NAME",

@@ -12,12 +12,12 @@ func cleanupCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove what a stopped agent left in this host's network",
-		Long: "Remove what a stopped agent left in this host's network, where it stays on purpose so that pods keep talking: the TUN\n" +
-			"device, its addresses and routes, and the nft tables. Sysctls that the agent changed become what they were. Pods and\n" +
-			"their interfaces are left alone. Refused while the agent runs.\n\n" +
-			"The state directory stays: this node keeps its address space, and takes it up again if the agent is started.\n" +
+		Long: "Remove what a stopped agent left in this host's network. It stays there on purpose, so that pods keep their network: the TUN\n" +
+			"device, its addresses and routes, and the nft tables. Sysctls that the agent changed get their old values. Pods and\n" +
+			"their interfaces stay. Refused while the agent runs.\n\n" +
+			"The state directory stays: this node keeps its address space, and uses it again when the agent is started.\n" +
 			"To give it back, run `tulle leave` before you stop the agent.",
-		Example: "  tulle leave && systemctl disable --now tulle && tulle cleanup    # this host is done with tulle",
+		Example: "  tulle leave && systemctl disable --now tulle && tulle cleanup    # remove Tulle from this host",
 		Args:    exactly(),
 	}
 	all := pflag.NewFlagSet("agent", pflag.ContinueOnError)

@@ -15,7 +15,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// client is what all commands have in common that talk to the agent.
+// client has the flags of all commands that talk to the agent.
 type client struct {
 	socket  string
 	output  string
@@ -32,8 +32,8 @@ func (c *client) flags(cmd *cobra.Command, timeout time.Duration) *cobra.Command
 	return cmd
 }
 
-// ask makes the RunE of a command that asks the agent one thing and prints the answer: as JSON, or by table. healthy decides
-// between exit codes 0 and 1; nil means that an answer is enough.
+// ask returns the RunE of a command that sends one request to the agent and prints the answer: as JSON, or by table. healthy
+// decides between exit codes 0 and 1; nil means that any answer is healthy.
 func ask[T any](c *client, call func(ctx context.Context, a *api.Client, args []string) (T, error),
 	table func(p *printer, v T), healthy func(v T) bool) func(*cobra.Command, []string) error {
 	return func(cmd *cobra.Command, args []string) error {
@@ -41,7 +41,7 @@ func ask[T any](c *client, call func(ctx context.Context, a *api.Client, args []
 			return usagef("--output %q: want table or json", c.output)
 		}
 		if c.timeout <= 0 {
-			return usagef("--timeout %v: want more than nothing, such as 10s", c.timeout)
+			return usagef("--timeout %v: want more than 0, such as 10s", c.timeout)
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), c.timeout)
 		defer cancel()
@@ -85,7 +85,7 @@ func width(out io.Writer) int {
 	return 0
 }
 
-// nodeNames completes the names of peers in one of the given states, or in any.
+// nodeNames completes the names of peers.
 func (c *client) nodeNames(cmd *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
 	if len(args) > 0 {
 		return nil, cobra.ShellCompDirectiveNoFileComp

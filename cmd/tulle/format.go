@@ -9,7 +9,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// none stands where there is nothing to show.
+// none is shown for a missing value.
 const none = "–"
 
 func orNone(s string) string {
@@ -72,10 +72,10 @@ func mtu(n int) string {
 	return strconv.Itoa(n)
 }
 
-// count shows large numbers by three digits and a unit of 1000.
+// count shows a large number with three digits and a decimal unit (k, M, …).
 func count(n uint64) string { return scaled(n, 1000, "", "k", "M", "G", "T", "P", "E") }
 
-// byteSize shows sizes in units of 1000, as networks count.
+// byteSize shows a size in decimal units.
 func byteSize(n uint64) string {
 	return scaled(n, 1000, " B", " kB", " MB", " GB", " TB", " PB", " EB")
 }
@@ -91,7 +91,7 @@ func scaled(n uint64, base float64, units ...string) string {
 	return strings.TrimSuffix(fmt.Sprintf("%.3g", f), ".0") + units[i]
 }
 
-// size is a count of addresses, which the API caps.
+// size shows a count of addresses, which the API caps.
 func size(n uint64) string {
 	if n >= api.MaxCount {
 		return "2^63 or more"

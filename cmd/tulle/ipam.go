@@ -16,9 +16,9 @@ func ipamCommand() *cobra.Command {
 	var all bool
 	release := &cobra.Command{
 		Use:   "release (ADDR... | --all)",
-		Short: "Give addresses back that no pod has any more",
-		Long: "Give addresses back that no pod has any more. Only what a check at this moment still finds leaked is released.\n" +
-			"The exit code is 1 if one was refused.",
+		Short: "Free leaked addresses",
+		Long: "Free addresses that no pod has any more. An address is only released if a new check still finds it leaked.\n" +
+			"The exit code is 1 if an address was refused.",
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.ReleaseResult, error) {
 			req := api.ReleaseRequest{All: all}
 			for _, s := range args {
@@ -29,24 +29,24 @@ func ipamCommand() *cobra.Command {
 				req.Addresses = append(req.Addresses, addr)
 			}
 			if all == (len(args) > 0) {
-				return api.ReleaseResult{}, usagef("name the addresses to release, or --all of those that `tulle ipam check` finds")
+				return api.ReleaseResult{}, usagef("give the addresses to release, or --all for all that `tulle ipam check` finds")
 			}
 			return a.IPAMRelease(ctx, req)
 		}, printRelease, func(r api.ReleaseResult) bool { return len(r.Refused) == 0 }),
 	}
-	release.Flags().BoolVar(&all, "all", false, "all that `tulle ipam check` finds leaked")
+	release.Flags().BoolVar(&all, "all", false, "release all addresses that `tulle ipam check` finds leaked")
 
 	cmd := &cobra.Command{
 		Use:   "ipam",
-		Short: "This node's address space, blocks and pod addresses",
+		Short: "Show this node's address space, blocks and pod addresses",
 		Args:  subcommandArgs,
 		RunE:  show,
 	}
 	cmd.AddCommand(
-		&cobra.Command{Use: "show", Short: "The node's space, its blocks and who has which address", Args: exactly(), RunE: show},
+		&cobra.Command{Use: "show", Short: "Show this node's space, its blocks, and which pod has which address", Args: exactly(), RunE: show},
 		&cobra.Command{
 			Use:   "check",
-			Short: "Compare allocations with what lives on the host",
+			Short: "Compare allocations with the pods on this host",
 			Long: "Compare allocations with the network namespaces and interfaces of the host.\n" +
 				"The exit code is 1 if an address is leaked, or in use without being allocated.",
 			Args: exactly(),

@@ -18,15 +18,15 @@ func keysCommand() *cobra.Command {
 	c := new(client)
 	ls := &cobra.Command{
 		Use:   "list",
-		Short: "The gossip keys, by ID, and how many members have each",
+		Short: "List the gossip keys by ID, with the number of members that have each",
 		Args:  exactly(),
 		RunE:  ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.KeyList, error) { return a.Keys(ctx) }, printKeys, nil),
 	}
 	install := &cobra.Command{
 		Use:   "install FILE",
-		Short: "Give every member a new key, without using it yet",
-		Long: "Give every member a new key, without using it yet. FILE holds the key in base64, as `tulle keys generate` writes it;\n" +
-			"\"-\" is standard input. A key never stands on the command line, where other users could see it.",
+		Short: "Install a new key on every member, without using it yet",
+		Long: "Install a new key on every member, without using it yet. FILE holds the key in base64, as `tulle keys generate` writes it;\n" +
+			"\"-\" is standard input. A key is never a command line argument, because other users can see those.",
 		Example: "  tulle keys generate | tulle keys install -",
 		Args:    exactly("a file, or -"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -41,7 +41,7 @@ func keysCommand() *cobra.Command {
 	}
 	use := &cobra.Command{
 		Use:   "use ID",
-		Short: "Encrypt with this key on every member; refused while one of them has it not",
+		Short: "Encrypt with this key on every member; refused while a member lacks it",
 		Args:  exactly("the ID of a key"), ValidArgsFunction: c.keyIDs,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.KeyResult, error) {
 			return a.KeyUse(ctx, api.KeyRequest{ID: args[0]})
@@ -49,7 +49,7 @@ func keysCommand() *cobra.Command {
 	}
 	remove := &cobra.Command{
 		Use:   "remove ID",
-		Short: "Take a key from every member; refused while one of them encrypts with it",
+		Short: "Remove a key from every member; refused while a member encrypts with it",
 		Args:  exactly("the ID of a key"), ValidArgsFunction: c.keyIDs,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.KeyResult, error) {
 			return a.KeyRemove(ctx, api.KeyRequest{ID: args[0]})
@@ -57,7 +57,7 @@ func keysCommand() *cobra.Command {
 	}
 	generate := &cobra.Command{
 		Use:     "generate",
-		Short:   "Print a new random key; it talks to no agent",
+		Short:   "Print a new random key; needs no agent",
 		Example: "  (umask 077; tulle keys generate > /etc/tulle/gossip.key)",
 		Args:    exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -67,8 +67,8 @@ func keysCommand() *cobra.Command {
 			return err
 		},
 	}
-	cmd := group("keys", "The keys that encrypt gossip", ls, install, use, remove, generate)
-	cmd.Long = "The keys that encrypt gossip. To rotate without losing a member:\n\n" +
+	cmd := group("keys", "Manage the keys that encrypt gossip", ls, install, use, remove, generate)
+	cmd.Long = "Manage the keys that encrypt gossip. To rotate without losing a member:\n\n" +
 		"  tulle keys generate | tulle keys install -    every member accepts the new key\n" +
 		"  tulle keys list                               until all members have it\n" +
 		"  tulle keys use NEW-ID                         every member encrypts with it\n" +
@@ -77,7 +77,7 @@ func keysCommand() *cobra.Command {
 	return c.flags(cmd, changeTimeout)
 }
 
-// maxKeyFile bounds what is read in search of a key, bytes.
+// maxKeyFile is the maximum size of a key file, in bytes.
 const maxKeyFile = 4096
 
 func readKey(in io.Reader, path string) ([]byte, error) {

@@ -40,7 +40,7 @@ func labCommand() *cobra.Command {
   tulle lab up --nodes 4
   tulle lab exec h1 -- tulle status
   tulle lab down`
-	cmd.PersistentFlags().StringVar(name, "name", lab.DefaultName, "`NAME` of the lab, the prefix of everything it makes")
+	cmd.PersistentFlags().StringVar(name, "name", lab.DefaultName, "`NAME` of the lab, the prefix of everything that it creates")
 	_ = cmd.RegisterFlagCompletionFunc("name", func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
 		names, _ := lab.List()
 		return names, cobra.ShellCompDirectiveNoFileComp
@@ -48,7 +48,7 @@ func labCommand() *cobra.Command {
 	return cmd
 }
 
-// labFlags are the flags that shape a lab.
+// labFlags are the flags that describe a lab.
 type labFlags struct {
 	nodes, subnets, pods, mtu int
 	underlay, overlay, paths  string
@@ -66,7 +66,7 @@ func (f *labFlags) add(cmd *cobra.Command) {
 	fl.StringVar(&f.underlay, "underlay", "4,6", "IP families between hosts: 4, 6 or both")
 	fl.StringVar(&f.overlay, "overlay", "4,6", "IP families of pods: 4, 6 or both")
 	fl.StringVar(&f.paths, "paths", "", "the agents' --paths: encapsulations in order of preference; one name pins it")
-	fl.StringArrayVar(&f.agentArgs, "agent-arg", nil, "a further argument for every agent, such as --agent-arg=--log-level=debug; repeatable")
+	fl.StringArrayVar(&f.agentArgs, "agent-arg", nil, "additional argument for every agent, such as --agent-arg=--log-level=debug; repeatable")
 	fl.DurationVar(&f.timeout, "timeout", time.Minute, "how long to wait for agents and pods")
 }
 
@@ -151,13 +151,13 @@ func labUp(name *string) *cobra.Command {
 	return cmd
 }
 
-// interruptible is the command's context, which Ctrl-C ends, so that what was begun is cleaned up.
+// interruptible returns the command's context, cancelled by Ctrl-C, so that the command can clean up.
 func interruptible(cmd *cobra.Command) (context.Context, context.CancelFunc) {
 	return signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
 }
 
-// details prints what an error says after its first line, such as the end of an agent's log, and returns that line: an
-// error ends a command with one line.
+// details prints an error's text after its first line, such as the end of an agent's log, and returns the first line as the
+// error of the command.
 func details(cmd *cobra.Command, err error) error {
 	first, rest, ok := strings.Cut(err.Error(), "\n")
 	if !ok {
@@ -167,20 +167,20 @@ func details(cmd *cobra.Command, err error) error {
 	return errors.New(first)
 }
 
-// show prints what fn writes, as wide as out is.
+// show prints what fn writes, wrapped to the width of out.
 func show(out io.Writer, fn func(*printer)) {
 	p := &printer{width: width(out), now: time.Now()}
 	fn(p)
 	_, _ = io.WriteString(out, p.String())
 }
 
-// stopwatch prints each step with the time since the first.
+// stopwatch prints each step with the time since the start.
 func stopwatch(w io.Writer) lab.Progress {
 	start := time.Now()
 	return func(step string) { fmt.Fprintf(w, "%5.1f s  %s\n", time.Since(start).Seconds(), step) }
 }
 
-// suggestions are commands that work in this lab.
+// suggestions returns commands to try in this lab.
 func suggestions(l *lab.Lab) []string {
 	flag := ""
 	if l.Name() != lab.DefaultName {
@@ -200,7 +200,7 @@ func suggestions(l *lab.Lab) []string {
 	return append(out, tulle+" lab down"+flag)
 }
 
-// printTopology shows who is where.
+// printTopology shows the hosts and pods with their subnets and addresses.
 func printTopology(p *printer, l *lab.Lab) {
 	t := table{head: []string{"HOST", "SUBNET", "UNDERLAY", "POD", "ADDRESSES"}}
 	pods := l.Pods()
@@ -224,7 +224,7 @@ func labStatus(name *string) *cobra.Command {
 	c := new(client)
 	cmd := &cobra.Command{
 		Use:   "status",
-		Short: "Hosts, pods and what each agent says",
+		Short: "Show hosts, pods and the status of each agent",
 		Args:  exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if c.output != "table" && c.output != "json" {
@@ -314,7 +314,7 @@ tulle commands talk to that host's agent; "tulle" is this very program even if i
 					return err
 				}
 			}
-			// Ctrl-C is the command's; it must not end this process before it.
+			// Ctrl-C goes to the command; it must not end this process first.
 			caught := make(chan os.Signal, 1)
 			signal.Notify(caught, os.Interrupt, syscall.SIGQUIT)
 			defer signal.Stop(caught)
@@ -354,7 +354,7 @@ func labDown(name *string) *cobra.Command {
 func labList() *cobra.Command {
 	return &cobra.Command{
 		Use:   "list",
-		Short: "The labs on this machine",
+		Short: "List the labs on this machine",
 		Args:  exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			names, err := lab.List()

@@ -20,7 +20,7 @@ func labDemo(name *string) *cobra.Command {
 	var f labFlags
 	cmd := &cobra.Command{
 		Use:   "demo",
-		Short: "Build a lab, show its pods talking, measure, remove it: all in under half a minute",
+		Short: "Build a lab, show that its pods reach each other, measure, remove it; takes less than half a minute",
 		Args:  exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("name") {
@@ -30,7 +30,7 @@ func labDemo(name *string) *cobra.Command {
 			if err != nil {
 				return err
 			}
-			o.Replace = true // a demo that was killed leaves a whole lab
+			o.Replace = true // a killed demo leaves its lab behind
 			ctx, stop := interruptible(cmd)
 			defer stop()
 			d := demo{w: cmd.OutOrStdout(), start: time.Now()}
@@ -51,7 +51,7 @@ type demo struct {
 	l     *lab.Lab
 }
 
-// title begins a chapter.
+// title prints the title of a section.
 func (d *demo) title(format string, args ...any) {
 	s := fmt.Sprintf(format, args...)
 	fmt.Fprintf(d.w, "\n%s\n%s\n", s, strings.Repeat("─", utf8.RuneCountInString(s)))
@@ -68,7 +68,7 @@ func (d *demo) run(ctx context.Context, o lab.Options) (err error) {
 			err = errors.Join(err, derr)
 		} else if err == nil {
 			d.title("5. Down: agents, namespaces and files are gone")
-			fmt.Fprintf(d.w, "%.1f s in all. To look around yourself: %s lab up\n", time.Since(d.start).Seconds(), os.Args[0])
+			fmt.Fprintf(d.w, "%.1f s in total. To try it yourself: %s lab up\n", time.Since(d.start).Seconds(), os.Args[0])
 		}
 	}()
 	fmt.Fprintln(d.w)
@@ -81,9 +81,9 @@ func (d *demo) run(ctx context.Context, o lab.Options) (err error) {
 	return nil
 }
 
-// pings shows that every pod reaches every pod, and as whom.
+// pings shows that every pod reaches every pod, and which source address arrives.
 func (d *demo) pings(ctx context.Context) error {
-	d.title("2. Every pod pings every pod. SEEN AS is the source that arrived there: nothing is NATed")
+	d.title("2. Every pod pings every pod. SEEN AS is the source address that arrived: there is no NAT")
 	pongs, err := d.l.PingAll(ctx, false)
 	if err != nil {
 		return err
@@ -114,15 +114,15 @@ func (d *demo) pings(ctx context.Context) error {
 	}
 	show(d.w, func(p *printer) { p.table(&t) })
 	if bad > 0 {
-		return fmt.Errorf("%d of %d pings failed; `%s lab up`, then `%[3]s lab status`, shows what the agents say", bad, len(pongs), os.Args[0])
+		return fmt.Errorf("%d of %d pings failed; `%s lab up`, then `%[3]s lab status`, shows the status of the agents", bad, len(pongs), os.Args[0])
 	}
 	return nil
 }
 
-// status shows an agent's own status screen.
+// status shows the status screen of an agent.
 func (d *demo) status(ctx context.Context) error {
 	h := d.l.Hosts()[0]
-	d.title("3. What the agent on %s says: tulle status", h.Name)
+	d.title("3. The agent on %s: tulle status", h.Name)
 	c, err := d.l.Client(h.Name)
 	if err != nil {
 		return err
@@ -143,7 +143,7 @@ func (d *demo) latency(ctx context.Context) error {
 		return nil
 	}
 	ends := bench.Ends{From: from.Name, To: to.Name, FromAddr: from.Addresses[0], ToAddr: to.Addresses[0], Do: d.l.Do}
-	d.title("4. Latency from %s to %s, over the router: UDP, 64 bytes, there and back", from.Name, to.Name)
+	d.title("4. Latency from %s to %s, over the router: round trip of 64-byte UDP packets", from.Name, to.Name)
 	self, err := os.Executable()
 	if err != nil {
 		return err
@@ -192,11 +192,11 @@ func (d *demo) latency(ctx context.Context) error {
 		}
 	}
 	show(d.w, func(p *printer) { p.table(&t) })
-	where := "Each side runs on CPUs of its own"
+	where := "Each side runs on its own CPUs"
 	if !pinned {
 		where = "Both sides share this machine's CPUs"
 	}
-	fmt.Fprintf(d.w, "%s, %s. `tulle bench all` measures more, and in rounds.\n", where, awake)
+	fmt.Fprintf(d.w, "%s, %s. `tulle bench all` takes more measures, in interleaved rounds.\n", where, awake)
 	return nil
 }
 

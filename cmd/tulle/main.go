@@ -1,8 +1,8 @@
-// Command tulle is a userspace pod network: `tulle agent` is the daemon of a host, everything else looks at it or asks
-// something of it over its control socket.
+// Command tulle is a userspace pod network. `tulle agent` is the daemon of a host; most other commands query or control it
+// over its control socket.
 //
-// Exit codes: 0 healthy and done, 1 unhealthy or failed, 2 usage. What a command found goes to standard output, as a table
-// for people or, with -o json, as the control socket's own types; errors are one line on standard error.
+// Exit codes: 0 healthy and done, 1 unhealthy or failed, 2 wrong usage. Results go to standard output: as a table, or with
+// -o json as the types of the control socket. An error is one line on standard error.
 package main
 
 import (

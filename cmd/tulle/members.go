@@ -11,16 +11,16 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// changeTimeout is for what is only done when other nodes have answered.
+// changeTimeout is the timeout of changes for which other nodes have to answer.
 const changeTimeout = 2 * time.Minute
 
 func leaveCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "leave",
-		Short: "Give all of this node's address space to the others, for good",
-		Long: "Give all of this node's address space to the others, and leave the cluster for good. Stopping the agent is not\n" +
-			"leaving: a stopped node keeps its space, and its pods keep their routes.",
+		Short: "Give all of this node's address space to another member, and leave the cluster",
+		Long: "Give all of this node's address space to another member, and leave the cluster for good. A stop of the agent is not a\n" +
+			"leave: a stopped node keeps its space, and its pods keep their routes.",
 		Args: exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.LeaveResult, error) { return a.Leave(ctx) },
 			func(p *printer, r api.LeaveResult) {
@@ -37,8 +37,8 @@ func forgetCommand() *cobra.Command {
 		Use:   "forget NODE",
 		Short: "Take over the address space of a node that is dead and will not come back",
 		Long: "Take over the address space of a node that is dead and will not come back. It is refused while the node is alive or\n" +
-			"its tunnel answers, and while this node does not see a majority of the members, unless --force says that the others\n" +
-			"are dead too. If the node comes back after all, it gives up its space and says so.",
+			"its tunnel answers, and while this node does not reach a majority of the members. --force skips the majority: use it if\n" +
+			"the others are dead too. If the node comes back, it gives up its space and reports that.",
 		Args: exactly("a node"), ValidArgsFunction: c.nodeNames,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.ForgetResult, error) {
 			return a.Forget(ctx, api.ForgetRequest{Node: args[0], Force: force})
@@ -47,7 +47,7 @@ func forgetCommand() *cobra.Command {
 			printTransfers(p, r.Transfers)
 		}, nil),
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "even if this node does not see a majority of the members")
+	cmd.Flags().BoolVar(&force, "force", false, "even if this node does not reach a majority of the members")
 	return c.flags(cmd, changeTimeout)
 }
 
@@ -80,7 +80,7 @@ func externalCommand() *cobra.Command {
 			return p, usagef("%q is not a prefix such as 10.244.200.0/24", s)
 		}
 		if m := p.Masked(); m != p {
-			return p, usagef("%s has bits set behind its length; write %s", p, m)
+			return p, usagef("%s has bits set after its prefix length; write %s", p, m)
 		}
 		return p, nil
 	}
@@ -91,10 +91,10 @@ func externalCommand() *cobra.Command {
 	}
 	add := &cobra.Command{
 		Use:   "add PREFIX ENDPOINT",
-		Short: "Give a prefix out of this node's space to a router or host that has no agent",
-		Long: "Give a prefix out of this node's space to a router or host that has no agent, but a plain tunnel: a Linux ipip, sit or\n" +
-			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). The MAC of a vxlan device is learned from what\n" +
-			"it sends, and asked for; --mac tells it where neither can be.",
+		Short: "Give a prefix of this node's space to a router or host without an agent",
+		Long: "Give a prefix of this node's space to a router or host without an agent that has a plain tunnel: a Linux ipip, sit or\n" +
+			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). The agents learn the MAC of a vxlan device from\n" +
+			"its packets, or request it; give --mac if neither is possible.",
 		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip\n" +
 			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan --port 8472 --mac 02:00:5e:10:00:01",
 		Args: exactly("a prefix", "the address of its endpoint"),
@@ -113,10 +113,10 @@ func externalCommand() *cobra.Command {
 	}
 	add.Flags().StringVar(&req.Encapsulation, "encap", req.Encapsulation, "encapsulation: udp, ipip, vxlan or direct")
 	add.Flags().Uint16Var(&req.Port, "port", 0, "its UDP `PORT` for udp or vxlan (default: this cluster's)")
-	add.Flags().StringVar(&req.MAC, "mac", "", "`MAC` of its vxlan device (default: learned from what it sends)")
+	add.Flags().StringVar(&req.MAC, "mac", "", "`MAC` of its vxlan device (default: learned from its packets)")
 	remove := &cobra.Command{
 		Use:   "remove PREFIX",
-		Short: "Take a prefix back",
+		Short: "Take back the prefix of an external peer",
 		Args:  exactly("a prefix"),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (e api.External, err error) {
 			p, err := prefix(args[0])
@@ -128,7 +128,7 @@ func externalCommand() *cobra.Command {
 	}
 	ls := &cobra.Command{
 		Use:   "list",
-		Short: "All external peers of the cluster",
+		Short: "List all external peers of the cluster",
 		Args:  exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) ([]api.External, error) { return a.Externals(ctx) },
 			func(p *printer, es []api.External) {

@@ -15,8 +15,8 @@ func peersCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "peers",
-		Short: "A line a peer: state, prefixes, path, round trip time, loss, MTU, since when and why",
-		Long: "A line a peer: state, prefixes, path, round trip time, loss, MTU, since when and why.\n" +
+		Short: "List the peers: state, prefixes, path, round-trip time, loss, MTU, since when and why",
+		Long: "List the peers, one per line: state, prefixes, path, round-trip time, loss, MTU, since when and why.\n" +
 			"The exit code is 1 if a peer that owns address space cannot be reached.",
 		Args: exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) ([]api.Peer, error) { return a.Peers(ctx) },
@@ -26,7 +26,7 @@ func peersCommand() *cobra.Command {
 	}, quickTimeout)
 }
 
-// peerName is the peer's name, with the ID if another one has the same: a host that lost its disk comes back as another node.
+// peerName is the peer's name, with its ID if another peer has the same name: a host that lost its disk returns as another node.
 func peerName(all []api.Peer, x api.Peer) string {
 	for i := range all {
 		if all[i].Name == x.Name && all[i].ID != x.ID {
@@ -50,8 +50,8 @@ func printPeers(p *printer, peers []api.Peer) {
 	p.table(&t)
 }
 
-// peerOK says whether packets to the peer's space arrive, as far as this node knows. A peer that left, or owns nothing and
-// is gone, is no trouble.
+// peerOK reports whether packets to the peer's space arrive, as far as this node knows. A peer that has left, or that is dead
+// and owns nothing, is OK.
 func peerOK(p api.Peer) bool {
 	switch p.State {
 	case api.PeerLeft:
@@ -62,7 +62,7 @@ func peerOK(p api.Peer) bool {
 	return p.Path.State == api.PathUp || len(p.Prefixes) == 0
 }
 
-// stateOf is what matters about a peer: gossip's view if that is bad, else the path's.
+// stateOf returns the more important state of a peer: gossip's if it is bad, else the path's.
 func stateOf(p api.Peer) (time.Time, string) {
 	if p.State == api.PeerAlive || p.State == api.PeerExternal || p.Reason == "" {
 		return p.Path.Since, p.Path.Reason

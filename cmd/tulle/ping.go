@@ -16,9 +16,9 @@ func pingCommand() *cobra.Command {
 	n := 3
 	cmd := &cobra.Command{
 		Use:   "ping NODE",
-		Short: "Probe a node through every encapsulation: round trip time, loss, largest packet",
-		Long: "Probe a node through every encapsulation: round trip time, loss, and the largest packet that arrives.\n" +
-			"NODE is a name, an ID or the beginning of one, or an address that the node owns.\n" +
+		Short: "Probe a node through every encapsulation: round-trip time, loss, largest packet",
+		Long: "Probe a node through every encapsulation: round-trip time, loss, and the largest packet that arrives.\n" +
+			"NODE is a name, an ID or its first digits, or an address that the node owns.\n" +
 			"The exit code is 1 if none of the encapsulations got an answer.",
 		Args: exactly("a node"), ValidArgsFunction: c.nodeNames,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.PingResult, error) {
@@ -30,7 +30,7 @@ func pingCommand() *cobra.Command {
 			return slices.ContainsFunc(r.Modes, func(m api.PingMode) bool { return m.Received > 0 })
 		}),
 	}
-	cmd.Flags().IntVarP(&n, "count", "c", n, "probes through each encapsulation")
+	cmd.Flags().IntVarP(&n, "count", "c", n, "number of probes through each encapsulation")
 	return c.flags(cmd, time.Minute)
 }
 

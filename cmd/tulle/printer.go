@@ -7,7 +7,7 @@ import (
 	"unicode/utf8"
 )
 
-// printer collects the lines of one screen. Lines fit its width where words allow; without a width nothing is wrapped.
+// printer collects the lines of one screen and wraps them at spaces to its width. Without a width it does not wrap.
 type printer struct {
 	strings.Builder
 	width int // columns; 0: no limit
@@ -16,17 +16,17 @@ type printer struct {
 
 const (
 	gap      = 2  // spaces between columns
-	minField = 24 // a last column that would get less goes below its row instead
+	minField = 24 // if the last column would get less, it is printed below its row
 )
 
-// line writes one formatted line, or more where it is too long.
+// line writes one formatted line, wrapped if it is too long.
 func (p *printer) line(format string, args ...any) {
 	for _, l := range wrap(fmt.Sprintf(format, args...), p.width) {
 		p.WriteString(l + "\n")
 	}
 }
 
-// fields writes a block of "name  value" lines, the values aligned and wrapped; those without a value are left out.
+// fields writes a block of "name  value" lines with values aligned and wrapped. Lines without a value are omitted.
 func (p *printer) fields(pairs ...[2]string) {
 	t := table{}
 	for _, f := range pairs {
@@ -37,11 +37,11 @@ func (p *printer) fields(pairs ...[2]string) {
 	p.table(&t)
 }
 
-// table is rows of cells. A cell may have several lines. The last column takes what is left of the width.
+// table has rows of cells. A cell may have several lines. The last column takes the rest of the width.
 type table struct {
 	head  []string
 	rows  [][]string
-	right []bool // by column: numbers stand on the right
+	right []bool // by column: aligned to the right, for numbers
 }
 
 func (t *table) row(cells ...string) { t.rows = append(t.rows, cells) }
@@ -121,8 +121,8 @@ func (p *printer) row(t *table, cells []string, widths []int, indent int) {
 	}
 }
 
-// wrap breaks s at spaces into lines of at most room columns; words that are longer stay whole. 0 is no limit. Line breaks
-// in s are kept.
+// wrap breaks s at spaces into lines of at most room columns. Longer words stay whole. 0 means no limit. Line breaks in s
+// are kept.
 func wrap(s string, room int) []string {
 	var out []string
 	for part := range strings.SplitSeq(s, "\n") {

@@ -12,15 +12,15 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// Exit codes, part of the command line's promise.
+// Exit codes, a stable part of the command line interface.
 const (
 	exitOK      = 0
 	exitFailed  = 1
 	exitUsage   = 2
-	maxDistance = 3 // of a mistyped word from the one that is suggested
+	maxDistance = 3 // edit distance between a mistyped word and a suggestion
 )
 
-// errUnhealthy ends a command with exit code 1 after it has printed what it found: there is nothing left to say.
+// errUnhealthy ends a command with exit code 1 without an error line: the command has printed its result.
 var errUnhealthy = errors.New("unhealthy")
 
 // usageError ends a command with exit code 2.
@@ -28,7 +28,7 @@ type usageError struct{ error }
 
 func (e usageError) Unwrap() error { return e.error }
 
-// exitCode ends a command silently with that code: it is that of another program that was run.
+// exitCode ends a command silently with the exit code of another program that it ran.
 type exitCode int
 
 func (e exitCode) Error() string { return fmt.Sprintf("exit code %d", int(e)) }
@@ -58,7 +58,7 @@ func run(ctx context.Context, args []string, in io.Reader, out, errOut io.Writer
 	return exitFailed
 }
 
-// oneLine keeps the promise of one line, whatever a library has put into its error.
+// oneLine makes an error one line, even if a library put line breaks into it.
 func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 func rootCommand() *cobra.Command {
@@ -74,7 +74,7 @@ func rootCommand() *cobra.Command {
 	root.SetVersionTemplate("tulle {{.Version}}\n")
 	root.SetFlagErrorFunc(flagError)
 	root.AddGroup(
-		&cobra.Group{ID: "look", Title: "Look:"},
+		&cobra.Group{ID: "look", Title: "Inspect:"},
 		&cobra.Group{ID: "change", Title: "Change:"},
 		&cobra.Group{ID: "run", Title: "Run:"},
 	)
@@ -91,7 +91,7 @@ func rootCommand() *cobra.Command {
 	return root
 }
 
-// argsAreUsage makes wrong arguments usage errors everywhere, whoever found them.
+// argsAreUsage turns argument errors of all commands into usage errors.
 func argsAreUsage(c *cobra.Command) {
 	if check := c.Args; check != nil {
 		c.Args = func(cmd *cobra.Command, args []string) error {
@@ -113,7 +113,7 @@ func group(use, short string, subs ...*cobra.Command) *cobra.Command {
 	return c
 }
 
-// subcommandArgs refuses words that are no subcommand, and suggests one.
+// subcommandArgs refuses unknown subcommands, and suggests a known one.
 func subcommandArgs(cmd *cobra.Command, args []string) error {
 	if len(args) == 0 {
 		return nil
@@ -136,7 +136,7 @@ func needSubcommand(cmd *cobra.Command, _ []string) error {
 	return usagef("%s needs a command: one of %s; see `%s --help`", cmd.CommandPath(), strings.Join(names, ", "), cmd.CommandPath())
 }
 
-// exactly wants as many arguments as names, which say what they are.
+// exactly requires one argument for each name. The names describe the arguments in errors.
 func exactly(names ...string) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, args []string) error {
 		switch {
@@ -152,7 +152,7 @@ func exactly(names ...string) cobra.PositionalArgs {
 	}
 }
 
-// flagError adds the flag that was probably meant, and where to look.
+// flagError adds the flag that was probably meant, and points to --help.
 func flagError(cmd *cobra.Command, err error) error {
 	remedy := ""
 	if _, name, ok := strings.Cut(err.Error(), "unknown flag: --"); ok {

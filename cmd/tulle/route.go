@@ -14,8 +14,8 @@ func routeCommand() *cobra.Command {
 	c := new(client)
 	get := &cobra.Command{
 		Use:   "get ADDR",
-		Short: "Who owns an address, and how packets to it travel now",
-		Long: "Who owns an address, and how packets to it travel now: endpoint, encapsulation, MTU, and why.\n" +
+		Short: "Show who owns an address, and how packets to it travel now",
+		Long: "Show who owns an address, and how packets to it travel now: endpoint, encapsulation, MTU, and why.\n" +
 			"The exit code is 1 if they would not arrive.",
 		Example: "  tulle route get 10.244.7.3",
 		Args:    exactly("an address"),
@@ -70,7 +70,7 @@ func kindText(kind string) string {
 	return kind
 }
 
-// endpoint leaves out a port that the encapsulation does not have.
+// endpoint omits the port for an encapsulation without ports.
 func endpoint(ap netip.AddrPort) string {
 	switch {
 	case !ap.IsValid():

@@ -14,7 +14,7 @@ import (
 
 const (
 	quickTimeout    = 10 * time.Second
-	maxStatusPeers  = 12 // more would not fit one screen: `tulle peers` has them all
+	maxStatusPeers  = 12 // more do not fit one screen; `tulle peers` lists all
 	maxStatusBlocks = 6
 )
 
@@ -22,8 +22,8 @@ func statusCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "status",
-		Short: "This node, the cluster, the paths to its peers, what is wrong and what to do about it",
-		Long: "One screen about this node, the cluster, the paths to its peers, and what is wrong with its remedy.\n" +
+		Short: "Show this node, the cluster, the paths to its peers, and problems with their remedies",
+		Long: "Show one screen about this node, the cluster, the paths to its peers, and problems with their remedies.\n" +
 			"The exit code is 0 if all is well and 1 if there is a problem.",
 		Args: exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.Status, error) { return a.Status(ctx) },
@@ -153,7 +153,7 @@ func gossip(p *printer, g api.Gossip) string {
 		parts = append(parts, fmt.Sprintf("health score %d (0 is best)", g.Health))
 	}
 	if g.Undecrypted > 0 {
-		parts = append(parts, fmt.Sprintf("%s messages that no key opens", count(g.Undecrypted)))
+		parts = append(parts, fmt.Sprintf("%s messages not decryptable", count(g.Undecrypted)))
 	}
 	if g.Rejected > 0 {
 		parts = append(parts, fmt.Sprintf("%s refused", count(g.Rejected)))
@@ -181,7 +181,7 @@ func batch(packets, calls uint64, verb string) string {
 	if calls == 0 {
 		return ""
 	}
-	return fmt.Sprintf(" (%.3g a %s)", float64(packets)/float64(calls), verb)
+	return fmt.Sprintf(" (%.3g per %s)", float64(packets)/float64(calls), verb)
 }
 
 func offload(o api.Offload) string {
@@ -237,7 +237,7 @@ func drops(d map[string]uint64) string {
 	return strings.Join(out, ", ")
 }
 
-// printStatusPeers shows the peers that need attention first, and no more than fit a screen.
+// printStatusPeers shows at most as many peers as fit one screen, those with problems first.
 func printStatusPeers(p *printer, peers []api.Peer) {
 	if len(peers) == 0 {
 		p.line("\nno peers")

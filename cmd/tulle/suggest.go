@@ -9,7 +9,7 @@ import (
 	"github.com/tulle-net/tulle/internal/config"
 )
 
-// nearestFlag returns the flag of cmd that is spelt most like name, or "".
+// nearestFlag returns the flag of cmd with the smallest edit distance to name, or "".
 func nearestFlag(cmd *cobra.Command, name string) string {
 	name, _, _ = strings.Cut(name, "=")
 	return config.Nearest(strings.ReplaceAll(name, "_", "-"), func(yield func(string) bool) {

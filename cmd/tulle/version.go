@@ -22,7 +22,7 @@ func versionCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "version",
-		Short: "The version of this program, and of the agent if one runs",
+		Short: "Show the version of this program, and of the agent if one runs",
 		Args:  exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (versions, error) {
 			v := versions{Version: api.Version(), Go: runtime.Version(), OS: runtime.GOOS, Arch: runtime.GOARCH}

@@ -50,7 +50,7 @@ func TestDemo(t *testing.T) {
 	if r.code != 0 {
 		t.Fatalf("lab demo: %d\n%s\n%s", r.code, r.out, r.err)
 	}
-	where := "Each side runs on CPUs of its own, which are kept awake"
+	where := "Each side runs on its own CPUs, which are kept awake"
 	if runtime.NumCPU() == 1 {
 		where = "Both sides share this machine's CPUs, which are kept awake"
 	}

@@ -18,15 +18,15 @@ const (
 	// VnetHdrLen is the length in bytes of the virtio-net header before each
 	// packet.
 	VnetHdrLen = 10
-	// MaxPacket is the largest IP packet that a read gives or a write takes, in
-	// bytes, without the virtio-net header.
+	// MaxPacket is the largest IP packet that can be read or written, in bytes,
+	// without the virtio-net header.
 	MaxPacket = 65535
-	// DefaultTxQueueLen is how many packets the device holds for a reader that
-	// is late. Local senders make about a million small packets a second, and a
-	// busy machine lets a reader wait for 3 ms. Measured, reader and sender on one
-	// CPU, packets lost of a burst of 1,024 and of 4,096: with a queue of 500
-	// (the kernel's default) 47 % and 72 %, 1,000 2 % and 57 %, 2,000 0 and 29 %,
-	// 4,096 0 and 2 %. Longer ones would hold super-packets for too long.
+	// DefaultTxQueueLen is the number of packets that the device queues for the
+	// reader. Local senders send about a million small packets per second, and on
+	// a busy machine the reader may wait 3 ms for a CPU. Measured loss of a burst
+	// of 1,024 and of 4,096 packets, with reader and sender on one CPU: queue of
+	// 500 (the kernel's default) 47 % and 72 %; 1,000: 2 % and 57 %; 2,000: 0 and
+	// 29 %; 4,096: 0 and 2 %. A longer queue would delay super-packets too long.
 	DefaultTxQueueLen = 4096
 	// MaxQueues is the kernel's limit (MAX_TAP_QUEUES).
 	MaxQueues = 256
@@ -35,10 +35,10 @@ const (
 // Options of Open. The zero value of a field means its default.
 type Options struct {
 	Name       string // required, at most 15 bytes
-	MTU        int    // bytes; the kernel's default of a new device (1500), or what the device has
-	Queues     int    // 1
-	TxQueueLen int    // packets; DefaultTxQueueLen
-	Alias      string // of the interface (ip link set … alias); none, or what the device has
+	MTU        int    // bytes; default: the kernel's for a new device (1500), or the device's current MTU
+	Queues     int    // default 1
+	TxQueueLen int    // packets; default DefaultTxQueueLen
+	Alias      string // of the interface (ip link set … alias); default: the device's current alias, if any
 }
 
 func (o Options) validate() error {
@@ -55,14 +55,14 @@ func (o Options) validate() error {
 	return nil
 }
 
-// Offloads are the super-packets that pass between the kernel and us.
+// Offloads are the offloads in use between the kernel and the agent.
 type Offloads struct {
-	CSUM bool // packets without complete checksums (NEEDS_CSUM)
+	CSUM bool // packets with partial checksums (NEEDS_CSUM)
 	TSO  bool // TCP super-packets, IPv4 and IPv6
 	USO  bool // UDP super-packets, IPv4 and IPv6 (Linux 6.2)
 }
 
-// String lists what is on, "none" if nothing.
+// String lists the offloads that are on, or "none".
 func (o Offloads) String() string {
 	s := ""
 	for _, p := range []struct {
@@ -86,33 +86,33 @@ func (o Offloads) String() string {
 type Device struct {
 	index  int
 	queues []*Queue
-	kept   bool // attached to a device that was there before
+	kept   bool // attached to an existing device
 	name   string
 
 	mu       sync.Mutex // guards nl, closed, and changes of offloads
 	nl       *sys.Netlink
 	closed   bool
-	offloads atomic.Uint32 // TUN_F_… in force
-	worked   atomic.Uint32 // TUN_F_… of super-packets that the kernel has taken from us
+	offloads atomic.Uint32 // TUN_F_… in use
+	worked   atomic.Uint32 // TUN_F_… of super-packets that the kernel has accepted
 }
 
-// Name is the device's name.
+// Name returns the device's name.
 func (d *Device) Name() string { return d.name }
 
-// Index is the device's interface index.
+// Index returns the device's interface index.
 func (d *Device) Index() int { return d.index }
 
-// Queues are the device's queues, at least one.
+// Queues returns the device's queues, at least one.
 func (d *Device) Queues() []*Queue { return d.queues }
 
-// Kept reports that the device was there before: by an earlier run with
-// Persist, or handed over by FromFD.
+// Kept reports whether the device existed before: an earlier run left it with
+// Persist, or FromFD received it.
 func (d *Device) Kept() bool { return d.kept }
 
-// Offloads are the super-packets in force now.
+// Offloads returns the offloads in use now.
 func (d *Device) Offloads() Offloads { return offloadsOf(int(d.offloads.Load())) }
 
-// Persist makes the device outlive the process, or not.
+// Persist sets whether the device outlives the process.
 func (d *Device) Persist(on bool) error {
 	if err := sys.TunPersist(d.queues[0].fd, on); err != nil {
 		return fmt.Errorf("TUN device %s: TUNSETPERSIST: %w", d.name, err)
@@ -120,8 +120,8 @@ func (d *Device) Persist(on bool) error {
 	return nil
 }
 
-// FD is the descriptor of the first queue, for handing it to the service
-// manager. It stays the Device's.
+// FD returns the descriptor of the first queue, for passing it to the service
+// manager. The Device keeps ownership.
 func (d *Device) FD() int { return d.queues[0].fd }
 
 // SetMTU sets the device's MTU in bytes.
@@ -137,7 +137,7 @@ func (d *Device) SetMTU(mtu int) error {
 	})
 }
 
-// SetTxQueueLen sets how many packets the device holds for a late reader.
+// SetTxQueueLen sets the number of packets that the device queues for the reader.
 func (d *Device) SetTxQueueLen(packets int) error {
 	return d.link(func(l netlink.Link) error {
 		if l.Attrs().TxQLen == packets {
@@ -152,8 +152,8 @@ func (d *Device) SetTxQueueLen(packets int) error {
 
 // Stats are the kernel's counters of the device, seen from the host's side.
 type Stats struct {
-	TxDropped uint64 // packets to us that found the queue full, or the device without reader
-	RxDropped uint64 // packets from us that the host refused
+	TxDropped uint64 // packets to us that were dropped: the queue was full, or the device had no reader
+	RxDropped uint64 // packets from us that the host dropped
 	RxErrors  uint64 // malformed packets from us
 }
 
@@ -169,9 +169,9 @@ func (d *Device) Stats() (Stats, error) {
 	return s, err
 }
 
-// link runs f with the device's present attributes, by index, so that a rename
-// does not matter. The netlink socket stays in the namespace that the device was
-// opened in.
+// link calls f with the device's current attributes. It looks the device up by
+// index, so that a rename does not matter, and uses the namespace in which the
+// device was opened.
 func (d *Device) link(f func(netlink.Link) error) error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -185,8 +185,8 @@ func (d *Device) link(f func(netlink.Link) error) error {
 	return f(l)
 }
 
-// Close closes all queues. Unless Persist was asked for, that removes the
-// device. The queues' readers must have returned: Wake ends their waits.
+// Close closes all queues. That removes the device unless Persist is on. The
+// readers of the queues must have returned; Wake ends their waits.
 func (d *Device) Close() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -202,19 +202,19 @@ func (d *Device) Close() error {
 	return errors.Join(errs...)
 }
 
-// adopt lets wireguard/tun take an attached descriptor: it checks that this is a
-// TUN device, makes it non-blocking and agrees on offloads. It gets a duplicate
-// and is let go of at once, because its os.File registers the device with Go's
-// netpoller, which nothing but Close undoes: from then on every packet for an
-// idle agent wakes an idle thread beside the reader (measured with a UDP socket
-// in place of the device: 0.3 context switches and 0.85 µs of CPU a packet).
+// adopt passes an attached descriptor to wireguard/tun, which checks that it is a
+// TUN device, makes it non-blocking and negotiates offloads. It passes a duplicate
+// and closes it at once, because the os.File in wireguard/tun registers the device
+// with Go's netpoller until Close. While it is registered, each packet for an idle
+// agent also wakes an idle thread (measured with a UDP socket instead of the
+// device: 0.3 context switches and 0.85 µs of CPU per packet).
 func adopt(fd int) error {
 	dup, err := sys.Dup(fd)
 	if err != nil {
 		return err
 	}
-	// On error the os.File made of dup closes it when it is collected. Closing it
-	// here as well might hit another descriptor of the same number.
+	// On error the os.File made from dup closes it when it is garbage-collected.
+	// Closing dup here too might close another descriptor with the same number.
 	t, _, err := tun.CreateUnmonitoredTUNFromFD(dup)
 	if err != nil {
 		return err

@@ -278,7 +278,7 @@ func TestFromFDRefused(t *testing.T) {
 		fd   func() int
 		says []string
 	}{
-		{"an eventfd", event, []string{"not that of a TUN device"}},
+		{"an eventfd", event, []string{"is not a TUN device"}},
 		{"another name", func() int { return ours(sys.TunFlags, "other0") }, []string{"other0", "tulle0"}},
 		{"no virtio-net header", func() int { return ours(unix.IFF_TUN|unix.IFF_NO_PI, "tulle0") }, []string{"tulle0", "ip link del"}},
 		{"a TAP", func() int { return ours(unix.IFF_TAP|unix.IFF_NO_PI|unix.IFF_VNET_HDR, "tulle0") }, []string{"tulle0", "ip link del"}},

@@ -9,8 +9,8 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// ladder is what we ask the kernel for, best first. Every rung is tried until
-// one is taken; the last is taken by any kernel.
+// ladder lists the offload settings to try, best first. The first one that the
+// kernel accepts is used; every kernel accepts the last.
 var ladder = []int{
 	sys.TunCSUM | sys.TunTSO | sys.TunTSOECN | sys.TunUSO, // Linux 6.2
 	sys.TunCSUM | sys.TunTSO | sys.TunTSOECN,
@@ -26,7 +26,7 @@ func offloadsOf(flags int) Offloads {
 	}
 }
 
-// negotiate climbs down the ladder until the kernel agrees.
+// negotiate tries the settings of the ladder until the kernel accepts one.
 func (d *Device) negotiate() error {
 	for _, flags := range ladder {
 		err := sys.TunSetOffload(d.queues[0].fd, flags)
@@ -38,7 +38,7 @@ func (d *Device) negotiate() error {
 			return fmt.Errorf("TUN device %s: TUNSETOFFLOAD: %w", d.name, err)
 		}
 	}
-	return fmt.Errorf("TUN device %s: kernel takes no offload setting, not even none", d.name)
+	return fmt.Errorf("TUN device %s: the kernel accepts no offload setting, not even none", d.name)
 }
 
 // GSO types of the virtio-net header (linux/virtio_net.h).
@@ -47,10 +47,10 @@ const (
 	gsoTCPv4 = 1
 	gsoTCPv6 = 4
 	gsoUDPL4 = 5
-	gsoECN   = 0x80 // flag beside a TCP type
+	gsoECN   = 0x80 // flag added to a TCP type
 )
 
-// kind is the rung's part that a GSO type belongs to.
+// kind returns the TUN_F_… flags that a GSO type needs.
 func kind(gsoType uint8) uint32 {
 	switch gsoType &^ gsoECN {
 	case gsoTCPv4, gsoTCPv6:
@@ -61,16 +61,16 @@ func kind(gsoType uint8) uint32 {
 	return 0
 }
 
-// accepted notes that the kernel took a super-packet of a GSO type.
+// accepted records that the kernel accepted a super-packet of a GSO type.
 func (d *Device) accepted(gsoType uint8) {
 	if k := kind(gsoType); d.worked.Load()&k != k {
 		d.worked.Or(k)
 	}
 }
 
-// refused notes that the kernel would not take a super-packet of a GSO type.
-// Unless it has taken such before – then it was that packet's fault – the device
-// goes down the ladder to the rung without that type.
+// refused records that the kernel refused a super-packet of a GSO type. If the
+// kernel has accepted that type before, the packet was at fault. Otherwise the
+// device switches to the next setting of the ladder without that type.
 func (d *Device) refused(gsoType uint8) {
 	k := kind(gsoType)
 	if k == 0 || d.worked.Load()&k != 0 {

@@ -11,14 +11,14 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// ErrBusy is wrapped by Open when another process holds the device.
+// ErrBusy is the wrapped error of Open if another process uses the device.
 var ErrBusy = errors.New("device is held by another process")
 
 // Open opens the TUN device o.Name in the calling thread's network namespace,
-// and makes it if it is not there. A TUN device of that name which nobody
-// holds, left by an earlier run with Persist, is taken up again with its
-// addresses and routes; one left with another number of queues (one against
-// several) is removed first, because the kernel cannot change that.
+// and creates it if it does not exist. If an earlier run left the device with
+// Persist and no process uses it, Open attaches to it and keeps its addresses and
+// routes. If that device was made for one queue and several are wanted, or the
+// reverse, Open removes it first, because the kernel cannot change that.
 func Open(o Options) (*Device, error) {
 	if err := o.validate(); err != nil {
 		return nil, err
@@ -36,10 +36,10 @@ func Open(o Options) (*Device, error) {
 	return d, nil
 }
 
-// FromFD takes over descriptors of a device that the service manager kept for
-// us, one a queue, all of one device, opened by an earlier run with Open in this
-// network namespace. They are the Device's from then on, and closed on error.
-// o.Name, if given, must be the device's; o.Queues is not looked at.
+// FromFD takes over the descriptors of a device that the service manager kept, one
+// per queue. An earlier run must have opened them with Open in this network
+// namespace. The Device owns them from then on; they are closed on error. o.Name,
+// if set, must be the device's name; o.Queues is ignored.
 func FromFD(fds []int, o Options) (*Device, error) {
 	nl, err := sys.NewNetlink(-1)
 	if err != nil {
@@ -82,24 +82,24 @@ func (d *Device) fromFD(fds []int, o Options) error {
 	return d.setUp(o)
 }
 
-// checkKept returns the name of the device that fd is attached to, which must be
-// want unless that is empty.
+// checkKept returns the name of the device that fd is attached to. Unless want is
+// empty, the name must be want.
 func checkKept(fd int, want string) (string, error) {
 	name, flags, err := sys.TunInfo(fd)
 	if err != nil {
-		return "", fmt.Errorf("kept descriptor %d is not that of a TUN device: %w", fd, err)
+		return "", fmt.Errorf("kept descriptor %d is not a TUN device: %w", fd, err)
 	}
 	if want != "" && name != want {
-		return "", fmt.Errorf("kept descriptor %d is that of TUN device %s, not of %s", fd, name, want)
+		return "", fmt.Errorf("kept descriptor %d belongs to TUN device %s, not to %s", fd, name, want)
 	}
 	const need, never = sys.TunFlags, unix.IFF_TAP
 	if flags&need != need || flags&never != 0 {
-		return "", fmt.Errorf("kept TUN device %s has flags %#x, of which we need %#x: it was not opened by us; remove it with `ip link del %s`", name, flags, need, name)
+		return "", fmt.Errorf("kept TUN device %s has flags %#x, but needs %#x: another program opened it; remove it with `ip link del %s`", name, flags, need, name)
 	}
 	return name, nil
 }
 
-// abandon undoes what was done of opening.
+// abandon undoes a partial Open.
 func (d *Device) abandon() {
 	for _, q := range d.queues {
 		q.close()
@@ -131,8 +131,8 @@ func (d *Device) open(o Options) error {
 	return d.setUp(o)
 }
 
-// lookAtOld looks for a device of our name. It removes a TUN device which nobody
-// holds and which cannot be attached to with o.Queues.
+// lookAtOld checks for an existing device of our name. It removes a TUN device that
+// no process uses and that does not fit o.Queues.
 func (d *Device) lookAtOld(o Options) error {
 	link, err := d.nl.LinkByName(o.Name)
 	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
@@ -149,8 +149,8 @@ func (d *Device) lookAtOld(o Options) error {
 		}
 		return fmt.Errorf("TUN device %s: an interface of type %s has this name: rename it (`ip link set %s name NEW`) or choose another name with --tun", o.Name, kind, o.Name)
 	}
-	// With one queue the kernel itself refuses a second holder. With several it
-	// would let us join, and each would see some of the packets.
+	// With one queue the kernel itself refuses a second process. With several it
+	// would let us join, and each process would get some of the packets.
 	if old.Queues > 0 {
 		return explainAttach(o.Name, unix.EBUSY)
 	}
@@ -162,8 +162,8 @@ func (d *Device) lookAtOld(o Options) error {
 	return removeOld(o.Name, hasMulti)
 }
 
-// removeOld removes a persistent device which nobody holds: it attaches, which
-// proves that, makes the device mortal, and lets go.
+// removeOld removes a persistent device that no process uses. It attaches to the
+// device, which proves that, clears its persistence, and closes it.
 func removeOld(name string, multi bool) error {
 	fd, err := sys.TunOpen()
 	if err != nil {
@@ -188,9 +188,9 @@ func explainOpen(err error) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return fmt.Errorf("%s is missing: load the driver (`modprobe tun`), or make the node (`mkdir -p /dev/net && mknod %s c 10 200`): %w", sys.TunPath, sys.TunPath, err)
 	case errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO):
-		return fmt.Errorf("%s has no driver behind it: load it (`modprobe tun`), or use a kernel with CONFIG_TUN: %w", sys.TunPath, err)
+		return fmt.Errorf("%s has no driver: load it (`modprobe tun`), or use a kernel with CONFIG_TUN: %w", sys.TunPath, err)
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%s may not be opened: run as root, or with the capability CAP_NET_ADMIN and access to the node: %w", sys.TunPath, err)
+		return fmt.Errorf("%s cannot be opened: run as root, or with the capability CAP_NET_ADMIN and access to the node: %w", sys.TunPath, err)
 	}
 	return fmt.Errorf("open %s: %w", sys.TunPath, err)
 }
@@ -205,7 +205,7 @@ func explainAttach(name string, err error) error {
 	return fmt.Errorf("TUN device %s: TUNSETIFF: %w", name, err)
 }
 
-// addQueue makes a Queue of an attached descriptor, which it owns also on error.
+// addQueue makes a Queue from an attached descriptor. It owns the descriptor, also on error.
 func (d *Device) addQueue(fd int) error {
 	if err := sys.TunSetVnetHdr(fd); err != nil {
 		sys.Close(fd)
@@ -226,7 +226,7 @@ func (d *Device) addQueue(fd int) error {
 	return nil
 }
 
-// setUp brings an attached device into the state that we want, and up.
+// setUp configures an attached device and sets it up.
 func (d *Device) setUp(o Options) error {
 	link, err := d.nl.LinkByName(d.name)
 	if err != nil {
@@ -234,7 +234,7 @@ func (d *Device) setUp(o Options) error {
 	}
 	d.index = link.Attrs().Index
 	if t, ok := link.(*netlink.Tuntap); ok && t.Queues > len(d.queues) {
-		return explainAttach(d.name, unix.EBUSY) // somebody joined while we opened
+		return explainAttach(d.name, unix.EBUSY) // another process joined during Open
 	}
 	if err := d.negotiate(); err != nil {
 		return err

@@ -19,13 +19,13 @@ type Queue struct {
 	writer *Writer
 }
 
-// ErrGone says that the device was removed under us, by `ip link del` or with
-// its network namespace. Close it and Open it again.
+// ErrGone means that the device was removed, by `ip link del` or with its network
+// namespace. Close it and Open it again.
 var ErrGone = errors.New("TUN device was removed")
 
-// Read takes one packet into buf, without blocking: the virtio-net header, then
-// the packet, n bytes in all. err is sys.ErrAgain when the queue is empty. buf
-// has VnetHdrLen+MaxPacket bytes; what has no room in a shorter one is lost.
+// Read reads one packet into buf, without blocking: the virtio-net header, then
+// the packet, n bytes in total. err is sys.ErrAgain if the queue is empty. buf
+// should have VnetHdrLen+MaxPacket bytes; a shorter one loses the rest.
 func (q *Queue) Read(buf []byte) (n int, err error) {
 	n, err = sys.Read(q.fd, buf)
 	if err == nil || err == sys.ErrAgain {
@@ -34,8 +34,8 @@ func (q *Queue) Read(buf []byte) (n int, err error) {
 	return 0, q.explain(err)
 }
 
-// Wait blocks until the queue has a packet (nil), or Wake was called
-// (sys.ErrWoken). ErrGone ends it when the device is removed.
+// Wait blocks until the queue has a packet (nil), Wake is called (sys.ErrWoken), or
+// the device is removed (ErrGone).
 func (q *Queue) Wait() error {
 	err := q.poller.WaitRead()
 	if err == sys.ErrErrQueue { // poll reports POLLERR
@@ -44,16 +44,16 @@ func (q *Queue) Wait() error {
 	return err
 }
 
-// Pause lets packets arrive for d, or until Wake is called.
+// Pause sleeps for d, or until Wake is called, so that packets gather in the queue.
 func (q *Queue) Pause(d time.Duration) { q.poller.Pause(d) }
 
-// Wake ends the present Wait, or else the next one.
+// Wake ends the current Wait or Pause, or else the next one.
 func (q *Queue) Wake() { q.poller.Wake() }
 
-// Write is that of a Writer which the queue has for one goroutine.
+// Write is [Writer.Write] on a Writer that belongs to the queue, for use by one goroutine.
 func (q *Queue) Write(iov [][]byte) error { return q.writer.Write(iov) }
 
-// explain turns the errors of a detached descriptor into ErrGone.
+// explain replaces the errors of a detached descriptor by ErrGone.
 func (q *Queue) explain(err error) error {
 	if err == error(unix.EBADFD) || err == error(unix.EFAULT) {
 		return fmt.Errorf("%s: %w", q.dev.name, ErrGone)

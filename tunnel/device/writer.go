@@ -8,12 +8,13 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// ErrGSO says that the kernel refused a super-packet: the caller splits it and
-// writes its segments one by one. Device.Offloads may say less from then on.
+// ErrGSO means that the kernel refused a super-packet. The caller should split it and
+// write the segments one by one. Device.Offloads may return fewer offloads from then
+// on.
 var ErrGSO = errors.New("kernel refuses the super-packet")
 
-// A Writer writes to a queue with memory of its own, so that several goroutines,
-// each with its Writer, can write to one queue at the same time.
+// A Writer writes to a queue and has its own memory, so that several goroutines,
+// each with its own Writer, can write to one queue at the same time.
 type Writer struct {
 	queue *Queue
 	iov   sys.IovWriter
@@ -22,11 +23,11 @@ type Writer struct {
 // NewWriter returns a Writer for the queue.
 func (q *Queue) NewWriter() *Writer { return &Writer{queue: q} }
 
-// Write hands one packet to the kernel: the virtio-net header first, then the
-// packet, gathered from at most 1024 slices of which the first holds at least
-// the header. For a super-packet that the kernel refuses it returns ErrGSO and
-// nothing was written. Other errors say that this packet is lost: EIO when the
-// device is down, EINVAL for a malformed one.
+// Write writes one packet: the virtio-net header and the packet, gathered from at
+// most 1024 slices. The first slice must contain the whole header. If the kernel
+// refuses a super-packet, Write returns ErrGSO and has written nothing. With any
+// other error the packet is lost: EIO if the device is down, EINVAL if the packet
+// is malformed.
 func (w *Writer) Write(iov [][]byte) error {
 	q, gso := w.queue, uint8(gsoNone)
 	if len(iov) > 0 && len(iov[0]) >= VnetHdrLen {

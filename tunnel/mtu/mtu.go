@@ -1,9 +1,9 @@
-// Package mtu gives the sizes around a tunnel types of their own, all in bytes, and
-// the arithmetic between them, so that an underlay MTU cannot be taken for an
-// overlay MTU:
+// Package mtu has types for the packet sizes of a tunnel, in bytes, and the
+// arithmetic between them. With different types, an underlay MTU cannot be used as
+// an overlay MTU by mistake:
 //
 //	Link      largest IP packet that the underlay carries, outer headers included
-//	Overhead  what an encapsulation puts in front of the inner packet
+//	Overhead  length of the headers that an encapsulation adds
 //	TUN       largest inner packet: Link − Overhead
 //
 // Pure arithmetic, safe for concurrent use.
@@ -29,13 +29,13 @@ type Overhead int
 
 // Limits, in bytes.
 const (
-	Min4     = 576  // every IPv4 host takes a packet of this size, RFC 791 §3.1
-	Min6     = 1280 // every IPv6 link carries a packet of this size, RFC 8200 §5
+	Min4     = 576  // every IPv4 host must accept a packet of this size, RFC 791 §3.1
+	Min6     = 1280 // every IPv6 link must carry a packet of this size, RFC 8200 §5
 	Max      = 65535
 	Ethernet = Link(1500)
 )
 
-// Lengths of the headers that tunnels are made of, in bytes.
+// Lengths of the headers in an encapsulation, in bytes.
 const (
 	IPv4     = Overhead(header.IPv4MinLen)
 	IPv6     = Overhead(header.IPv6Len)
@@ -44,14 +44,14 @@ const (
 	InnerEth = Overhead(header.EthernetLen)
 )
 
-// TUN is the largest inner packet of which, with o in front, l is the size; at
-// least 0, and at most [Max].
+// TUN returns the size of the largest inner packet that fits into l with overhead o; at
+// least 0 and at most [Max].
 func (l Link) TUN(o Overhead) TUN { return min(max(TUN(int(l)-int(o)), 0), Max) }
 
-// Link is the size of an inner packet of size t once o is in front of it.
+// Link returns the size of the outer packet for an inner packet of size t with overhead o.
 func (t TUN) Link(o Overhead) Link { return Link(int(t) + int(o)) }
 
-// MSS is the TCP payload that fits into t without IP and TCP options, at least 0.
+// MSS returns the TCP payload that fits into t without IP and TCP options, at least 0.
 func (t TUN) MSS(v6 bool) int {
 	if v6 {
 		return max(int(t)-header.IPv6Len-header.TCPMinLen, 0)
@@ -62,8 +62,8 @@ func (t TUN) MSS(v6 bool) int {
 // Carries reports whether an inner packet of n bytes fits.
 func (t TUN) Carries(n int) bool { return n <= int(t) }
 
-// Validate says whether t can be the MTU of a TUN device that carries IPv6 when v6
-// (RFC 8200 §5) and IPv4.
+// Validate returns an error if t cannot be the MTU of a TUN device that carries IPv4
+// and, if v6 is set, IPv6 (RFC 8200 §5).
 func (t TUN) Validate(v6 bool) error {
 	least := TUN(Min4)
 	if v6 {

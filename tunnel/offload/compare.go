@@ -2,13 +2,13 @@ package offload
 
 import "encoding/binary"
 
-// equalMask has ones in all bits of a packet's headers that are equal in all packets of a run, as little-endian
-// words. Lengths, IPv4 ID, checksums, TCP sequence number, FIN, PSH and CWR are left
-// out: the Joiner looks at them itself. TCP options must be equal.
+// equalMask has a 1 for each bit of the headers that must be equal in all packets of a run, as little-endian words. It has
+// zeros for lengths, IPv4 ID, checksums, TCP sequence number, FIN, PSH and CWR, which the Joiner checks separately.
+// TCP options must be equal.
 type equalMask [(maxJoinHeaders + 7) / 8]uint64
 
-// maskOf returns the mask for packets of l's kind, which have neither IP options nor
-// extension headers.
+// maskOf returns the mask for packets with layout l, without IP options and extension
+// headers.
 func maskOf(l *layout) *equalMask {
 	i := 0
 	if l.v6 {

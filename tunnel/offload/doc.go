@@ -1,15 +1,16 @@
-// Package offload turns TSO/USO super-packets into wire packets and back,
-// touching headers only: payload is never copied, only pointed at and summed.
+// Package offload splits super-packets (TSO, USO) into segments, and joins packets
+// into super-packets. It writes headers only: payload is referenced and summed,
+// never copied.
 //
-// A Splitter cuts what the kernel hands out of a TUN device (one packet of up to
-// 64 KiB behind a virtio-net header) into segments whose headers it writes into an
-// arena. A Joiner does the reverse for packets that came from a peer, by the rules
-// of the kernel's generic receive offload, so that one write gives the TUN a
-// whole run of a flow.
+// A Splitter splits a packet of up to 64 KiB that was read from a TUN device behind
+// a virtio-net header. It writes the headers of the segments into an arena. A
+// Joiner joins consecutive packets of a flow that came from a peer, by the rules of
+// the kernel's generic receive offload (GRO), so that one write to the TUN carries
+// all of them.
 //
-// Everything here is a pure function over buffers. A Splitter or Joiner belongs
-// to one goroutine and allocates nothing once made. Packets begin with their IP
-// header. No input, however hostile, makes it panic.
+// The package does no I/O. A Splitter or Joiner belongs to one goroutine and
+// allocates nothing after its creation. Packets begin with their IP header. No
+// input, however hostile, makes it panic.
 //
 // Sources: linux/virtio_net.h, net/ipv4/tcp_offload.c, net/ipv4/udp_offload.c,
 // net/ipv4/af_inet.c, net/ipv6/ip6_offload.c; RFC 9293 (TCP), RFC 768 (UDP),

@@ -8,38 +8,42 @@ import (
 
 const (
 	maxUSOSegments = 64  // as the kernel's UDP_GRO_CNT_MAX
-	maxTSOSegments = 128 // bounds the vector of one write; 46 packets of 1,400 bytes fill 64 KiB
+	maxTSOSegments = 128 // limits the vector of one write; 46 packets of 1,400 bytes fill 64 KiB
 	maxJoinHeaders = ipv6Len + 60
 )
 
-// Joiner joins adjacent packets of one flow into a super-packet. It holds one run of
-// packets at a time and keeps references to them, so their buffers must stay
-// untouched from Add until the caller is done with what Flush returned.
+// Joiner joins consecutive packets of one flow into a super-packet. It holds one run of
+// packets at a time by reference: their buffers must not change from Add until the caller
+// has used the result of Flush.
 //
-// What joins is what the kernel's GRO would join: whole TCP or UDP packets without IP options or
-// extension headers, with the same addresses, ports, TTL, TOS, DF, flow label and, for TCP,
-// acknowledgement, window, flags and options; TCP sequence numbers and IPv4 IDs consecutive
-// (an ID may also stand still beside DF, where it says nothing: RFC 6864 §4.1); payloads
-// of equal length, of which a shorter one is the last, as is one with PSH or FIN; never a packet
-// without payload, with SYN, RST or URG, with CWR except as the first, or without
-// UDP checksum. Except for such standing IDs, Split gives back every byte.
+// It joins what the kernel's GRO joins:
+//   - complete TCP or UDP packets without IP options and extension headers;
+//   - equal addresses, ports, TTL, TOS, DF, flow label and, for TCP, acknowledgement, window,
+//     flags and options;
+//   - consecutive TCP sequence numbers and IPv4 IDs (with DF the ID may also be constant,
+//     because it has no meaning then: RFC 6864 §4.1);
+//   - payloads of equal length; a shorter one ends the run, as does PSH or FIN;
+//   - no packet without payload, with SYN, RST or URG, with CWR unless it is the first, or
+//     without UDP checksum.
+//
+// Split restores every byte of the packets, except for constant IDs.
 type Joiner struct {
-	// TrustChecksums joins without verifying TCP and UDP checksums. That is sound only where
-	// something else covered the payload on its way: an outer UDP checksum, from a peer that is known
-	// to have computed the inner one.
+	// TrustChecksums joins without verifying TCP and UDP checksums. That is correct only if
+	// an outer UDP checksum covered the payload on the way, and the peer is known to have
+	// computed the inner checksum.
 	TrustChecksums bool
 
 	tso, uso bool
 
-	parts    [][]byte // the packets held, whole
-	flushed  [][]byte // those of the last Flush
-	iov      [][]byte // [0] the virtio-net header, then as Flush says
+	parts    [][]byte // the packets of the run
+	flushed  [][]byte // the packets of the last Flush
+	iov      [][]byte // [0] is the virtio-net header; the rest as Flush returns it
 	vnet     [VnetHdrLen]byte
 	undo     [maxJoinHeaders]byte // the first packet's headers before Flush
 	restore  bool                 // undo holds such headers
 	total    int                  // bytes of the super-packet so far
 	open     bool                 // another packet may join
-	verified bool                 // the first packet's checksums have been found right
+	verified bool                 // the checksums of the first packet are verified
 	mask     *equalMask
 	l        layout // of the first packet
 	mss      int    // its payload
@@ -50,7 +54,7 @@ type Joiner struct {
 	pseudo   uint32 // pseudo-header without length
 }
 
-// NewJoiner returns a Joiner that makes TCP super-packets when tso, UDP ones when uso.
+// NewJoiner returns a Joiner. It makes TCP super-packets if tso is set, and UDP super-packets if uso is set.
 func NewJoiner(tso, uso bool) *Joiner {
 	return &Joiner{
 		tso:   tso,
@@ -60,9 +64,8 @@ func NewJoiner(tso, uso bool) *Joiner {
 	}
 }
 
-// Add takes pkt, a whole IP packet without trailing bytes. It reports false, and takes nothing, when
-// pkt cannot join the packets held: the caller then Flushes and Adds pkt again, which an empty
-// Joiner never refuses.
+// Add adds pkt, a complete IP packet without trailing bytes, to the run. It returns false and adds nothing if pkt cannot join
+// the run: the caller then calls Flush and adds pkt again. An empty Joiner accepts any packet.
 func (j *Joiner) Add(pkt []byte) bool {
 	if len(j.parts) == 0 {
 		j.start(pkt)
@@ -71,7 +74,7 @@ func (j *Joiner) Add(pkt []byte) bool {
 	return j.open && j.join(pkt)
 }
 
-// start makes pkt the first packet held.
+// start makes pkt the first packet of a run.
 func (j *Joiner) start(pkt []byte) {
 	j.restore = false
 	j.parts = append(j.parts, pkt)
@@ -106,7 +109,7 @@ func udpLength(pkt []byte, l4 int) int {
 	return int(binary.BigEndian.Uint16(pkt[l4+4:]))
 }
 
-// join appends pkt if it continues what is held.
+// join appends pkt if it continues the run.
 func (j *Joiner) join(pkt []byte) bool {
 	l := &j.l
 	n := len(pkt) - l.hdr // payload
@@ -168,7 +171,7 @@ func (j *Joiner) join(pkt []byte) bool {
 	return true
 }
 
-// verifyFirst prepares the sums that all packets share and verifies the first packet.
+// verifyFirst computes the sums that all packets share, and verifies the first packet.
 func (j *Joiner) verifyFirst() bool {
 	first := j.parts[0]
 	src, dst := j.l.addrs(first)
@@ -188,8 +191,8 @@ func (j *Joiner) verify(pkt []byte) bool {
 			return false
 		}
 	}
-	// A right checksum has two forms where it comes out as zero; TCP writes 0, UDP 0xffff,
-	// since there zero says "none" (and such a packet must not get one from us).
+	// A checksum of zero has two representations. TCP writes 0; UDP writes 0xffff, because there 0
+	// means "no checksum" (and such a packet must not get a checksum from us).
 	field := binary.BigEndian.Uint16(pkt[j.l.csumField():])
 	if j.l.proto == protoTCP {
 		if field == 0xffff {
@@ -204,11 +207,10 @@ func (j *Joiner) verify(pkt []byte) bool {
 	return header.Fold(header.Sum(pkt[l4:], j.pseudo+uint32(len(pkt)-l4))) == 0xffff
 }
 
-// Flush ends the run held and returns it as one packet: its virtio-net header, and its
-// bytes as the first packet whole and the payloads of the others. The first packet's headers are
-// changed in place, its checksum field to the sum of the pseudo-header; Undo takes that back.
-// A packet alone comes back untouched as GSONone. ok is false when nothing was held.
-// What is returned is valid until the next Add.
+// Flush ends the run and returns it as one packet: its virtio-net header, and its bytes as a vector of the first packet and
+// the payloads of the others. It changes the headers of the first packet in place; the checksum field becomes the sum of the
+// pseudo-header. Undo reverts that. A single packet is returned unchanged as GSONone. ok is false if the run is empty.
+// The result is valid until the next Add.
 func (j *Joiner) Flush() (h VnetHdr, iov [][]byte, ok bool) {
 	h, ok = j.flush()
 	if !ok {
@@ -217,8 +219,8 @@ func (j *Joiner) Flush() (h VnetHdr, iov [][]byte, ok bool) {
 	return h, j.iov[1:], true
 }
 
-// FlushVnet is Flush with the encoded virtio-net header as the first piece, so that the
-// vector can be handed to writev as it is.
+// FlushVnet is Flush with the encoded virtio-net header as the first element of the vector, ready for
+// writev.
 func (j *Joiner) FlushVnet() (iov [][]byte, ok bool) {
 	h, ok := j.flush()
 	if !ok {
@@ -246,8 +248,8 @@ func (j *Joiner) flush() (h VnetHdr, ok bool) {
 	return h, true
 }
 
-// Undo restores the first packet of the last Flush and returns all its packets as they were added,
-// for a device that has refused the super-packet. It is valid until the next Add.
+// Undo restores the first packet of the last Flush and returns all packets as they were added. It is for a device that has
+// refused the super-packet. The result is valid until the next Add.
 func (j *Joiner) Undo() [][]byte {
 	if j.restore {
 		copy(j.flushed[0], j.undo[:j.l.hdr])
@@ -256,7 +258,7 @@ func (j *Joiner) Undo() [][]byte {
 	return j.flushed
 }
 
-// seal makes the headers of the first packet those of the whole run.
+// seal turns the headers of the first packet into those of the super-packet.
 func (j *Joiner) seal(first []byte) VnetHdr {
 	l := &j.l
 	copy(j.undo[:], first[:l.hdr])

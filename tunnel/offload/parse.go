@@ -5,7 +5,7 @@ import (
 	"errors"
 )
 
-// ErrHeader reports a packet that contradicts itself or its virtio-net header.
+// ErrHeader reports a packet whose headers are inconsistent, or do not match its virtio-net header.
 var ErrHeader = errors.New("offload: bad header")
 
 const (
@@ -33,7 +33,7 @@ const (
 	tcpCWR = 0x80
 )
 
-// layout says where things are in an unfragmented TCP or UDP packet.
+// layout has the offsets of the headers of an unfragmented TCP or UDP packet.
 type layout struct {
 	v6    bool
 	proto uint8 // protoTCP or protoUDP
@@ -58,8 +58,8 @@ func (l *layout) csumField() int {
 	return l.l4 + udpCsumOffset
 }
 
-// parse finds the layout of pkt. It is false for anything but a whole, unfragmented
-// TCP or UDP packet whose lengths hold together; bytes after the IP length are allowed.
+// parse finds the layout of pkt. It returns false unless pkt is a complete, unfragmented
+// TCP or UDP packet with consistent lengths. Bytes after the IP length are allowed.
 func (l *layout) parse(pkt []byte) bool {
 	if len(pkt) < ipv4MinLen {
 		return false
@@ -102,8 +102,8 @@ func (l *layout) parse(pkt []byte) bool {
 	return false
 }
 
-// walk6 finds the transport header behind the extension headers that segmentation
-// may repeat: hop-by-hop, routing and destination options (RFC 8200 §4).
+// walk6 finds the transport header after the extension headers that segmentation may
+// copy: hop-by-hop, routing and destination options (RFC 8200 §4).
 func (l *layout) walk6(pkt []byte) bool {
 	next, off := pkt[6], ipv6Len
 	for {

@@ -6,20 +6,18 @@ import (
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 
-// RawVnetHdr recognises a packet that the kernel has joined, or never gave a checksum, before a raw
-// socket read it out of IPIP: its TCP or UDP checksum field holds only the sum of the
-// pseudo-header (net/ipv4/tcp_offload.c, tcp_gro_complete). It returns the virtio-net header with which
-// such a packet may be written to a TUN device, and false for any other packet, which
-// is then GSONone.
+// RawVnetHdr recognises an inner packet with a partial checksum that a raw socket has received: the kernel's GRO has joined it,
+// or its sender left the checksum to the hardware. The TCP or UDP checksum field of such a packet holds only the sum of the
+// pseudo-header (net/ipv4/tcp_offload.c, tcp_gro_complete). RawVnetHdr returns the virtio-net header for writing the packet to
+// a TUN device. It returns false for any other packet; that one is GSONone.
 //
-// A packet that was damaged on its way cannot be told from one without checksum when its checksum happens to equal
-// that sum: one damaged packet in 65,536 then counts as right. The udp encapsulation, whose outer
-// checksum covers everything, has no such gap.
+// If the checksum of a damaged packet happens to equal that sum, the packet is taken for one with a partial checksum. This
+// happens for one damaged packet in 65,536. The udp encapsulation does not have this gap, because its outer checksum covers
+// everything.
 //
-// The segment size is not told to raw sockets. A TCP packet longer than maxPacket bytes gets the largest
-// size that keeps its segments within maxPacket, which a byte stream does not mind. A UDP packet
-// longer than that cannot be cut where its sender would have: it is not recognised. pkt has no
-// trailing bytes.
+// A raw socket does not receive the segment size. A TCP packet longer than maxPacket bytes gets the largest segment size that
+// keeps segments within maxPacket; for a byte stream any size is correct. A longer UDP packet cannot be split at its
+// datagram boundaries, so it is not recognised. pkt must have no trailing bytes.
 func RawVnetHdr(pkt []byte, maxPacket int) (VnetHdr, bool) {
 	var l layout
 	if !l.parse(pkt) || l.total != len(pkt) {

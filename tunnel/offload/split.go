@@ -8,33 +8,33 @@ import (
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 
-// ErrArenaFull reports that the segments of a packet do not fit beside those that the
-// Splitter already holds. Send those, Reset and split the packet again.
+// ErrArenaFull reports that the arena has no room for the segments of a packet. Send the
+// segments that the Splitter holds, call Reset, and split the packet again.
 var ErrArenaFull = errors.New("offload: header arena full")
 
-// maxArena bounds in bytes the arena that one packet may ask for. A kernel's
-// super-packet needs a few KiB; only a forged one with a tiny GSOSize needs more.
+// maxArena is the largest arena for one packet, in bytes. A super-packet of the kernel
+// needs a few KiB; only a forged one with a tiny GSOSize needs more.
 const maxArena = 1 << 20
 
-// minHeaders is the length of the shortest headers there are: IPv4 and UDP.
+// minHeaders is the length of the shortest headers: IPv4 and UDP.
 const minHeaders = ipv4MinLen + udpLen
 
-// Segment is one packet in two pieces.
+// Segment is one packet as two slices.
 type Segment struct {
-	Header  []byte // what SplitBehind was given, then IP and transport headers, in the Splitter's arena
-	Payload []byte // a piece of the super-packet; empty when that has no payload
+	Header  []byte // the prefix given to SplitBehind, then IP and transport headers, in the Splitter's arena
+	Payload []byte // a slice of the super-packet; empty if that has no payload
 }
 
-// Splitter cuts super-packets into segments. It keeps the segments of several
-// packets until Reset.
+// Splitter splits super-packets into segments. It keeps the segments of several packets
+// until Reset.
 type Splitter struct {
 	arena  []byte    // headers; the length is what is used
 	segs   []Segment // never more than cap(arena)/minHeaders
 	prefix []byte    // of the present packet's segments
 }
 
-// NewSplitter returns a Splitter whose headers have arenaBytes of room. A 64 KiB
-// TCP super-packet at 1,400 bytes a segment takes about 2.5 KiB.
+// NewSplitter returns a Splitter with arenaBytes for headers. A 64 KiB TCP super-packet with
+// segments of 1,400 bytes needs about 2.5 KiB.
 func NewSplitter(arenaBytes int) *Splitter {
 	s := new(Splitter)
 	s.grow(arenaBytes)
@@ -46,22 +46,22 @@ func (s *Splitter) grow(arenaBytes int) {
 	s.segs = make([]Segment, 0, arenaBytes/minHeaders)
 }
 
-// Reset forgets all segments; those returned before are no longer valid.
+// Reset discards all segments. Segments returned before become invalid.
 func (s *Splitter) Reset() {
 	s.arena = s.arena[:0]
 	s.segs = s.segs[:0]
 }
 
-// Split cuts pkt, a TCP or UDP super-packet described by h, into segments with
-// complete checksums. All headers have the same length; all payloads but the last have
-// h.GSOSize bytes. Segments stay valid until Reset and as long as pkt is not changed.
+// Split splits pkt, a TCP or UDP super-packet described by h, into segments with complete
+// checksums. All headers have the same length; all payloads except the last have h.GSOSize
+// bytes. Segments are valid until Reset, and while pkt is not changed.
 //
-// It makes what the kernel's software segmentation makes: FIN and PSH on the last
-// segment only, CWR on the first only, IPv4 IDs counting up. Bytes after the IP
-// length are cut. Errors are ErrHeader, wrapped, and ErrArenaFull.
+// The result equals the kernel's software segmentation: FIN and PSH only on the last
+// segment, CWR only on the first, IPv4 IDs counting up. Bytes after the IP length are
+// dropped. Errors are ErrHeader (wrapped) and ErrArenaFull.
 func (s *Splitter) Split(pkt []byte, h VnetHdr) ([]Segment, error) { return s.SplitBehind(nil, pkt, h) }
 
-// SplitBehind is Split with prefix, which an encapsulation wants there, in front of each segment's headers.
+// SplitBehind is Split with prefix (the headers of an encapsulation) in front of each segment's headers.
 func (s *Splitter) SplitBehind(prefix, pkt []byte, h VnetHdr) ([]Segment, error) {
 	var l layout
 	if err := l.checkGSO(pkt, &h); err != nil {
@@ -86,11 +86,11 @@ func (s *Splitter) SplitBehind(prefix, pkt []byte, h VnetHdr) ([]Segment, error)
 	return s.splitUDP(pkt, payload, &l, n, mss), nil
 }
 
-// checkGSO parses pkt and holds it against h. h.HdrLen is not looked at: what
-// kernels write there differs.
+// checkGSO parses pkt and compares it with h. It ignores h.HdrLen, because kernels differ in
+// the value.
 func (l *layout) checkGSO(pkt []byte, h *VnetHdr) error {
 	if !l.parse(pkt) {
-		return fmt.Errorf("%w: not a whole TCP or UDP packet", ErrHeader)
+		return fmt.Errorf("%w: not a complete TCP or UDP packet", ErrHeader)
 	}
 	var ok bool
 	switch h.GSOType &^ GSOECN {
@@ -114,7 +114,7 @@ func (l *layout) checkGSO(pkt []byte, h *VnetHdr) error {
 	return nil
 }
 
-// ipTemplate is what of an IP header's fields differs from segment to segment.
+// ipTemplate has the fields of an IP header that differ between segments.
 type ipTemplate struct {
 	v6  bool
 	id  uint16 // IPv4: ID of the next segment
@@ -128,7 +128,7 @@ func newIPTemplate(pkt []byte, l *layout) ipTemplate {
 	return ipTemplate{id: binary.BigEndian.Uint16(pkt[4:]), sum: sumIPv4(pkt[:l.l4])}
 }
 
-// sumIPv4 sums an IPv4 header without its length, ID and checksum, and folds it.
+// sumIPv4 returns the folded sum of an IPv4 header without length, ID and checksum.
 func sumIPv4(h []byte) uint32 {
 	s := uint32(binary.BigEndian.Uint16(h)) + uint32(binary.BigEndian.Uint16(h[6:])) +
 		uint32(binary.BigEndian.Uint16(h[8:]))
@@ -210,7 +210,8 @@ func (s *Splitter) splitUDP(pkt, payload []byte, l *layout, n, mss int) []Segmen
 	return s.segs[first:]
 }
 
-// header appends the prefix and a copy of from to the arena, which has room for both, and returns both and the copy.
+// header appends the prefix and a copy of from to the arena, which must have room for both. It returns both together, and the
+// copy alone.
 func (s *Splitter) header(from []byte) (whole, h []byte) {
 	at := len(s.arena)
 	s.arena = append(append(s.arena, s.prefix...), from...)
@@ -218,8 +219,8 @@ func (s *Splitter) header(from []byte) (whole, h []byte) {
 	return s.arena[at:end:end], s.arena[at+len(s.prefix) : end : end]
 }
 
-// write fills in the fields of the next segment's IP header, whose packet is total
-// bytes long, and steps the ID.
+// write fills in the IP header of the next segment, a packet of total bytes, and increments
+// the ID.
 func (t *ipTemplate) write(h []byte, total int) {
 	if t.v6 {
 		binary.BigEndian.PutUint16(h[4:], uint16(total-ipv6Len))

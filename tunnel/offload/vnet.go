@@ -24,7 +24,7 @@ const (
 	GSOTCPv4 = 1
 	GSOTCPv6 = 4
 	GSOUDPL4 = 5
-	GSOECN   = 0x80 // flag beside a TCP type: the super-packet carries CWR
+	GSOECN   = 0x80 // flag added to a TCP type: the super-packet has CWR set
 )
 
 // ErrShort reports a buffer too short for a virtio-net header.
@@ -69,8 +69,8 @@ func (h *VnetHdr) Encode(b []byte) error {
 	return nil
 }
 
-// CompleteChecksum finishes in place the checksum of a packet that is GSONone
-// with NeedsCsum, as the kernel's skb_checksum_help does. Without NeedsCsum it does nothing.
+// CompleteChecksum completes the checksum of a GSONone packet with NeedsCsum in place, as the
+// kernel's skb_checksum_help does. Without NeedsCsum it does nothing.
 func CompleteChecksum(pkt []byte, h VnetHdr) error {
 	if h.Flags&NeedsCsum == 0 {
 		return nil
@@ -82,8 +82,8 @@ func CompleteChecksum(pkt []byte, h VnetHdr) error {
 	if field+2 > len(pkt) {
 		return fmt.Errorf("%w: checksum field at %d of a packet of %d bytes", ErrHeader, field, len(pkt))
 	}
-	// The field keeps its value while it is summed: it is the pseudo-header's sum.
-	// Zero would say "no checksum" in UDP (RFC 768); 0xffff means the same sum.
+	// The field holds the sum of the pseudo-header and is included in the sum. In UDP zero
+	// means "no checksum" (RFC 768); 0xffff is the same sum.
 	c := header.Checksum(pkt[start:])
 	if c == 0 && h.CsumOffset == udpCsumOffset {
 		c = 0xffff

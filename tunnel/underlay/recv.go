@@ -9,7 +9,7 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// A RecvBatch is the memory of one Recv.
+// A RecvBatch has the buffers for one Recv.
 type RecvBatch struct {
 	msgs *sys.RecvMsgs
 	meta []recvMeta
@@ -20,16 +20,16 @@ type recvMeta struct {
 	tos     byte
 }
 
-// MaxMessage is the slot size that holds every message: a train or a joined
-// IPIP packet of 64 KiB.
+// MaxMessage is the slot size that fits every message: a train, or an IPIP packet of
+// 64 KiB that the kernel has joined.
 const MaxMessage = 1 << 16
 
-// recvControl is room for all control messages that our options ask for: TOS,
-// segment size, overflow counter.
+// recvControl is the space for all control messages that our socket options enable:
+// TOS, segment size, overflow counter.
 var recvControl = 3 * sys.ControlSpace(4)
 
-// NewRecvBatch allocates slots of slotSize bytes. Trains need slots of
-// MaxMessage bytes.
+// NewRecvBatch allocates slots of slotSize bytes. Trains need slots of MaxMessage
+// bytes.
 func NewRecvBatch(slots, slotSize int) *RecvBatch {
 	return &RecvBatch{msgs: sys.NewRecvMsgs(slots, slotSize, recvControl), meta: make([]recvMeta, slots)}
 }
@@ -40,16 +40,16 @@ type Received struct {
 	// raw IPv4 socket it begins with the outer IP header.
 	Data []byte
 	From netip.AddrPort // without zone; port 0 on raw sockets
-	// SegmentSize is the length in bytes of each datagram of a train but the
-	// last, which may be shorter; 0 for a single one.
+	// SegmentSize is the length of the datagrams of a train, in bytes; the last
+	// one may be shorter. 0 for a single datagram.
 	SegmentSize int
 	TOS         byte // outer TOS or traffic class, of every datagram of a train
 	Truncated   bool // longer than the slot: the rest is lost
 }
 
-// Recv takes what has arrived, up to the batch's slots, without blocking. It
-// returns how many messages; sys.ErrAgain when there is none. A pending ICMP
-// error of the socket is not reported here but by DrainErrors.
+// Recv receives the messages that have arrived, as many as the batch has slots,
+// without blocking. It returns their number, or sys.ErrAgain if there is none.
+// DrainErrors, not Recv, reports pending ICMP errors of the socket.
 func (s *Socket) Recv(b *RecvBatch) (n int, err error) {
 	for {
 		n, err = b.msgs.Recv(s.fd, 0)
@@ -69,7 +69,7 @@ func (s *Socket) Recv(b *RecvBatch) (n int, err error) {
 	return n, nil
 }
 
-// control reads the control messages of one message, which come in any order.
+// control reads the control messages of one message, which may be in any order.
 func (s *Socket) control(c []byte) (m recvMeta) {
 	for len(c) > 0 {
 		msg, rest, ok := sys.NextControl(c)
@@ -91,7 +91,7 @@ func (s *Socket) control(c []byte) (m recvMeta) {
 	return m
 }
 
-// At is message i of the last Recv's n.
+// At returns message i of the last Recv.
 func (b *RecvBatch) At(i int) Received {
 	r := Received{
 		Data:      b.msgs.Data(i),
@@ -105,8 +105,8 @@ func (b *RecvBatch) At(i int) Received {
 	return r
 }
 
-// overflowed takes the kernel's 32-bit count of drops, which wraps and, coming
-// from several messages, may be older than what is known.
+// overflowed processes the kernel's 32-bit drop counter. It wraps, and the value of one
+// message may be older than that of another.
 func (s *Socket) overflowed(now uint32) {
 	for {
 		old := s.overflows.Load()
@@ -120,8 +120,8 @@ func (s *Socket) overflowed(now uint32) {
 	}
 }
 
-// Overflows is how many messages the kernel has dropped because the socket's
-// receive buffer was full, or their checksum was wrong, since it was opened.
+// Overflows returns the number of messages that the kernel has dropped since the socket
+// was opened, because its receive buffer was full or their checksum was wrong.
 func (s *Socket) Overflows() uint64 {
 	if !s.closed.Load() {
 		if n, err := sys.Drops(s.fd); err == nil {
@@ -131,5 +131,5 @@ func (s *Socket) Overflows() uint64 {
 	return s.overflows.Load()
 }
 
-// Truncated is how many messages were longer than their slot.
+// Truncated returns the number of messages that were longer than their slot.
 func (s *Socket) Truncated() uint64 { return s.truncated.Load() }

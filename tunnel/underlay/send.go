@@ -15,12 +15,12 @@ const (
 	MaxTrain    = 65507 // bytes of a train, or of a UDP datagram over IPv4
 )
 
-// A SendBatch gathers messages for one Send. Slices handed to Append are
-// referenced, not copied: they stay unchanged until the Send or Reset.
+// A SendBatch collects messages for one Send. Append references slices and does not
+// copy them: they must not change until Send or Reset.
 type SendBatch struct {
 	msgs    *sys.SendMsgs
 	meta    []sendMeta
-	control []byte // controlSpace bytes a message, filled in End
+	control []byte // sendControl bytes per message, filled in by End
 	single  *singles
 }
 
@@ -31,11 +31,11 @@ type sendMeta struct {
 	tos     byte
 }
 
-// sendControl is room for a TOS and a segment size.
+// sendControl is the space for the control messages of one message: TOS and segment size.
 var sendControl = sys.ControlSpace(4) + sys.ControlSpace(2)
 
-// NewSendBatch allocates room for messages (trains or single datagrams) and for
-// the slices that they are gathered from.
+// NewSendBatch allocates space for maxMessages messages (trains or single datagrams)
+// of maxIovecs slices in total.
 func NewSendBatch(maxMessages, maxIovecs int) *SendBatch {
 	return &SendBatch{
 		msgs:    sys.NewSendMsgs(maxMessages, maxIovecs),
@@ -44,36 +44,36 @@ func NewSendBatch(maxMessages, maxIovecs int) *SendBatch {
 	}
 }
 
-// Full reports that a message of n further slices has no room: Send first.
+// Full reports whether a message of n slices does not fit any more. Then Send first.
 func (b *SendBatch) Full(n int) bool {
 	return b.msgs.Messages() == b.msgs.MaxMessages() || b.msgs.Iovecs()+n > b.msgs.MaxIovecs()
 }
 
-// Len is the number of messages gathered.
+// Len returns the number of messages.
 func (b *SendBatch) Len() int { return b.msgs.Messages() }
 
-// Begin starts a message with outer TOS or traffic class tos. The batch must
-// not be Full.
+// Begin starts a message to to, with tos as the outer TOS or traffic class. The batch
+// must not be Full.
 func (b *SendBatch) Begin(to *Dest, tos byte) {
 	b.meta[b.msgs.Messages()] = sendMeta{to: to, tos: tos}
 	b.msgs.Begin(to.name)
 }
 
-// Append adds p to the message begun last. There must be room for it (Full),
-// and a message has at most MaxIovecs slices.
+// Append adds p to the current message. The batch must have space for it (Full). A
+// message has at most MaxIovecs slices.
 func (b *SendBatch) Append(p []byte) {
 	b.meta[b.msgs.Messages()-1].size += len(p)
 	b.msgs.Append(p)
 }
 
-// Size is the number of bytes of the message begun last.
+// Size returns the number of bytes of the current message.
 func (b *SendBatch) Size() int { return b.meta[b.msgs.Messages()-1].size }
 
-// End completes the message begun last. segmentSize 0 makes it one datagram;
-// otherwise it is a train of datagrams of segmentSize bytes, the last of which
-// may be shorter: at most MaxSegments of them, MaxTrain bytes in all, and on
-// UDP sockets only. A train of one is sent as a single datagram, because some
-// kernels send a train of one with a bad checksum.
+// End completes the current message. With segmentSize 0 it is one datagram. Otherwise
+// it is a train of datagrams of segmentSize bytes, of which the last may be shorter:
+// at most MaxSegments datagrams and MaxTrain bytes, and only on UDP sockets. A train of
+// one is sent as a single datagram, because some kernels send a train of one with a
+// bad checksum.
 func (b *SendBatch) End(segmentSize int) {
 	i := b.msgs.Messages() - 1
 	m := &b.meta[i]
@@ -106,19 +106,19 @@ func appendTOS(c []byte, to *Dest, tos byte) []byte {
 	return sys.AppendControl(c, unix.SOL_IPV6, unix.IPV6_TCLASS, v[:])
 }
 
-// Reset forgets all messages.
+// Reset discards all messages.
 func (b *SendBatch) Reset() { b.msgs.Reset() }
 
-// SendResult counts what became of a batch. Its units are datagrams (the
-// segments of a train each count) where nothing else is said.
+// SendResult counts the results of one Send. Unless noted otherwise it counts
+// datagrams (each segment of a train counts).
 type SendResult struct {
 	Messages     int   // messages handed to the kernel as they were, trains as one
-	Sent         int   // taken by the kernel
-	Dropped      int   // not taken: see LastErr
+	Sent         int   // accepted by the kernel
+	Dropped      int   // not accepted: see LastErr
 	TooBig       int   // of Dropped: larger than the route's MTU (EMSGSIZE)
 	GSOFallbacks int   // trains sent as single datagrams
-	Retried      int   // messages that met an earlier packet's ICMP error: DrainErrors has it
-	LastErr      error // why the last of Dropped was; nil when none was
+	Retried      int   // messages whose send returned an earlier packet's ICMP error; DrainErrors reports it
+	LastErr      error // reason for the last of Dropped; nil if none was dropped
 }
 
 func (m *sendMeta) datagrams() int {

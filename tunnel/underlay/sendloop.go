@@ -9,22 +9,22 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Bounds of one Send.
+// Limits of one Send.
 const (
-	// maxRetries is how often one message is handed in again because of errors
-	// that may be about another packet: each attempt takes one such error off
-	// the socket, and a new one can arrive meanwhile.
+	// maxRetries is how often a message is sent again after errors that may be about
+	// another packet. Each attempt clears one such error from the socket, but a
+	// new one can arrive at any time.
 	maxRetries = 3
-	// writeWaitMillis is how long one wait for room in the send buffer may take
-	// before the kernel is asked again.
+	// writeWaitMillis is the longest single wait for space in the send buffer before
+	// the next attempt.
 	writeWaitMillis = 100
-	// maxWriteWait bounds those waits for one message: a device that takes nothing
-	// for this long loses packets rather than stopping the agent.
+	// maxWriteWait limits the sum of these waits for one message. If a device accepts
+	// nothing for this long, packets are dropped instead of blocking the agent.
 	maxWriteWait = time.Second
 )
 
-// isPending reports an error that may be an ICMP error about an earlier packet,
-// to this peer or another, which the kernel reports on the next call (ip(7)).
+// isPending reports whether err may be an ICMP error about an earlier packet, to this
+// peer or another one. The kernel returns it from the next call (ip(7)).
 func isPending(err error) bool {
 	switch err {
 	case unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.EHOSTDOWN, unix.ENONET,
@@ -34,20 +34,20 @@ func isPending(err error) bool {
 	return false
 }
 
-// isGSORefusal reports the errors with which kernels turn trains down: EIO where
-// the device does no checksums, EINVAL for a segment size or count that it does
-// not like and under xfrm, EMSGSIZE for a train above its limit.
+// isGSORefusal reports whether err is one of the errors with which kernels refuse
+// trains: EIO if the device has no checksum offload, EINVAL for an unsupported segment
+// size or count and with xfrm, EMSGSIZE for a train above the limit.
 func isGSORefusal(err error) bool {
 	return err == unix.EIO || err == unix.EINVAL || err == unix.EMSGSIZE || err == unix.EOPNOTSUPP
 }
 
-// Send hands all messages of b to the kernel, in order, and resets b. It blocks
-// only while the send buffer is full. The error is about the socket, after which
-// it is of no more use; what happened to single messages is in the result.
+// Send sends all messages of b in order, and resets b. It blocks only while the send
+// buffer is full. An error means that the socket is unusable from now on; failures of
+// single messages are in the result.
 func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 	var r SendResult
 	defer b.Reset()
-	var waiting time.Time // since when the present message finds no room
+	var waiting time.Time // since when the current message waits for space
 	retries, stopped := 0, false
 	for i := 0; i < b.msgs.Messages(); {
 		m := &b.meta[i]
@@ -69,8 +69,8 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 				r.took(&b.meta[i])
 				i++
 			}
-			// Stopped in the middle: sendmmsg keeps the reason to itself, and if it
-			// was an earlier packet's error, has taken it off the socket.
+			// Stopped in the middle: sendmmsg does not return the reason. If it was an
+			// earlier packet's error, it is now cleared from the socket.
 			waiting, retries, stopped = time.Time{}, 0, i < end
 			continue
 		}
@@ -102,8 +102,8 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 	return r, nil
 }
 
-// upTo is the end of the run of messages from i on which may be sent together:
-// it stops before a train whose destination has trains off.
+// upTo returns the end of the messages from i on that can be sent together. It stops
+// before a train to a destination for which trains are off.
 func (b *SendBatch) upTo(i int) int {
 	end := i + 1
 	for ; end < b.msgs.Messages(); end++ {
@@ -114,7 +114,7 @@ func (b *SendBatch) upTo(i int) int {
 	return end
 }
 
-// isFatal reports errors that say something about the socket, not the message.
+// isFatal reports whether err is about the socket, not the message.
 func isFatal(err error) bool {
 	return err == unix.EBADF || err == unix.ENOTSOCK || err == unix.EFAULT
 }
@@ -135,10 +135,10 @@ func (r *SendResult) dropped(m *sendMeta, err error) {
 	r.LastErr = err
 }
 
-// sendRefused sends a train that the kernel has just refused as single
-// datagrams. Only if it takes those, the refusal was about the train, and
-// trains to that destination are off for a while: datagrams above the link's MTU
-// are refused either way.
+// sendRefused sends a train that the kernel has just refused as single datagrams. If
+// the kernel accepts these, the refusal was about the train, and trains to that
+// destination are off for a while. Datagrams above the link's MTU are refused either
+// way.
 func (s *Socket) sendRefused(b *SendBatch, i int, r *SendResult) error {
 	before := r.Sent
 	r.GSOFallbacks++
@@ -149,12 +149,12 @@ func (s *Socket) sendRefused(b *SendBatch, i int, r *SendResult) error {
 	return err
 }
 
-// singles is the memory for sending one train as single datagrams.
+// singles has the buffers for sending one train as single datagrams.
 type singles struct {
 	batch *SendBatch
 }
 
-// sendSingles sends message i, a train, datagram by datagram.
+// sendSingles sends message i, a train, as single datagrams.
 func (s *Socket) sendSingles(b *SendBatch, i int, r *SendResult) error {
 	if b.single == nil {
 		b.single = &singles{NewSendBatch(MaxSegments, MaxIovecs+MaxSegments)}

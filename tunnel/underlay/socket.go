@@ -18,9 +18,9 @@ const (
 	ProtoIPv6 = 41 // RFC 4213, RFC 2473
 )
 
-// DefaultBuffer is the size in bytes asked for both buffers of a socket where
-// Options do not say. It holds 64 full trains; a burst of small packets, which
-// the kernel charges 768 bytes and more apiece, fills it with some ten thousand.
+// DefaultBuffer is the default size of a socket's receive and send buffer, in bytes. It
+// holds 64 full trains, or about ten thousand small packets, for each of which the
+// kernel accounts at least 768 bytes.
 const DefaultBuffer = 8 << 20
 
 // Options of a UDP socket. The zero value of a field means its default.
@@ -28,8 +28,8 @@ type Options struct {
 	Bind      netip.AddrPort // address and port; required, the address may be unspecified, the port 0
 	RecvBuf   int            // bytes; DefaultBuffer
 	SendBuf   int            // bytes; DefaultBuffer
-	ReusePort bool           // share the port with further sockets (one a queue); the kernel spreads flows over them
-	Mark      uint32         // SO_MARK of what is sent
+	ReusePort bool           // share the port with other sockets (one per queue); the kernel spreads flows over them
+	Mark      uint32         // SO_MARK of sent packets
 }
 
 // A Socket is a UDP or raw socket of the underlay.
@@ -37,7 +37,7 @@ type Socket struct {
 	fd     int
 	local  netip.AddrPort
 	proto  int // raw: 4 or 41; UDP: 0
-	recv   int // buffers in force, bytes as the kernel counts them
+	recv   int // actual buffer sizes, in bytes as the kernel counts them
 	send   int
 	poller *sys.Poller
 
@@ -55,12 +55,12 @@ func ListenUDP(o Options) (*Socket, error) {
 	return s, err
 }
 
-// senderRecvBuf bounds what the error queue of a send-only socket may hold.
+// senderRecvBuf limits the error queue of a send-only socket, in bytes.
 const senderRecvBuf = 64 << 10
 
-// OpenSender opens a UDP socket that only sends, from the given address and
-// source port. Whatever arrives on it is refused before it takes memory; its
-// error queue works and has to be drained.
+// OpenSender opens a UDP socket that only sends, from the given address and source
+// port. Packets that arrive on it are dropped before they use memory. Its error queue
+// works and must be drained.
 func OpenSender(o Options) (*Socket, error) {
 	if o.RecvBuf == 0 {
 		o.RecvBuf = senderRecvBuf
@@ -79,9 +79,9 @@ func OpenSender(o Options) (*Socket, error) {
 	return s, nil
 }
 
-// ListenRaw opens a raw socket which sends and receives inner packets of the IP
-// protocol proto (4 or 41) bound to the local address bind. On IPv4 it receives
-// packets with their outer IP header, on IPv6 without; it sends without.
+// ListenRaw opens a raw socket of the IP protocol proto (4 or 41), bound to the local
+// address bind. It sends inner packets; the kernel adds the outer header. On IPv4 it
+// receives packets with their outer IP header, on IPv6 without.
 func ListenRaw(bind netip.Addr, proto int, o Options) (*Socket, error) {
 	if proto != ProtoIPv4 && proto != ProtoIPv6 {
 		return nil, fmt.Errorf("raw socket: protocol %d is neither 4 nor 41", proto)
@@ -117,7 +117,7 @@ func open(o Options, typ, proto int) (*Socket, error) {
 	if err := sys.Bind(fd, bind); err != nil {
 		sys.Close(fd)
 		if errors.Is(err, unix.EADDRNOTAVAIL) {
-			return nil, fmt.Errorf("underlay socket: %v is no address of this host: %w", bind.Addr(), err)
+			return nil, fmt.Errorf("underlay socket: %v is not an address of this host: %w", bind.Addr(), err)
 		}
 		return nil, fmt.Errorf("bind %v: %w", bind, err)
 	}
@@ -135,8 +135,7 @@ func open(o Options, typ, proto int) (*Socket, error) {
 	return s, nil
 }
 
-// configure sets every option before bind, so that the first packet already
-// arrives under them.
+// configure sets all options before bind, so that they apply to the first packet.
 func (s *Socket) configure(o Options, domain int) error {
 	recv, send := o.RecvBuf, o.SendBuf
 	if recv == 0 {
@@ -167,7 +166,7 @@ func (s *Socket) configure(o Options, domain int) error {
 			option{unix.SOL_IPV6, unix.IPV6_RECVERR, 1, "IPV6_RECVERR"},
 			option{unix.SOL_IPV6, unix.IPV6_UNICAST_HOPS, 64, "IPV6_UNICAST_HOPS"})
 	}
-	if domain == unix.AF_INET6 && s.proto == 0 { // raw IPv6 sockets see no IPv4 anyway, and refuse the option
+	if domain == unix.AF_INET6 && s.proto == 0 { // raw IPv6 sockets never receive IPv4, and refuse the option
 		opts = append(opts, option{unix.SOL_IPV6, unix.IPV6_V6ONLY, 1, "IPV6_V6ONLY"})
 	}
 	if o.ReusePort {
@@ -182,7 +181,7 @@ func (s *Socket) configure(o Options, domain int) error {
 		}
 	}
 	if s.proto == 0 {
-		// Linux 5.0. Without it datagrams come one by one, which works too.
+		// Linux 5.0. Without it datagrams arrive one by one.
 		err := sys.SetInt(s.fd, unix.SOL_UDP, unix.UDP_GRO, 1, "UDP_GRO")
 		if err != nil && !errors.Is(err, unix.ENOPROTOOPT) {
 			return err
@@ -191,31 +190,31 @@ func (s *Socket) configure(o Options, domain int) error {
 	return nil
 }
 
-// Local is the address that the socket is bound to; port 0 for raw sockets.
+// Local returns the address that the socket is bound to; port 0 for raw sockets.
 func (s *Socket) Local() netip.AddrPort { return s.local }
 
-// Is6 reports that the outer header is IPv6's.
+// Is6 reports whether the outer header is IPv6.
 func (s *Socket) Is6() bool { return s.local.Addr().Is6() }
 
-// Proto is the inner protocol of a raw socket, 4 or 41; 0 for UDP.
+// Proto returns the IP protocol of a raw socket, 4 or 41; 0 for UDP.
 func (s *Socket) Proto() int { return s.proto }
 
-// Buffers are the buffer sizes in force, in bytes as the kernel counts them
-// (twice what was asked, if it was granted).
+// Buffers returns the actual buffer sizes, in bytes as the kernel counts them (twice
+// the requested size, if it was granted).
 func (s *Socket) Buffers() (recv, send int) { return s.recv, s.send }
 
-// Wait blocks until there is something to Recv (nil), something to DrainErrors
-// (sys.ErrErrQueue), or Wake was called (sys.ErrWoken). One goroutine at a time.
+// Wait blocks until a message can be received (nil), the error queue is not empty
+// (sys.ErrErrQueue), or Wake is called (sys.ErrWoken). One goroutine at a time.
 func (s *Socket) Wait() error { return s.poller.WaitRead() }
 
-// Pause lets messages arrive for d, or until Wake is called.
+// Pause sleeps for d, or until Wake is called, so that messages gather in the receive buffer.
 func (s *Socket) Pause(d time.Duration) { s.poller.Pause(d) }
 
-// Wake ends the present Wait, or else the next one.
+// Wake ends the current Wait or Pause, or else the next one.
 func (s *Socket) Wake() { s.poller.Wake() }
 
-// Close closes the socket. Goroutines that use it must have returned: Wake makes
-// the one that Waits come back.
+// Close closes the socket. Goroutines that use it must have returned; Wake ends a
+// Wait.
 func (s *Socket) Close() error {
 	if s.closed.Swap(true) {
 		return nil

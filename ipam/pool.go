@@ -8,50 +8,50 @@ import (
 	"time"
 )
 
-// An Allocation is one pod's address of one family.
+// An Allocation is one address of a pod.
 type Allocation struct {
 	Addr  netip.Addr `json:"addr"`
-	Key   string     `json:"key"`             // container ID (and interface): whose it is
+	Key   string     `json:"key"`             // owner: container ID and interface
 	Pod   string     `json:"pod,omitempty"`   // for people
 	Netns string     `json:"netns,omitempty"` // path, for checks against the host
 	Since time.Time  `json:"since"`
 }
 
-// A Block is an open block, as status shows it.
+// A Block describes an open block, for status output.
 type Block struct {
 	Prefix netip.Prefix `json:"prefix"`
 	Used   uint64       `json:"used"` // addresses that pods have
 	Size   uint64       `json:"size"` // addresses that pods can have; saturates at 2^63
 }
 
-// Errors that callers branch on.
+// Errors for errors.Is.
 var (
-	// ErrFull says that no open block has an address to give right now.
+	// ErrFull means that no open block has a free address now.
 	ErrFull = errors.New("no free pod address")
-	// ErrUnavailable is wrapped when a requested address cannot be had.
+	// ErrUnavailable means that a requested address cannot be allocated.
 	ErrUnavailable = errors.New("address not available")
 )
 
-// A Pool is the open blocks of a node and who has which address in them.
+// A Pool has the open blocks of a node and the allocations in them.
 //
-// Allocations may lie outside the blocks: pods whose space was lost keep their
-// addresses, and these are never handed out again while they last.
+// Allocations may lie outside the blocks: pods keep their addresses when the node
+// loses the space. Such an address is not allocated again while its pod exists.
 type Pool struct {
 	cooldown time.Duration
 	blocks   []*block
 	byAddr   map[netip.Addr]Allocation
-	byKey    map[string][]netip.Addr // a key has one address in each family
+	byKey    map[string][]netip.Addr // a key has at most one address per family
 	cooling  map[netip.Addr]time.Time
 }
 
 type block struct {
 	prefix     netip.Prefix
 	used       uint64
-	low        netip.Addr // nothing below is free
-	first, end netip.Addr // the range that pods may have, both included
+	low        netip.Addr // no lower address is free
+	first, end netip.Addr // the range for pods, both inclusive
 }
 
-// NewPool returns an empty pool whose released addresses rest for cooldown.
+// NewPool returns an empty pool. Released addresses are not allocated again for cooldown.
 func NewPool(cooldown time.Duration) *Pool {
 	return &Pool{
 		cooldown: cooldown,
@@ -61,8 +61,8 @@ func NewPool(cooldown time.Duration) *Pool {
 	}
 }
 
-// Open adds a block. The first open block of a family lends its first address to
-// the tunnel device, see [Pool.TunAddr].
+// Open adds a block. The first address of the first open block of a family belongs
+// to the TUN device, see [Pool.TunAddr].
 func (p *Pool) Open(prefix netip.Prefix) {
 	if slices.ContainsFunc(p.blocks, func(b *block) bool { return b.prefix == prefix }) {
 		return
@@ -77,7 +77,7 @@ func (p *Pool) Open(prefix netip.Prefix) {
 	p.blocks = append(p.blocks, b)
 }
 
-// Close removes a block; allocations in it stay.
+// Close removes a block. Its allocations stay.
 func (p *Pool) Close(prefix netip.Prefix) {
 	p.blocks = slices.DeleteFunc(p.blocks, func(b *block) bool { return b.prefix == prefix })
 	for _, b := range p.blocks { // another block may have become the first
@@ -94,7 +94,7 @@ func (p *Pool) Prefixes() []netip.Prefix {
 	return out
 }
 
-// Blocks returns the open blocks with their use.
+// Blocks returns the open blocks with their usage.
 func (p *Pool) Blocks() []Block {
 	out := make([]Block, len(p.blocks))
 	for i, b := range p.blocks {
@@ -103,7 +103,7 @@ func (p *Pool) Blocks() []Block {
 	return out
 }
 
-// size counts the addresses of b that pods can have.
+// size returns the number of addresses in b for pods.
 func (p *Pool) size(b *block) uint64 {
 	n := b.prefix.Addr().BitLen() - b.prefix.Bits()
 	if n >= 63 {
@@ -119,7 +119,7 @@ func (p *Pool) size(b *block) uint64 {
 	return size
 }
 
-// TunAddr returns the tunnel device's address: the first one of the first open
+// TunAddr returns the address of the TUN device: the first address of the first open
 // block of the family.
 func (p *Pool) TunAddr(v6 bool) (netip.Addr, bool) {
 	for _, b := range p.blocks {
@@ -130,10 +130,10 @@ func (p *Pool) TunAddr(v6 bool) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// reserved reports whether a pod never gets a: the tunnel device's address, the
-// addresses that look like a network or a broadcast address to IPv4 tools, and
-// IPv6's subnet-router anycast address (RFC 4291 §2.6.1). In a block of one or
-// two IPv4 addresses every address counts (RFC 3021).
+// reserved reports whether a is never allocated to pods: the TUN device's address,
+// the first and last address of an IPv4 block (network and broadcast address to
+// IPv4 tools), and IPv6's subnet-router anycast address (RFC 4291 §2.6.1). In an
+// IPv4 block of one or two addresses only the TUN device's is reserved (RFC 3021).
 func (p *Pool) reserved(b *block, a netip.Addr) bool {
 	if tun, ok := p.TunAddr(a.Is6()); ok && a == tun {
 		return true
@@ -144,13 +144,13 @@ func (p *Pool) reserved(b *block, a netip.Addr) bool {
 	return b.prefix.Bits() < 31 && (a == b.first || a == b.end)
 }
 
-// Allocate gives key an address of the family: the one that it already has, else
-// want when it is valid, else the lowest free one. A new allocation takes Pod and
-// Netns from a, whose Addr is want.
+// Allocate allocates an address of the family to a.Key and returns the allocation. A
+// key that has an address keeps it. Otherwise it gets a.Addr if that is valid, else
+// the lowest free address.
 func (p *Pool) Allocate(now time.Time, a Allocation, v6 bool) (Allocation, error) {
 	if old, ok := p.Lookup(a.Key, v6); ok {
 		if a.Addr.IsValid() && a.Addr != old.Addr {
-			return Allocation{}, fmt.Errorf("%w: %v was asked for, but %s already has %v", ErrUnavailable, a.Addr, a.Key, old.Addr)
+			return Allocation{}, fmt.Errorf("%w: %v was requested, but %s already has %v", ErrUnavailable, a.Addr, a.Key, old.Addr)
 		}
 		return old, nil
 	}
@@ -175,8 +175,8 @@ func (p *Pool) Allocate(now time.Time, a Allocation, v6 bool) (Allocation, error
 	return Allocation{}, ErrFull
 }
 
-// lowest finds the lowest free address of b. Addresses below b.low are taken or
-// cooling until something is released, or has cooled, below it.
+// lowest returns the lowest free address of b. All addresses below b.low are in use
+// or cooling; a release, or the end of a cool-down, lowers b.low.
 func (p *Pool) lowest(now time.Time, b *block) (netip.Addr, bool) {
 	p.thaw(now)
 	for a := b.low; a.IsValid() && a.Compare(b.end) <= 0; a = a.Next() {
@@ -191,7 +191,7 @@ func (p *Pool) lowest(now time.Time, b *block) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// thaw forgets the cool-downs that are over.
+// thaw removes the cool-downs that are over.
 func (p *Pool) thaw(now time.Time) {
 	for a, until := range p.cooling {
 		if !now.Before(until) {
@@ -216,7 +216,7 @@ func (p *Pool) blockOf(a netip.Addr) *block {
 	return nil
 }
 
-// available explains why a requested address cannot be had.
+// available returns an error if a requested address cannot be allocated.
 func (p *Pool) available(now time.Time, a netip.Addr) error {
 	b := p.blockOf(a)
 	if b == nil {
@@ -229,7 +229,7 @@ func (p *Pool) available(now time.Time, a netip.Addr) error {
 		return fmt.Errorf("%w: %v is reserved (the first or last address of block %v)", ErrUnavailable, a, b.prefix)
 	}
 	if until, ok := p.cooling[a]; ok && now.Before(until) {
-		return fmt.Errorf("%w: %v was released lately and rests for another %v", ErrUnavailable, a, until.Sub(now).Round(time.Second))
+		return fmt.Errorf("%w: %v was released recently and cools down for another %v", ErrUnavailable, a, until.Sub(now).Round(time.Second))
 	}
 	return nil
 }
@@ -243,8 +243,9 @@ func (p *Pool) add(a Allocation) {
 	}
 }
 
-// Adopt records an address that a pod already has, wherever it lies. It reports
-// false when another key has it, or the key has another address of the family.
+// Adopt records an address that a pod already has, inside the blocks or not. It
+// returns false if another key has the address, or the key has another address of
+// the family.
 func (p *Pool) Adopt(a Allocation) bool {
 	if old, ok := p.byAddr[a.Addr]; ok {
 		return old.Key == a.Key
@@ -256,20 +257,20 @@ func (p *Pool) Adopt(a Allocation) bool {
 	return true
 }
 
-// Release takes back what key has; the addresses rest before they are used again.
-// Releasing what is not there is fine.
+// Release frees the addresses of key and starts their cool-down. It returns them,
+// none if key has none.
 func (p *Pool) Release(now time.Time, key string) []Allocation {
 	var out []Allocation
 	for _, a := range slices.Clone(p.byKey[key]) {
 		out = append(out, p.byAddr[a])
 		p.Drop(a)
-		p.Rest(now, a, now.Add(p.cooldown))
+		p.Cool(now, a, now.Add(p.cooldown))
 	}
 	return out
 }
 
-// Drop removes an allocation as if it had never been: no cool-down. It undoes an
-// Allocate that could not be made durable.
+// Drop removes an allocation without a cool-down. It undoes an Allocate that could
+// not be saved.
 func (p *Pool) Drop(addr netip.Addr) {
 	a, ok := p.byAddr[addr]
 	if !ok {
@@ -288,16 +289,16 @@ func (p *Pool) Drop(addr netip.Addr) {
 	p.lower(addr)
 }
 
-// Rest keeps a free address from being handed out before until. A longer rest
-// stays.
-func (p *Pool) Rest(now time.Time, addr netip.Addr, until time.Time) {
+// Cool prevents the allocation of a free address before until. It never shortens a
+// cool-down.
+func (p *Pool) Cool(now time.Time, addr netip.Addr, until time.Time) {
 	if old, ok := p.cooling[addr]; !until.After(now) || ok && old.After(until) {
 		return
 	}
 	p.cooling[addr] = until
 }
 
-// Lookup returns what key has in the family.
+// Lookup returns the allocation of key in the family.
 func (p *Pool) Lookup(key string, v6 bool) (Allocation, bool) {
 	for _, a := range p.byKey[key] {
 		if a.Is6() == v6 {
@@ -307,7 +308,7 @@ func (p *Pool) Lookup(key string, v6 bool) (Allocation, bool) {
 	return Allocation{}, false
 }
 
-// At returns who has the address.
+// At returns the allocation of the address.
 func (p *Pool) At(addr netip.Addr) (Allocation, bool) {
 	a, ok := p.byAddr[addr]
 	return a, ok
@@ -323,8 +324,8 @@ func (p *Pool) Allocations() []Allocation {
 	return out
 }
 
-// Resting returns the addresses that cool down at now, in order.
-func (p *Pool) Resting(now time.Time) []Cooling {
+// Cooling returns the addresses that are in cool-down at now, in order.
+func (p *Pool) Cooling(now time.Time) []Cooling {
 	p.thaw(now)
 	out := make([]Cooling, 0, len(p.cooling))
 	for a, until := range p.cooling {
@@ -334,7 +335,7 @@ func (p *Pool) Resting(now time.Time) []Cooling {
 	return out
 }
 
-// Spare returns how many addresses of the family are free now, at most limit.
+// Spare returns the number of free addresses of the family, at most limit.
 func (p *Pool) Spare(now time.Time, v6 bool, limit uint64) uint64 {
 	p.thaw(now)
 	var n uint64

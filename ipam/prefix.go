@@ -15,7 +15,7 @@ func Covers(a, b netip.Prefix) bool {
 	return a.Bits() <= b.Bits() && a.Contains(b.Addr())
 }
 
-// Sort orders prefixes by first address, IPv4 before IPv6, wider ones first.
+// Sort sorts prefixes: IPv4 before IPv6, then by first address, then shorter ones first.
 func Sort(list []netip.Prefix) {
 	slices.SortFunc(list, func(a, b netip.Prefix) int {
 		if c := a.Addr().Compare(b.Addr()); c != 0 {
@@ -25,8 +25,8 @@ func Sort(list []netip.Prefix) {
 	})
 }
 
-// Subtract returns the addresses of p that are in none of minus, as the fewest
-// prefixes, in order, none narrower than maxBits: what is finer is left out.
+// Subtract returns the addresses of p that are in none of minus, as the smallest
+// number of prefixes, in order. Prefixes longer than maxBits are omitted.
 func Subtract(p netip.Prefix, minus []netip.Prefix, maxBits int) []netip.Prefix {
 	return subtract(nil, p, minus, maxBits)
 }
@@ -35,7 +35,7 @@ func subtract(out []netip.Prefix, p netip.Prefix, minus []netip.Prefix, maxBits 
 	if p.Bits() > maxBits {
 		return out
 	}
-	var in []netip.Prefix // what of minus matters inside p
+	var in []netip.Prefix // the elements of minus inside p
 	for _, m := range minus {
 		if !m.Overlaps(p) {
 			continue
@@ -48,12 +48,12 @@ func subtract(out []netip.Prefix, p netip.Prefix, minus []netip.Prefix, maxBits 
 	if len(in) == 0 {
 		return append(out, p)
 	}
-	lo, hi := Halves(p) // p is wider than something inside it
+	lo, hi := Halves(p) // something lies inside p, so p has more than one address
 	out = subtract(out, lo, in, maxBits)
 	return subtract(out, hi, in, maxBits)
 }
 
-// Aggregate returns the union of the prefixes as the fewest prefixes, in order.
+// Aggregate returns the union of the prefixes as the smallest number of prefixes, in order.
 func Aggregate(list []netip.Prefix) []netip.Prefix {
 	list = slices.Clone(list)
 	Sort(list)
@@ -75,7 +75,7 @@ func Aggregate(list []netip.Prefix) []netip.Prefix {
 	return out
 }
 
-// Halves splits p, which must be wider than one address.
+// Halves splits p, which must have more than one address.
 func Halves(p netip.Prefix) (lo, hi netip.Prefix) {
 	bits := p.Bits() + 1
 	lo = netip.PrefixFrom(p.Addr(), bits)

@@ -13,7 +13,7 @@ type ID [16]byte
 // MarshalText writes 32 hexadecimal digits.
 func (id ID) MarshalText() ([]byte, error) { return []byte(hex.EncodeToString(id[:])), nil }
 
-// UnmarshalText reads what MarshalText wrote.
+// UnmarshalText parses the output of MarshalText.
 func (id *ID) UnmarshalText(b []byte) error {
 	if len(b) != 2*len(id) {
 		return fmt.Errorf("ID %q: %d characters, wants %d", b, len(b), 2*len(id))
@@ -29,17 +29,17 @@ type Family struct {
 	BlockLen int          `json:"node_prefix_len"`
 }
 
-// State is all that a node remembers across restarts. Package ipam keeps it; what
-// Table holds is the business of the replicated table.
+// State is everything that a node keeps across restarts. Package membership defines
+// the contents of Table.
 type State struct {
-	Generation uint64   `json:"generation"` // rises with each save
+	Generation uint64   `json:"generation"` // increases with each save
 	Node       ID       `json:"node"`
 	Cluster    ID       `json:"cluster"`
 	Families   []Family `json:"families"`
-	Joined     bool     `json:"joined"`         // owned space once, or started the cluster
-	Left       bool     `json:"left,omitempty"` // left for good
-	// Unsure says that the state goes back to one that may have been older than
-	// the node's last words, and has not been confirmed since.
+	Joined     bool     `json:"joined"`         // has owned space, or started the cluster
+	Left       bool     `json:"left,omitempty"` // has left the cluster
+	// Unsure means that the state derives from one that may lack the node's last
+	// changes of ownership (an old disk), and has not been confirmed since.
 	Unsure      bool           `json:"unsure,omitempty"`
 	Table       []byte         `json:"table"`  // encoded entries
 	Blocks      []netip.Prefix `json:"blocks"` // open, in order of opening
@@ -50,27 +50,27 @@ type State struct {
 	Promises    []Promise      `json:"promises,omitempty"`
 }
 
-// A Peer is another node that this one has known.
+// A Peer is another node that this one knows or knew.
 type Peer struct {
 	ID   ID             `json:"id"`
 	Name string         `json:"name,omitempty"`
-	Addr netip.AddrPort `json:"addr,omitzero"` // gossip, as last seen
+	Addr netip.AddrPort `json:"addr,omitzero"` // last known gossip address
 }
 
-// Granted remembers the last request that this node granted to another, so that a
-// late repetition of it gets the old answer instead of more space.
+// Granted is the last request that this node granted to another node. A late
+// repetition of the request gets the old answer instead of more space.
 type Granted struct {
 	Node ID     `json:"node"`
 	Seq  uint64 `json:"seq"`
 }
 
-// Cooling is an address that rests until a moment.
+// Cooling is a released address and the end of its cool-down.
 type Cooling struct {
 	Addr  netip.Addr `json:"addr"`
 	Until time.Time  `json:"until"`
 }
 
-// Promise is a node's word to let nobody but To forget Victim until a moment.
+// Promise is a node's promise that until a given time it lets only To forget Victim.
 type Promise struct {
 	Victim ID        `json:"victim"`
 	To     ID        `json:"to"`

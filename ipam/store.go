@@ -22,22 +22,22 @@ import (
 //	tulle-state VERSION sha256:HEX LENGTH\n
 //	{ … }\n
 //
-// VERSION is the format's; HEX is the SHA-256 of the LENGTH bytes that follow and
-// end the file. It is replaced as a whole: written beside, synced, renamed over,
-// and the directory synced, so that after a crash it is the old or the new state,
-// never a part.
+// VERSION is the format version. HEX is the SHA-256 of the JSON, which has LENGTH
+// bytes and ends the file. A save writes a temporary file, syncs it, renames it over
+// the old one and syncs the directory. So after a crash the file has either the
+// old or the new state, never a part of it.
 const (
 	stateFile    = "state"
 	stateTemp    = "state.tmp"
 	lockFile     = "lock"
 	stateMagic   = "tulle-state"
 	stateVersion = 1
-	// maxStateSize bounds what Load reads, in bytes: 65,536 table entries and
-	// as many allocations fit several times.
+	// maxStateSize is the largest file that Load reads, in bytes. It fits several
+	// times 65,536 table entries and as many allocations.
 	maxStateSize = 256 << 20
 )
 
-// What is wrong with a state file, for errors.Is.
+// Errors about a state file, for errors.Is.
 var (
 	ErrNoState = errors.New("no state")
 	ErrCorrupt = errors.New("damaged")
@@ -46,7 +46,7 @@ var (
 	errStale   = errors.New("not loaded by this store")
 )
 
-// A StoreError names the file, what was tried, why it failed and the way out.
+// A StoreError names the file, the operation, the reason and the remedy.
 type StoreError struct {
 	Op     string // "read", "write", "open", "lock"
 	Path   string
@@ -54,7 +54,7 @@ type StoreError struct {
 	Remedy string
 }
 
-// Error returns one line with everything in it.
+// Error returns all fields in one line.
 func (e *StoreError) Error() string {
 	return fmt.Sprintf("state file %s: cannot %s: %v. Remedy: %s", e.Path, e.Op, e.Err, e.Remedy)
 }
@@ -69,17 +69,17 @@ type Store struct {
 	root *os.Root
 	lock *os.File
 
-	mu      sync.Mutex
-	loaded  bool // Load has seen that the file is ours, or not there
-	witness string
-	fresh   bool
+	mu     sync.Mutex
+	loaded bool // Load has read the file, or found none
+	stamp  string
+	fresh  bool
 }
 
-// OpenStore opens, and if need be makes, the state directory, and locks it.
-// witness is the path of a small file on a file system that does not survive a
-// reboot (/run), or "": see [Store.Fresh].
-func OpenStore(dir, witness string) (*Store, error) {
-	s := &Store{dir: dir, witness: witness}
+// OpenStore opens the state directory, creates it if necessary, and locks it. stamp
+// is the path of a small file on a file system that a reboot empties (/run), or "":
+// see [Store.Fresh].
+func OpenStore(dir, stamp string) (*Store, error) {
+	s := &Store{dir: dir, stamp: stamp}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		return nil, s.fail("open", "", err)
 	}
@@ -110,10 +110,10 @@ func (s *Store) Close() error {
 // Path returns the state file's path.
 func (s *Store) Path() string { return filepath.Join(s.dir, stateFile) }
 
-// Load reads the state. It returns an error that wraps ErrNoState when there is
-// none, and one that wraps ErrCorrupt or ErrNewer when there is one that it must
-// not use; the file stays as it is, and Save refuses until Load succeeds or finds
-// no file.
+// Load reads the state. It returns an error that wraps ErrNoState if there is no
+// state file, and one that wraps ErrCorrupt or ErrNewer if the file must not be used.
+// Load never changes the file. Save fails until Load has succeeded or found no
+// file.
 func (s *Store) Load() (*State, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -135,21 +135,21 @@ func (s *Store) Load() (*State, error) {
 		return nil, s.fail("read", stateFile, err)
 	}
 	s.loaded = true
-	s.fresh = s.witness != "" && s.readWitness() == witnessOf(st)
+	s.fresh = s.stamp != "" && s.readStamp() == stampOf(st)
 	return st, nil
 }
 
-// Fresh reports whether the loaded state is proven to be the last that was saved
-// here: the witness, which a restored backup or a rolled back disk does not take
-// along, names the same generation.
+// Fresh reports whether the loaded state is proven to be the last one that was saved:
+// the stamp file has the same generation. A restored backup or a rolled-back disk
+// does not include the stamp.
 func (s *Store) Fresh() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.fresh
 }
 
-// Save replaces the state durably. When it fails the old state is still there, or,
-// when only the last sync failed, the new one.
+// Save replaces the state durably. If it fails, the old state is still there, or the
+// new one if only the last sync failed.
 func (s *Store) Save(st *State) error {
 	b, err := EncodeState(st)
 	s.mu.Lock()
@@ -160,13 +160,13 @@ func (s *Store) Save(st *State) error {
 	if err != nil {
 		return s.fail("write", stateFile, err)
 	}
-	// The witness goes before the state and comes back after it: a crash in
-	// between leaves none, never one that vouches for an older state.
-	s.dropWitness()
+	// The stamp is removed before the state is written, and written after it: a crash
+	// in between leaves no stamp, never one that confirms an older state.
+	s.dropStamp()
 	if err := s.replace(b); err != nil {
 		return err
 	}
-	s.writeWitness(st)
+	s.writeStamp(st)
 	return nil
 }
 
@@ -186,7 +186,7 @@ func (s *Store) replace(b []byte) error {
 		err = s.root.Rename(stateTemp, stateFile)
 	}
 	if err != nil {
-		s.root.Remove(stateTemp) // give the space back; the state itself is untouched
+		s.root.Remove(stateTemp) // free the space; the state itself is unchanged
 		return s.fail("write", stateTemp, err)
 	}
 	d, err := s.root.Open(".")
@@ -200,35 +200,35 @@ func (s *Store) replace(b []byte) error {
 	return nil
 }
 
-func witnessOf(st *State) string {
+func stampOf(st *State) string {
 	id, _ := st.Node.MarshalText()
 	return fmt.Sprintf("%s %d\n", id, st.Generation)
 }
 
-func (s *Store) readWitness() string {
-	b, _ := os.ReadFile(s.witness)
+func (s *Store) readStamp() string {
+	b, _ := os.ReadFile(s.stamp)
 	return string(b)
 }
 
-func (s *Store) dropWitness() {
-	if s.witness != "" {
-		os.Remove(s.witness)
+func (s *Store) dropStamp() {
+	if s.stamp != "" {
+		os.Remove(s.stamp)
 	}
 }
 
-func (s *Store) writeWitness(st *State) {
-	if s.witness != "" { // without it the next start is not fresh, that is all
-		os.WriteFile(s.witness, []byte(witnessOf(st)), 0o600)
+func (s *Store) writeStamp(st *State) {
+	if s.stamp != "" { // without it the next start is not fresh; nothing else depends on it
+		os.WriteFile(s.stamp, []byte(stampOf(st)), 0o600)
 	}
 }
 
-// fail wraps an error with the file and what an operator can do about it.
+// fail wraps an error with the file and the remedy.
 func (s *Store) fail(op, name string, err error) error {
 	if _, ok := errors.AsType[*StoreError](err); ok {
 		return err
 	}
 	path := filepath.Join(s.dir, name)
-	remedy := "look at the file and the disk; the agent overwrites nothing that it cannot read"
+	remedy := "check the file and the disk; the agent never overwrites a file that it cannot read"
 	switch {
 	case errors.Is(err, ErrCorrupt):
 		remedy = "restore the file from a backup; without one move it away and start again: the node joins as a new one, and `tulle forget` on another node takes over what it owned"
@@ -308,7 +308,7 @@ func DecodeState(b []byte) (*State, error) {
 	return st, nil
 }
 
-// check refuses what no correct program wrote.
+// check returns an error if the state is not one that a correct program writes.
 func (st *State) check() error {
 	for _, f := range st.Families {
 		if !f.CIDR.IsValid() || f.CIDR != f.CIDR.Masked() {

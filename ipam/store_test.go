@@ -33,9 +33,9 @@ func aState(n int) *State {
 	return st
 }
 
-func open(t *testing.T, dir, witness string) *Store {
+func open(t *testing.T, dir, stamp string) *Store {
 	t.Helper()
-	s, err := OpenStore(dir, witness)
+	s, err := OpenStore(dir, stamp)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -184,9 +184,9 @@ func TestStoreReadOnlyAtStart(t *testing.T) {
 	}
 }
 
-// TestStoreWitness: only the last save of this boot is fresh.
-func TestStoreWitness(t *testing.T) {
-	dir, run := t.TempDir(), filepath.Join(t.TempDir(), "witness")
+// TestStoreStamp: only the last save of this boot is fresh.
+func TestStoreStamp(t *testing.T) {
+	dir, run := t.TempDir(), filepath.Join(t.TempDir(), "stamp")
 	fresh := func() bool {
 		s := open(t, dir, run)
 		defer s.Close()
@@ -214,7 +214,7 @@ func TestStoreWitness(t *testing.T) {
 	}
 	os.Remove(run) // a reboot
 	if fresh() {
-		t.Error("fresh without a witness")
+		t.Error("fresh without a stamp")
 	}
 }
 

@@ -28,12 +28,12 @@ import (
 //	        2     port
 //	        6     MAC
 //
-// Entries are in table order and do not overlap; a decoder refuses others, so
-// that one set of entries has one encoding and merging stays linear.
+// Entries are in table order and do not overlap. A decoder refuses other encodings:
+// each set of entries has exactly one encoding, and merging stays linear.
 const formatVersion = 1
 
-// MaxEntries bounds what one encoding may hold. 10,000 prefixes are the design's
-// aim; this leaves a factor of six.
+// MaxEntries is the maximum number of entries in one encoding. The design target is
+// 10,000 prefixes; this is six times as many.
 const MaxEntries = 65536
 
 const (
@@ -52,8 +52,8 @@ const minEntrySize = 1 + 1 + 0 + 16 + 1
 // not an encoding of this format version.
 var ErrFormat = errors.New("malformed table entries")
 
-// AppendEntries appends the encoding of the entries to b. The entries are put
-// into table order first, as [NewTable] would.
+// AppendEntries appends the encoding of the entries to b. It normalises the entries
+// first, as [NewTable] does.
 func AppendEntries(b []byte, entries []Entry) []byte {
 	entries = normalise(entries)
 	b = append(b, formatVersion)
@@ -104,9 +104,9 @@ func appendAddr(b []byte, a netip.Addr, n int) []byte {
 	return append(b, v[:n]...)
 }
 
-// DecodeEntries reads one encoding from the start of b and returns the bytes
-// behind it. It never panics, and allocates in proportion to len(b) at most. The
-// entries do not alias b.
+// DecodeEntries decodes the encoding at the start of b and returns the bytes after
+// it. It never panics, and allocates at most in proportion to len(b). The entries do
+// not share memory with b.
 func DecodeEntries(b []byte) (entries []Entry, rest []byte, err error) {
 	d := decoder{b: b}
 	if v := d.byte(); d.err == nil && v != formatVersion {
@@ -138,7 +138,7 @@ func DecodeEntries(b []byte) (entries []Entry, rest []byte, err error) {
 	return entries, d.b, nil
 }
 
-// decoder reads from b until the first error, which stays.
+// decoder reads from b. After the first error it reads nothing more.
 type decoder struct {
 	b   []byte
 	err error
@@ -238,8 +238,8 @@ func (d *decoder) entry() (e Entry) {
 	return e
 }
 
-// Digest returns a hash that two tables share exactly when they are equal. It is
-// computed once for each change.
+// Digest returns a hash of the table: equal for equal tables. It is computed once
+// after each change.
 func (t *Table) Digest() [32]byte {
 	if t.digest == nil {
 		d := sha256.Sum256(AppendEntries(make([]byte, 0, 32*len(t.entries)+8), t.entries))

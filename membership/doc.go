@@ -1,11 +1,11 @@
-// Package membership holds what every node of a cluster agrees on: who owns
-// which part of the cluster's address space (the replicated CIDR table), and
-// what members know of each other (IDs, metadata).
+// Package membership defines the state that all nodes of a cluster share: the
+// replicated CIDR table, which says which node owns which part of the address
+// space, and the IDs and metadata of the members.
 //
 // Think of the table as a function from each address to a pair
 // (version, owner), kept as disjoint prefixes. Only the present owner of an
-// address may raise its version, so that merging two tables is the pointwise
-// maximum: commutative, associative, idempotent, and in need of no consensus.
+// address may raise its version. So the merge of two tables is the pointwise
+// maximum: commutative, associative and idempotent. No consensus is needed.
 //
 // The package is pure: it opens no socket, reads no clock and logs nothing.
 // Package gossip below it carries the table between nodes.

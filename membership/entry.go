@@ -8,28 +8,27 @@ import (
 	"strings"
 )
 
-// MaxVersion is the highest version that an entry may carry. A version rises by
-// one with each change of hands, so nothing honest ever comes near it; the bound
-// keeps a hostile or damaged entry from pinning a prefix for ever by a version
-// that nobody can exceed. It leaves room for 2^47 transfers above any accepted
-// entry's version.
+// MaxVersion is the highest valid version. A version rises by one with each transfer,
+// so it never gets near this limit in practice. The limit prevents that a hostile or
+// damaged entry claims a prefix forever with a version that nobody can exceed. Above
+// the version of any accepted entry there is room for 2^47 transfers.
 const MaxVersion = 1 << 48
 
-// An Entry says that every address of Prefix belongs to Owner since Version.
+// An Entry says that Owner owns all addresses of Prefix, at Version.
 //
-// Versions count the changes of hands of an address, from 1 at bootstrap. Only
-// the present owner may raise a version (and forget, which takes the place of an
-// owner that is gone).
+// The version of an address counts its changes of ownership, from 1 at bootstrap.
+// Only the present owner may raise it; forget does so in place of an owner that is
+// gone.
 type Entry struct {
 	Prefix  netip.Prefix // masked
 	Owner   NodeID
 	Version uint64 // 1…MaxVersion
-	// External is set when the prefix is used by a peer without an agent;
-	// Owner is then the node that keeps the entry. It is never changed in place.
+	// External is set if a peer without an agent uses the prefix. Owner is then
+	// the node that keeps the entry. It is never modified in place.
 	External *External
 }
 
-// External tells how a peer without an agent is reached.
+// External describes how to reach a peer without an agent.
 type External struct {
 	Endpoint netip.Addr // underlay address
 	Encap    string     // an encapsulation's name: "udp", "ipip", "vxlan", "direct"
@@ -49,7 +48,7 @@ func (x External) Way() string {
 	return way
 }
 
-// maxEncapLen bounds External.Encap in bytes.
+// maxEncapLen is the maximum length of External.Encap, in bytes.
 const maxEncapLen = 16
 
 // String returns the entry in one line, for messages and tests.
@@ -62,10 +61,10 @@ func (e Entry) String() string {
 	return b.String()
 }
 
-// Equal reports whether both entries say the same of the same prefix.
+// Equal reports whether both entries are equal.
 func (e Entry) Equal(o Entry) bool { return e.Prefix == o.Prefix && e.sameValue(o) }
 
-// Check returns an error when the entry cannot be part of a table.
+// Check returns an error if the entry cannot be part of a table.
 func (e Entry) Check() error {
 	switch {
 	case !e.Prefix.IsValid() || e.Prefix.Addr().Zone() != "" || e.Prefix.Addr().Is4In6():
@@ -97,9 +96,10 @@ func sameExternal(a, b *External) bool {
 	return a == b || a != nil && b != nil && *a == *b
 }
 
-// beats is the order of the pointwise maximum: the higher version, then the
-// lower owner. One owner never gives two values one version, unless its disk
-// was rolled back; the last two keys make the order total for that case too.
+// beats reports whether e is greater than o in the order of the pointwise maximum: the
+// higher version, then the lower owner ID. One owner never uses the same version for
+// two values, unless its disk was rolled back; the last two keys make the order
+// total in that case too.
 func (e Entry) beats(o Entry) bool {
 	if e.Version != o.Version {
 		return e.Version > o.Version
@@ -117,11 +117,11 @@ func (e Entry) beats(o Entry) bool {
 		bytes.Compare(e.External.MAC[:], o.External.MAC[:])) < 0
 }
 
-// A Conflict is a tie between two owners over the same addresses at the same
-// version. It can only come from a forget of a node that was alive, or from two
-// forced ones, and it is always worth telling the operator.
+// A Conflict is a tie: two owners claim the same addresses with the same version. It
+// can only result from a forget of a node that was alive, or from two forced forgets.
+// It must be reported to the operator.
 type Conflict struct {
-	Prefix  netip.Prefix // what both claim
+	Prefix  netip.Prefix // the addresses that both claim
 	Version uint64
 	Winner  NodeID // the lower ID
 	Loser   NodeID

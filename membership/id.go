@@ -7,12 +7,12 @@ import (
 	"fmt"
 )
 
-// A NodeID is the random, persistent identity of one node. It is made once,
-// kept in the node's state file, and has nothing to do with the hostname or the
-// machine's UUID, both of which are cloned together with disks.
+// A NodeID is the random, persistent identity of one node. It is created once and
+// kept in the state file. It is independent of the hostname and of the machine's
+// UUID, which a cloned disk copies.
 type NodeID [16]byte
 
-// A ClusterID is the random identity of a cluster, made by the node that
+// A ClusterID is the random identity of a cluster, created by the node that
 // bootstraps it. The zero ClusterID means "in no cluster yet".
 type ClusterID [16]byte
 
@@ -30,7 +30,7 @@ func NewClusterID() ClusterID {
 	return id
 }
 
-// ParseNodeID reads the 32 hexadecimal digits that [NodeID.String] writes.
+// ParseNodeID parses the 32 hexadecimal digits of [NodeID.String].
 func ParseNodeID(s string) (NodeID, error) {
 	id, err := parseID(s)
 	if err != nil {
@@ -39,7 +39,7 @@ func ParseNodeID(s string) (NodeID, error) {
 	return NodeID(id), nil
 }
 
-// ParseClusterID reads the 32 hexadecimal digits that [ClusterID.String] writes.
+// ParseClusterID parses the 32 hexadecimal digits of [ClusterID.String].
 func ParseClusterID(s string) (ClusterID, error) {
 	id, err := parseID(s)
 	if err != nil {

@@ -2,20 +2,20 @@ package membership
 
 import "net/netip"
 
-// A merger walks two sorted lists of disjoint prefixes side by side. Prefixes
-// nest or are disjoint, so at each step either one list is ahead, or one prefix
-// covers the other; a covering one that loses is halved until it no longer
-// covers. The walk is linear in the lists, plus the halvings: at most one for
-// each bit of an address for each nested prefix.
+// A merger walks through two sorted lists of disjoint prefixes in parallel. Two
+// prefixes are nested or disjoint. So at each step either one list is ahead, or one
+// prefix covers the other. A covering prefix that loses is halved until it does not
+// cover the other any more. The walk is linear in the length of the lists, plus the
+// halvings: at most one per address bit for each nested prefix.
 type merger struct {
-	keep bool // write out; else only note what changes
+	keep bool // write the result; else only detect changes
 
 	out       []Entry
 	changed   []Entry
 	conflicts []Conflict
 }
 
-// cursor is a list with a stack of pieces that were cut from its first element.
+// cursor is a list with a stack of the pieces of its first element.
 type cursor struct {
 	list []Entry
 	cut  []Entry // in reverse order; before list
@@ -78,7 +78,7 @@ func (m *merger) run(old, in []Entry) {
 	}
 }
 
-// step settles the heads x and y, of which one covers the other.
+// step merges the heads x and y, of which one covers the other.
 func (m *merger) step(a, b *cursor, x, y Entry) {
 	win := !x.sameValue(y) && y.beats(x)
 	switch {
@@ -128,8 +128,8 @@ func (m *merger) emit(e Entry, changed bool) {
 	}
 }
 
-// appendCanonical appends e, which lies behind everything in list, and joins
-// halves that say the same.
+// appendCanonical appends e, which follows everything in list, and joins adjacent
+// halves with the same value.
 func appendCanonical(list []Entry, e Entry) []Entry {
 	for len(list) > 0 {
 		last := list[len(list)-1]

@@ -7,16 +7,16 @@ import (
 	"net/netip"
 )
 
-// Limits of the metadata, chosen so that their sum stays below memberlist's 512
-// bytes (memberlist.MetaMaxSize; it panics above).
+// Limits of the metadata. Their sum stays below memberlist's limit of 512 bytes
+// (memberlist.MetaMaxSize), above which it panics.
 const (
 	MaxMeta      = 512 // bytes, encoded
 	MaxName      = 128 // bytes
 	MaxMetaAddrs = 8   // of each kind
 )
 
-// Meta is what every member knows of every other: it travels in memberlist's
-// alive messages.
+// Meta is the metadata that every member has of every other member. It is part of
+// memberlist's alive messages.
 type Meta struct {
 	ID           NodeID
 	Cluster      ClusterID // zero: in no cluster yet
@@ -27,12 +27,12 @@ type Meta struct {
 	VXLANPort    uint16
 	Capabilities uint32
 	VTEPMAC      [6]byte
-	Started      int64 // unix seconds of this run's start; settles who is the newcomer of two clones
-	Leaving      bool  // set while the node leaves for good
+	Started      int64 // start of this run, Unix seconds; decides which of two clones is the newer one
+	Leaving      bool  // set while the node leaves the cluster
 }
 
-// The encoding: fixed part, then lists. Later versions may append fields: a
-// decoder passes over bytes that it does not know.
+// The encoding has a fixed part, then lists. Later versions may append fields: a
+// decoder ignores bytes that it does not know.
 //
 //	 0  version (1)
 //	 1  flags: bit 0 leaving
@@ -57,8 +57,8 @@ const (
 	metaFlagLeave = 1
 )
 
-// encode appends the metadata's wire form. It fails when a field passes its
-// limit, never by truncating.
+// Encode appends the encoding of the metadata to b. It returns an error if a field
+// exceeds its limit; it never truncates.
 func (m Meta) Encode(b []byte) ([]byte, error) {
 	switch {
 	case len(m.Name) > MaxName:
@@ -87,7 +87,7 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 		b = append(b, byte(len(list)))
 		for _, a := range list {
 			if !a.IsValid() || a.Zone() != "" {
-				return nil, fmt.Errorf("metadata: %q is no address that other hosts can use", a)
+				return nil, fmt.Errorf("metadata: %q is not an address that other hosts can use", a)
 			}
 			s := a.Unmap().AsSlice()
 			b = append(b, byte(len(s)))
@@ -100,8 +100,8 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 	return b, nil
 }
 
-// metaHead reads the two identities without looking at the rest, which is all
-// that the guards need for each of the many alive messages.
+// MetaHead decodes only the two IDs. The checks of the many alive messages need no
+// more.
 func MetaHead(b []byte) (NodeID, ClusterID, error) {
 	if len(b) < metaFixed || len(b) > MaxMeta {
 		return NodeID{}, ClusterID{}, fmt.Errorf("metadata of %d bytes", len(b))
@@ -114,7 +114,7 @@ func MetaHead(b []byte) (NodeID, ClusterID, error) {
 
 var errMetaShort = errors.New("metadata is cut short")
 
-// decodeMeta reads what encode wrote. The result shares nothing with b.
+// DecodeMeta decodes the output of [Meta.Encode]. The result shares no memory with b.
 func DecodeMeta(b []byte) (Meta, error) {
 	var m Meta
 	var err error
@@ -169,7 +169,7 @@ func decodeAddrs(b []byte) ([]netip.Addr, []byte, error) {
 	return list, b, nil
 }
 
-// CutField cuts a field off b's front: its length (1), then as many bytes.
+// CutField splits the first field off b: its length (1 byte), then that many bytes.
 func CutField(b []byte) (field, rest []byte, ok bool) {
 	if len(b) < 1 || len(b)-1 < int(b[0]) {
 		return nil, nil, false

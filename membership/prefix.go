@@ -2,8 +2,8 @@ package membership
 
 import "net/netip"
 
-// comparePrefix orders prefixes as a table does: IPv4 first, then by first
-// address, then the wider one.
+// comparePrefix is the order of prefixes in a table: IPv4 before IPv6, then by first
+// address, then shorter prefixes first.
 func comparePrefix(a, b netip.Prefix) int {
 	if c := a.Addr().Compare(b.Addr()); c != 0 { // Compare puts IPv4 before IPv6
 		return c
@@ -16,15 +16,15 @@ func covers(a, b netip.Prefix) bool {
 	return a.Bits() <= b.Bits() && a.Contains(b.Addr())
 }
 
-// halves splits p, which must be wider than one address.
+// halves splits p, which must have more than one address.
 func halves(p netip.Prefix) (lo, hi netip.Prefix) {
 	bits := p.Bits() + 1
 	lo = netip.PrefixFrom(p.Addr(), bits)
 	return lo, netip.PrefixFrom(setBit(p.Addr(), bits-1), bits)
 }
 
-// parent returns the union of lo and hi when they are the two halves of one
-// prefix, in that order.
+// parent returns the union of lo and hi if they are the lower and the upper half of
+// one prefix.
 func parent(lo, hi netip.Prefix) (netip.Prefix, bool) {
 	bits := lo.Bits()
 	if bits != hi.Bits() || bits <= 0 || lo.Addr().BitLen() != hi.Addr().BitLen() {

@@ -7,33 +7,32 @@ import (
 	"sort"
 )
 
-// A Table is a function from addresses to (version, owner), kept in its
-// canonical form: disjoint prefixes in address order, IPv4 before IPv6, each as
-// wide as the function is constant. Two tables that say the same are equal
-// entry by entry, whatever merges led to them.
+// A Table is a function from addresses to (version, owner). It is kept in canonical
+// form: disjoint prefixes in address order, IPv4 before IPv6, each as short as
+// possible. Two tables for the same function are equal entry by entry, whatever
+// merges produced them.
 //
-// The zero Table is empty and ready for use. Its entries are copied on write:
-// slices that it handed out stay as they are.
+// The zero Table is empty and ready to use. Its entries are copied on write: slices
+// that it has returned never change.
 type Table struct {
 	entries []Entry
-	digest  *[32]byte // of entries; nil until asked for
+	digest  *[32]byte // of entries; nil until it is needed
 }
 
-// NewTable returns a table that holds the pointwise maximum of the entries.
+// NewTable returns a table with the pointwise maximum of the entries.
 func NewTable(entries []Entry) *Table {
 	t := new(Table)
 	t.Merge(entries)
 	return t
 }
 
-// Merge raises every address of in to what in says of it, where that is
-// greater. It returns the parts that changed, in canonical form, and the ties
-// between different owners. Entries that fail [Entry.Check] are skipped:
-// [DecodeEntries] refuses them earlier, with an error.
+// Merge sets every address of in to the maximum of its values in t and in in. It
+// returns the parts that changed, in canonical form, and the ties between different
+// owners. It skips entries that fail [Entry.Check]; [DecodeEntries] has refused
+// them before, with an error.
 //
-// Merging a table with its equal costs one pass and allocates nothing; merging
-// k entries into n costs O(k·log n) comparisons and, when something changes, one
-// copy of the table.
+// Merging an equal table takes one pass and allocates nothing. Merging k entries into
+// n takes O(k·log n) comparisons and, if something changes, one copy of the table.
 func (t *Table) Merge(in []Entry) (changed []Entry, conflicts []Conflict) {
 	in = normalise(in)
 	if len(in) == 0 {
@@ -44,8 +43,8 @@ func (t *Table) Merge(in []Entry) (changed []Entry, conflicts []Conflict) {
 	if slices.EqualFunc(old, in, Entry.Equal) {
 		return nil, nil
 	}
-	// A first pass without output tells whether anything changes at all: gossip
-	// repeats itself, and most of what arrives is known.
+	// A first pass without output finds out whether anything changes: most entries
+	// that gossip delivers are known already.
 	var m merger
 	m.run(old, in)
 	if len(m.changed) == 0 {
@@ -58,7 +57,7 @@ func (t *Table) Merge(in []Entry) (changed []Entry, conflicts []Conflict) {
 	for i := hi; i < len(t.entries); i++ {
 		n := len(m.out)
 		if m.out = appendCanonical(m.out, t.entries[i]); len(m.out) == n+1 && m.out[n].Prefix == t.entries[i].Prefix {
-			m.out = append(m.out, t.entries[i+1:]...) // nothing joins beyond here
+			m.out = append(m.out, t.entries[i+1:]...) // no entries can be joined after this point
 			break
 		}
 	}
@@ -66,14 +65,14 @@ func (t *Table) Merge(in []Entry) (changed []Entry, conflicts []Conflict) {
 	return m.changed, m.conflicts
 }
 
-// Entries returns the canonical entries in order. The slice is shared: it must
-// not be changed, and it will not change.
+// Entries returns the canonical entries in order. The slice is shared and must not
+// be modified; the table does not modify it either.
 func (t *Table) Entries() []Entry { return t.entries }
 
 // Len returns the number of canonical entries.
 func (t *Table) Len() int { return len(t.entries) }
 
-// Owned returns the entries that id owns, in order, external ones included.
+// Owned returns the entries that id owns, including external ones, in order.
 func (t *Table) Owned(id NodeID) []Entry {
 	var out []Entry
 	for _, e := range t.entries {
@@ -84,7 +83,7 @@ func (t *Table) Owned(id NodeID) []Entry {
 	return out
 }
 
-// Owner returns the entry that covers the address.
+// Owner returns the entry that contains the address.
 func (t *Table) Owner(a netip.Addr) (Entry, bool) {
 	i := sort.Search(len(t.entries), func(i int) bool { return a.Less(t.entries[i].Prefix.Addr()) })
 	if i == 0 || !t.entries[i-1].Prefix.Contains(a) {
@@ -93,14 +92,14 @@ func (t *Table) Owner(a netip.Addr) (Entry, bool) {
 	return t.entries[i-1], true
 }
 
-// Overlapping returns the entries that share an address with p, in order. They
-// are not cut to p. The slice is shared, as that of Entries.
+// Overlapping returns the entries that overlap p, in order. They are not cut to p.
+// The slice is shared, like that of Entries.
 func (t *Table) Overlapping(p netip.Prefix) []Entry {
 	lo, hi := t.window(p, p)
 	return t.entries[lo:hi]
 }
 
-// Within returns what the table says of p's addresses: its entries cut to p.
+// Within returns the entries for the addresses of p, cut to p.
 func (t *Table) Within(p netip.Prefix) []Entry {
 	out := slices.Clone(t.Overlapping(p))
 	for i := range out {
@@ -111,10 +110,11 @@ func (t *Table) Within(p netip.Prefix) []Entry {
 	return out
 }
 
-// Assign gives the addresses of p to owner, each at its present version plus
-// one, and returns the new entries. It is the one way in which versions rise;
-// the caller is the owner of p, or its heir by forget, and persists the table
-// before anybody hears of it. Addresses that no entry covers start at version 1.
+// Assign makes owner the owner of the addresses of p, raises the version of each by
+// one, and returns the new entries. This is the only way to raise versions. The
+// caller must be the owner of p, or take it over by forget, and must save the table
+// before it sends the entries to anybody. Addresses without an entry start at
+// version 1.
 func (t *Table) Assign(p netip.Prefix, owner NodeID, x *External) ([]Entry, error) {
 	in := make([]Entry, 0, 1)
 	for _, e := range t.fill(p) {
@@ -133,7 +133,7 @@ func (t *Table) Assign(p netip.Prefix, owner NodeID, x *External) ([]Entry, erro
 	return in, nil
 }
 
-// fill returns Within(p), with entries of version 0 where the table has none.
+// fill returns Within(p), with entries of version 0 for addresses without an entry.
 func (t *Table) fill(p netip.Prefix) []Entry {
 	cut := t.Within(p)
 	var out []Entry
@@ -159,7 +159,7 @@ func (t *Table) fill(p netip.Prefix) []Entry {
 	return out
 }
 
-// Equal reports whether both tables say the same.
+// Equal reports whether both tables are equal.
 func (t *Table) Equal(o *Table) bool {
 	return slices.EqualFunc(t.entries, o.entries, Entry.Equal)
 }
@@ -171,8 +171,8 @@ func (t *Table) Clone() *Table {
 	return &c
 }
 
-// window returns the range of entries that can overlap addresses from the first
-// of a to the last of b.
+// window returns the range of entries that can overlap the addresses from the first of
+// a to the last of b.
 func (t *Table) window(a, b netip.Prefix) (lo, hi int) {
 	lo = sort.Search(len(t.entries), func(i int) bool { return a.Addr().Less(t.entries[i].Prefix.Addr()) })
 	if lo > 0 && t.entries[lo-1].Prefix.Overlaps(a) {
@@ -185,8 +185,8 @@ func (t *Table) window(a, b netip.Prefix) (lo, hi int) {
 	return lo, hi
 }
 
-// normalise returns in as a table would hold it. Lists that come from a table
-// are recognised and passed on as they are.
+// normalise returns in in canonical form. A list that is already canonical is returned
+// unchanged.
 func normalise(in []Entry) []Entry {
 	ok := true
 	for i := range in {

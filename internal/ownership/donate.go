@@ -167,7 +167,7 @@ func (s *Machine) mayGive(now time.Time, fam int, p netip.Prefix) (reason, strin
 	if tun, ok := s.pool.TunAddr(p.Addr().Is6()); ok && p.Contains(tun) {
 		return refusedInUse, fmt.Sprintf("its own tun address %v is in it", tun)
 	}
-	for _, c := range s.pool.Resting(now) {
+	for _, c := range s.pool.Cooling(now) {
 		if p.Contains(c.Addr) {
 			return refusedInUse, fmt.Sprintf("%v, which a pod had lately, rests for another %v", c.Addr, c.Until.Sub(now).Round(time.Second))
 		}

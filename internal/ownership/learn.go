@@ -105,7 +105,7 @@ func (s *Machine) busy(now time.Time) []netip.Prefix {
 	for _, a := range s.pool.Allocations() {
 		add(a.Addr)
 	}
-	for _, c := range s.pool.Resting(now) {
+	for _, c := range s.pool.Cooling(now) {
 		add(c.Addr)
 	}
 	return out

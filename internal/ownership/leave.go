@@ -114,7 +114,7 @@ func (s *Machine) offer(now time.Time) {
 	}
 	s.lastSeq++
 	l.seq, l.sent, l.gave = s.lastSeq, now, false
-	s.send(l.to, message{kind: kindOffer, seq: l.seq, rests: toRests(now, s.pool.Resting(now))})
+	s.send(l.to, message{kind: kindOffer, seq: l.seq, rests: toRests(now, s.pool.Cooling(now))})
 }
 
 func (l *leaving) refused(by NodeID, why string) {
@@ -143,7 +143,7 @@ func (s *Machine) handleOffer(now time.Time, m *message) {
 		ack.text = "is not ready"
 	default:
 		for _, r := range m.rests {
-			s.pool.Rest(now, r.addr, now.Add(time.Duration(r.secs)*time.Second))
+			s.pool.Cool(now, r.addr, now.Add(time.Duration(r.secs)*time.Second))
 		}
 		if err := s.save(now); err != nil {
 			ack.text = err.Error()
@@ -273,7 +273,7 @@ func (s *Machine) handleHeld(now time.Time, m *message) {
 				"restart one of the two pods")
 			continue
 		}
-		s.pool.Rest(now, r.addr, now.Add(time.Duration(r.secs)*time.Second))
+		s.pool.Cool(now, r.addr, now.Add(time.Duration(r.secs)*time.Second))
 		s.dirty = true
 	}
 }

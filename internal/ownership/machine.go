@@ -220,7 +220,7 @@ func (s *Machine) restore(now time.Time, st *ipam.State) error {
 		s.pool.Adopt(a)
 	}
 	for _, c := range st.Cooling {
-		s.pool.Rest(now, c.Addr, c.Until)
+		s.pool.Cool(now, c.Addr, c.Until)
 	}
 	for _, p := range st.Peers {
 		s.peers[NodeID(p.ID)] = p
@@ -259,7 +259,7 @@ func (s *Machine) save(now time.Time) error {
 		Table:       s.saved,
 		Blocks:      s.pool.Prefixes(),
 		Allocations: s.pool.Allocations(),
-		Cooling:     s.pool.Resting(now),
+		Cooling:     s.pool.Cooling(now),
 	}
 	for _, id := range sortedKeys(s.peers) {
 		st.Peers = append(st.Peers, s.peers[id])

@@ -177,7 +177,7 @@ func (s *Machine) Allocations() []ipam.Allocation {
 func (s *Machine) Resting(now time.Time) []ipam.Cooling {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.pool.Resting(now)
+	return s.pool.Cooling(now)
 }
 
 // A FindingKind says what is wrong between an allocation and the host.

@@ -11,49 +11,49 @@ import (
 	"github.com/tulle-net/tulle/membership/keyring"
 )
 
-// A Handler is the owner of the table: it supplies the state that push/pull
-// carries and takes what the other members send. Every method is called from
-// one goroutine, except LocalState, which memberlist calls from the goroutine of
-// whatever push/pull is going on. No method may block for long; byte slices that
-// are handed over belong to the receiver and are not used again by the gossip
-// layer.
+// A Handler owns the table. It supplies the state for push/pull and receives the
+// messages of other members. All methods are called from one goroutine, except
+// LocalState, which memberlist calls from the goroutine of each push/pull. No method
+// may block for long. Byte slices that are passed to a method belong to it; the
+// gossip layer does not use them again.
 type Handler interface {
 	// LocalState returns the whole state for a push/pull, at most
 	// [MaxState] bytes. join is true when the exchange is a join or a
 	// [Gossip.SyncAll] and false for the periodic anti-entropy.
 	LocalState(join bool) []byte
-	// MergeState takes another member's LocalState.
+	// MergeState receives another member's LocalState.
 	MergeState(b []byte, join bool)
-	// Broadcast takes one message that some member gave to [Gossip.Queue]. It
+	// Broadcast receives a message that some member passed to [Gossip.Queue]. It
 	// is called once for each distinct message that this node has not seen
-	// lately; the gossip layer has already passed the message on.
+	// recently. The gossip layer has already queued it for other members.
 	Broadcast(b []byte)
-	// Message takes what another member gave to [Gossip.Send].
+	// Message receives a message that another member passed to [Gossip.Send].
 	Message(from membership.NodeID, b []byte)
-	// Members says that the list of members, a member's metadata or this
-	// node's [Gossip.Cluster] has changed. Changes are coalesced.
+	// Members is called after a change of the list of members, of a member's
+	// metadata or of this node's [Gossip.Cluster]. Several changes may cause one
+	// call.
 	Members()
 }
 
-// Config says who this node is and whom it asks to be let in.
+// Config describes this node and the members that it joins through.
 type Config struct {
 	ID   membership.NodeID // this node's identity; its hex form is its name in memberlist
-	Name string            // the name that people read; at most [MaxName] bytes
+	Name string            // name for people; at most [membership.MaxName] bytes
 
 	Bind netip.Addr // underlay address, both bound and advertised; not unspecified
 	Port int        // TCP and UDP port; also the default port of seeds
 	MTU  int        // bytes of the underlay link; 0 means 1500
 
-	// Seeds are HOST[:PORT] of any members. The node's own address among them
-	// is passed over, so that all hosts can share one list.
+	// Seeds are HOST[:PORT] of some members. The node's own address is ignored,
+	// so that all hosts can share one list.
 	Seeds []string
-	// LastPeers are addresses of members known before a restart: what
-	// [Gossip.KnownPeers] returned then.
+	// LastPeers are the addresses of members from before a restart, from
+	// [Gossip.KnownPeers].
 	LastPeers []netip.AddrPort
 
-	// Meta is what the other members learn about this node. Its ID, Name and
-	// Started are filled in. A zero Cluster means that the node is in no
-	// cluster yet and may be adopted by the first one that it meets.
+	// Meta is the metadata of this node for other members. New fills in ID, Name
+	// and Started. A zero Cluster means that the node is in no cluster yet; it
+	// then joins the first cluster that it meets.
 	Meta membership.Meta
 
 	Keyring *keyring.Ring // nil: gossip is neither encrypted nor authenticated
@@ -64,7 +64,7 @@ type Config struct {
 	allow func(netip.AddrPort) bool // tests cut links; nil allows all
 }
 
-// pace holds the timings that tests shorten. The zero value is memberlist's LAN
+// pace has the timings that tests shorten. The zero value means memberlist's LAN
 // profile and the delays below.
 type pace struct {
 	probeInterval, probeTimeout   time.Duration
@@ -74,7 +74,7 @@ type pace struct {
 	suspicionMult                 int
 	rejoinMin, rejoinMax          time.Duration // alone: backoff
 	heal, healSlow                time.Duration // not alone, but some peers are missing
-	returning                     time.Duration // peers still know this node at its old address
+	returning                     time.Duration // while peers still have this node's old address
 	keySettle, keyTimeout, leaves time.Duration
 }
 
@@ -116,12 +116,13 @@ func (c *Config) validate() error {
 const (
 	minMTU     = 576  // bytes, RFC 791 §3.1
 	defaultMTU = 1500 // bytes, Ethernet
-	// maxGossipPacket is memberlist's own safe value. Larger packets gain
-	// little at gossip's rates and do not survive tunnels and jumbo islands.
+	// maxGossipPacket is memberlist's default. Larger packets gain little at the
+	// rates of gossip, and are lost in tunnels and in networks where only some
+	// links carry jumbo frames.
 	maxGossipPacket = 1400
-	// packetSlack is what memberlist adds to a packet beyond its
-	// UDPBufferSize: the CRC header (5 bytes) and the compound header's entry
-	// for a ping (2 bytes).
+	// packetSlack is the number of bytes that memberlist adds to a packet beyond
+	// UDPBufferSize: the CRC header (5) and the entry for a ping in the compound
+	// header (2).
 	packetSlack = 8
 )
 

@@ -1,10 +1,10 @@
-// Package gossip carries the replicated CIDR table (package membership) between
-// the nodes of a cluster, over hashicorp/memberlist: who is a member and alive,
-// broadcasts, messages to one member, push/pull of the whole table, seeds and
-// rejoining, the guards against clones and foreign clusters, and the exchange of
-// keys (package keyring). Nothing else in this module imports memberlist.
+// Package gossip distributes the replicated CIDR table (package membership) among
+// the nodes of a cluster, over hashicorp/memberlist. It provides the list of members
+// and their state, broadcasts, messages to one member, push/pull of the whole table,
+// seeds and rejoining, checks against cloned nodes and foreign clusters, and key
+// rotation (package keyring). No other package of this module imports memberlist.
 //
-// Concurrency: [Gossip] is safe for concurrent use; its goroutines live in
+// Concurrency: [Gossip] is safe for concurrent use. Its goroutines run within
 // [Gossip.Run].
 //
 // Sources: memberlist's documentation and memberlist #222 (partitions that never

@@ -7,18 +7,18 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// Everything that Tulle hands to memberlist begins with an envelope:
+// Every message that Tulle sends over memberlist begins with an envelope:
 //
 //	0  format version (1)
 //	1  kind
 //	2  cluster of the sender (16), zero if it is in none yet
 //
-// and, except for broadcasts, which may come from anybody's mouth,
+// and, except in broadcasts, which any member may relay,
 //
 //	18  node ID of the sender (16)
 //
-// State also says from where it comes, so that a clone can be told from the
-// member whose ID it carries:
+// State also has the sender's address, so that a clone can be distinguished from the
+// member with the same ID:
 //
 //	34  gossip address of the sender: length (1), netip.AddrPort binary form
 const envelopeVersion = 1
@@ -39,7 +39,7 @@ const (
 	messageHead   = broadcastHead + 16
 )
 
-// Bounds of what one member takes from another, in bytes.
+// Size limits of messages from other members, in bytes.
 const (
 	MaxMessage = 1 << 20  // of [Gossip.Send]
 	MaxState   = 16 << 20 // of [Handler.LocalState]; memberlist refuses 20 MiB
@@ -91,7 +91,7 @@ func decodeEnvelope(b []byte) (envelope, error) {
 		if !ok {
 			return envelope{}, fmt.Errorf("state without the sender's address")
 		}
-		if len(addr) > 18 { // an IPv6 address with its port, and no zone
+		if len(addr) > 18 { // an IPv6 address with its port, without zone
 			return envelope{}, fmt.Errorf("state with a sender's address of %d bytes", len(addr))
 		}
 		if err := e.addr.UnmarshalBinary(addr); err != nil {

@@ -12,18 +12,18 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// MemberState is what this node thinks of another one.
+// MemberState is this node's view of another one.
 type MemberState uint8
 
 const (
-	// StateAlive: gossip holds it for alive.
+	// StateAlive: gossip considers it alive.
 	StateAlive MemberState = iota
-	// StateSuspect: alive for the gossip, but it did not answer this node's
+	// StateSuspect: gossip considers it alive, but it did not answer this node's
 	// last probe, neither directly nor through others.
 	StateSuspect
-	// StateDead: nobody could reach it.
+	// StateDead: no member could reach it.
 	StateDead
-	// StateLeft: it said that it leaves for good.
+	// StateLeft: it has announced that it leaves.
 	StateLeft
 )
 
@@ -45,7 +45,7 @@ func (s MemberState) String() string {
 // MarshalText writes the state as String does.
 func (s MemberState) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
-// A Member is another node as the gossip sees it.
+// A Member is another node as gossip sees it.
 type Member struct {
 	ID    membership.NodeID
 	Name  string
@@ -56,7 +56,7 @@ type Member struct {
 	RTT   time.Duration // of the last probe that this node made; 0 before
 }
 
-// How long members that are gone stay listed, and how many are remembered.
+// How long members that are gone stay listed, and how many of them.
 const (
 	keepDead = 24 * time.Hour
 	keepLeft = 10 * time.Minute
@@ -66,9 +66,9 @@ const (
 	pruneInterval = 10 * time.Second // at most this often, and on changes only
 )
 
-// Members returns the other members, dead ones of the last day included,
-// ordered by ID. The slice is the caller's; the slices within are shared and
-// must not be changed.
+// Members returns the other members, including those that died in the last day,
+// ordered by ID. The caller owns the slice; the slices within are shared and must
+// not be modified.
 func (g *Gossip) Members() []Member {
 	g.mu.RLock()
 	list := make([]Member, 0, len(g.peers))
@@ -93,8 +93,8 @@ func (g *Gossip) Member(id membership.NodeID) (Member, bool) {
 	return p.Member, true
 }
 
-// Forget drops a member that is not alive from the list and from the addresses
-// that are tried again.
+// Forget removes a member that is not alive from the list, and from the addresses for
+// rejoining.
 func (g *Gossip) Forget(id membership.NodeID) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -104,8 +104,8 @@ func (g *Gossip) Forget(id membership.NodeID) {
 	}
 }
 
-// KnownPeers returns where members are or were of late, the live ones first:
-// what is to be persisted as [Config.LastPeers].
+// KnownPeers returns the current and recent addresses of members, live members first.
+// The caller saves them for [Config.LastPeers].
 func (g *Gossip) KnownPeers() []netip.AddrPort {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
@@ -122,7 +122,7 @@ func (g *Gossip) KnownPeers() []netip.AddrPort {
 	return list
 }
 
-// memberEvent is called by memberlist, with its node lock held.
+// memberEvent handles a change that memberlist reports, with its node lock held.
 func (g *Gossip) memberEvent(n sighting, state MemberState) {
 	id, err := membership.ParseNodeID(n.name)
 	if err != nil || id == g.cfg.ID {
@@ -182,7 +182,7 @@ func (g *Gossip) liveLocked(id membership.NodeID) int64 {
 	return 1
 }
 
-// recountLocked counts the live members anew.
+// recountLocked recounts the live members.
 func (g *Gossip) recountLocked() {
 	alive := int64(0)
 	for id := range g.peers {
@@ -191,8 +191,8 @@ func (g *Gossip) recountLocked() {
 	g.alive.Store(alive)
 }
 
-// pruneLocked forgets who has been gone for long, and bounds what is kept of
-// the gone.
+// pruneLocked removes members that have been gone for long, and limits the number of
+// the others that are gone.
 func (g *Gossip) pruneLocked(now time.Time) {
 	g.pruned = now
 	for id, p := range g.peers {
@@ -211,8 +211,8 @@ func (g *Gossip) pruneLocked(now time.Time) {
 	}
 }
 
-// dropUnseen declares those members dead that the present network instance has
-// not met: after a change of address it begins with an empty list.
+// dropUnseen declares members dead that the current memberlist instance has not seen:
+// after a change of address it starts with an empty list.
 func (g *Gossip) dropUnseen() {
 	g.mu.Lock()
 	now := time.Now()
@@ -227,7 +227,7 @@ func (g *Gossip) dropUnseen() {
 	g.inbox.membersChanged()
 }
 
-// pinged clears a suspicion: the member has answered.
+// pinged clears a suspicion, because the member has answered.
 func (g *Gossip) pinged(name string, rtt time.Duration) {
 	id, err := membership.ParseNodeID(name)
 	if err != nil {
@@ -248,7 +248,7 @@ func (g *Gossip) pinged(name string, rtt time.Duration) {
 	}
 }
 
-// suspected notes that this node's own probe of a member has failed.
+// suspected records that this node's own probe of a member has failed.
 func (g *Gossip) suspected(name string) {
 	id, err := membership.ParseNodeID(name)
 	if err != nil {
@@ -266,8 +266,8 @@ func (g *Gossip) suspected(name string) {
 	}
 }
 
-// Isolated reports whether this node sees no other live member although it
-// should: it had some, or knows seeds or last peers.
+// Isolated reports whether this node sees no other live member although it should: it
+// had some before, or has seeds or last peers.
 func (g *Gossip) Isolated() bool {
 	if g.alive.Load() > 0 {
 		return false
@@ -288,17 +288,17 @@ func (g *Gossip) Isolated() bool {
 // Alive returns the number of other live members.
 func (g *Gossip) Alive() int { return int(g.alive.Load()) }
 
-// Cluster returns the cluster that this node is in: that of its metadata, or
-// the one by which it has been adopted since; zero if neither.
+// Cluster returns the cluster that this node is in: that of its metadata, or the one
+// that it has joined since; zero if neither.
 func (g *Gossip) Cluster() membership.ClusterID {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	return g.meta.Cluster
 }
 
-// SetMeta replaces this node's metadata and tells the others soon. ID, Name and
-// Started keep their values. A zero Cluster leaves the present one; another
-// cluster than the present one is refused, since two never merge.
+// SetMeta replaces this node's metadata and announces it soon. ID, Name and Started
+// keep their values. A zero Cluster keeps the current one. A different cluster is
+// refused, because clusters never merge.
 func (g *Gossip) SetMeta(m membership.Meta) error {
 	g.mu.Lock()
 	m.ID, m.Name, m.Started, m.Leaving = g.meta.ID, g.meta.Name, g.meta.Started, g.meta.Leaving
@@ -320,9 +320,9 @@ func (g *Gossip) SetMeta(m membership.Meta) error {
 	return err
 }
 
-// Send delivers b to another live member over an encrypted stream. At most
-// [MaxMessage] bytes. No error means that the receiver's kernel has it; who
-// needs to know that it was acted on waits for an answer.
+// Send sends b, at most [MaxMessage] bytes, to another live member over a stream,
+// encrypted if there is a key. Without an error the receiver's kernel has the
+// message. To know that the receiver has processed it, wait for an answer.
 func (g *Gossip) Send(ctx context.Context, to membership.NodeID, b []byte) error {
 	if len(b) > MaxMessage {
 		return fmt.Errorf("gossip: message of %d bytes, the limit is %d", len(b), MaxMessage)
@@ -341,7 +341,7 @@ func (g *Gossip) sendEnvelope(ctx context.Context, to membership.NodeID, e envel
 	e.from, e.cluster = g.cfg.ID, g.Cluster()
 	wire := e.encode()
 	done := make(chan error, 1)
-	go func() { done <- g.sendTo(to, m.Addr, wire) }() // ends by the stream timeout, or when the sockets close
+	go func() { done <- g.sendTo(to, m.Addr, wire) }() // ends at the stream timeout, or when the sockets close
 	select {
 	case err := <-done:
 		if err != nil {
@@ -353,47 +353,47 @@ func (g *Gossip) sendEnvelope(ctx context.Context, to membership.NodeID, e envel
 	}
 }
 
-// ErrTooLarge is returned by [Gossip.Queue] for what does not fit a packet.
+// ErrTooLarge is returned by [Gossip.Queue] for a broadcast that does not fit one packet.
 var ErrTooLarge = errors.New("gossip: broadcast does not fit a gossip packet")
 
-// maxQueued bounds the messages that wait to be passed on.
+// maxQueued is the maximum number of queued broadcasts.
 const maxQueued = 8192
 
-// MaxBroadcast returns how many bytes one broadcast can carry.
+// MaxBroadcast returns the maximum size of a broadcast, in bytes.
 func (g *Gossip) MaxBroadcast() int {
 	// Compound header 2, its entry 2, message type 1, encryption 29
 	// (memberlist's encryptOverhead for version 1).
 	return g.cfg.packetSize() - 2 - 2 - 1 - 29 - broadcastHead
 }
 
-// Queue spreads b to every member: each passes it on once. It needs no
-// repeating by the receivers, and may be lost; push/pull has to bring the same
-// news in the end. b is copied.
+// Queue broadcasts b to all members. The gossip layer of each member relays it; the
+// handlers need not. A broadcast may be lost, so push/pull must deliver the same
+// information eventually. b is copied.
 func (g *Gossip) Queue(b []byte) error {
 	if limit := g.MaxBroadcast(); len(b) > limit {
 		return fmt.Errorf("%w: %d bytes, the limit is %d", ErrTooLarge, len(b), limit)
 	}
 	if g.seen.passed(b) {
-		return nil // came from the network a moment ago and is on its way
+		return nil // came from the network recently and is queued already
 	}
 	g.enqueue(envelope{kind: kindBroadcast, cluster: g.Cluster(), body: b}.encode())
 	return nil
 }
 
-// Queued returns how many broadcasts wait to be passed on.
+// Queued returns the number of queued broadcasts.
 func (g *Gossip) Queued() int { return g.queue.NumQueued() }
 
-// Stats are counters since the start, and gauges.
+// Stats has counters since the start, and gauges.
 type Stats struct {
 	Alive, Dead     int    // other members
-	Queue           int    // broadcasts waiting to be passed on
+	Queue           int    // queued broadcasts
 	Health          int    // memberlist's awareness score; 0 is healthy
 	BytesSent       uint64 // UDP and TCP payload
 	BytesReceived   uint64
 	PacketsSent     uint64 // UDP datagrams
 	PacketsReceived uint64
 	LargestPacket   uint64 // bytes of the largest datagram sent, without IP and UDP headers
-	Undecryptable   uint64 // messages that no key opens
+	Undecryptable   uint64 // messages that no key decrypts
 	Refused         uint64 // from other clusters
 	Malformed       uint64 // messages and metadata that could not be read
 	Dropped         uint64 // messages for which the handler was too slow

@@ -10,11 +10,10 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// Rebind moves the node to another underlay address while it runs. It tells the
-// members through the new address that the old one is gone (memberlist then
-// takes the new one at once instead of after its reclaim time), and joins them
-// again from there. The metadata's addresses are the caller's to change, by
-// SetMeta before or after.
+// Rebind moves the running node to another underlay address. From the new address it
+// announces that the old one is gone, so that memberlist accepts the new one at once
+// instead of after its reclaim time, and joins the members again. The caller must
+// change the addresses in the metadata with SetMeta, before or after.
 func (g *Gossip) Rebind(ctx context.Context, bind netip.Addr) error {
 	next := g.cfg
 	next.Bind = bind
@@ -57,7 +56,7 @@ func (g *Gossip) rebind(bind netip.Addr) error {
 	return nil
 }
 
-// announce tells the others about changed metadata.
+// announce sends changed metadata to the other members.
 func (g *Gossip) announce(ctx context.Context) {
 	for {
 		select {
@@ -66,14 +65,14 @@ func (g *Gossip) announce(ctx context.Context) {
 		case <-g.dirty:
 		}
 		if n, err := g.current(); err == nil {
-			// A timeout means that it is queued still.
+			// After a timeout it is still queued.
 			_ = n.ml.UpdateNode(time.Second)
 		}
 	}
 }
 
-// Leave tells the members that this node goes for good, so that none of them
-// suspects it first. Run goes on, and is to be ended by its context.
+// Leave announces that this node leaves, so that the members do not suspect it first.
+// Run continues; end it with its context.
 func (g *Gossip) Leave(ctx context.Context) error {
 	g.mu.Lock()
 	meta := g.meta
@@ -94,7 +93,7 @@ func (g *Gossip) Leave(ctx context.Context) error {
 		return context.DeadlineExceeded
 	}
 	done := make(chan error, 1)
-	g.life.Lock() // no shutdown before it is over: memberlist panics
+	g.life.Lock() // prevents a shutdown at the same time, at which memberlist panics
 	go func() {
 		defer g.life.Unlock()
 		n, err := g.current()
@@ -113,8 +112,8 @@ func (g *Gossip) Leave(ctx context.Context) error {
 	}
 }
 
-// SyncAll does a full push/pull with every live member, a few at a time, and
-// returns with how many it worked.
+// SyncAll does a full push/pull with every live member, a few at a time. It returns
+// the number of successful ones.
 func (g *Gossip) SyncAll(ctx context.Context) (int, error) {
 	var addrs []netip.AddrPort
 	for _, m := range g.Members() {
@@ -125,7 +124,7 @@ func (g *Gossip) SyncAll(ctx context.Context) (int, error) {
 	return g.joinAll(ctx, addrs)
 }
 
-// pushPull exchanges the state with whoever listens at addr.
+// pushPull does a push/pull with the member at addr.
 func (g *Gossip) pushPull(addr netip.AddrPort) error {
 	n, err := g.current()
 	if err != nil {
@@ -135,7 +134,7 @@ func (g *Gossip) pushPull(addr netip.AddrPort) error {
 	return err
 }
 
-// ping asks the host at addr whether it is the live member of that identity.
+// ping checks whether the host at addr is the live member with that ID.
 func (g *Gossip) ping(id membership.NodeID, addr netip.AddrPort) (time.Duration, error) {
 	n, err := g.current()
 	if err != nil {

@@ -6,14 +6,14 @@ import (
 	"time"
 )
 
-// A Problem is something that an operator should know, and what to do about it.
+// A Problem is a condition that an operator should know about, with its remedy.
 type Problem struct {
 	What   string    `json:"what"`
 	Remedy string    `json:"remedy"`
 	Since  time.Time `json:"since"`
 }
 
-// String returns both halves in one line.
+// String returns problem and remedy in one line.
 func (p Problem) String() string {
 	if p.Remedy == "" {
 		return p.What
@@ -21,8 +21,8 @@ func (p Problem) String() string {
 	return p.What + ": " + p.Remedy
 }
 
-// problemSet keeps problems by key. Those that are noticed by events expire,
-// unless they are noticed again.
+// problemSet keeps problems by key. A problem that an event reported expires unless
+// another event reports it again.
 type problemSet struct {
 	byKey map[string]*timedProblem
 }
@@ -66,9 +66,9 @@ func (s *problemSet) expire(now time.Time) {
 	}
 }
 
-// Problems returns what is wrong with this node's membership at the moment,
-// each with its remedy. Events such as a refused foreign cluster stay listed for
-// some minutes after their last repetition.
+// Problems returns the current problems of this node's membership, each with its
+// remedy. Events such as a refused foreign cluster stay listed for some minutes
+// after they last happened.
 func (g *Gossip) Problems() []Problem {
 	isolated := g.Isolated()
 	g.mu.Lock()

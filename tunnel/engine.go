@@ -34,8 +34,8 @@ type Config struct {
 	// Probed is called for each probe packet from a peer, on a receiving goroutine: it must not block, and payload is
 	// valid only during the call. size is the inner packet's, in bytes.
 	Probed func(peer string, mode encap.Mode, payload []byte, size int)
-	// PathMTU is called when a router on the way to a peer says that packets of more than link bytes do not pass. It is a
-	// hint by whoever can send ICMP, already held against the addresses of members; it must not block.
+	// PathMTU is called when a router on the way to a peer, or the kernel of this host, says that packets of more than link bytes
+	// do not pass. It may come from whoever can send ICMP, already held against the addresses of members; it must not block.
 	PathMTU func(peer string, link mtu.Link)
 
 	Logger *slog.Logger
@@ -348,13 +348,15 @@ func (e *Engine) watchErrors(ctx context.Context) {
 	}
 }
 
-// drainErrors takes the ICMP errors off a socket. Only "too big" is of use: it may lower a peer's path MTU. Nothing else
-// is believed: anybody may send an ICMP error, and a peer is down only when its probes stay unanswered.
+// drainErrors takes the ICMP errors off a socket, and this host's own. Only "too big" is of use: it may lower a peer's path MTU.
+// Nothing else is believed: anybody may send an ICMP error, and a peer is down only when its probes stay unanswered.
 func (e *Engine) drainErrors(s errorQueue) {
 	f := e.fwd.Load()
 	_, err := s.DrainErrors(func(u underlay.Err) {
-		e.stats.icmpReceived.Add(1)
-		if u.Errno != unix.EMSGSIZE || u.Local || e.cfg.PathMTU == nil {
+		if !u.Local {
+			e.stats.icmpReceived.Add(1)
+		}
+		if u.Errno != unix.EMSGSIZE || e.cfg.PathMTU == nil {
 			return
 		}
 		if t := f.sources[u.Dest.Addr()]; t != nil {

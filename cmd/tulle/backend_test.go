@@ -46,7 +46,7 @@ func (f *fixture) peers() []api.Peer {
 	c := b
 	c.Name, c.ID = nodeC.Name, nodeC.ID
 	c.Underlay, c.Prefixes = []netip.Addr{addr("192.168.2.13")}, []netip.Prefix{prefix("10.244.192.0/18")}
-	c.Path.RTTUS = 12_345
+	c.Path.RTTUS, c.Leaves = 12_345, []string{"eth1"}
 	c.Candidates = []api.Candidate{{Path: c.Path, Active: true, Endpoint: netip.MustParseAddrPort("192.168.2.13:6080")}}
 	if f.sick {
 		b.Path = ipip
@@ -59,8 +59,8 @@ func (f *fixture) peers() []api.Peer {
 
 func (f *fixture) Status(context.Context) (api.Status, error) {
 	s := api.Status{Version: "v0.1.0", Ready: true, Started: f.ago(28), Node: api.Node{Name: nodeA.Name, ID: nodeA.ID,
-		Underlay: []netip.Addr{addr("192.168.1.11"), addr("fd00:1::11")},
-		Tun:      api.Tun{Name: "tun0", MTU: 1472, Addresses: []netip.Addr{addr("10.244.0.0"), addr("fd00:10:244::")}}},
+		Underlay: []netip.Addr{addr("192.168.1.11"), addr("fd00:1::11")}, Links: []string{"eth0"}, LinkMTU: 1500,
+		Tun: api.Tun{Name: "tun0", MTU: 1472, Addresses: []netip.Addr{addr("10.244.0.0"), addr("fd00:10:244::")}}},
 		Drops: map[string]uint64{"not_member": 0, "malformed": 0}}
 	if f.young {
 		s.Ready = false

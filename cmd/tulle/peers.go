@@ -45,6 +45,7 @@ func printPeers(p *printer, peers []api.Peer) {
 		right: []bool{false, false, false, false, true, true, true, true}}
 	for _, x := range peers {
 		at, why := stateOf(x)
+		why = withLeaves(x, why)
 		t.row(peerName(peers, x), x.State, orNone(list(x.Prefixes, "\n")), pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
 	}
 	p.table(&t)
@@ -68,6 +69,14 @@ func stateOf(p api.Peer) (time.Time, string) {
 		return p.Path.Since, p.Path.Reason
 	}
 	return p.Since, p.Reason
+}
+
+// withLeaves adds by which interfaces packets to the peer leave, where they are not those of the underlay address.
+func withLeaves(p api.Peer, why string) string {
+	if len(p.Leaves) == 0 {
+		return why
+	}
+	return strings.TrimPrefix(why+"; packets leave by "+strings.Join(p.Leaves, " "), "; ")
 }
 
 // pathName is the encapsulation in use, and its state unless that is "up".

@@ -43,10 +43,19 @@ func underlay(n api.Node) string {
 	return text
 }
 
+// links says by which interfaces packets to the other hosts leave.
+func links(n api.Node) string {
+	if len(n.Links) == 0 {
+		return ""
+	}
+	return fmt.Sprintf("%s, mtu %s", strings.Join(n.Links, " "), mtu(n.LinkMTU))
+}
+
 func printStatus(p *printer, s api.Status) {
 	p.fields(
 		[2]string{"node", fmt.Sprintf("%s (%s), %s, up %s, tulle %s", s.Node.Name, orNone(short(s.Node.ID)), verdict(&s), p.since(s.Started), s.Version)},
 		[2]string{"underlay", underlay(s.Node)},
+		[2]string{"links", links(s.Node)},
 		[2]string{"tun", fmt.Sprintf("%s, mtu %s, %s", orNone(s.Node.Tun.Name), mtu(s.Node.Tun.MTU), orNone(list(s.Node.Tun.Addresses, " ")))},
 		[2]string{"space", orNone(list(s.Node.Prefixes, " "))},
 		[2]string{"blocks", blocks(s.Node.Blocks)},
@@ -253,6 +262,7 @@ func printStatusPeers(p *printer, peers []api.Peer) {
 	}
 	for _, x := range sorted[:shown] {
 		at, why := stateOf(x)
+		why = withLeaves(x, why)
 		t.row(peerName(peers, x), x.State, pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
 	}
 	p.line("")

@@ -153,6 +153,9 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 	if err != nil {
 		return api.Allocation{}, err
 	}
+	if p := s.tooSmallFor6(s.ownership.Params().Families); p.What != "" {
+		return api.Allocation{}, api.Errorf(api.CodeUnhealthy, "%s", p.What).WithRemedy("%s", p.Remedy)
+	}
 	if api.IsFreed(s.cfg.Socket, req.ID) { // it went while this agent did not answer, and comes back
 		if err := s.honour(req.ID); err != nil {
 			return api.Allocation{}, err
@@ -172,7 +175,7 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 	if err != nil {
 		return api.Allocation{}, coded(err)
 	}
-	out := api.Allocation{ID: req.ID, MTU: int(s.tunMTU)}
+	out := api.Allocation{ID: req.ID, MTU: int(s.tunMTU())}
 	out.GSOMaxSize, out.GSOMaxSegs = s.gsoLimits()
 	for _, f := range s.ownership.Params().Families {
 		out.CIDRs = append(out.CIDRs, f.CIDR)

@@ -45,6 +45,8 @@ type peerView struct {
 	tun       []netip.Addr
 	prefixes  []netip.Prefix
 	mode      encap.Mode
+	link      mtu.Link // largest outer packet that the links toward it carry
+	leaves    []string // by which devices packets to it leave; nil if no route leads there
 	mtu       mtu.TUN
 	path      path.Info
 	probed    bool
@@ -175,7 +177,8 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 			p.underlay = []netip.Addr{k.Addr.Addr()}
 			p.endpoint, _ = s.endpoint(p.underlay)
 		}
-		p.mtu = min(s.limit(p.mode, p.endpoint.Is6()), path.Base)
+		s.findWay(&p)
+		p.mtu = min(s.limit(p.mode, &p), path.Base)
 		p.gone = now.Sub(s.started) > unseenFor && s.engine.PeerStats(p.id).RxPackets == 0
 		v.peers = append(v.peers, p)
 	}
@@ -196,7 +199,8 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.modes[0],
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
-	limit := s.limit(p.mode, p.endpoint.Is6())
+	s.findWay(&p)
+	limit := s.limit(p.mode, &p)
 	p.mtu = limit
 	if !p.endpoint.IsValid() {
 		return p
@@ -238,9 +242,19 @@ func (s *session) endpoint(theirs []netip.Addr) (netip.Addr, string) {
 	return netip.Addr{}, fmt.Sprintf("its underlay addresses %v and ours %v have no family in common", theirs, s.link.Addrs)
 }
 
-// limit is the largest inner packet that the underlay's own MTU allows, and the TUN's.
-func (s *session) limit(m encap.Mode, six bool) mtu.TUN {
-	return min(mtu.Link(s.link.MTU).TUN(encap.Overhead(m, six)), s.tunMTU)
+// findWay asks the host's routes how packets leave for a peer.
+func (s *session) findWay(p *peerView) {
+	p.link = s.linkMTU()
+	if p.endpoint.IsValid() {
+		if w := s.ways.To(p.endpoint); w.MTU > 0 {
+			p.link, p.leaves = mtu.Link(w.MTU), w.Devices
+		}
+	}
+}
+
+// limit is the largest inner packet that the links toward a peer allow, and the TUN's MTU.
+func (s *session) limit(m encap.Mode, p *peerView) mtu.TUN {
+	return min(p.link.TUN(encap.Overhead(m, p.endpoint.Is6())), s.tunMTU())
 }
 
 // addExternal adds a prefix to the external peer at its endpoint.
@@ -258,7 +272,8 @@ func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefi
 		} else {
 			p.endpoint, p.why = s.endpoint(p.underlay)
 		}
-		p.mtu = s.limit(p.mode, r.External.Endpoint.Is6())
+		s.findWay(p)
+		p.mtu = s.limit(p.mode, p)
 		peers[r.External.Endpoint] = p
 	}
 	p.prefixes = append(p.prefixes, prefix)
@@ -292,7 +307,7 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 			if s.unfit(&p, m) != "" {
 				continue
 			}
-			out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, p.endpoint.Is6())})
+			out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, &p)})
 		}
 	}
 	return out
@@ -301,8 +316,9 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 // hostState is the view as the host's kernel needs it.
 func (s *session) hostState(v *view) hostnet.State {
 	h := hostnet.State{
-		Tun: s.cfg.Tun, MTU: int(s.tunMTU), TunAddrs: v.tun, Own: v.own, Masquerade: s.masquerade.Load(),
+		Tun: s.cfg.Tun, MTU: int(s.tunMTU()), TunAddrs: v.tun, Own: v.own, Masquerade: s.masquerade.Load(),
 		Members:     slices.Clone(s.link.Addrs),
+		Uplinks:     s.ways.Devices(s.sizes.Load().links...),
 		TunnelPorts: []uint16{s.cfg.UDPPort, s.cfg.VXLANPort},
 	}
 	for _, f := range v.status.Params.Families {
@@ -317,6 +333,9 @@ func (s *session) hostState(v *view) hostnet.State {
 			}
 			h.Peers = append(h.Peers, hostnet.PeerRoute{Prefix: prefix, MTU: m})
 		}
+	}
+	if s.tooSmallFor6(v.status.Params.Families).What != "" {
+		return without6(h)
 	}
 	return h
 }

@@ -81,7 +81,7 @@ func (s *session) largest(ctx context.Context, p *peerView, m encap.Mode) int {
 		}
 		return false
 	}
-	lo, hi := pingSize, int(s.limit(m, p.endpoint.Is6()))
+	lo, hi := pingSize, int(s.limit(m, p))
 	if passes(hi) {
 		return hi
 	}

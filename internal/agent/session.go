@@ -49,9 +49,10 @@ type underlay struct {
 	seeds *seed.List
 	// podSpace is the cluster's space as far as it is known at the start.
 	podSpace []netip.Prefix
-	peers    []netip.Addr // where members were at the start, as the state knows them
-	modes    []encap.Mode // those of the configuration's paths that can be sent, best first
-	tunMTU   mtu.TUN
+	peers    []netip.Addr          // where members were at the start, as the state knows them
+	modes    []encap.Mode          // those of the configuration's paths that can be sent, best first
+	sizes    atomic.Pointer[sizes] // follow link
+	ways     *hostnet.Ways         // how packets leave for each peer; nil before the first look; loop's own
 
 	kept      atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
 	lostSince time.Time                    // since when an address of link is missing; loop's own
@@ -111,7 +112,7 @@ func (s *session) run(ctx context.Context) error {
 		})
 	}
 	s.log.Info("agent runs", "node", s.cfg.NodeName, "id", s.ownership.Node(), "underlay", s.link.Addrs, "interface", s.link.Iface, "because", s.link.Why,
-		"tun", s.device.Name(), "mtu", int(s.tunMTU), "offloads", s.device.Offloads().String())
+		"tun", s.device.Name(), "mtu", int(s.tunMTU()), "offloads", s.device.Offloads().String())
 	<-ctx.Done()
 	wg.Wait()
 	err := context.Cause(ctx)
@@ -162,9 +163,9 @@ func (s *session) membersMoved() {
 	s.kick()
 }
 
-// pathMTU is the engine's word that a router gave for the path to a peer.
+// pathMTU is the engine's word that a router, or this host's kernel, gave for the path to a peer.
 func (s *session) pathMTU(peer string, link mtu.Link) {
-	six := s.link.Addrs[0].Is6()
+	six := s.outerSix()
 	if v := s.view.Load(); v != nil {
 		for _, p := range v.peers {
 			if p.id == peer {
@@ -222,6 +223,9 @@ func (s *session) loop(ctx context.Context) error {
 			}
 		case <-full.C:
 			force = true
+			if err := s.checkUnderlay(time.Now()); err != nil {
+				return err
+			}
 			if err := s.honourFreed(); err != nil {
 				s.log.Warn("addresses of pods that are gone stay allocated for now", "error", err)
 			}
@@ -238,7 +242,7 @@ func (s *session) loop(ctx context.Context) error {
 		if s.ready() {
 			notify.ready(s.summary())
 		} else {
-			notify.waiting(s.view.Load().status.Why)
+			notify.waiting(s.notReady(s.view.Load()))
 		}
 		select {
 		case <-ctx.Done():
@@ -258,6 +262,9 @@ type applied struct {
 // apply looks and passes on what has changed.
 func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 	now := time.Now()
+	if force || s.ways == nil {
+		s.ways = s.host.NewWays(s.link.Addrs)
+	}
 	v := s.look(now)
 	s.view.Store(v)
 	if m := s.meta(); !reflect.DeepEqual(m, was.meta) {
@@ -305,5 +312,6 @@ func (s *session) ready() bool {
 	v := s.view.Load()
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return v != nil && v.status.Phase == ownership.Ready && len(v.tun) > 0 && s.hostDone && s.hostErr == nil
+	return v != nil && v.status.Phase == ownership.Ready && len(v.tun) > 0 && s.hostDone && s.hostErr == nil &&
+		s.tooSmallFor6(v.status.Params.Families).What == ""
 }

@@ -115,21 +115,17 @@ func usableModes(paths []string) []encap.Mode {
 
 // chooseMTU takes the configured MTU, or the underlay's less the overhead of the encapsulation that is preferred.
 func (s *session) chooseMTU() error {
-	six := s.link.Addrs[0].Is6()
-	most := mtu.Link(s.link.MTU).TUN(encap.Overhead(s.modes[0], six))
-	s.tunMTU = most
-	if s.cfg.MTU != 0 {
-		if s.tunMTU = mtu.TUN(s.cfg.MTU); s.tunMTU > most {
-			return fmt.Errorf("--mtu %d: interface %s carries %d bytes, of which %s takes %d: at most %d, or raise the interface's MTU",
-				s.cfg.MTU, s.link.Iface, s.link.MTU, s.modes[0], encap.Overhead(s.modes[0], six), int(most))
-		}
+	if most := mtu.Link(s.link.MTU).TUN(s.overhead()); mtu.TUN(s.cfg.MTU) > most {
+		return fmt.Errorf("--mtu %d: %s carries %d bytes, of which %s takes %d: at most %d, or raise the interface's MTU",
+			s.cfg.MTU, s.link.Narrowest, s.link.MTU, s.modes[0], s.overhead(), int(most))
 	}
+	s.resize(s.link)
 	return nil
 }
 
 // openData opens the TUN and the sockets.
 func (s *session) openData(a *agent) (err error) {
-	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU), Queues: queues(s.cfg.Queues), Alias: hostnet.Alias}); err != nil {
+	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU()), Queues: queues(s.cfg.Queues), Alias: hostnet.Alias}); err != nil {
 		return err
 	}
 	s.probes = newProber(s.log)

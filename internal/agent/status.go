@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
@@ -41,7 +42,8 @@ func (s *session) fill(st *api.Status) {
 	st.Ready = s.ready()
 	st.Node.ID = v.status.Node.String()
 	st.Node.Underlay, st.Node.Interface, st.Node.UnderlayReason = s.link.Addrs, s.link.Iface, s.underlayReason()
-	st.Node.Tun = api.Tun{Name: s.device.Name(), MTU: int(s.tunMTU), Addresses: v.tun, Queues: len(s.device.Queues())}
+	st.Node.Links, st.Node.LinkMTU = s.sizes.Load().links, int(s.linkMTU())
+	st.Node.Tun = api.Tun{Name: s.device.Name(), MTU: int(s.tunMTU()), Addresses: v.tun, Queues: len(s.device.Queues())}
 	st.Node.Prefixes = v.own
 	st.Node.Blocks = s.blocks(now)
 	st.Cluster = s.clusterStatus(v)
@@ -94,8 +96,12 @@ func (s *session) clusterStatus(v *view) api.Cluster {
 // peer is one line of `tulle peers`.
 func (s *session) peer(p *peerView) api.Peer {
 	count := s.engine.PeerStats(p.id)
+	var leaves []string
+	if named := s.sizes.Load().links; slices.ContainsFunc(p.leaves, func(d string) bool { return !slices.Contains(named, d) }) {
+		leaves = p.leaves
+	}
 	out := api.Peer{
-		Name: p.name, ID: p.id, State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Prefixes: p.prefixes,
+		Name: p.name, ID: p.id, State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Leaves: leaves, Prefixes: p.prefixes,
 		Path:      s.path(p, p.mode),
 		TxPackets: count.TxPackets, TxBytes: count.TxBytes, RxPackets: count.RxPackets, RxBytes: count.RxBytes,
 	}
@@ -246,6 +252,7 @@ func (s *session) problems(v *view) []api.Problem {
 		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(), Remedy: "mend what it names; the agent tries again by itself"})
 	}
 	out = append(out, s.underlayProblems()...)
+	out = append(out, s.sizeProblems(v.status.Params.Families)...)
 	for _, p := range s.hostProblems(v) {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
 	}
@@ -309,7 +316,7 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 	}
 	out.Prefix, out.Version, out.Owner = e.Prefix, e.Version, s.ref(e.Owner)
 	if e.Owner == s.ownership.Node() && e.External == nil {
-		out.Kind, out.Reachable, out.Encapsulation, out.MTU = api.RouteLocal, true, "direct", int(s.tunMTU)
+		out.Kind, out.Reachable, out.Encapsulation, out.MTU = api.RouteLocal, true, "direct", int(s.tunMTU())
 		out.Why = "this node owns it: a local pod, or unreachable if no pod has it"
 		return out
 	}

@@ -157,6 +157,7 @@ func (s *session) checkUnderlay(now time.Time) error {
 		s.log.Debug("underlay not looked at", "error", err)
 		return nil
 	}
+	s.resize(kept.Underlay)
 	if was := s.kept.Swap(&kept); len(kept.Lost) == 0 {
 		s.lostSince = time.Time{}
 		if was != nil && len(was.Lost) > 0 {
@@ -194,8 +195,6 @@ func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost,
 			return ""
 		}
 		return fmt.Sprintf("this host has lost %s; %s on %s takes over (%s)", listed(kept.Lost), listed(next.Addrs), next.Iface, next.Why)
-	case kept.MTU != use.MTU:
-		return fmt.Sprintf("the MTU of %s is %d now, it was %d", kept.Iface, kept.MTU, use.MTU)
 	case use.By == hostnet.ByGuess && next.By == hostnet.BySeeds && alone && next.Addrs[0] != use.Addrs[0]:
 		return fmt.Sprintf("%s was a guess, and the seeds are known now: the route to them leaves from %s on %s", listed(use.Addrs), listed(next.Addrs), next.Iface)
 	case kept.More.IsValid() && wanted:

@@ -64,11 +64,14 @@ type Node struct {
 	ID       string       `json:"id"`
 	Underlay []netip.Addr `json:"underlay"`
 	// Interface has the underlay addresses; UnderlayReason says why they are used, and what was before them.
-	Interface      string         `json:"interface,omitempty"`
-	UnderlayReason string         `json:"underlay_reason,omitempty"`
-	Tun            Tun            `json:"tun"`
-	Prefixes       []netip.Prefix `json:"prefixes"` // the space this node owns
-	Blocks         []Block        `json:"blocks"`   // the part of it that pods get addresses from
+	Interface      string `json:"interface,omitempty"`
+	UnderlayReason string `json:"underlay_reason,omitempty"`
+	// Links are the interfaces by which packets from Underlay leave, and LinkMTU is the least of theirs in bytes.
+	Links    []string       `json:"links,omitempty"`
+	LinkMTU  int            `json:"link_mtu,omitempty"`
+	Tun      Tun            `json:"tun"`
+	Prefixes []netip.Prefix `json:"prefixes"` // the space this node owns
+	Blocks   []Block        `json:"blocks"`   // the part of it that pods get addresses from
 }
 
 // Tun is the TUN device. Addresses are those that host processes use as source toward remote pods.
@@ -115,6 +118,7 @@ type Peer struct {
 	Reason     string         `json:"reason"`
 	Version    string         `json:"version,omitempty"`
 	Underlay   []netip.Addr   `json:"underlay"`
+	Leaves     []string       `json:"leaves,omitempty"` // interfaces by which packets to it really leave, where they are none of Node.Links
 	Prefixes   []netip.Prefix `json:"prefixes"`
 	Path       Path           `json:"path"`       // the one in use
 	Candidates []Candidate    `json:"candidates"` // all of them, in order of preference

@@ -22,33 +22,35 @@ func dump[T any](what string, list func() (T, error)) (T, error) {
 	return v, nil
 }
 
-// reconcileLink brings the TUN device up with its MTU.
-func (p *pass) reconcileLink(link netlink.Link) error {
-	a := link.Attrs()
-	var errs []error
-	if p.s.MTU != 0 {
-		is := fmt.Sprintf("device %s mtu %d", p.s.Tun, p.s.MTU)
-		if a.MTU != p.s.MTU {
-			if err := p.r.rt.LinkSetMTU(link, p.s.MTU); err != nil {
-				errs = append(errs, fmt.Errorf("hostnet: set the MTU of %s to %d: %w", p.s.Tun, p.s.MTU, err))
-			} else {
-				p.putLink("mtu", is)
-			}
-		} else {
-			p.keep("link mtu", is)
-		}
+// reconcileMTU gives the TUN device its MTU.
+func (p *pass) reconcileMTU(link netlink.Link) error {
+	if p.s.MTU == 0 {
+		return nil
 	}
+	is := fmt.Sprintf("device %s mtu %d", p.s.Tun, p.s.MTU)
+	if link.Attrs().MTU == p.s.MTU {
+		p.keep("link mtu", is)
+		return nil
+	}
+	if err := p.r.rt.LinkSetMTU(link, p.s.MTU); err != nil {
+		return fmt.Errorf("hostnet: set the MTU of %s to %d: %w", p.s.Tun, p.s.MTU, err)
+	}
+	p.putLink("mtu", is)
+	return nil
+}
+
+// reconcileUp brings the TUN device up.
+func (p *pass) reconcileUp(link netlink.Link) error {
 	is := fmt.Sprintf("device %s up", p.s.Tun)
-	if a.Flags&net.FlagUp == 0 {
-		if err := p.r.rt.LinkSetUp(link); err != nil {
-			errs = append(errs, fmt.Errorf("hostnet: set %s up: %w", p.s.Tun, err))
-		} else {
-			p.putLink("up", is)
-		}
-	} else {
+	if link.Attrs().Flags&net.FlagUp != 0 {
 		p.keep("link up", is)
+		return nil
 	}
-	return errors.Join(errs...)
+	if err := p.r.rt.LinkSetUp(link); err != nil {
+		return fmt.Errorf("hostnet: set %s up: %w", p.s.Tun, err)
+	}
+	p.putLink("up", is)
+	return nil
 }
 
 // putLink is put for the device's attributes, which always have some value: a fresh device's

@@ -111,12 +111,13 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 	r.setWanted(&s, index, routes)
 
 	p := &pass{r: r, s: &s, rep: &rep, next: map[string]string{}}
-	// Sysctls come first: those of the device decide what the kernel does when it
-	// goes up. Addresses precede the routes that name them as source, and stale
+	// The MTU comes first: below 1,280 bytes a device has no IPv6 (addrconf.c, addrconf_notify), nor its
+	// sysctls. Those of the device decide what the kernel does when it goes up. Addresses precede the routes that name them as source, and stale
 	// ones go last, because the kernel deletes routes along with their source.
 	steps := []func(context.Context) error{
+		func(context.Context) error { return p.reconcileMTU(link) },
 		p.reconcileSysctls,
-		func(context.Context) error { return p.reconcileLink(link) },
+		func(context.Context) error { return p.reconcileUp(link) },
 		func(context.Context) error { return p.addAddrs(link) },
 		func(ctx context.Context) error { return p.reconcileRoutes(ctx, index, routes) },
 		func(context.Context) error { return p.removeStaleAddrs(link) },
@@ -217,13 +218,15 @@ type wanted struct {
 	own      []netip.Prefix
 	prefixes map[netip.Prefix]bool // of the routes into the tunnel
 	routes   map[routeKey]routeSpec
+	uplinks  map[string]int
+	members  []netip.Addr // sorted
 }
 
 func (r *Reconciler) setWanted(s *State, index int, routes map[routeKey]routeSpec) {
 	w := wanted{
 		tun: s.Tun, index: index, mtu: s.MTU, v4: s.uses(true), v6: s.uses(false),
 		addrs: map[netip.Addr]bool{}, clusters: s.ClusterCIDRs, own: s.Own,
-		prefixes: make(map[netip.Prefix]bool, len(routes)), routes: routes,
+		prefixes: make(map[netip.Prefix]bool, len(routes)), routes: routes, uplinks: s.Uplinks, members: s.Members,
 	}
 	for _, a := range s.TunAddrs {
 		w.addrs[a] = true

@@ -53,6 +53,9 @@ type State struct {
 	// Members are the underlay addresses of all members and external peers, this
 	// node's too: never masqueraded towards, and the ends of untracked tunnel packets.
 	Members []netip.Addr
+	// Uplinks are the devices by which the tunnel's packets leave, and their MTUs as the caller knows them: Watch tells when one
+	// has another MTU, goes, or comes back.
+	Uplinks map[string]int
 	// TunnelPorts are the UDP destination ports of the tunnel's outer packets.
 	// Empty means DefaultUDPPort and DefaultVXLANPort.
 	TunnelPorts []uint16

@@ -121,33 +121,92 @@ type Way struct {
 	MTU     int      // bytes, the least of the devices' and of the route's own; 0 where no route leads there
 }
 
-// Way asks the kernel for the route of packets between two addresses. What ICMP has told the kernel of the path is not in it.
-func (r *Reconciler) Way(from, to netip.Addr) (Way, error) {
-	var w Way
-	src := from.AsSlice()
-	routes, err := r.rt.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{SrcAddr: src, FIBMatch: true})
-	if err == nil && (len(routes) == 0 || len(hops(&routes[0])) == 0) { // next hops that are objects, and not expanded
-		routes, err = r.rt.RouteGetWithOptions(to.AsSlice(), &netlink.RouteGetOptions{SrcAddr: src})
+// Ways finds ways, and remembers them and the devices: make new ones when routes or devices may have changed. They
+// belong to one goroutine.
+type Ways struct {
+	r     *Reconciler
+	from  []netip.Addr
+	found map[netip.Addr]Way
+	links map[int]*netlink.LinkAttrs // nil entries: gone
+}
+
+// NewWays are those of packets from this host's underlay addresses, one a family.
+func (r *Reconciler) NewWays(from []netip.Addr) *Ways {
+	return &Ways{r: r, from: from, found: map[netip.Addr]Way{}, links: map[int]*netlink.LinkAttrs{}}
+}
+
+// To is the way to an address; the zero Way if no route leads there. What ICMP has told the kernel of the path is not in it.
+func (w *Ways) To(a netip.Addr) Way {
+	a = a.Unmap().WithZone("")
+	way, ok := w.found[a]
+	if !ok {
+		way = w.ask(a)
+		w.found[a] = way
+	}
+	return way
+}
+
+func (w *Ways) ask(to netip.Addr) (way Way) {
+	o := &netlink.RouteGetOptions{FIBMatch: true}
+	for _, a := range w.from {
+		if a.Is4() == to.Is4() {
+			o.SrcAddr = a.AsSlice()
+		}
+	}
+	routes, err := w.r.rt.RouteGetWithOptions(to.AsSlice(), o)
+	if err == nil && (len(routes) == 0 || len(hops(&routes[0])) == 0) { // next hops that are objects and not written out
+		o.FIBMatch = false
+		routes, err = w.r.rt.RouteGetWithOptions(to.AsSlice(), o)
 	}
 	if err != nil {
-		return w, fmt.Errorf("hostnet: no route from %v to %v: %w", from, to, err)
+		return Way{}
 	}
 	for i := range routes {
 		for _, h := range hops(&routes[i]) {
-			l, err := r.rt.LinkByIndex(h)
-			if err != nil {
-				return w, fmt.Errorf("hostnet: device of the route to %v: %w", to, err)
-			}
-			w.Devices = append(w.Devices, l.Attrs().Name)
-			if m := l.Attrs().MTU; w.MTU == 0 || m < w.MTU {
-				w.MTU = m
+			if l := w.link(h); l != nil {
+				way.Devices = append(way.Devices, l.Name)
+				way.narrow(l.MTU)
 			}
 		}
-		if m := routes[i].MTU; m > 0 && m < w.MTU {
-			w.MTU = m
+		way.narrow(routes[i].MTU)
+	}
+	slices.Sort(way.Devices)
+	way.Devices = slices.Compact(way.Devices)
+	return way
+}
+
+func (w *Way) narrow(mtu int) {
+	if mtu > 0 && (w.MTU == 0 || mtu < w.MTU) {
+		w.MTU = mtu
+	}
+}
+
+func (w *Ways) link(index int) *netlink.LinkAttrs {
+	l, ok := w.links[index]
+	if !ok {
+		if found, err := w.r.rt.LinkByIndex(index); err == nil {
+			l = found.Attrs()
+		}
+		w.links[index] = l
+	}
+	return l
+}
+
+// Devices are the MTUs of the devices on the ways that were asked for, and of those named: what [State.Uplinks] wants.
+func (w *Ways) Devices(names ...string) map[string]int {
+	out := map[string]int{}
+	for _, l := range w.links {
+		if l != nil {
+			out[l.Name] = l.MTU
 		}
 	}
-	slices.Sort(w.Devices)
-	w.Devices = slices.Compact(w.Devices)
-	return w, nil
+	for _, n := range names {
+		if _, ok := out[n]; !ok {
+			if l, err := w.r.rt.LinkByName(n); err == nil {
+				out[n] = l.Attrs().MTU
+				w.links[l.Attrs().Index] = l.Attrs()
+			}
+		}
+	}
+	return out
 }

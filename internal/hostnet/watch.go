@@ -16,8 +16,8 @@ import (
 
 // Watch calls changed when something on the host changed that concerns us: one of our
 // routes, addresses or sysctls, the TUN device, the nftables table; a foreign route
-// within the cluster's space; a default route or an address of another device, by which
-// the underlay may have moved. What a Reconcile does itself is not reported, unless
+// within the cluster's space; a default route, a route to a member or an address of another device, by which
+// the underlay may have moved; an uplink's MTU. What a Reconcile does itself is not reported, unless
 // another one with another State has begun before its events were read.
 //
 // It calls changed a first time as soon as it listens, so that nothing is missed between
@@ -176,7 +176,8 @@ func (w *wanted) linkEvent(isNew bool, b []byte) bool {
 		}
 	})
 	if name != w.tun && (w.index == 0 || index != w.index) {
-		return false
+		known, ok := w.uplinks[name]
+		return ok && (!isNew || mtu != known)
 	}
 	return !isNew || name != w.tun || index != w.index || flags&unix.IFF_UP == 0 || w.mtu != 0 && mtu != w.mtu
 }
@@ -260,6 +261,9 @@ func (w *wanted) routeEvent(isNew bool, b []byte) bool {
 	}
 	if w.prefixes[key.prefix] {
 		return true // a rival came, perhaps in the place of ours, or went
+	}
+	if _, toMember := firstInside(w.members, key.prefix); toMember && kind == unix.RTN_UNICAST {
+		return true // the way there may be another one now, with another MTU
 	}
 	inside := func(p netip.Prefix) bool { return contains(p, key.prefix) }
 	return spec.link != w.index && slices.ContainsFunc(w.clusters, inside) && !slices.ContainsFunc(w.own, inside)

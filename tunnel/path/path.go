@@ -349,6 +349,7 @@ func (s *State) TooBig(now time.Time, limit mtu.TUN) { s.pmtu.tooBig(now, limit)
 
 // SetMax says that the underlay's MTU has changed.
 func (s *State) SetMax(now time.Time, limit mtu.TUN) {
+	s.want.Max = limit
 	s.cfg = s.want.limited(limit)
 	s.pmtu.setMax(now)
 }

@@ -1,0 +1,123 @@
+package agent
+
+import (
+	"cmp"
+	"fmt"
+	"net/netip"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
+)
+
+// sizes are what the underlay's links carry at the moment, and what is left of it for pods. They follow the links while
+// the session goes on.
+type sizes struct {
+	link   mtu.Link // the least of the links by which packets leave
+	links  []string // their names
+	narrow string   // whose MTU that is
+	tun    mtu.TUN  // the TUN device's
+}
+
+// linkMTU is the largest outer packet that the underlay's own links carry.
+func (s *session) linkMTU() mtu.Link { return s.sizes.Load().link }
+
+// tunMTU is the TUN device's MTU.
+func (s *session) tunMTU() mtu.TUN { return s.sizes.Load().tun }
+
+// outerSix reports whether the outer packets are IPv6 by preference.
+func (s *session) outerSix() bool { return s.link.Addrs[0].Is6() }
+
+// overhead is that of the encapsulation that is preferred.
+func (s *session) overhead() mtu.Overhead { return encap.Overhead(s.modes[0], s.outerSix()) }
+
+// resize takes over what the links of an underlay carry: as much of it as is configured, or all. Pods' packets go on meanwhile.
+func (s *session) resize(link hostnet.Underlay) {
+	z := &sizes{link: mtu.Link(link.MTU), links: link.Uplinks, narrow: link.Narrowest}
+	z.tun = z.link.TUN(s.overhead())
+	if s.cfg.MTU != 0 {
+		z.tun = min(z.tun, mtu.TUN(s.cfg.MTU))
+	}
+	if was := s.sizes.Swap(z); was != nil && was.link != z.link {
+		s.log.Info("the underlay's MTU has changed", "of", z.narrow, "from", int(was.link), "to", int(z.link), "mtu", int(z.tun))
+	}
+}
+
+// sizeProblems are MTUs with which a part of the cluster's traffic cannot pass.
+func (s *session) sizeProblems(families []ipam.Family) []api.Problem {
+	var out []api.Problem
+	if p := s.tooSmallFor6(families); p.What != "" {
+		out = append(out, p)
+	}
+	if z := s.sizes.Load(); s.cfg.MTU != 0 && z.tun < mtu.TUN(s.cfg.MTU) {
+		out = append(out, api.Problem{
+			What: fmt.Sprintf("--mtu %d is more than %s carries now: of its %d bytes %s takes %d, and %d are used",
+				s.cfg.MTU, z.narrow, int(z.link), s.modes[0], int(s.overhead()), int(z.tun)),
+			Remedy: fmt.Sprintf("raise the MTU of %s to %d, or set --mtu %d", z.narrow, int(mtu.TUN(s.cfg.MTU).Link(s.overhead())), int(z.tun)),
+		})
+	}
+	return out
+}
+
+// tooSmallFor6 says that IPv6 pods get less than the 1,280 bytes that every IPv6 link has to carry (RFC 8200 §5); it is
+// the zero Problem if they do not. Then the kernel has no IPv6 on the TUN, and what is there of IPv4 goes on.
+func (s *session) tooSmallFor6(families []ipam.Family) api.Problem {
+	z := s.sizes.Load()
+	var six netip.Prefix
+	for _, f := range families {
+		if f.CIDR.Addr().Is6() {
+			six = f.CIDR
+		}
+	}
+	if !six.IsValid() || z.tun >= mtu.Min6 {
+		return api.Problem{}
+	}
+	need := int(mtu.TUN(mtu.Min6).Link(s.overhead()))
+	outer := "IPv4"
+	if s.outerSix() {
+		outer = "IPv6"
+	}
+	if int(z.link) >= need { // then --mtu is what is too small
+		return api.Problem{What: fmt.Sprintf("--mtu %d is too small for this cluster's IPv6 pods (%v): they need 1280", s.cfg.MTU, six),
+			Remedy: "set --mtu to 1280 or more, or leave it out"}
+	}
+	return api.Problem{
+		What: fmt.Sprintf("underlay MTU %d of %s is too small for this cluster's IPv6 pods (%v): %s over %s leaves %d bytes and IPv6 needs 1280, so it must be at least %d",
+			int(z.link), z.narrow, six, s.modes[0], outer, int(z.tun), need),
+		Remedy: fmt.Sprintf("raise the MTU of %s to at least %d, or use a cluster without an IPv6 --cluster-cidr; IPv4 pods are not affected", z.narrow, need),
+	}
+}
+
+// notReady is why this node is not ready, in a sentence; empty if no reason is known.
+func (s *session) notReady(v *view) string {
+	return cmp.Or(v.status.Why, s.tooSmallFor6(v.status.Params.Families).What)
+}
+
+// without6 leaves of a host's state what does not need IPv6 on the TUN, which the kernel takes away below 1,280 bytes.
+func without6(h hostnet.State) hostnet.State {
+	keep := func(in []netip.Prefix) (out []netip.Prefix) {
+		for _, p := range in {
+			if p.Addr().Is4() {
+				out = append(out, p)
+			}
+		}
+		return out
+	}
+	h.ClusterCIDRs, h.Own = keep(h.ClusterCIDRs), keep(h.Own)
+	var addrs []netip.Addr
+	for _, a := range h.TunAddrs {
+		if a.Is4() {
+			addrs = append(addrs, a)
+		}
+	}
+	var peers []hostnet.PeerRoute
+	for _, p := range h.Peers {
+		if p.Prefix.Addr().Is4() {
+			peers = append(peers, p)
+		}
+	}
+	h.TunAddrs, h.Peers = addrs, peers
+	return h
+}

@@ -51,6 +51,7 @@ func (f *fixture) peers() []api.Peer {
 	if f.sick {
 		b.Path = ipip
 		b.Path.Loss, b.Path.Reason = 0.07, "udp: no answer to 5 probes from 192.168.1.12, UDP port 6080 seems blocked"
+		c.Leaves = nil
 		c.State, c.Since, c.Reason = api.PeerDead, f.ago(2), "gossip and data path agree that it is gone"
 		c.Path = path("udp", api.PathDown, 0, 0, "no answer to 5 probes")
 	}

@@ -129,7 +129,8 @@ func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
 func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
 	err := h.do(func() error {
 		return sys.SetSysctls(sys.NoDAD(c.HostInterface),
-			[2]string{"ipv4/conf/" + c.HostInterface + "/forwarding", "1"}, [2]string{"ipv6/conf/" + c.HostInterface + "/forwarding", "1"})
+			[2]string{"ipv4/conf/" + c.HostInterface + "/forwarding", "1"}, [2]string{"ipv6/conf/" + c.HostInterface + "/forwarding", "1"},
+			[2]string{"ipv6/conf/" + c.HostInterface + "/accept_ra", "0"}) // a pod is no router of the host's
 	})
 	if err != nil {
 		return err
@@ -143,8 +144,11 @@ func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
 
 // hostAddresses gives the host's end its addresses, neighbours and routes, and puts back those that are missing.
 func (h *Host) hostAddresses(ctx context.Context, link netlink.Link, a *Attachment) error {
-	if err := h.nl.AddAddress(ctx, link, netip.PrefixFrom(Gateway6, 64)); err != nil {
-		return err
+	// Below an MTU of 1,280 bytes, as of a pod that has IPv4 alone on a narrow underlay, there is no IPv6.
+	if slices.ContainsFunc(a.Addresses, netip.Addr.Is6) {
+		if err := h.nl.AddAddress(ctx, link, netip.PrefixFrom(Gateway6, 64)); err != nil {
+			return err
+		}
 	}
 	// Of scope host, this address answers ARP and is never chosen as the source of a packet to the pod.
 	v4 := &netlink.Addr{IPNet: sys.IPNet(sys.HostPrefix(Gateway4)), Scope: unix.RT_SCOPE_HOST}

@@ -37,6 +37,8 @@ type session struct {
 	clusterSide
 	hostSide
 
+	outlive func() error // lets the TUN device stay when this process ends
+
 	wake chan struct{}                   // members, paths or configuration changed
 	gone map[membership.NodeID]time.Time // since when gossip and data path both miss a node; loop's own
 	view atomic.Pointer[view]            // what loop made of the others; nil before the first look
@@ -102,7 +104,7 @@ func (s *session) run(ctx context.Context) error {
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	for _, f := range []func(context.Context) error{
-		s.engine.Run, s.gossip.Run, s.cluster.deliver, s.probes.run, s.loop,
+		s.engine.Run, s.gossip.Run, s.outliveOnceListening, s.cluster.deliver, s.probes.run, s.loop,
 		func(ctx context.Context) error { return s.host.Watch(ctx, func() { signal(s.disturbed) }) },
 	} {
 		wg.Go(func() {
@@ -120,6 +122,16 @@ func (s *session) run(ctx context.Context) error {
 		err = nil
 	}
 	return errors.Join(err, s.close())
+}
+
+// outliveOnceListening waits until gossip, the last part to open its sockets, has done so.
+func (s *session) outliveOnceListening(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+		return nil
+	case <-s.gossip.Ready():
+		return s.outlive()
+	}
 }
 
 // close releases what start opened. Calls from the control socket that are still under way find it closed, not gone.

@@ -75,10 +75,13 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err := hostnet.CheckAlone(a.cfg.Tun); err != nil {
 		return err
 	}
-	if err := s.openCluster(state); err != nil {
-		return err
-	}
-	// Only now, so that an agent that does not come this far leaves no device behind.
+	s.outlive = func() error { return a.outlive(s) }
+	return s.openCluster(state)
+}
+
+// outlive lets the TUN device, and the choice of the underlay address, stay when this process ends. It is called once all
+// sockets are open, so that an agent that does not come this far (its gossip port is busy, say) leaves no device behind.
+func (a *agent) outlive(s *session) error {
 	if err := s.device.Persist(true); err != nil {
 		return err
 	}

@@ -25,6 +25,7 @@ type Peer struct {
 	TunAddrs    []netip.Addr   // its own addresses inside Prefixes, at most one of each family: where probes go
 	Mode        encap.Mode     // encapsulation of what is sent to it
 	MTU         mtu.TUN        // largest inner packet that the path to it takes
+	Kernel      bool           // it has no agent but a kernel's tunnel, of which packets may come without their own checksums
 	Unreachable bool           // gossip and data path agree that it is gone: answer ICMP host unreachable
 }
 
@@ -40,6 +41,7 @@ type Local struct {
 type target struct {
 	local       bool
 	unreachable bool
+	kernel      bool // it has no agent
 	six         bool // the endpoint is an IPv6 address
 	mode        encap.Mode
 	mtu         int
@@ -92,6 +94,7 @@ func newForwarding(local Local, peers []Peer, states func(id string) *peerState)
 	for _, p := range peers {
 		t := &target{
 			unreachable: p.Unreachable,
+			kernel:      p.Kernel,
 			six:         p.Endpoint.Is6(),
 			mode:        p.Mode,
 			mtu:         int(p.MTU),

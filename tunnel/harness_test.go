@@ -31,6 +31,7 @@ type testNode struct {
 	space  [2]netip.Prefix // its pods' prefixes
 	under  netip.Addr
 	mac    header.MAC // of its VTEP
+	kernel bool       // it has a kernel's tunnel in place of an engine
 	dev    *device.Device
 	engine *Engine
 	local  Local
@@ -196,7 +197,7 @@ func podOf(family int, space [2]netip.Prefix) netip.Addr {
 // asPeer is the node as another one knows it.
 func (n *testNode) asPeer(l testLink) Peer {
 	return Peer{
-		ID: n.ns, Endpoint: n.under, Accept: []netip.Addr{n.under}, UDPPort: 6080, VXLANPort: testVXLANPort, VTEPMAC: n.mac,
+		ID: n.ns, Endpoint: n.under, Accept: []netip.Addr{n.under}, UDPPort: 6080, VXLANPort: testVXLANPort, VTEPMAC: n.mac, Kernel: n.kernel,
 		Prefixes: n.space[:], TunAddrs: n.tun[:], Mode: l.mode, MTU: l.mtu(),
 	}
 }
@@ -206,6 +207,15 @@ func (n *testNode) asPeer(l testLink) Peer {
 func startPair(t testing.TB, l testLink) (a, b *testNode) {
 	t.Helper()
 	a, b = newNode(t, 0, l), newNode(t, 1, l)
+	connect(t, l, a, b)
+	a.start(t, l, b)
+	b.start(t, l, a)
+	return a, b
+}
+
+// connect makes the link between two nodes.
+func connect(t testing.TB, l testLink, a, b *testNode) {
+	t.Helper()
 	if l.linkMTU == 0 {
 		l.linkMTU = 1500
 	}
@@ -229,9 +239,6 @@ func startPair(t testing.TB, l testLink) (a, b *testNode) {
 			return giveAddress(t, nl, "eth0", netip.PrefixFrom(n.under, bits))
 		})
 	}
-	a.start(t, l, b)
-	b.start(t, l, a)
-	return a, b
 }
 
 // veth joins two namespaces; both ends and the loopbacks are up.

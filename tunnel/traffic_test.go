@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"bytes"
+	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"testing"
@@ -88,4 +89,30 @@ func outerSource(pkt []byte) (netip.Addr, bool) {
 		return netip.AddrFrom16([16]byte(pkt[8:])), true
 	}
 	return netip.Addr{}, false
+}
+
+// Pods may tunnel among themselves: IP in IP, as load balancers send it that let the backend answer directly, and our own
+// ports. In ipip as well, where the outer packet is of the same protocol.
+func TestPodsMayTunnel(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		a, b := startPair(t, l)
+		host, far := a.tap(t, "tun0"), b.tap(t, "tun0")
+		for f := range 2 {
+			for g := range 2 {
+				inside := datagram{src: spaceOf(g, 8).Addr(), dst: spaceOf(g, 9).Addr(), sport: 1, dport: 2, payload: fmt.Append(nil, l, f, g)}.bytes(t)
+				for _, d := range []datagram{
+					{proto: protoOf(g), payload: inside}, {dport: 6080, payload: inside},
+					{dport: testVXLANPort, payload: framed(macOf(5), macOf(6), etherTypeOf(protoOf(g)), inside)},
+				} {
+					d.src, d.dst = a.pod(f), b.pod(f)
+					pkt := d.bytes(t)
+					host.emit(pkt)
+					if got := far.next("what the pod sent", func(got []byte) bool { return bytes.HasSuffix(got, inside) }); !bytes.Equal(got, pkt) {
+						t.Errorf("arrived % x, sent % x", got, pkt)
+					}
+				}
+			}
+		}
+		noDrops(t, a, b)
+	})
 }

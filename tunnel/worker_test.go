@@ -151,6 +151,11 @@ func (r *memRig) receive(slots ...underlay.Received) {
 	r.rx.tally.flush(r.e)
 }
 
+// underlayReceived is a datagram from the peer.
+func underlayReceived(payload []byte) underlay.Received {
+	return underlay.Received{Data: payload, From: netip.AddrPortFrom(underlayOf(false, 1), 50000)}
+}
+
 // superPacket is a TCP or UDP super-packet of a flow between two spaces, as a TUN reads it: virtio-net header first.
 func superPacket(f, from, to int, tcp bool, seq uint32, payload []byte, segment int) []byte {
 	src, dst := podOf(f, spacesOf(from)), podOf(f, spacesOf(to))

@@ -289,7 +289,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 		}
 		out[i] = tunnel.Peer{
 			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, VXLANPort: p.vxlanPort, VTEPMAC: p.mac, Prefixes: p.prefixes,
-			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Unreachable: p.gone,
+			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal, Unreachable: p.gone,
 		}
 	}
 	return out

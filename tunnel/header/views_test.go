@@ -92,7 +92,6 @@ func TestIPv6View(t *testing.T) {
 }
 
 func TestParseViewsRefuse(t *testing.T) {
-	with := func(b []byte, off int, v byte) []byte { b = bytes.Clone(b); b[off] = v; return b }
 	udp := udp4("abc")[20:]
 	seg := tcp(false, TCPAck, nil, []byte("abc"))[20:]
 	vx := append(AppendVXLAN(nil, 1, [6]byte{}, [6]byte{}, EtherTypeIPv4), 1)

@@ -1,6 +1,7 @@
 package offload
 
 import (
+	"bytes"
 	"errors"
 	"slices"
 	"testing"
@@ -191,4 +192,30 @@ func TestVnetHdr(t *testing.T) {
 	if h.Decode(make([]byte, 9)) != ErrShort || h.Encode(make([]byte, 9)) != ErrShort {
 		t.Error("9 bytes are taken for a header")
 	}
+}
+
+// SplitBehind puts its prefix in front of each segment, and changes nothing else.
+func TestSplitBehind(t *testing.T) {
+	s := NewSplitter(8 << 10)
+	rapid.Check(t, func(t *rapid.T) {
+		f := drawFlow(t, false)
+		pkt, h := f.super()
+		prefix := rapid.SliceOfN(rapid.Byte(), 0, 22).Draw(t, "prefix")
+		s.Reset()
+		segs, err := s.SplitBehind(prefix, pkt, h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := flat(segs)
+		for i := range got {
+			rest, ok := bytes.CutPrefix(got[i], prefix)
+			if !ok {
+				t.Fatalf("segment %d begins with % x", i, got[i])
+			}
+			got[i] = rest
+		}
+		if d := differ(got, f.segments()); d != "" {
+			t.Fatal(d)
+		}
+	})
 }

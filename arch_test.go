@@ -44,6 +44,8 @@ var allowed = map[string][]string{
 	"internal/api":               {},
 	"internal/hostnet":           {"internal/sys"},
 	"internal/sys":               {},
+	"cmd/tulle-cni":              {"internal/cni"},
+	"internal/cni":               {"internal/api", "internal/attach", "internal/podnet"},
 	"internal/podnet":            {"internal/sys"},
 	"internal/attach":            {"internal/api", "internal/podnet", "internal/sys"},
 	"internal/lab":               {"internal/sys", "internal/api", "internal/podnet"},

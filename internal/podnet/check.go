@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"slices"
@@ -10,8 +11,10 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Check compares a pod's interface with what Add has made of the same Config, and names everything that differs.
+// Check compares a pod's interface with what Add has made of the same Config, and names everything that differs: links, addresses,
+// routes and source checks. The MTU may be left out.
 func (h *Host) Check(c Config) error {
+	c.MTU = cmp.Or(c.MTU, maxMTU)
 	c, err := c.validate()
 	if err != nil {
 		return err

@@ -10,16 +10,22 @@ import (
 	"strings"
 )
 
-const program = "github.com/tulle-net/tulle/cmd/tulle"
+const commands = "github.com/tulle-net/tulle/cmd/"
 
-// Tulle builds cmd/tulle as path, with these variables besides the environment's
+// Tulle builds cmd/tulle as path (see Command).
+func Tulle(path string, env []string, flags ...string) error {
+	return Command("tulle", path, env, flags...)
+}
+
+// Command builds one of the programs under cmd/ as path, with these variables besides the environment's
 // and these flags of "go build".
 //
 // The go command keeps a test's result until the test binary or a file that the
-// test has looked at changes. What the program is made of is neither, so Tulle
+// test has looked at changes. What the program is made of is neither, so Command
 // looks at it: a test that passed with another program must run again.
-func Tulle(path string, env []string, flags ...string) error {
-	paths, err := sources(env)
+func Command(name, path string, env []string, flags ...string) error {
+	program := commands + name
+	paths, err := sources(env, program)
 	if err != nil {
 		return err
 	}
@@ -34,7 +40,7 @@ func Tulle(path string, env []string, flags ...string) error {
 
 // sources lists what of this module the program is made of: files, and their
 // directories for files that come.
-func sources(env []string) ([]string, error) {
+func sources(env []string, program string) ([]string, error) {
 	list, err := run(env, "list", "-deps", "-f", `{{with .Module}}{{if .Main}}{{.GoMod}}
 {{$.Dir}}{{range $.GoFiles}}
 {{$.Dir}}/{{.}}{{end}}{{range $.SFiles}}

@@ -22,7 +22,7 @@ func TestTulle(t *testing.T) {
 }
 
 func TestSources(t *testing.T) {
-	have, err := sources(nil)
+	have, err := sources(nil, commands+"tulle")
 	if err != nil {
 		t.Fatal(err)
 	}

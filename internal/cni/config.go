@@ -1,0 +1,94 @@
+package cni
+
+import (
+	"cmp"
+	"net/netip"
+	"strings"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// config is the plugin's configuration with what the call adds to it. Keys that are not here are no error: runtimes and
+// other plugins have their own.
+type config struct {
+	types.PluginConf
+	Socket        string `json:"socket"` // the agent's; empty means api.DefaultSocket
+	RuntimeConfig struct {
+		IPs []string `json:"ips"` // capability "ips"
+	} `json:"runtimeConfig"`
+	Args struct {
+		CNI struct {
+			IPs []string `json:"ips"`
+		} `json:"cni"`
+	} `json:"args"`
+
+	requested []netip.Addr
+	name      string // for people
+}
+
+// parse reads the configuration and CNI_ARGS. Addresses may be asked for in three ways (CONVENTIONS.md); the first one that is
+// used wins.
+func parse(args *skel.CmdArgs) (*config, error) {
+	c := new(config)
+	if err := decode(args.StdinData, c); err != nil {
+		return nil, err
+	}
+	env := cniArgs(args.Args)
+	ips := c.RuntimeConfig.IPs
+	if len(ips) == 0 {
+		ips = c.Args.CNI.IPs
+	}
+	if ip := env["IP"]; len(ips) == 0 && ip != "" {
+		ips = strings.Split(ip, ",")
+	}
+	for _, s := range ips {
+		a, err := parseAddr(strings.TrimSpace(s))
+		if err != nil {
+			return nil, types.NewError(types.ErrInvalidNetworkConfig, "requested address "+s, err.Error())
+		}
+		c.requested = append(c.requested, a)
+	}
+	c.name = podName(env, args.ContainerID)
+	return c, nil
+}
+
+// parseAddr reads an address with or without the length of a prefix, which does not matter: pods have a /32 or a /128.
+func parseAddr(s string) (netip.Addr, error) {
+	s, _, _ = strings.Cut(s, "/")
+	return netip.ParseAddr(s)
+}
+
+// cniArgs reads KEY=VALUE pairs between semicolons. Unknown ones are no error: Nomad sends many.
+func cniArgs(s string) map[string]string {
+	out := map[string]string{}
+	for pair := range strings.SplitSeq(s, ";") {
+		if k, v, ok := strings.Cut(pair, "="); ok {
+			out[k] = v
+		}
+	}
+	return out
+}
+
+// maxName bounds the name that is stored for people, bytes (api.MaxNameLen).
+const maxName = api.MaxNameLen
+
+// podName is what the engine calls the container, as far as it says.
+func podName(env map[string]string, container string) string {
+	name := ""
+	switch {
+	case env["K8S_POD_NAME"] != "":
+		name = env["K8S_POD_NAMESPACE"] + "/" + env["K8S_POD_NAME"]
+	case env["NOMAD_JOB_ID"] != "":
+		name = env["NOMAD_JOB_ID"] + "/" + env["NOMAD_GROUP_NAME"]
+	}
+	name = cmp.Or(strings.Trim(name, "/"), container[:min(len(container), 12)])
+	return name[:min(len(name), maxName)]
+}
+
+// id is the attachment's name on this host: container ID and interface are all that DEL has.
+func (c *config) id(args *skel.CmdArgs) api.PodID {
+	return api.PodID{Engine: api.EngineCNI, Network: c.Name, Container: args.ContainerID, Interface: args.IfName}
+}

@@ -75,6 +75,8 @@ type pace struct {
 	rejoinMin, rejoinMax          time.Duration // alone: backoff
 	heal, healSlow                time.Duration // not alone, but some peers are missing
 	returning                     time.Duration // while peers still have this node's old address
+	presence                      time.Duration // for an answer of whoever has an address
+	conflict                      time.Duration // one identity at two addresses is reported after this
 	keySettle, keyTimeout, leaves time.Duration
 }
 
@@ -84,7 +86,9 @@ func (p pace) withDefaults() pace {
 			*d = v
 		}
 	}
-	def(&p.reclaim, 30*time.Second)
+	def(&p.reclaim, time.Nanosecond)
+	def(&p.conflict, 10*time.Second)
+	def(&p.presence, time.Second) // two of the LAN profile's ping timeouts
 	def(&p.stream, 10*time.Second)
 	def(&p.rejoinMin, time.Second)
 	def(&p.rejoinMax, 30*time.Second)

@@ -31,6 +31,8 @@ const (
 	kindState
 	kindKeyRequest
 	kindKeyAnswer
+	kindPresenceAsk
+	kindPresenceAnswer
 	kindEnd
 )
 

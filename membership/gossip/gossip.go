@@ -28,19 +28,20 @@ var ErrNotRunning = errors.New("gossip: not running")
 // Locks: memberlist calls its delegates with its node lock held, and they take
 // mu. So nothing here calls into memberlist while it holds mu.
 type Gossip struct {
-	cfg     Config
-	log     *slog.Logger
-	ready   chan struct{}
-	fatal   chan error
-	kick    chan struct{} // wakes the rejoin loop
-	dirty   chan struct{} // the metadata has changed: announce it
-	keyReqs chan envelope
-	inbox   *inbox
-	queue   *memberlist.TransmitLimitedQueue
-	seen    seenSet
-	traffic traffic
-	count   counters
-	alive   atomic.Int64 // other live members
+	cfg          Config
+	log          *slog.Logger
+	ready        chan struct{}
+	fatal        chan error
+	kick         chan struct{} // wakes the rejoin loop
+	dirty        chan struct{} // the metadata has changed: announce it
+	keyReqs      chan envelope
+	presenceReqs chan envelope
+	inbox        *inbox
+	queue        *memberlist.TransmitLimitedQueue
+	seen         seenSet
+	traffic      traffic
+	count        counters
+	alive        atomic.Int64 // other live members
 
 	started atomic.Bool
 	life    sync.Mutex // held while memberlist is made, replaced or shut down
@@ -59,6 +60,7 @@ type Gossip struct {
 	lastDeath time.Time
 	pruned    time.Time
 	keys      keyWaiters
+	presence  presenceWaiters
 }
 
 // retransmitMult scales how often a member passes news on:
@@ -93,16 +95,17 @@ func New(cfg Config) (*Gossip, error) {
 	}
 	g := &Gossip{
 		cfg: cfg, log: log,
-		ready:   make(chan struct{}),
-		fatal:   make(chan error, 1),
-		kick:    make(chan struct{}, 1),
-		dirty:   make(chan struct{}, 1),
-		keyReqs: make(chan envelope, 64),
-		inbox:   newInbox(),
-		bind:    netip.AddrPortFrom(cfg.Bind.Unmap(), uint16(cfg.Port)),
-		peers:   map[membership.NodeID]*peer{},
-		known:   map[netip.AddrPort]time.Time{},
-		seeds:   map[string]*seedState{},
+		ready:        make(chan struct{}),
+		fatal:        make(chan error, 1),
+		kick:         make(chan struct{}, 1),
+		dirty:        make(chan struct{}, 1),
+		keyReqs:      make(chan envelope, 64),
+		presenceReqs: make(chan envelope, 64),
+		inbox:        newInbox(),
+		bind:         netip.AddrPortFrom(cfg.Bind.Unmap(), uint16(cfg.Port)),
+		peers:        map[membership.NodeID]*peer{},
+		known:        map[netip.AddrPort]time.Time{},
+		seeds:        map[string]*seedState{},
 	}
 	g.queue = &memberlist.TransmitLimitedQueue{
 		NumNodes:       func() int { return int(g.alive.Load()) + 1 },
@@ -164,6 +167,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	wg.Go(func() { g.announce(ctx) })
 	wg.Go(func() { g.rejoin(ctx) })
 	wg.Go(func() { g.answerKeys(ctx) })
+	wg.Go(func() { g.answerPresence(ctx) })
 	var err error
 	select {
 	case <-ctx.Done():
@@ -242,26 +246,45 @@ func (g *Gossip) current() (*network, error) {
 	return g.net, nil
 }
 
-// memberlistConfig is the LAN profile with Tulle's deviations.
+// memberlistConfig is that of this node's instance.
 func (g *Gossip) memberlistConfig(tr *transport, d *delegate) (*memberlist.Config, error) {
+	p := g.cfg.pace
+	c := g.commonConfig(tr.addr)
+	c.Transport = &packetTransport{transport: tr, packets: make(chan *memberlist.Packet), streams: make(chan net.Conn)}
+	// Of an entry that is dead by memberlist's own measure the address is free at once: whether a newcomer
+	// is a clone is found out by asking, not by waiting. The default of 0 locks out a node that returns
+	// with a new address.
+	c.DeadNodeReclaimTime = p.reclaim
+	c.HandoffQueueDepth = 4096 // messages that wait for the handler; a burst of news must not be cut short
+	c.Delegate, c.Events, c.Alive, c.Merge, c.Conflict, c.Ping = d, d, d, d, d, d
+	c.Logger = log.New(&logWriter{g: g}, "", 0)
+	if g.cfg.Keyring == nil {
+		return c, nil
+	}
+	err := g.cfg.Keyring.Attach(func(keys [][]byte, primary []byte) (keyring.Live, error) {
+		ring, err := memberlist.NewKeyring(keys, primary)
+		c.Keyring = ring
+		return ring, err
+	})
+	return c, err
+}
+
+// commonConfig is the LAN profile with Tulle's deviations, as far as they matter to whoever speaks for this node from
+// that address. The keys are missing.
+func (g *Gossip) commonConfig(addr netip.AddrPort) *memberlist.Config {
 	p := g.cfg.pace
 	c := memberlist.DefaultLANConfig()
 	c.Name = g.cfg.ID.String() // node names are not unique
-	c.Transport = &packetTransport{transport: tr, packets: make(chan *memberlist.Packet), streams: make(chan net.Conn)}
-	c.BindAddr, c.BindPort = tr.addr.Addr().String(), int(tr.addr.Port())
+	c.BindAddr, c.BindPort = addr.Addr().String(), int(addr.Port())
 	c.AdvertiseAddr, c.AdvertisePort = c.BindAddr, c.BindPort
 	c.UDPBufferSize = g.cfg.packetSize()
 	c.RetransmitMult = retransmitMult
-	c.DeadNodeReclaimTime = p.reclaim // the default of 0 locks out a node that returns with a new address
-	c.HandoffQueueDepth = 4096        // messages that wait for the handler; a burst of news must not be cut short
 	c.GossipVerifyIncoming, c.GossipVerifyOutgoing = true, true
 	// LZW allocates tens of kilobytes a packet, and encrypted metadata, IDs
 	// and prefixes hardly shrink.
 	c.EnableCompression = false
 	c.RequireNodeNames = false
 	c.DelegateProtocolVersion, c.DelegateProtocolMin, c.DelegateProtocolMax = 1, 1, 1
-	c.Delegate, c.Events, c.Alive, c.Merge, c.Conflict, c.Ping = d, d, d, d, d, d
-	c.Logger = log.New(&logWriter{g: g}, "", 0)
 	for _, o := range []struct {
 		to *time.Duration
 		v  time.Duration
@@ -277,15 +300,7 @@ func (g *Gossip) memberlistConfig(tr *transport, d *delegate) (*memberlist.Confi
 	if p.suspicionMult != 0 {
 		c.SuspicionMult = p.suspicionMult
 	}
-	if g.cfg.Keyring == nil {
-		return c, nil
-	}
-	err := g.cfg.Keyring.Attach(func(keys [][]byte, primary []byte) (keyring.Live, error) {
-		ring, err := memberlist.NewKeyring(keys, primary)
-		c.Keyring = ring
-		return ring, err
-	})
-	return c, err
+	return c
 }
 
 // sendTo sends one enveloped message over a stream.

@@ -23,7 +23,7 @@ import (
 var quick = pace{
 	probeInterval: 200 * time.Millisecond, probeTimeout: 100 * time.Millisecond,
 	gossipInterval: 20 * time.Millisecond, pushPull: time.Second,
-	gossipToTheDead: 500 * time.Millisecond, reclaim: 500 * time.Millisecond,
+	gossipToTheDead: 500 * time.Millisecond, presence: 500 * time.Millisecond,
 	stream: 2 * time.Second, suspicionMult: 3,
 	rejoinMin: 50 * time.Millisecond, rejoinMax: 300 * time.Millisecond,
 	heal: 200 * time.Millisecond, healSlow: 200 * time.Millisecond,

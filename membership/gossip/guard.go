@@ -1,9 +1,13 @@
 package gossip
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
+	"sync"
+	"time"
 
 	"github.com/tulle-net/tulle/membership"
 )
@@ -25,23 +29,29 @@ type sighting struct {
 //
 //	        listed elsewhere                no answer
 //	quiet ───────────────────▶ elsewhere ───────────────▶ returning ──▶ quiet
-//	                              │        (rejoin every few seconds   (peers list
-//	                              │         until the old entry dies)   the new address)
-//	                              │ a live host answers
+//	                              │        (the old entry is withdrawn,  (peers list
+//	                              │         or dies; rejoin every few     the new address)
+//	                              │ a live  seconds until then)
+//	                              │ host answers
 //	                              ▼
 //	           the newcomer of the two ends with a CloneError
+//
+// This node and up to three members ask, and one answer to any of them is
+// enough: between this host and the other one the way may be blocked.
 type guardState struct {
 	foreign     map[membership.NodeID]membership.ClusterID // members that turned out to belong to another cluster
 	established bool                                       // some member has accepted this run of the node
 	elsewhere   *elsewhere                                 // this node's identity, seen at another address
 	returning   bool                                       // peers may still know this node at an old address
 	stale       int                                        // how many of them said so in the present round
+	conflicts   map[string]time.Time                       // identities announced from two addresses, and since when
 }
 
 type elsewhere struct {
-	addr    netip.AddrPort
-	name    string
-	started int64
+	addr      netip.AddrPort
+	name      string
+	started   int64
+	witnesses []netip.AddrPort // members that may list it there
 }
 
 // A CloneError says that two live hosts have one identity.
@@ -71,7 +81,7 @@ func (g *Gossip) checkAlive(n sighting, self netip.AddrPort) error {
 	}
 	if id == g.cfg.ID {
 		if n.addr != self {
-			g.sawSelfElsewhere(n)
+			g.sawSelfElsewhere(n, nil)
 			return fmt.Errorf("it has this node's identity, at %v", n.addr)
 		}
 		return nil
@@ -151,7 +161,7 @@ func (g *Gossip) checkMerge(list []sighting, self netip.AddrPort) error {
 		}
 		if id == g.cfg.ID {
 			listed = true
-			if err := g.listedSelf(n, self); err != nil {
+			if err := g.listedSelf(n, self, list); err != nil {
 				return err
 			}
 		}
@@ -166,7 +176,7 @@ func (g *Gossip) checkMerge(list []sighting, self netip.AddrPort) error {
 }
 
 // listedSelf looks at this node's own entry in another member's list.
-func (g *Gossip) listedSelf(n sighting, self netip.AddrPort) error {
+func (g *Gossip) listedSelf(n sighting, self netip.AddrPort, list []sighting) error {
 	if n.addr == self {
 		g.mu.Lock()
 		g.guard.established = true
@@ -181,25 +191,34 @@ func (g *Gossip) listedSelf(n sighting, self netip.AddrPort) error {
 	if !n.alive {
 		return nil
 	}
-	g.sawSelfElsewhere(n)
+	var witnesses []netip.AddrPort
+	for _, w := range list {
+		if w.alive && w.name != n.name && w.addr != self {
+			witnesses = append(witnesses, w.addr)
+		}
+	}
+	g.sawSelfElsewhere(n, witnesses)
 	if established {
 		return nil
 	}
 	return fmt.Errorf("%w: %v", errUnresolvedIdentity, n.addr)
 }
 
-// sawSelfElsewhere has the rejoin loop ask that address.
-func (g *Gossip) sawSelfElsewhere(n sighting) {
+// sawSelfElsewhere has the rejoin loop ask that address, and the witnesses. Without them some live members are asked.
+func (g *Gossip) sawSelfElsewhere(n sighting, witnesses []netip.AddrPort) {
 	m, _ := membership.DecodeMeta(n.meta)
 	g.mu.Lock()
-	g.guard.elsewhere = &elsewhere{n.addr, m.Name, m.Started}
+	if old := g.guard.elsewhere; len(witnesses) == 0 && old != nil && old.addr == n.addr {
+		witnesses = old.witnesses
+	}
+	g.guard.elsewhere = &elsewhere{n.addr, m.Name, m.Started, witnesses}
 	g.mu.Unlock()
 	g.wake()
 }
 
 // resolveIdentity asks the address at which this node's identity was seen. It
 // returns false when a clone lives there and this node has to give way.
-func (g *Gossip) resolveIdentity() bool {
+func (g *Gossip) resolveIdentity(ctx context.Context) bool {
 	g.mu.Lock()
 	e := g.guard.elsewhere
 	g.guard.elsewhere = nil
@@ -210,41 +229,97 @@ func (g *Gossip) resolveIdentity() bool {
 	if e == nil || e.addr == self {
 		return true
 	}
-	answered := false
-	for range 3 { // UDP may be lost
-		if _, err := g.ping(g.cfg.ID, e.addr); err == nil {
-			answered = true
-			break
-		}
+	if len(e.witnesses) == 0 {
+		e.witnesses = g.liveAddrs(presenceSample)
 	}
-	key := "clone " + g.cfg.ID.String()
-	if !answered {
+	rand.Shuffle(len(e.witnesses), func(i, j int) { e.witnesses[i], e.witnesses[j] = e.witnesses[j], e.witnesses[i] })
+	e.witnesses = e.witnesses[:min(len(e.witnesses), presenceSample)]
+	who := fmt.Sprintf("%s at %v", g.cfg.Name, self)
+	switch g.findSelf(ctx, e, who) {
+	case presenceLives:
+	case presenceNone:
+		if err := g.withdraw(ctx, e.addr, e.witnesses); err == nil {
+			g.log.Info("gossip: this node has moved", "from", e.addr, "addr", self)
+			g.setReturning()
+			g.wake()
+			return true
+		}
+		fallthrough
+	default:
+		if ctx.Err() != nil {
+			return true
+		}
 		g.mu.Lock()
 		g.guard.returning = true
-		g.noteLocked(key, fmt.Sprintf("members still know this node at %v, where nobody answers", e.addr),
-			"if it has moved from there to "+self.String()+", this heals by itself within about a minute; if a host with a copy of this disk is there, stop it")
+		g.noteLocked("clone "+g.cfg.ID.String(), fmt.Sprintf("members still know this node at %v, where nobody answers", e.addr),
+			"if it has moved from there to "+self.String()+", this heals by itself as soon as the members find that address dead; if a host with a copy of this disk is there, stop it")
 		g.mu.Unlock()
 		return true
 	}
-	err := &CloneError{ID: g.cfg.ID, Self: fmt.Sprintf("%s at %v", g.cfg.Name, self), Other: fmt.Sprintf("%s at %v", e.name, e.addr)}
+	err := &CloneError{ID: g.cfg.ID, Self: who, Other: fmt.Sprintf("%s at %v", e.name, e.addr)}
 	newcomer := !established || started > e.started || started == e.started && self.Compare(e.addr) > 0
 	if newcomer {
 		g.log.Error("gossip: cloned identity", "err", err)
 		g.fail(err)
 		return false
 	}
-	g.note(key, fmt.Sprintf("%s has the identity of this node, %v", err.Other, g.cfg.ID), "its disk is a clone: it has been told to stop; give it a fresh state directory")
+	g.note("clone "+g.cfg.ID.String(), fmt.Sprintf("%s has the identity of this node, %v", err.Other, g.cfg.ID), "its disk is a clone: it has been told to stop; give it a fresh state directory")
 	return true
 }
 
+// findSelf looks for this node's identity at another address: by itself and through the witnesses. Only together with a
+// witness that has found nobody there it says presenceNone.
+func (g *Gossip) findSelf(ctx context.Context, e *elsewhere, who string) presence {
+	ctx, cancel := context.WithTimeout(ctx, g.cfg.pace.presence+g.cfg.pace.presence/2) // the witnesses' own time, and the ways
+	defer cancel()
+	a := presenceAsk{node: g.cfg.ID, at: e.addr, who: who}
+	var self, others presence
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if g.lives(ctx, a) {
+			self = presenceLives
+		}
+	})
+	wg.Go(func() { others = g.askPresence(ctx, a, e.witnesses) }) // also when this node has found it: the witnesses report it
+	wg.Wait()
+	return max(self, others)
+}
+
+// liveAddrs returns the addresses of up to n live members.
+func (g *Gossip) liveAddrs(n int) (addrs []netip.AddrPort) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	for _, p := range g.peers {
+		if p.State <= StateSuspect && len(addrs) < n {
+			addrs = append(addrs, p.Addr)
+		}
+	}
+	return addrs
+}
+
 // conflict is called with memberlist's node lock held, when a member's identity
-// is announced from a second address. memberlist has refused it.
+// is announced from a second address. memberlist has refused it. Where a host has
+// moved that lasts for a moment: only what lasts longer is reported.
 func (g *Gossip) conflict(existing, other sighting) {
 	if existing.name == g.cfg.ID.String() {
-		g.sawSelfElsewhere(other)
+		g.sawSelfElsewhere(other, nil)
 		return
 	}
-	g.note("conflict "+existing.name,
+	now := time.Now()
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	since, seen := g.guard.conflicts[existing.name]
+	if !seen || now.Sub(since) > problemExpiry {
+		if g.guard.conflicts == nil || len(g.guard.conflicts) >= maxProblems {
+			g.guard.conflicts = map[string]time.Time{}
+		}
+		g.guard.conflicts[existing.name] = now
+		return
+	}
+	if now.Sub(since) < g.cfg.pace.conflict {
+		return
+	}
+	g.noteLocked("conflict "+existing.name,
 		fmt.Sprintf("node ID %.32s is announced by %s at %v and by %s at %v", existing.name, hostName(existing), existing.addr, hostName(other), other.addr),
 		"if the host has changed its address, this heals within about a minute; otherwise one disk is a clone of the other: stop the clone and give it a fresh state directory")
 }

@@ -40,9 +40,11 @@ func TestClonedIdentity(t *testing.T) {
 	if m, _ := b.Member(a.cfg.ID); m.Addr.Addr() != a.addr {
 		t.Errorf("the witness has the original at %v", m.Addr)
 	}
-	eventually(t, "the witness names both", func() bool {
-		return b.hasProblem("original", a.addr.String(), "copy", clone.addr.String())
-	})
+	for _, n := range []*node{a, b} {
+		eventually(t, n.name+" names both", func() bool {
+			return n.hasProblem("original", a.addr.String(), "copy", clone.addr.String())
+		})
+	}
 	if b.times(b.merged, clone.state) != 0 {
 		t.Error("state of the clone has been merged")
 	}

@@ -113,16 +113,25 @@ func (g *Gossip) received(b []byte) {
 		e.body = bytes.Clone(e.body)
 		g.inbox.put(e, false)
 	case kindKeyRequest:
-		e.body = bytes.Clone(e.body)
-		select {
-		case g.keyReqs <- e:
-		default:
-			g.inbox.dropped.Add(1)
-		}
+		g.hand(g.keyReqs, e)
 	case kindKeyAnswer:
 		g.keyAnswer(e)
+	case kindPresenceAsk:
+		g.hand(g.presenceReqs, e)
+	case kindPresenceAnswer:
+		g.presenceAnswered(e)
 	default:
 		g.count.malformed.Add(1)
+	}
+}
+
+// hand gives a request to the goroutine that answers it, or drops it where too many wait.
+func (g *Gossip) hand(to chan<- envelope, e envelope) {
+	e.body = bytes.Clone(e.body)
+	select {
+	case to <- e:
+	default:
+		g.inbox.dropped.Add(1)
 	}
 }
 

@@ -44,7 +44,7 @@ func (g *Gossip) rejoin(ctx context.Context) {
 	p := g.cfg.pace
 	backoff := p.rejoinMin
 	for ctx.Err() == nil {
-		if !g.resolveIdentity() {
+		if !g.resolveIdentity(ctx) {
 			return
 		}
 		var wait time.Duration
@@ -153,14 +153,8 @@ func (g *Gossip) seedsToTry() []string {
 func (g *Gossip) returnRound(ctx context.Context) {
 	g.mu.Lock()
 	g.guard.stale = 0
-	var addrs []netip.AddrPort
-	for _, p := range g.peers {
-		if p.State <= StateSuspect && len(addrs) < returnSample {
-			addrs = append(addrs, p.Addr)
-		}
-	}
 	g.mu.Unlock()
-	n, _ := g.joinAll(ctx, addrs)
+	n, _ := g.joinAll(ctx, g.liveAddrs(returnSample))
 	g.mu.Lock()
 	if n > 0 && g.guard.stale == 0 {
 		g.guard.returning = false
@@ -350,7 +344,7 @@ func explainJoin(err error, keyed bool) (reason, remedy string) {
 	case has("belongs to cluster"):
 		return text, foreignRemedy
 	case has("identity is listed at another address"):
-		return text, "wait: the address is asked; if this host has moved, the old entry dies within about half a minute"
+		return text, "wait: the address is asked; if this host has moved, it is let in as soon as nobody has answered there"
 	case has("incompatible"):
 		return text, "run agents of compatible versions"
 	case has(syscall.ECONNREFUSED.Error()):

@@ -284,6 +284,13 @@ func (k *Ring) Attach(build func(keys [][]byte, primary []byte) (Live, error)) e
 	return nil
 }
 
+// Copy returns the keys as they are now, and which of them is the primary.
+func (k *Ring) Copy() (keys [][]byte, primary []byte) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.Clone(k.keys), k.keys[0]
+}
+
 // save writes the file beside the old one and renames it, so that a crash
 // leaves one or the other.
 func (k *Ring) save(keys [][]byte) error {

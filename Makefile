@@ -5,7 +5,7 @@ GO ?= go
 # What the tests use beside Go and the kernel; see docs/development.md for what each is for.
 PACKAGES = tshark ethtool iperf3 sockperf iproute2 nftables debootstrap systemd-container dbus procps
 
-.PHONY: build demo test deps lint unit race fuzz bench clean
+.PHONY: build demo test deps lint unit race fuzz simulate bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -32,6 +32,10 @@ race:
 
 fuzz:
 	.ci/fuzz
+
+# Ten times as many schedules of who owns which address, and of how clusters start, as `unit` runs; takes minutes.
+simulate:
+	TULLE_SIM_RUNS=20000 $(GO) test -timeout 60m -run 'TestSimulation(OfStarts)?$$' -v ./internal/ownership
 
 # Tulle beside no tunnel, the kernel's VXLAN and wireguard-go; takes minutes, wants a quiet machine.
 bench: build

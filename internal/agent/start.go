@@ -183,7 +183,7 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		cidrs = s.cfg.BootstrapCIDRs()
 	}
 	s.ownership, err = ownership.New(time.Now(), ownership.Config{
-		ID: id, Name: s.cfg.NodeName, Bootstrap: s.cfg.Bootstrap, ForceBootstrap: s.cfg.ForceBootstrap, Bootstrapper: s.cfg.Bootstrapper, CIDRs: cidrs,
+		ID: id, Name: s.cfg.NodeName, Addr: s.link.Addrs[0], Bootstrap: s.cfg.Bootstrap, ForceBootstrap: s.cfg.ForceBootstrap, Bootstrapper: s.cfg.Bootstrapper, CIDRs: cidrs,
 		BlockLen4: s.cfg.AskedPrefixLen4, BlockLen6: s.cfg.AskedPrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
 	}, state, s.cluster)
 	if err != nil {

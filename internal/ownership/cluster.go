@@ -36,6 +36,7 @@ func (s *Machine) MembersChanged(now time.Time) {
 func (s *Machine) drive(now time.Time) {
 	s.seeMembers(now)
 	s.forgetLoss(now)
+	s.forgetFounders(now)
 	if s.phase == Waiting {
 		s.driveWaiting(now)
 	}
@@ -89,12 +90,12 @@ func (s *Machine) isAlive(id NodeID) bool {
 // driveWaiting asks members that are in a cluster about it, or starts one.
 func (s *Machine) driveWaiting(now time.Time) {
 	var inCluster []Member
-	newcomers := 0
+	var newcomers []Member
 	for _, m := range s.env.Members() {
 		switch {
 		case !m.Alive || m.ID == s.cfg.ID:
 		case m.Cluster.IsZero():
-			newcomers++
+			newcomers = append(newcomers, m)
 		default:
 			inCluster = append(inCluster, m)
 		}
@@ -109,7 +110,12 @@ func (s *Machine) driveWaiting(now time.Time) {
 		s.setPhase(now, Waiting, "a member answers, its cluster's table is on the way")
 		return
 	}
-	why := s.mayBootstrap(now, newcomers)
+	why := s.mayBootstrap(now, len(newcomers))
+	if why == "" {
+		why = s.mayFound(now, newcomers)
+	} else {
+		s.giveWordsBack()
+	}
 	if live {
 		why = ""
 	}

@@ -74,7 +74,7 @@ func (s *Machine) handle(now time.Time, m *message) error {
 		return s.handleWaiting(now, m)
 	}
 	if m.cluster.IsZero() {
-		if m.kind == kindSync { // a newcomer
+		if m.kind == kindSync || m.kind == kindFound { // a newcomer
 			s.send(m.sender, s.state(m.seq))
 		}
 		return nil
@@ -130,7 +130,17 @@ func (s *Machine) handle(now time.Time, m *message) error {
 
 // handleWaiting is all that a node in no cluster listens to.
 func (s *Machine) handleWaiting(now time.Time, m *message) error {
-	if m.cluster.IsZero() || m.kind != kindState {
+	switch {
+	case m.kind == kindFound && m.cluster.IsZero():
+		s.handleFound(now, m)
+		return nil
+	case m.kind == kindFoundAck && m.cluster.IsZero():
+		s.handleFoundAck(now, m)
+		return nil
+	case m.kind == kindUnfound && m.cluster.IsZero():
+		s.handleUnfound(m)
+		return nil
+	case m.cluster.IsZero() || m.kind != kindState:
 		return nil
 	}
 	if s.plant.bootstrapLive && s.cfg.Bootstrap {

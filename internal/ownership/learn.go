@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -72,11 +71,7 @@ func (s *Machine) forgetLoss(now time.Time) {
 	if s.lostAt.IsZero() || now.Sub(s.lostAt) < reportFor || len(s.stranded()) > 0 {
 		return
 	}
-	for key := range s.notes {
-		if strings.HasPrefix(key, "lost ") {
-			s.unnote(key)
-		}
-	}
+	s.unnotePrefix("lost ")
 	s.lostAt = time.Time{}
 }
 

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -60,9 +61,12 @@ type Machine struct {
 	lastSeq  uint64
 	leave    *leaving
 	forget   *forgetting
+	found    founding
 	heldNext time.Time
 	started  time.Time
 	lostAt   time.Time // when space was last found taken
+
+	foundersAt time.Time // when another node was last found to have the word to start the cluster
 
 	dirty    bool  // the table holds news that the disk does not
 	saveErr  error // of the last save
@@ -78,6 +82,7 @@ type Machine struct {
 type plants struct {
 	merge         func(*membership.Table, []Entry) ([]Entry, []membership.Conflict)
 	bootstrapLive bool // bootstrap although seeds answer
+	foundAlone    bool // bootstrap without a word of the other newcomers
 	forgetLive    bool // forget without its guards
 }
 
@@ -364,6 +369,10 @@ func (s *Machine) note(key, what, remedy string) {
 }
 
 func (s *Machine) unnote(key string) { delete(s.notes, key) }
+
+func (s *Machine) unnotePrefix(prefix string) {
+	maps.DeleteFunc(s.notes, func(key string, _ Problem) bool { return strings.HasPrefix(key, prefix) })
+}
 
 // name returns how people call a node.
 func (s *Machine) name(id NodeID) string {

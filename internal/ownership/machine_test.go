@@ -130,6 +130,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 			now := simStart
 			for range 20 {
 				now = s.Tick(now)
+				env.agree(s, now)
 			}
 			st := s.Status(now)
 			if started := !st.Cluster.IsZero(); started != tc.starts || !strings.Contains(st.Why, tc.why) {

@@ -29,6 +29,9 @@ const (
 	kindUnpromise                  // not needed any more: node
 	kindHeld                       // my pods still have these addresses of yours: rests
 	kindNews                       // broadcast: entries; flags (left) about the sender; node (forgotten)
+	kindFound                      // give me your word to start the cluster: seq (from a node in none)
+	kindFoundAck                   // yes or no: seq, flags, node (another one that wants to)
+	kindUnfound                    // your word is not needed any more
 	kindEnd
 )
 
@@ -37,7 +40,8 @@ const (
 	flagJoined    = 1 << 0 // owned space once; its table counts for a confirmation
 	flagConfirmed = 1 << 1
 	flagLeft      = 1 << 2
-	flagYes       = 1 << 3 // of an OfferAck or PromiseAck
+	flagYes       = 1 << 3 // of an OfferAck, PromiseAck or FoundAck
+	flagFounder   = 1 << 6 // of a FoundAck: the sender has the operator's word as well
 	flagForced    = 1 << 5 // of a Promise: the operator insists
 	flagLacking   = 1 << 4 // of a Grant: nothing new was given, these were yours already
 )

@@ -2,6 +2,7 @@ package ownership
 
 import (
 	"errors"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -32,7 +33,7 @@ func (e simEnv) Send(to NodeID, msg []byte) {
 func (e simEnv) Broadcast(msg []byte) {
 	h, w := e.h, e.h.w
 	for _, o := range w.hosts {
-		if o != h {
+		if o != h && h.met(o) {
 			w.carry(h, o, func(sp *Machine) { sp.HandleBroadcast(w.now, msg) })
 		}
 	}
@@ -98,15 +99,21 @@ func (e simEnv) Members() []Member {
 	var out []Member
 	cut := h.unsure && !h.witnessed() // see reaches: such a host sees nobody, not even as a suspect
 	for _, o := range w.hosts {
-		if o == h || o.run == 0 {
+		if o == h || o.run == 0 || !h.met(o) {
 			continue
 		}
 		m := Member{ID: o.id, Name: o.name}
+		if w.starts != nil {
+			m.Addr = netip.AddrPortFrom(netip.IPv4Unspecified(), uint16(o.addr)) // the port is all of an address here
+		}
 		if h.reaches(o) {
 			if w.now.Sub(later(h.upAt, o.upAt)) < 300*time.Millisecond {
 				continue
 			}
 			m.Alive, m.Cluster = true, o.sp.cluster
+			if w.now.Sub(o.joinedAt) < gossipLag {
+				m.Cluster = ClusterID{} // its metadata is on the way
+			}
 			if c := h.sp.cluster; !c.IsZero() && !m.Cluster.IsZero() && c != m.Cluster {
 				continue // gossip's guard
 			}
@@ -119,6 +126,9 @@ func (e simEnv) Members() []Member {
 	}
 	return out
 }
+
+// met reports whether gossip of h knows of o.
+func (h *host) met(o *host) bool { return h.w.starts == nil || h.circle == o.circle }
 
 func (h *host) clusterOf() ClusterID {
 	if h.sp != nil {
@@ -136,6 +146,9 @@ func later(a, b time.Time) time.Time {
 
 func (e simEnv) Seeds() Seeds {
 	h, w := e.h, e.h.w
+	if w.starts != nil {
+		return h.seeds()
+	}
 	s := Seeds{Tried: w.now.Sub(h.upAt) > time.Second}
 	for _, o := range w.hosts[:min(3, len(w.hosts))] { // the first three are everybody's seeds
 		if o == h {

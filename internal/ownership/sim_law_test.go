@@ -104,6 +104,14 @@ func (l *law) onSend(h *host, to NodeID, msg []byte) {
 		l.seen["donation"]++
 		l.facts[h] = append(l.facts[h], m.entries...)
 	}
+	if m.kind == kindFoundAck {
+		if m.flags&flagFounder != 0 {
+			l.seen["another founder heard of"]++
+		}
+		if m.flags&flagYes == 0 {
+			l.seen["word refused to a founder"]++
+		}
+	}
 	if m.kind == kindGrant || m.kind == kindGive {
 		for _, e := range m.entries {
 			for _, i := range l.lineage[h.id] {

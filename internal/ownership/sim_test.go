@@ -332,11 +332,12 @@ func (h *host) rollBack() {
 // wipe loses the disk and everything that ran on the host.
 func (h *host) wipe() {
 	w := h.w
-	if !slices.ContainsFunc(w.hosts[:min(3, len(w.hosts))], func(o *host) bool {
+	if !slices.ContainsFunc(w.hosts[:w.seedHosts()], func(o *host) bool {
 		return o != h && o.disk != nil && !ClusterID(o.disk.Cluster).IsZero()
 	}) {
 		return // when every seed has lost its disk nobody can tell that there is a cluster
 	}
+	w.law.seen["wiped"]++
 	w.logf("%s (%s) is wiped", h.name, h.id.Short())
 	h.endOfPods()
 	h.disk, h.older, h.unsure, h.lostWord = nil, nil, false, nil
@@ -457,7 +458,7 @@ func (w *world) heal() {
 	}
 	w.runFor(90 * time.Second)
 	w.operator()
-	if w.fault != "" {
+	if w.fault != "" || w.over {
 		return
 	}
 	w.law.atRest()

@@ -32,10 +32,13 @@ type world struct {
 	parted   time.Time
 	wasParts bool
 
+	starts *starts // nil: everybody knows everybody
+
 	law   law
 	trace []string
 	steps int
 	fault string // the first violation
+	over  bool   // nothing more can be learned from this schedule
 }
 
 type simParams struct {
@@ -68,6 +71,11 @@ type host struct {
 	podSeq   int
 	lostWord []Entry // what a rolled back disk does not know of, until confirmed
 	unsure   bool    // runs from a rolled back disk and is not confirmed yet
+
+	addr     int // in a world of starts: its address, its circle of acquaintances, its name server
+	circle   int
+	resolver resolver
+	joinedAt time.Time // when it got into its cluster in this run
 
 	// armed faults, used up by the next persist or send
 	atPersist  string // "", "crash before", "crash after", "fail", "fail late"
@@ -113,7 +121,7 @@ func (w *world) after(d time.Duration, do func()) {
 // runFor lets virtual time pass.
 func (w *world) runFor(d time.Duration) {
 	end := w.now.Add(d)
-	for w.fault == "" && len(w.queue) > 0 && !w.queue[0].at.After(end) {
+	for w.fault == "" && !w.over && len(w.queue) > 0 && !w.queue[0].at.After(end) {
 		e := heap.Pop(&w.queue).(event)
 		w.now = e.at
 		e.do()
@@ -143,11 +151,11 @@ var errCrash = errors.New("simulated crash")
 // step runs one call into a host's machine: it may crash halfway, and the laws
 // are checked when it has returned.
 func (w *world) step(h *host, what string, do func(sp *Machine)) {
-	if h.sp == nil || w.fault != "" {
+	if h.sp == nil || w.fault != "" || w.over {
 		return
 	}
 	w.steps++
-	before := h.sp.table.Clone()
+	before, was := h.sp.table.Clone(), h.sp.cluster
 	sp := h.sp
 	h.sawVictim = h.victim != nil && h.victim != h && h.victim.id == h.victimID && h.reaches(h.victim)
 	func() {
@@ -166,7 +174,13 @@ func (w *world) step(h *host, what string, do func(sp *Machine)) {
 		h.write(h.unwritten)
 	}
 	h.unwritten = nil
-	w.law.afterStep(h, sp, before)
+	if was.IsZero() && !sp.cluster.IsZero() && w.starts != nil {
+		h.joinedAt = w.now
+		w.law.began(h, sp)
+	}
+	if !w.over {
+		w.law.afterStep(h, sp, before)
+	}
 }
 
 // stop ends the agent; disk and pods stay.
@@ -190,6 +204,10 @@ func (h *host) start(fresh bool) {
 	}
 	sp.plant = w.planted()
 	h.sp = sp
+	if w.starts != nil {
+		w.starts.circles++
+		h.circle, h.joinedAt = w.starts.circles, time.Time{}
+	}
 	w.logf("%s starts (%s), phase %v, fresh %v", h.name, h.id.Short(), sp.phase, h.cfg.Fresh)
 	var live []ipam.Allocation
 	for _, key := range sortedStrings(h.pods) {
@@ -199,6 +217,9 @@ func (h *host) start(fresh bool) {
 	}
 	w.step(h, "adopt", func(sp *Machine) { sp.Adopt(w.now, live) })
 	run := h.run
+	if w.starts != nil {
+		h.knock(run)
+	}
 	h.tick(run)
 	w.after(time.Duration(w.rng.IntN(1000))*time.Millisecond, func() { h.pushPull(run) })
 }
@@ -231,7 +252,7 @@ func (h *host) pushPull(run int) {
 	w.after(4*time.Second+time.Duration(w.rng.IntN(3000))*time.Millisecond, func() { h.pushPull(run) })
 	var others []*host
 	for _, o := range w.hosts {
-		if o != h && h.reaches(o) {
+		if o != h && h.reaches(o) && h.met(o) {
 			others = append(others, o)
 		}
 	}
@@ -323,6 +344,8 @@ func (w *world) planted() (p plants) {
 		p.merge = mergeLower
 	case "bootstrap with a live seed":
 		p.bootstrapLive = true
+	case "no word of other newcomers":
+		p.foundAlone = true
 	case "forget of a live node":
 		p.forgetLive = true
 	}
@@ -373,7 +396,11 @@ func mergeLower(t *membership.Table, in []Entry) ([]Entry, []membership.Conflict
 func (w *world) report() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "seed %d: %s\nhosts %d, cidrs %v, blocks /%d /%d, %d steps\n", w.seed, w.fault, w.params.hosts, w.params.cidrs, w.params.len4, w.params.len6, w.steps)
-	b.WriteString("replay: go test ./internal/ownership -run TestSimulation$ -sim.seed=" + fmt.Sprint(w.seed) + "\n")
+	test := "TestSimulation$"
+	if w.starts != nil {
+		test = "TestSimulationOfStarts$"
+	}
+	fmt.Fprintf(&b, "replay: go test ./internal/ownership -run %s -sim.seed=%d\n", test, w.seed)
 	from := max(0, len(w.trace)-120)
 	for _, line := range w.trace[from:] {
 		b.WriteString(line + "\n")

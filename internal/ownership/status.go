@@ -3,8 +3,10 @@ package ownership
 import (
 	"fmt"
 	"iter"
+	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -150,6 +152,7 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 		out = append(out, Problem{fmt.Sprintf("%d pods of this node have addresses that belong to others now", n),
 			"restart them: they get addresses of this node's present space (tulle ipam check lists them)"})
 	}
+	out = append(out, s.sharedNames()...)
 	keys := make([]string, 0, len(s.notes))
 	for k := range s.notes {
 		keys = append(keys, k)
@@ -160,3 +163,39 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	}
 	return out
 }
+
+// sharedNames reports names that several live hosts have. Nothing but people, and the word to start the cluster, goes by
+// a name; but hosts that share one are clones, or nobody knows which one is meant.
+func (s *Machine) sharedNames() (out []Problem) {
+	by := map[string][]Member{}
+	for _, m := range append(s.env.Members(), Member{ID: s.cfg.ID, Name: s.cfg.Name, Alive: true, Addr: netip.AddrPortFrom(s.cfg.Addr, 0)}) {
+		if m.Alive && m.Name != "" {
+			by[m.Name] = append(by[m.Name], m)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(by)) {
+		list := by[name]
+		if len(list) < 2 || len(out) == maxSharedNames {
+			continue
+		}
+		slices.SortFunc(list, func(a, b Member) int {
+			switch s.cfg.ID { // this one first: the list may be cut
+			case a.ID:
+				return -1
+			case b.ID:
+				return 1
+			}
+			return a.ID.Compare(b.ID)
+		})
+		var who []string
+		for _, m := range list {
+			who = append(who, strings.TrimPrefix(described(m), name+" "))
+		}
+		out = append(out, Problem{fmt.Sprintf("%d live hosts have the node name %s%s", len(list), name, listed(": ", who)),
+			"give each host a name of its own (its host name, or --node-name) and restart its agent; where one is a clone of the other, look after its machine ID and SSH keys, too"})
+	}
+	return out
+}
+
+// maxSharedNames bounds the report: a whole rack of images that were never named is one mistake.
+const maxSharedNames = 5

@@ -87,9 +87,10 @@ func (p Phase) String() string {
 
 // Config is what the operator said. Zero durations mean the defaults.
 type Config struct {
-	ID        NodeID // of the state file when there is one; else a new one
-	Name      string // for messages
-	Bootstrap bool   // this node may start the cluster
+	ID        NodeID     // of the state file when there is one; else a new one
+	Name      string     // for messages
+	Addr      netip.Addr // the underlay address by which members know this node, for messages
+	Bootstrap bool       // this node may start the cluster
 	// ForceBootstrap lets it start the cluster although configured seeds are silent.
 	ForceBootstrap bool
 	// Bootstrapper is the name that the shared configuration gives to the node that starts the cluster, for messages;

@@ -16,7 +16,8 @@ func peersCommand() *cobra.Command {
 	return c.flags(&cobra.Command{
 		Use:   "peers",
 		Short: "List the peers: state, prefixes, path, round-trip time, loss, MTU, since when and why",
-		Long: "List the peers, one per line: state, prefixes, path, round-trip time, loss, MTU, since when and why.\n" +
+		Long: "List the peers, one per line: state, prefixes, path in use, round-trip time, loss, MTU, since when and why.\n" +
+			"Below a peer is a line for each other path that is probed.\n" +
 			"The exit code is 1 if a peer that owns address space cannot be reached.",
 		Args: exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) ([]api.Peer, error) { return a.Peers(ctx) },
@@ -47,6 +48,11 @@ func printPeers(p *printer, peers []api.Peer) {
 		at, why := stateOf(x)
 		why = withLeaves(x, why)
 		t.row(peerName(peers, x), x.State, orNone(list(x.Prefixes, "\n")), pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
+		for _, c := range x.Candidates {
+			if !c.Active && c.State != api.PathOff {
+				t.row("", "", "", pathName(c.Path), rtt(c.RTTUS), lossOf(c.Path), mtu(c.MTU), p.since(c.Since), c.Reason)
+			}
+		}
 	}
 	p.table(&t)
 }

@@ -368,6 +368,10 @@ func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
 	if err != nil {
 		return api.ReloadResult{}, api.Errorf(api.CodeUsage, "nothing was changed: %v", err)
 	}
+	prefer, err := newPreference(next.Paths)
+	if err != nil {
+		return api.ReloadResult{}, api.Errorf(api.CodeUsage, "nothing was changed: %v", err)
+	}
 	var out api.ReloadResult
 	for _, c := range config.Diff(old, next) {
 		change := api.ConfigChange{Key: c.Key, Old: c.Old, New: c.New}
@@ -377,24 +381,25 @@ func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
 		}
 		out.Changed = append(out.Changed, change)
 	}
-	a.apply(next)
+	a.apply(next, prefer)
 	a.log.Info("configuration read again", "changed", len(out.Changed), "need_restart", len(out.NeedsRestart))
 	return out, nil
 }
 
-// reloadable: log level and masquerading change in a running agent; the rest is bound when it starts.
+// reloadable: log level, masquerading and the order of paths change in a running agent; the rest is bound when it starts.
 func reloadable(c config.Change) bool {
-	return c.Live && (c.Key == "log_level" || c.Key == "masquerade")
+	return c.Live && (c.Key == "log_level" || c.Key == "masquerade" || c.Key == "paths")
 }
 
 // apply takes over what may change while the agent runs.
-func (a *agent) apply(next config.Config) {
+func (a *agent) apply(next config.Config, prefer *preference) {
 	next.LevelVar().Set(next.LogLevel)
 	a.mu.Lock()
-	a.cfg.LogLevel, a.cfg.Masquerade = next.LogLevel, next.Masquerade
+	a.cfg.LogLevel, a.cfg.Masquerade, a.cfg.Paths = next.LogLevel, next.Masquerade, next.Paths
 	a.mu.Unlock()
 	if s := a.session.Load(); s != nil {
 		s.masquerade.Store(next.Masquerade)
+		s.prefer.Store(prefer)
 		s.kick()
 	}
 }

@@ -170,7 +170,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 		k := known[id]
 		p := peerView{
 			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
-			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.modes[0],
+			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.prefer.Load().modes[0],
 			why: "not heard of since this agent started",
 		}
 		if k.Addr.IsValid() {
@@ -196,7 +196,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	id := m.ID.String()
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
-		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.modes[0],
+		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.mode(id),
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.findWay(&p)
@@ -205,16 +205,18 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	if !p.endpoint.IsValid() {
 		return p
 	}
+	var answers bool // by whatever way
 	if p.path, p.probed = s.probes.info(id, p.mode); p.probed {
+		answers = s.probes.answering(id)
 		p.mtu = min(limit, path.Base)
 		if p.path.MTU > 0 {
 			p.mtu = min(limit, p.path.MTU)
 		}
 	}
 	// A good route is not withdrawn because gossip flaps, nor because probes are lost: both have to say so, for a while.
-	if dead := m.State == gossip.StateDead || m.State == gossip.StateLeft; !dead || p.path.Up {
+	if dead := m.State == gossip.StateDead || m.State == gossip.StateLeft; !dead || answers {
 		delete(s.gone, m.ID)
-		if m.State == gossip.StateDead && p.path.Up {
+		if m.State == gossip.StateDead && answers {
 			p.why = "gossip has lost it, but it answers through the tunnel: its routes stay"
 		}
 		return p
@@ -228,6 +230,14 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		p.why = fmt.Sprintf("gossip and data path both lost it %v ago: packets to it are answered with host unreachable", now.Sub(since).Round(time.Second))
 	}
 	return p
+}
+
+// mode is the encapsulation of packets to a member.
+func (s *session) mode(id string) encap.Mode {
+	if m, ok := s.probes.chosen(id); ok {
+		return m
+	}
+	return s.prefer.Load().modes[0]
 }
 
 // endpoint picks the peer's underlay address of a family that this node has too, in this node's order of preference.
@@ -303,11 +313,11 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 		if p.node.IsZero() || !p.endpoint.IsValid() || len(p.tun) == 0 || len(p.prefixes) == 0 {
 			continue
 		}
-		for _, m := range s.modes {
-			if s.unfit(&p, m) != "" {
-				continue
+		six := p.endpoint.Is6()
+		for _, m := range s.prefer.Load().modes {
+			if s.unfit(&p, m) == "" {
+				out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, &p), Outer6: six, Needs: outerText(&p, m)})
 			}
-			out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, &p)})
 		}
 	}
 	return out

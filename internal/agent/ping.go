@@ -15,7 +15,7 @@ func (s *session) ping(ctx context.Context, p *peerView, count int) (api.PingRes
 		count = 3
 	}
 	out := api.PingResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
-	for _, name := range s.cfg.Paths {
+	for _, name := range s.prefer.Load().names {
 		m, err := encap.ParseMode(name)
 		if err != nil {
 			continue
@@ -64,6 +64,9 @@ func (s *session) pingMode(ctx context.Context, p *peerView, m encap.Mode, count
 	pm.Lost = pm.Sent - pm.Received
 	if pm.Received == 0 {
 		pm.State, pm.Reason = api.PathDown, fmt.Sprintf("%d probes, no answer (%v)", pm.Sent, last)
+		if st, ok := s.probes.status(p.id, m); ok && !st.Up {
+			pm.Reason = st.Words
+		}
 		return
 	}
 	pm.State = api.PathUp

@@ -50,7 +50,7 @@ type prober struct {
 	log     *slog.Logger
 	send    func(peer string, mode encap.Mode, payload []byte, size int) error
 	traffic func(peer string) tunnel.PeerStats
-	changed func() // a path came up, went down or has another MTU; must not block
+	changed func() // a path came up, went down, has another MTU or another one is used; must not block
 
 	kick    chan struct{}
 	answers chan answer
@@ -88,7 +88,7 @@ func newProber(log *slog.Logger) *prober {
 	}
 }
 
-// setPeers says who is to be probed, and through what. Others are forgotten.
+// setPeers says who is to be probed, and through what, in order of preference. Others are forgotten.
 func (p *prober) setPeers(now time.Time, want map[string][]path.Candidate) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -101,6 +101,20 @@ func (p *prober) info(id string, m encap.Mode) (i path.Info, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.paths.Info(id, m)
+}
+
+// status is what is known of one path, in words as well; ok is false for one that is not probed.
+func (p *prober) status(id string, m encap.Mode) (st path.Status, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.paths.Status(time.Now(), id, m)
+}
+
+// chosen is how packets to a peer go; ok is false for one that is not probed.
+func (p *prober) chosen(id string) (m encap.Mode, ok bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.paths.Chosen(id)
 }
 
 // answering reports whether any path to the peer is up.
@@ -119,10 +133,10 @@ func (p *prober) poke(now time.Time, id string) {
 }
 
 // tooBig takes a router's word that link is the largest outer packet toward the peer.
-func (p *prober) tooBig(id string, link mtu.Link, six bool) {
+func (p *prober) tooBig(id string, link mtu.Link) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.paths.TooBig(time.Now(), id, link, six)
+	p.paths.TooBig(time.Now(), id, link)
 	signal(p.kick)
 }
 
@@ -132,6 +146,7 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 	switch {
 	case !ok:
 	case kind == probeRequest:
+		p.heard(peer, mode)
 		if err := p.send(peer, mode, appendProbe(nil, probeReply, nonce, size), 0); err != nil {
 			p.log.Debug("probe not answered", "peer", peer, "encapsulation", mode, "error", err)
 		}
@@ -141,6 +156,13 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 		default: // a flood: an answer lost is a probe lost
 		}
 	}
+}
+
+// heard notes that a probe of the peer's own has arrived.
+func (p *prober) heard(peer string, mode encap.Mode) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.paths.Heard(time.Now(), peer, mode)
 }
 
 // run sends and accounts until ctx is done.
@@ -203,20 +225,26 @@ func (p *prober) lookAtTraffic(now time.Time) {
 // sendDue sends what is due, tells of changes, and returns when to come again.
 func (p *prober) sendDue(now time.Time) time.Time {
 	p.mu.Lock()
-	probes, changes, next := p.paths.Look(now)
+	r := p.paths.Look(now)
 	p.mu.Unlock()
-	for _, d := range probes {
+	if len(r.Switches) > 0 && p.changed != nil {
+		p.changed() // at once: packets are lost until the engine knows
+	}
+	for _, d := range r.Probes {
 		if err := p.send(d.Peer, d.Mode, appendProbe(nil, probeRequest, d.Nonce, 0), d.Size); err != nil && !errors.Is(err, tunnel.ErrNoAddress) {
 			p.log.Debug("probe not sent", "peer", d.Peer, "encapsulation", d.Mode, "size", d.Size, "error", err)
 		}
 	}
-	for _, c := range changes {
+	for _, c := range r.Changes {
 		p.tell(c)
 	}
-	if len(changes) > 0 && p.changed != nil {
+	for _, c := range r.Switches {
+		p.log.Warn("packets go another way", "peer", c.Peer, "encapsulation", c.To, "old", c.From, "reason", c.Why)
+	}
+	if len(r.Changes) > 0 && p.changed != nil {
 		p.changed()
 	}
-	return next
+	return r.Next
 }
 
 // tell logs what changed about a path.

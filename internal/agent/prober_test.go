@@ -20,7 +20,7 @@ import (
 func TestProberSchedule(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const peers = 300
-		var silent atomic.Value // the peer that does not answer
+		var silent atomic.Value // the peer that does not answer, or the encapsulation that does not pass
 		silent.Store("")
 		var mu sync.Mutex
 		sent := map[string]int{}
@@ -30,7 +30,7 @@ func TestProberSchedule(t *testing.T) {
 			mu.Lock()
 			sent[peer]++
 			mu.Unlock()
-			if _, nonce, _, ok := parseProbe(payload); ok && peer != silent.Load() {
+			if _, nonce, _, ok := parseProbe(payload); ok && peer != silent.Load() && mode.String() != silent.Load() {
 				go func() {
 					time.Sleep(time.Millisecond)
 					p.received(peer, mode, appendProbe(nil, probeReply, nonce, size), 0)
@@ -66,6 +66,24 @@ func TestProberSchedule(t *testing.T) {
 		for id := range want {
 			if i, _ := p.info(id, encap.UDP); i.MTU != 1472 {
 				t.Fatalf("%s: path MTU %d", id, i.MTU)
+			}
+		}
+
+		silent.Store("udp") // in general: a firewall on the way
+		for id := range want {
+			p.poke(time.Now(), id)
+		}
+		time.Sleep(3 * time.Second)
+		for id := range want {
+			if m, ok := p.chosen(id); !ok || m != encap.IPIP {
+				t.Fatalf("%s: %s is used three seconds after udp is filtered", id, m)
+			}
+		}
+		silent.Store("")
+		time.Sleep(25 * time.Second)
+		for id := range want {
+			if m, ok := p.chosen(id); !ok || m != encap.UDP {
+				t.Fatalf("%s: %s is used though udp works again", id, m)
 			}
 		}
 

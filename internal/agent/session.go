@@ -6,6 +6,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"reflect"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,7 +53,7 @@ type underlay struct {
 	// podSpace is the cluster's space as far as it is known at the start.
 	podSpace []netip.Prefix
 	peers    []netip.Addr          // where members were at the start, as the state knows them
-	modes    []encap.Mode          // those of the configuration's paths that can be sent, best first
+	first    encap.Mode            // what the TUN's MTU is made for: the best way at the start
 	sizes    atomic.Pointer[sizes] // follow link
 	ways     *hostnet.Ways         // how packets leave for each peer; nil before the first look; loop's own
 
@@ -64,7 +65,8 @@ type underlay struct {
 type dataPath struct {
 	device *device.Device
 	engine *tunnel.Engine
-	probes *prober // run by prober.run; its verdicts wake loop
+	probes *prober                    // run by prober.run; its verdicts wake loop
+	prefer atomic.Pointer[preference] // a reload may change it
 }
 
 // clusterSide is this node's part in the cluster: what it owns, on disk and among the members.
@@ -175,19 +177,6 @@ func (s *session) membersMoved() {
 	s.kick()
 }
 
-// pathMTU is the engine's word that a router, or this host's kernel, gave for the path to a peer.
-func (s *session) pathMTU(peer string, link mtu.Link) {
-	six := s.outerSix()
-	if v := s.view.Load(); v != nil {
-		for _, p := range v.peers {
-			if p.id == peer {
-				six = p.endpoint.Is6()
-			}
-		}
-	}
-	s.probes.tooBig(peer, link, six)
-}
-
 const (
 	lookEvery      = time.Second           // verdicts that time brings: hold-downs
 	reconcileEvery = 30 * time.Second      // the whole host against what should be, whoever changed it silently
@@ -286,16 +275,33 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 		was.meta = m
 	}
 	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs, VTEPMAC: s.vtepMAC()}
-	if peers := v.tunnelPeers(); !reflect.DeepEqual(local, was.local) || !reflect.DeepEqual(peers, was.peers) {
-		s.engine.Update(local, peers)
-		was.local, was.peers = local, peers
-	}
 	s.probes.setPeers(now, s.probeTargets(v))
-	if h := s.hostState(v); force || !reflect.DeepEqual(h, was.host) {
+	peers, h := v.tunnelPeers(), s.hostState(v)
+	packets := func() {
+		if !reflect.DeepEqual(local, was.local) || !reflect.DeepEqual(peers, was.peers) {
+			s.engine.Update(local, peers)
+			was.local, was.peers = local, peers
+		}
+	}
+	// A route's MTU falls before the engine takes no more, so that senders hear of it from the kernel and lose nothing.
+	if !narrower(was.peers, peers) {
+		packets()
+	}
+	if force || !reflect.DeepEqual(h, was.host) {
 		s.reconcile(ctx, h)
 		was.host = h
 	}
+	packets()
 	return nil
+}
+
+// narrower reports that some peer's packets may be less large than before.
+func narrower(was, is []tunnel.Peer) bool {
+	before := make(map[string]mtu.TUN, len(was))
+	for i := range was {
+		before[was[i].ID] = was[i].MTU
+	}
+	return slices.ContainsFunc(is, func(p tunnel.Peer) bool { return p.MTU < before[p.ID] })
 }
 
 // reconcile mends the host, and keeps what it could not mend for status.

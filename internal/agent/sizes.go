@@ -31,7 +31,7 @@ func (s *session) tunMTU() mtu.TUN { return s.sizes.Load().tun }
 func (s *session) outerSix() bool { return s.link.Addrs[0].Is6() }
 
 // overhead is that of the encapsulation that is preferred.
-func (s *session) overhead() mtu.Overhead { return encap.Overhead(s.modes[0], s.outerSix()) }
+func (s *session) overhead() mtu.Overhead { return encap.Overhead(s.first, s.outerSix()) }
 
 // resize takes over what the links of an underlay carry: as much of it as is configured, or all. Pods' packets go on meanwhile.
 func (s *session) resize(link hostnet.Underlay) {
@@ -54,7 +54,7 @@ func (s *session) sizeProblems(families []ipam.Family) []api.Problem {
 	if z := s.sizes.Load(); s.cfg.MTU != 0 && z.tun < mtu.TUN(s.cfg.MTU) {
 		out = append(out, api.Problem{
 			What: fmt.Sprintf("--mtu %d is more than %s carries now: of its %d bytes %s takes %d, and %d are used",
-				s.cfg.MTU, z.narrow, int(z.link), s.modes[0], int(s.overhead()), int(z.tun)),
+				s.cfg.MTU, z.narrow, int(z.link), s.first, int(s.overhead()), int(z.tun)),
 			Remedy: fmt.Sprintf("raise the MTU of %s to %d, or set --mtu %d", z.narrow, int(mtu.TUN(s.cfg.MTU).Link(s.overhead())), int(z.tun)),
 		})
 	}
@@ -85,7 +85,7 @@ func (s *session) tooSmallFor6(families []ipam.Family) api.Problem {
 	}
 	return api.Problem{
 		What: fmt.Sprintf("underlay MTU %d of %s is too small for this cluster's IPv6 pods (%v): %s over %s leaves %d bytes and IPv6 needs 1280, so it must be at least %d",
-			int(z.link), z.narrow, six, s.modes[0], outer, int(z.tun), need),
+			int(z.link), z.narrow, six, s.first, outer, int(z.tun), need),
 		Remedy: fmt.Sprintf("raise the MTU of %s to at least %d, or use a cluster without an IPv6 --cluster-cidr; IPv4 pods are not affected", z.narrow, need),
 	}
 }

@@ -37,10 +37,12 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
 	s.masquerade.Store(a.cfg.Masquerade)
-	s.modes = usableModes(a.cfg.Paths)
-	if len(s.modes) == 0 {
-		return nil, fmt.Errorf("--paths %v: this version sends %v; name at least one of them", a.cfg.Paths, sendable)
+	prefer, err := newPreference(a.cfg.Paths)
+	if err != nil {
+		return nil, err
 	}
+	s.prefer.Store(prefer)
+	s.first = prefer.modes[0]
 	if err := a.open(ctx, s); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
@@ -105,6 +107,20 @@ func checkOverlap(cfg config.Config, state *ipam.State) error {
 	return hostnet.CheckOverlap(cfg.Tun, cidrs, own)
 }
 
+// preference is the configured order of the ways to send.
+type preference struct {
+	names []string     // all that the configuration names
+	modes []encap.Mode // those that can be sent, best first; at least one
+}
+
+func newPreference(names []string) (*preference, error) {
+	p := &preference{names: names, modes: usableModes(names)}
+	if len(p.modes) == 0 {
+		return nil, fmt.Errorf("--paths %v: this version sends %v; name at least one of them", names, sendable)
+	}
+	return p, nil
+}
+
 // usableModes keeps the encapsulations that can be sent, in order.
 func usableModes(paths []string) []encap.Mode {
 	var out []encap.Mode
@@ -120,7 +136,7 @@ func usableModes(paths []string) []encap.Mode {
 func (s *session) chooseMTU() error {
 	if most := mtu.Link(s.link.MTU).TUN(s.overhead()); mtu.TUN(s.cfg.MTU) > most {
 		return fmt.Errorf("--mtu %d: %s carries %d bytes, of which %s takes %d: at most %d, or raise the interface's MTU",
-			s.cfg.MTU, s.link.Narrowest, s.link.MTU, s.modes[0], s.overhead(), int(most))
+			s.cfg.MTU, s.link.Narrowest, s.link.MTU, s.first, s.overhead(), int(most))
 	}
 	s.resize(s.link)
 	return nil
@@ -135,7 +151,7 @@ func (s *session) openData(a *agent) (err error) {
 	s.engine, err = tunnel.New(tunnel.Config{
 		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, VNI: s.cfg.VNI, CopyDSCP: true,
 		Probed:  s.probes.received,
-		PathMTU: s.pathMTU,
+		PathMTU: s.probes.tooBig,
 		Logger:  s.log,
 	})
 	if err != nil {

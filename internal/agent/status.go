@@ -105,7 +105,7 @@ func (s *session) peer(p *peerView) api.Peer {
 		Path:      s.path(p, p.mode),
 		TxPackets: count.TxPackets, TxBytes: count.TxBytes, RxPackets: count.RxPackets, RxBytes: count.RxBytes,
 	}
-	for _, name := range s.cfg.Paths {
+	for _, name := range s.prefer.Load().names {
 		m, err := encap.ParseMode(name)
 		if err != nil {
 			continue
@@ -132,7 +132,7 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 		out.State, out.Reason = api.PathDown, p.why
 		return out
 	}
-	i, ok := s.probes.info(p.id, m)
+	i, ok := s.probes.status(p.id, m)
 	if !ok {
 		out.Reason = "it has no address space yet, so nothing to probe"
 		if len(p.prefixes) > 0 {
@@ -140,7 +140,7 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 		}
 		return out
 	}
-	out.RTTUS, out.Loss, out.MTU, out.Since, out.Reason = i.RTT.Microseconds(), i.Loss, int(i.MTU), i.Since, i.Reason
+	out.RTTUS, out.Loss, out.MTU, out.Since, out.Reason = i.RTT.Microseconds(), i.Loss, int(i.MTU), i.Since, i.Words
 	switch {
 	case i.Up:
 		out.State = api.PathUp
@@ -221,8 +221,8 @@ func (s *session) problems(v *view) []api.Problem {
 	for i := range v.peers {
 		if p := &v.peers[i]; p.state == api.PeerAlive && p.probed && !p.path.Up && p.path.Probed >= 3 {
 			out = append(out, api.Problem{
-				What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, p.path.Reason),
-				Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p), s.link.Addrs[0], p.endpoint), Since: p.path.Since,
+				What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, s.path(p, p.mode).Reason),
+				Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p, p.mode), s.link.Addrs[0], p.endpoint), Since: p.path.Since,
 			})
 		} else if p.state == api.PeerDead && p.probed && p.path.Up {
 			out = append(out, api.Problem{
@@ -259,15 +259,15 @@ func (s *session) problems(v *view) []api.Problem {
 	return out
 }
 
-// outerText names what a firewall sees.
-func outerText(p *peerView) string {
-	switch p.mode {
+// outerText names what a firewall sees of packets to a peer.
+func outerText(p *peerView, m encap.Mode) string {
+	switch m {
 	case encap.UDP:
 		return fmt.Sprintf("UDP port %d", p.udpPort)
 	case encap.VXLAN:
 		return fmt.Sprintf("UDP port %d", p.vxlanPort)
 	}
-	return "IP protocols 4 and 41"
+	return "IP protocol 4 or 41"
 }
 
 // hostProblems asks the host for what would swallow packets.
@@ -336,7 +336,7 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 			out.Why = fmt.Sprintf("the external peer at %s has %v since version %d, by %s; its path is %s (%s)", p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
 			return out
 		}
-		out.Why = fmt.Sprintf("%s owns %v since version %d; %s is the first of --paths that this version sends, its path is %s (%s)",
+		out.Why = fmt.Sprintf("%s owns %v since version %d; its path by %s is %s (%s)",
 			p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
 		if p.why != "" && p.why != path.Reason {
 			out.Why += "; " + p.why

@@ -56,7 +56,7 @@ func (s *session) checkVXLAN() error {
 	if err == nil {
 		return nil
 	}
-	if len(s.modes) == 1 && s.modes[0] == encap.VXLAN {
+	if slices.Equal(s.prefer.Load().modes, []encap.Mode{encap.VXLAN}) {
 		return fmt.Errorf("--paths %s: %w", encap.VXLAN, err)
 	}
 	s.log.Warn("vxlan is off, the other encapsulations work", "reason", err)

@@ -48,7 +48,7 @@ func TestDefaults(t *testing.T) {
 	got := []any{c.NodePrefixLen4, c.NodePrefixLen6, c.GossipPort, c.UDPPort, c.VXLANPort, c.VNI, c.Tun, c.MTU, c.Masquerade,
 		c.StateDir, c.Socket, c.Metrics, c.LogLevel, c.LogFormat, strings.Join(c.Paths, " ")}
 	want := []any{24, 64, uint16(7946), uint16(6080), uint16(4789), uint32(1), "tun0", 0, true,
-		"/var/lib/tulle", "/run/tulle/tulle.sock", "127.0.0.1:9646", slog.LevelInfo, "text", "direct udp ipip vxlan"}
+		"/var/lib/tulle", "/run/tulle/tulle.sock", "127.0.0.1:9646", slog.LevelInfo, "text", "direct udp vxlan ipip"}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}

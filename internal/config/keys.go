@@ -108,9 +108,10 @@ var keys = []key{
 		doc:  "The Ethernet address of this node inside vxlan, of one station. The others learn it by gossip, a kernel's VXLAN device by ARP or neighbour discovery.",
 		set:  text(func(c *Config, s string) (err error) { c.VTEPMAC, err = parseMAC(s); return }),
 		show: func(c *Config) string { return showMAC(c.VTEPMAC) }},
-	{name: "paths", arg: "MODE,...", def: "direct,udp,ipip,vxlan", list: true,
+	{name: "paths", arg: "MODE,...", def: "direct,udp,vxlan,ipip", list: true, live: true,
 		help: "encapsulations to send with, in order of preference; a single name pins it",
-		doc:  "`direct` (the host's own route, no encapsulation), `udp`, `ipip`, `vxlan`. This setting does not restrict what the node accepts from members.",
+		doc: "`direct` (the host's own route, no encapsulation), `udp`, `vxlan`, `ipip`. All that are named are probed, and to each peer the first one that " +
+			"works is used. This setting does not restrict what the node accepts from members. A reload switches without loss; it leaves the MTU of the TUN device as it is.",
 		set:  func(c *Config, v []string) (err error) { c.Paths, err = parsePaths(v); return },
 		show: func(c *Config) string { return strings.Join(c.Paths, ",") }},
 	{name: "tun", arg: "NAME", def: "tun0",

@@ -32,14 +32,17 @@ type Config struct {
 	Busy      time.Duration // between probes of a path that carries traffic: 1 s
 	Idle      time.Duration // between probes of one that does not: 30 s
 	Jitter    float64       // fraction of Idle by which it varies either way: 0.2
-	Retry     time.Duration // after an unanswered probe, and least time-out: 1 s
-	MaxRetry  time.Duration // to which Retry grows, by doubling, on a path that is down: 10 s
+	Fast      time.Duration // between probes of a path that is up, after an unanswered one; its least time-out: 250 ms
+	Retry     time.Duration // between probes of a path that is down, and time-out before the first answer: 1 s
+	MaxRetry  time.Duration // to which Retry grows, by doubling: 10 s
 	BusyFor   time.Duration // a path counts as busy so long after Used: 5 s
-	DownAfter int           // unanswered probes in a row that bring the path down: 3
+	DownAfter int           // unanswered probes in a row that may bring the path down: 3
+	Silence   time.Duration // without any answer, before they do: 3 s
 
+	Likely    []mtu.TUN     // sizes that a search tries before it halves, largest first: none
 	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2)
 	Raise     time.Duration // until a larger size is tried again: 600 s (RFC 8899 §5.1.1)
-	Confirm   time.Duration // between proofs of the size in use, on a busy path: 15 s
+	Confirm   time.Duration // between proofs of the size in use, on a busy path: 1 s
 }
 
 func (c *Config) setDefaults() {
@@ -49,13 +52,15 @@ func (c *Config) setDefaults() {
 	def(&c.Busy, time.Second)
 	def(&c.Idle, 30*time.Second)
 	def(&c.Jitter, 0.2)
+	def(&c.Fast, 250*time.Millisecond)
 	def(&c.Retry, time.Second)
 	def(&c.MaxRetry, 10*time.Second)
 	def(&c.BusyFor, 5*time.Second)
 	def(&c.DownAfter, 3)
+	def(&c.Silence, 3*time.Second)
 	def(&c.MaxProbes, 3)
 	def(&c.Raise, 600*time.Second)
-	def(&c.Confirm, 15*time.Second)
+	def(&c.Confirm, time.Second)
 }
 
 // limited is c with Max, and with the smaller sizes no larger than that.
@@ -130,8 +135,9 @@ const (
 //	│ new  │              │  up  │                           │  down  │
 //	└──────┘              └──────┘ ────────────────────────▶ └────────┘
 //	 probe each Retry      probe each Busy or Idle,            probe each Retry,
-//	                       after a loss each Retry             doubling to MaxRetry
-//	                                DownAfter losses in a row
+//	                       after a loss each Fast              doubling to MaxRetry
+//	                         DownAfter losses in a row, no answer for Silence,
+//	                         or another way answered meanwhile (see choice)
 type State struct {
 	want Config // with defaults
 	cfg  Config // want, limited by its Max
@@ -143,8 +149,11 @@ type State struct {
 	reason string
 
 	srtt, rttvar time.Duration
-	lastAnswer   time.Time // when the last answer came
-	misses       int       // liveness probes sent and given up since then
+	lastAnswer   time.Time    // when the last answer came
+	answeredSent time.Time    // when the latest probe was sent that is answered
+	upSent       time.Time    // when the probe was sent whose answer brought the path up
+	misses       int          // liveness probes sent and given up since lastAnswer
+	missSent     [3]time.Time // when the last of these were sent, latest first
 	nextLive     time.Time
 	lastLive     time.Time // when the last liveness probe was sent
 	lastUsed     time.Time
@@ -208,7 +217,7 @@ func (s *State) interval(now time.Time) time.Duration {
 		over := min(max(s.misses-s.cfg.DownAfter, 0), 16)
 		return min(s.cfg.Retry<<over, max(s.cfg.MaxRetry, s.cfg.Retry))
 	case s.misses > 0:
-		return s.cfg.Retry
+		return s.cfg.Fast
 	case s.busy(now):
 		return s.cfg.Busy
 	}
@@ -221,7 +230,7 @@ func (s *State) timeout() time.Duration {
 	if s.srtt == 0 {
 		return s.cfg.Retry
 	}
-	return min(max(s.srtt+4*s.rttvar, s.cfg.Retry), maxRTO)
+	return min(max(s.srtt+4*s.rttvar, s.cfg.Fast), maxRTO)
 }
 
 func (s *State) busy(now time.Time) bool {
@@ -243,20 +252,31 @@ func (s *State) giveUp(now time.Time, p *pending) {
 	}
 	p.lost = true
 	if p.forMTU {
-		s.pmtu.lost(now, p.nonce)
+		// Its size is to blame only if something has passed since it was sent.
+		small := s.lastAnswer.After(p.sent)
+		s.pmtu.lost(now, p.nonce, small)
+		if !small {
+			s.soon(s.cfg.Fast)
+		}
 		return
 	}
 	s.setOutcome(p.seq, lost)
 	if !p.sent.Before(s.lastAnswer) { // an answer since then says more than this loss
 		s.misses++
+		s.missSent = [3]time.Time{p.sent, s.missSent[0], s.missSent[1]}
 	}
 	if s.up {
-		s.soon(s.cfg.Retry)
+		s.soon(s.cfg.Fast)
 	}
-	if s.up && s.misses >= s.cfg.DownAfter {
-		s.change(now, false, fmt.Sprintf("%d probes unanswered", s.misses))
-		s.pmtu.stop()
+	if s.up && s.misses >= s.cfg.DownAfter && now.Sub(s.lastAnswer) >= s.cfg.Silence {
+		s.fail(now, fmt.Sprintf("%d probes unanswered", s.misses))
 	}
+}
+
+// fail takes the path down.
+func (s *State) fail(now time.Time, reason string) {
+	s.change(now, false, reason)
+	s.pmtu.stop()
 }
 
 // soon draws the next liveness probe to d after the last.
@@ -294,11 +314,15 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 	}
 	s.sample(now.Sub(p.sent))
 	s.lastAnswer, s.misses = now, 0
+	if p.sent.After(s.answeredSent) {
+		s.answeredSent = p.sent
+	}
 	if !p.forMTU {
 		s.setOutcome(p.seq, answered)
 	}
 	if !s.up {
 		s.change(now, true, ReasonAnswered)
+		s.upSent = p.sent
 		s.pmtu.start(now)
 		s.nextLive = now.Add(s.interval(now))
 	}
@@ -375,6 +399,20 @@ func (s *State) Snapshot() Info {
 		RTT: s.srtt, RTTVar: s.rttvar, Loss: s.loss(),
 		MTU: s.pmtu.proven, Probed: s.probed, Search: s.pmtu.state.String(),
 	}
+}
+
+// streak is how many of the last liveness probes were answered, the latest lost one
+// excluded and those under way left out; at most 64.
+func (s *State) streak() (n int) {
+	seq := s.seq
+	for seq > 0 && s.seq-seq < window && s.outcomes[seq%window] == unknown {
+		seq--
+	}
+	for seq > 0 && s.seq-seq < window && s.outcomes[seq%window] == answered {
+		seq--
+		n++
+	}
+	return n
 }
 
 func (s *State) loss() float64 {

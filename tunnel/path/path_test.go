@@ -141,7 +141,7 @@ func TestDownAfterLosses(t *testing.T) {
 	died := n.now
 	n.run(t, died.Add(2*time.Minute))
 	i := s.Snapshot()
-	if i.Up || !strings.Contains(i.Reason, "3 probes unanswered") {
+	if i.Up || !strings.Contains(i.Reason, "probes unanswered") {
 		t.Fatalf("after death: %+v", i)
 	}
 	// Idle at most 36 s, three probes a second apart, each a second to time out.
@@ -181,7 +181,7 @@ func TestProbeRates(t *testing.T) {
 		least, most int // probes in ten minutes, after the first five
 	}{
 		{"idle", false, true, 16, 27},
-		{"busy", true, true, 600, 700}, // one a second and a confirmation each 15 s
+		{"busy", true, true, 1150, 1250}, // one a second, and the size in use is confirmed as often
 		{"dead", false, false, 55, 66},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -266,8 +266,9 @@ func TestRTT(t *testing.T) {
 			t.Errorf("after %v: SRTT %v RTTVAR %v, want %v %v", step.sample, s.srtt, s.rttvar, step.srtt, step.rttvar)
 		}
 	}
-	if s.timeout() != time.Second {
-		t.Errorf("time-out %v below a second", s.timeout())
+	s.srtt, s.rttvar = ms, ms
+	if s.timeout() != 250*ms {
+		t.Errorf("time-out %v, want at least a quarter of a second", s.timeout())
 	}
 	s.srtt, s.rttvar = 2*time.Second, 500*ms
 	if s.timeout() != 4*time.Second {
@@ -279,14 +280,14 @@ func TestLossOverWindow(t *testing.T) {
 	s := newState(Config{})
 	n := newNetwork(s)
 	k := 0
-	n.lose = func() bool { k++; return k%4 == 0 }
+	n.lose = func() bool { k++; return k%5 == 0 }
 	for range 400 {
 		s.Used(n.now)
 		n.run(t, n.now.Add(time.Second))
 	}
 	i := s.Snapshot()
 	if !i.Up || i.Loss < 0.1 || i.Loss > 0.4 {
-		t.Errorf("one in four lost: %+v", i)
+		t.Errorf("one in five lost: %+v", i)
 	}
 	n.lose = nil
 	for range 100 {

@@ -46,9 +46,11 @@ func (s search) String() string {
 //	                            └───────┘─┘  base)                 └──────────┘
 //	                                 min answered
 //
-// A search tries the maximum first, since most paths carry it, and then halves the
-// interval between what is proven and what is refuted. A size is refuted by
-// MaxProbes losses or by ICMP. proven, the PLPMTU, rises only by an answer.
+// A search tries the maximum first, since most paths carry it, then the sizes that are
+// likely (of links that others have), and then halves the interval between what is
+// proven and what is refuted. A size is refuted by
+// MaxProbes losses, while smaller packets pass, or by ICMP. proven, the PLPMTU, rises
+// only by an answer.
 //
 // A path that comes up again keeps its size but has to prove it first.
 type plpmtu struct {
@@ -68,6 +70,9 @@ type plpmtu struct {
 	raiseAt   time.Time // complete: next search
 	confirmed bool      // complete: false until proven since start or loss
 }
+
+// settled reports that the search is over: proven changes no more for the time being.
+func (m *plpmtu) settled() bool { return m.state == complete || m.state == failing }
 
 // start begins, or begins again, after the path has come up.
 func (m *plpmtu) start(now time.Time) {
@@ -117,7 +122,21 @@ func (m *plpmtu) narrow(now time.Time) {
 		m.test(now, m.cfg.Max)
 		return
 	}
-	m.test(now, m.proven+(m.hi-m.proven)/2)
+	m.test(now, m.between())
+}
+
+// between is a size above what is proven and below what is refuted: the largest likely
+// one, or, when that one is what is proven, the next byte; else the middle.
+func (m *plpmtu) between() mtu.TUN {
+	for _, size := range m.cfg.Likely { // largest first
+		switch {
+		case size == m.proven:
+			return size + 1
+		case size > m.proven && size < m.hi:
+			return size
+		}
+	}
+	return m.proven + (m.hi-m.proven)/2
 }
 
 // due is the size of the probe that has to go out at now, if any.
@@ -197,11 +216,17 @@ func (m *plpmtu) answered(now time.Time, nonce uint64, size mtu.TUN) {
 	m.narrow(now)
 }
 
-// lost: the probe with this nonce was given up.
-func (m *plpmtu) lost(now time.Time, nonce uint64) {
-	if m.waiting && nonce == m.nonce {
-		m.waiting, m.probeAt = false, now
+// lost: the probe with this nonce was given up. sizeIsToBlame is false where smaller
+// packets may have been lost as well: then it is only sent again.
+func (m *plpmtu) lost(now time.Time, nonce uint64, sizeIsToBlame bool) {
+	if !m.waiting || nonce != m.nonce {
+		return
+	}
+	m.waiting, m.probeAt = false, now
+	if sizeIsToBlame {
 		m.refuteOnce(now)
+	} else if m.state == complete {
+		m.confirmed, m.confirmAt = false, now
 	}
 }
 
@@ -233,7 +258,7 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 		m.losses = 0
 		m.proven = 0
 		m.hi = m.cfg.Max + 1
-		m.probeAt = now.Add(m.cfg.Confirm)
+		m.probeAt = now.Add(m.cfg.MaxRetry)
 	}
 }
 

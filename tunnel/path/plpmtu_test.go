@@ -264,9 +264,9 @@ func TestPathProperties(t *testing.T) {
 			before := len(n.sent)
 			d := time.Duration(rapid.Int64Range(0, 120e9).Draw(t, "time"))
 			n.run(t, n.now.Add(d))
-			// Not more than liveness each tenth of a second and a search whose steps
-			// take a round trip each when answered.
-			if sent := len(n.sent) - before; sent > 60+2*int(d/time.Second) {
+			// Not more than liveness each Fast where every other probe is lost, and a
+			// search whose steps take as long, or a round trip each when answered.
+			if sent := len(n.sent) - before; sent > 60+8*int(d/time.Second) {
 				t.Fatalf("%d probes in %v", sent, d)
 			}
 		}
@@ -288,7 +288,7 @@ func TestBlackHoleAtBase(t *testing.T) {
 	n.mtu = 601
 	s.Used(n.now.Add(20 * time.Second))
 	n.run(t, n.now.Add(time.Minute))
-	if i := s.Snapshot(); i.MTU != 601 || i.Search != "complete" || i.Probed > 40 {
+	if i := s.Snapshot(); i.MTU != 601 || i.Search != "complete" || i.Probed > 80 {
 		t.Errorf("%+v", i)
 	}
 }
@@ -320,4 +320,58 @@ func TestDownNeedsSilence(t *testing.T) {
 			t.Fatalf("not up after the losses: %+v", s.Snapshot())
 		}
 	})
+}
+
+// Where traffic flows, a size that stops passing without a word is found in less than three seconds.
+func TestBusyPathFindsBlackHoleInSeconds(t *testing.T) {
+	for _, phase := range []int{0, 100, 400, 700, 990} { // milliseconds behind the last probe
+		s := newState(Config{Likely: []mtu.TUN{8972, 1472, 1464, 1372}})
+		n := newNetwork(s)
+		use := func(d time.Duration) {
+			for end := n.now.Add(d); n.now.Before(end); {
+				s.Used(n.now)
+				n.run(t, n.now.Add(50*time.Millisecond))
+			}
+		}
+		use(20*time.Second + time.Duration(phase)*time.Millisecond)
+		n.mtu = 1300
+		use(2500 * time.Millisecond)
+		if got := s.Snapshot().MTU; got > 1300 || got < 1200 {
+			t.Errorf("phase %d: MTU %d after 2.5 s, want 1200 to 1300", phase, got)
+		}
+		use(10 * time.Second)
+		if i := s.Snapshot(); i.MTU != 1300 || !i.Up || i.Loss > 0 {
+			t.Errorf("phase %d: then %+v, want MTU 1300", phase, i)
+		}
+	}
+}
+
+// A peer that stands still for a while loses probes of every size: that is no black hole.
+func TestStandstillIsNoBlackHole(t *testing.T) {
+	s := newState(Config{})
+	n := newNetwork(s)
+	for range 40 {
+		s.Used(n.now)
+		n.run(t, n.now.Add(700*time.Millisecond))
+		n.alive = false
+		s.Used(n.now)
+		n.run(t, n.now.Add(1200*time.Millisecond))
+		if i := s.Snapshot(); i.MTU != 1472 || !i.Up {
+			t.Fatalf("%+v", i)
+		}
+		n.alive = true
+	}
+}
+
+// Jumbo frames here, and not there: the sizes that links usually have are tried first.
+func TestLikelySizesAreFoundSoon(t *testing.T) {
+	for _, size := range []int{1472, 1464, 1372, 8972} {
+		s := newState(Config{Max: 8973, Likely: []mtu.TUN{8972, 1472, 1464, 1372}})
+		n := newNetwork(s)
+		n.mtu = size
+		n.run(t, epoch.Add(8*time.Second)) // halving would take twelve steps of as many seconds
+		if i := s.Snapshot(); i.MTU != mtu.TUN(size) || i.Search != "complete" {
+			t.Errorf("%d: %+v", size, i)
+		}
+	}
 }

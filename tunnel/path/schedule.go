@@ -15,7 +15,7 @@ const Base = mtu.Min6
 const lookAgain = 30 * time.Second
 
 // Schedule holds the paths of many peers: it says which probes are due, takes their
-// answers and tells what has changed.
+// answers, chooses the encapsulation for each peer, and tells what has changed.
 //
 // A look at a peer costs time and a thousand of them are mostly idle, so each has the
 // time of its next look. An event (an answer, traffic, a hint) makes that time now.
@@ -29,10 +29,14 @@ type Schedule struct {
 
 // peer is one peer's paths.
 type peer struct {
+	choice choice
 	paths  [encap.NumModes]*State // nil where the encapsulation is no candidate
-	seen   [encap.NumModes]Info   // what the last look found
-	next   time.Time              // of the next look; zero after an event
-	tx, rx uint64                 // packets, at the last Traffic
+	wanted [encap.NumModes]Candidate
+	heard  [encap.NumModes]time.Time // when the peer's own probes last arrived
+	seen   [encap.NumModes]Info      // what the last look found
+	misses int                       // of the path in use, at the last look
+	next   time.Time                 // of the next look; zero after an event
+	tx, rx uint64                    // packets, at the last Traffic
 }
 
 // NewSchedule has no peers. Nonces and jitter come from r, see [New].
@@ -40,21 +44,27 @@ func NewSchedule(r *rand.Rand) *Schedule {
 	return &Schedule{rand: r, peers: make(map[string]*peer)}
 }
 
-// Candidate is an encapsulation that may carry packets to a peer.
+// Candidate is a way for packets to a peer: an encapsulation, or [encap.Direct].
 type Candidate struct {
-	Mode encap.Mode
-	Max  mtu.TUN // largest inner packet that this host's underlay allows, in bytes
+	Mode   encap.Mode
+	Max    mtu.TUN // largest inner packet that this host's underlay allows, in bytes
+	Outer6 bool    // the outer packets are IPv6
+	Needs  string  // what the network has to let through, in words: "UDP port 6080"
 }
 
-// SetPeers says which peers to probe and by which encapsulations. What is known of
-// peers and encapsulations that stay is kept, of others it is forgotten.
+// SetPeers says which peers to probe, and by which candidates, the preferred one first
+// and at least one. What is known of peers and candidates that stay is kept, of others
+// it is forgotten.
 func (s *Schedule) SetPeers(now time.Time, want map[string][]Candidate) {
 	for id := range s.peers {
-		if want[id] == nil {
+		if len(want[id]) == 0 {
 			delete(s.peers, id)
 		}
 	}
 	for id, candidates := range want {
+		if len(candidates) == 0 {
+			continue
+		}
 		p := s.peers[id]
 		if p == nil {
 			p = new(peer)
@@ -65,39 +75,59 @@ func (s *Schedule) SetPeers(now time.Time, want map[string][]Candidate) {
 }
 
 func (p *peer) set(now time.Time, r *rand.Rand, candidates []Candidate) {
-	var keep [encap.NumModes]bool
+	var order []encap.Mode
 	for _, c := range candidates {
-		keep[c.Mode] = true
+		order = append(order, c.Mode)
+		p.wanted[c.Mode] = c
 		switch st := p.paths[c.Mode]; {
 		case st == nil:
-			p.paths[c.Mode] = New(Config{Max: c.Max, Base: Base}, now, r)
+			p.paths[c.Mode] = New(Config{Max: c.Max, Base: Base, Likely: likely(c)}, now, r)
 			p.event()
 		case st.want.Max != c.Max:
 			st.SetMax(now, c.Max)
 			p.event()
 		}
 	}
-	for m := range keep {
-		if !keep[m] {
+	if p.choice.setOrder(now, order) {
+		p.poke(now)
+	}
+	p.forgetOthers()
+}
+
+// forgetOthers drops what is neither a candidate nor in use.
+func (p *peer) forgetOthers() {
+	for i := range p.paths {
+		if m := encap.Mode(i); m != p.choice.active && !p.choice.has(m) {
 			p.paths[m], p.seen[m] = nil, Info{}
 		}
 	}
 }
 
+// likely are the packet sizes that pass where some link on the way has an MTU that many
+// links have: of jumbo frames, Ethernet, and tunnels over Ethernet.
+func likely(c Candidate) (sizes []mtu.TUN) {
+	for _, link := range [...]mtu.Link{9000, 1500, 1492, 1460, 1450, 1400} {
+		sizes = append(sizes, link.TUN(encap.Overhead(c.Mode, c.Outer6)))
+	}
+	return sizes
+}
+
 // event makes the next look due.
 func (p *peer) event() { p.next = time.Time{} }
 
-// each calls fn for every path of a peer, and makes a look due. It does nothing for an
-// unknown peer.
-func (s *Schedule) each(id string, fn func(encap.Mode, *State)) {
-	p := s.peers[id]
-	if p == nil {
-		return
-	}
+// each yields the paths.
+func (p *peer) each(yield func(encap.Mode, *State) bool) {
 	for m, st := range p.paths {
-		if st != nil {
-			fn(encap.Mode(m), st)
+		if st != nil && !yield(encap.Mode(m), st) {
+			return
 		}
+	}
+}
+
+// poke makes probes of all paths due.
+func (p *peer) poke(now time.Time) {
+	for _, st := range p.each {
+		st.Poke(now)
 	}
 	p.event()
 }
@@ -113,56 +143,59 @@ func (s *Schedule) Peers(yield func(string) bool) {
 
 // Poke asks for a verdict soon, because there is other news of the peer.
 func (s *Schedule) Poke(now time.Time, id string) {
-	s.each(id, func(_ encap.Mode, st *State) {
-		st.Used(now)
-		st.Poke(now)
-	})
+	if p := s.peers[id]; p != nil {
+		for _, st := range p.each {
+			st.Used(now)
+		}
+		p.poke(now)
+	}
 }
 
-// TooBig takes a router's word that link is the largest outer packet toward the peer
-// (over IPv6 if six). Only lowering is believed, see [State.TooBig].
-func (s *Schedule) TooBig(now time.Time, id string, link mtu.Link, six bool) {
-	s.each(id, func(m encap.Mode, st *State) { st.TooBig(now, link.TUN(encap.Overhead(m, six))) })
+// TooBig takes a router's word that link is the largest outer packet toward the peer.
+// Only lowering is believed, see [State.TooBig].
+func (s *Schedule) TooBig(now time.Time, id string, link mtu.Link) {
+	if p := s.peers[id]; p != nil {
+		for m, st := range p.each {
+			st.TooBig(now, link.TUN(encap.Overhead(m, p.wanted[m].Outer6)))
+		}
+		p.event()
+	}
 }
 
-// Traffic tells how many packets were exchanged with a peer in all. The paths of one
-// with which packets are exchanged are probed more often.
+// Traffic tells how many packets were exchanged with a peer in all. The path in use is
+// probed more often while packets are exchanged.
 func (s *Schedule) Traffic(now time.Time, id string, tx, rx uint64) {
 	p := s.peers[id]
 	if p == nil {
 		return
 	}
 	if p.tx != tx || p.rx != rx {
-		s.each(id, func(_ encap.Mode, st *State) { st.Used(now) })
+		p.paths[p.choice.active].Used(now)
+		p.event()
 	}
 	p.tx, p.rx = tx, rx
 }
 
+// Heard says that a probe of the peer's own has arrived.
+func (s *Schedule) Heard(now time.Time, id string, m encap.Mode) {
+	if p := s.peers[id]; p != nil && int(m) < len(p.heard) {
+		p.heard[m] = now
+	}
+}
+
 // Answered takes an answer, see [State.Answered].
 func (s *Schedule) Answered(now time.Time, id string, m encap.Mode, nonce uint64, size int) {
-	if p := s.peers[id]; p != nil && int(m) < len(p.paths) && p.paths[m] != nil {
-		p.paths[m].Answered(now, nonce, size)
-		p.event()
+	p := s.peers[id]
+	if p == nil || int(m) >= len(p.paths) || p.paths[m] == nil {
+		return
 	}
-}
-
-// Info is what is known of one path; ok is false for one that is not probed.
-func (s *Schedule) Info(id string, m encap.Mode) (i Info, ok bool) {
-	if p := s.peers[id]; p != nil && p.paths[m] != nil {
-		return p.paths[m].Snapshot(), true
+	st := p.paths[m]
+	wasUp := st.up
+	st.Answered(now, nonce, size)
+	if st.up && !wasUp { // the others may work again, too: the choice compares them
+		p.poke(now)
 	}
-	return Info{}, false
-}
-
-// Answering reports whether any path to the peer is up.
-func (s *Schedule) Answering(id string) bool {
-	up := false
-	if p := s.peers[id]; p != nil {
-		for _, st := range p.paths {
-			up = up || st != nil && st.up
-		}
-	}
-	return up
+	p.event()
 }
 
 // Due is a probe to send.
@@ -179,32 +212,67 @@ type Change struct {
 	Was, Is Info
 }
 
-// Look accounts for time-outs up to now, and returns the probes that have to be sent,
-// what has changed, and when to look again unless something happens before.
-func (s *Schedule) Look(now time.Time) (probes []Due, changes []Change, next time.Time) {
-	next = now.Add(lookAgain)
+// Switch says that packets to a peer go another way from now on.
+type Switch struct {
+	Peer     string
+	From, To encap.Mode
+	Why      string
+}
+
+// Report is what a look found.
+type Report struct {
+	Probes   []Due // to be sent
+	Changes  []Change
+	Switches []Switch
+	Next     time.Time // when to look again, unless something happens before
+}
+
+// Look accounts for time-outs up to now.
+func (s *Schedule) Look(now time.Time) Report {
+	r := Report{Next: now.Add(lookAgain)}
 	for id, p := range s.peers {
 		if !p.next.After(now) {
-			p.next = now.Add(lookAgain)
-			for i, st := range p.paths {
-				if st == nil {
-					continue
-				}
-				m := encap.Mode(i)
-				for pr, ok := st.Due(now); ok; pr, ok = st.Due(now) {
-					probes = append(probes, Due{id, m, pr})
-				}
-				p.next = earlier(p.next, st.Next())
-				is, was := st.Snapshot(), p.seen[i]
-				if is.Up != was.Up || is.MTU != was.MTU || is.Search != was.Search {
-					changes = append(changes, Change{id, m, was, is})
-				}
-				p.seen[i] = is
-			}
+			p.look(now, id, &r)
 		}
-		next = earlier(next, p.next)
+		r.Next = earlier(r.Next, p.next)
 	}
-	return probes, changes, next
+	return r
+}
+
+func (p *peer) look(now time.Time, id string, r *Report) {
+	for _, st := range p.each {
+		st.expire(now)
+	}
+	inUse := p.paths[p.choice.active]
+	if inUse.misses > p.misses { // are the others better? Ask now
+		p.poke(now)
+	}
+	p.misses = inUse.misses
+	if from := p.choice.active; p.choice.decide(now, &p.paths) {
+		to := p.choice.active
+		r.Switches = append(r.Switches, Switch{id, from, to, p.choice.why})
+		p.paths[to].lastUsed = inUse.lastUsed
+		p.misses = p.paths[to].misses
+		p.forgetOthers()
+	}
+	p.next = now.Add(lookAgain)
+	if at, ok := p.choice.next(); ok {
+		p.next = earlier(p.next, at)
+	}
+	for m, st := range p.each {
+		if st.up && p.choice.climbs(m) {
+			st.Used(now)
+		}
+		for pr, ok := st.Due(now); ok; pr, ok = st.Due(now) {
+			r.Probes = append(r.Probes, Due{id, m, pr})
+		}
+		p.next = earlier(p.next, st.Next())
+		is, was := st.Snapshot(), p.seen[m]
+		if is.Up != was.Up || is.MTU != was.MTU || is.Search != was.Search {
+			r.Changes = append(r.Changes, Change{id, m, was, is})
+		}
+		p.seen[m] = is
+	}
 }
 
 func earlier(a, b time.Time) time.Time {

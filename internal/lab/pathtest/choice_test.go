@@ -1,0 +1,81 @@
+package pathtest
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/testing/hosts"
+)
+
+// failover bounds what may be lost while a path is found to be dead: 1.85 s, the second until traffic is noticed, and
+// room for a busy machine.
+const failover = 5 * time.Second
+
+// TestFilteredOnTheWay lets the router filter the encapsulation in use, in both directions or in one, while pods talk.
+func TestFilteredOnTheWay(t *testing.T) {
+	for _, tc := range []struct {
+		name, paths, from, to string
+		rule                  string // of the router's forward chain
+		says                  string
+	}{
+		{"protocol 4", "ipip,udp", "ipip", "udp", "ip protocol 4", "IP protocol 4 or 41"},
+		{"protocol 4 one way", "ipip,udp", "ipip", "udp", "ip protocol 4 ip daddr " + addrB, "IP protocol 4 or 41"},
+		{"UDP", "udp,ipip", "udp", "ipip", "udp dport 6080", "UDP port 6080"},
+		{"UDP one way", "udp,ipip", "udp", "ipip", "udp dport 6080 ip daddr " + addrA, "UDP port 6080"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			s := newStage(t, tc.paths, 1500, 1500)
+			s.uses(t, 20*time.Second, tc.from)
+			x := s.transfer(t)
+			x.progress(t, 10*time.Second)
+			ping := s.pod.Stream(s.other.IPv4(), 10*time.Millisecond)
+			s.router.Run("nft", "table ip filter { chain forward { type filter hook forward priority 0; "+tc.rule+" drop; }; }")
+			s.uses(t, 15*time.Second, tc.to)
+			x.progress(t, 10*time.Second)
+			sent, lost := ping.Stop()
+			t.Logf("%d of %d pings lost, the transfer stood still for %v", lost, sent, x.stop(t).Round(time.Millisecond))
+			if most := int(failover / (10 * time.Millisecond)); lost == 0 || lost > most {
+				t.Errorf("%d pings lost, want 1 to %d", lost, most)
+			}
+			contains(t, "the filtered path", candidate(t, s.first, tc.from).Reason, "no answer since", tc.to+" works: "+tc.says+" is filtered on the way")
+			contains(t, "the path in use", candidate(t, s.first, tc.to).Reason, "answers; "+tc.from+": no answer since")
+			out, _, _ := s.first.Tulle("peers")
+			contains(t, "tulle peers", out, tc.from+" down", tc.says+" is filtered")
+			out, _, _ = s.first.Tulle("route", "get", s.other.IPv4().String())
+			contains(t, "tulle route get", out, tc.to, tc.says+" is filtered")
+			if p := s.first.Problems() + s.second.Problems(); p != "" {
+				t.Errorf("a preferred path that does not work is no problem: %s", p)
+			}
+		})
+	}
+}
+
+// TestReloadSwitches changes the order of preference on a running agent: not a packet is lost.
+func TestReloadSwitches(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "ipip, udp", 1500, 1500)
+	s.uses(t, 20*time.Second, "ipip")
+	x := s.transfer(t)
+	ping := s.pod.Stream(s.other.IPv4(), 10*time.Millisecond)
+	for _, paths := range []string{"udp, ipip", "ipip", "udp"} {
+		writePaths(s.a, paths)
+		writePaths(s.b, paths)
+		for _, ag := range []*hosts.Agent{s.first, s.second} {
+			out, errs, code := ag.Tulle("reload")
+			if code != 0 {
+				t.Fatalf("reload: %d %s%s", code, out, errs)
+			}
+			contains(t, "tulle reload", out, "paths")
+		}
+		first, _, _ := strings.Cut(paths, ",")
+		s.uses(t, 10*time.Second, first)
+		x.progress(t, 10*time.Second)
+	}
+	sent, lost := ping.Stop()
+	if lost > 0 || sent < 100 {
+		t.Errorf("%d of %d pings lost over three changes of the order", lost, sent)
+	}
+	t.Logf("the transfer stood still for %v at most", x.stop(t).Round(time.Millisecond))
+}

@@ -1,0 +1,163 @@
+package path
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// The choice's figures.
+const (
+	failAfter  = 3  // unanswered probes in a row that the candidate in use may not have, while another one answers
+	trial      = 5  // answers in a row, one each Busy, before a better candidate is used that never failed in use
+	trialMost  = 60 // to which the trial grows: it doubles with each failure in use
+	forgive    = 10 * time.Minute
+	leaveAfter = 3 * time.Second // a candidate that is not in the order any more is left, answers or not
+)
+
+// choice is which of a peer's candidates carries its packets.
+//
+//	                   fails, and another one answers:
+//	                   the best of those that do
+//	┌────────────────┐ ───────────────────────────────▶ ┌──────────────────┐
+//	│ the best is    │                                  │ a lesser one is  │ ─┐ fails, and
+//	│ in use         │ ◀─────────────────────────────── │ in use           │ ◀┘ another answers
+//	└────────────────┘  a better one has passed its     └──────────────────┘
+//	                    trial, and its path MTU is known;
+//	                    after a change of the order: it has answered
+//
+// A candidate in use fails when failAfter of its probes in a row stay unanswered (one,
+// if it is down or has never answered) while another candidate answers one that was
+// sent no earlier than these. So nothing fails when a host stands still, which holds up
+// all answers, nor when the whole peer is gone. Each loss of the candidate in use makes
+// a probe of every other one due, so that what is known of those is fresh.
+//
+// Hysteresis: a better candidate has to answer trial probes in a row, and the trial
+// doubles each time that the candidate fails in use, up to trialMost. It is short again
+// for one that has been up for as long as forgive.
+type choice struct {
+	order  []encap.Mode // best first
+	active encap.Mode   // one of order, but for a moment after that has changed
+	since  time.Time    // of active
+	why    string       // active was chosen; empty if it is the first of order from the start
+
+	reordered time.Time           // of the last change of order; zero after leaveAfter
+	trials    [encap.NumModes]int // answers in a row that the candidate needs after it has failed in use; 0: it never did
+}
+
+// setOrder takes over the order of preference, and reports whether it is another one
+// than before. The candidate in use stays in use until a better one has answered.
+func (c *choice) setOrder(now time.Time, order []encap.Mode) bool {
+	switch {
+	case slices.Equal(order, c.order):
+		return false
+	case c.order == nil:
+		c.active, c.since = order[0], now
+	default:
+		c.reordered = now
+	}
+	c.order = slices.Clone(order)
+	return true
+}
+
+// has reports that m is a candidate.
+func (c *choice) has(m encap.Mode) bool { return slices.Contains(c.order, m) }
+
+// rank is the place of m in the order; one that is not in it comes last.
+func (c *choice) rank(m encap.Mode) int {
+	if i := slices.Index(c.order, m); i >= 0 {
+		return i
+	}
+	return len(c.order)
+}
+
+// climbs reports that m is better than what is in use, and is watched for that reason.
+func (c *choice) climbs(m encap.Mode) bool { return c.rank(m) < c.rank(c.active) }
+
+// decide looks at the candidates' states, and reports whether another one is used from
+// now on.
+func (c *choice) decide(now time.Time, paths *[encap.NumModes]*State) bool {
+	if m, ok := c.better(now, paths); ok {
+		why := "it has answered everything since " + clock(now, paths[m].since)
+		if !c.reordered.IsZero() {
+			why = "the order of preference has changed"
+		}
+		c.use(now, m, why)
+		return true
+	}
+	for _, m := range c.order {
+		if m == c.active || !c.outlives(paths[m], paths[c.active]) {
+			continue
+		}
+		old := c.active
+		c.use(now, m, fmt.Sprintf("%s does not answer", old))
+		c.fail(now, old, paths[old])
+		return true
+	}
+	if !c.reordered.IsZero() && now.Sub(c.reordered) >= leaveAfter {
+		c.reordered = time.Time{}
+		if c.rank(c.active) == len(c.order) {
+			c.use(now, c.order[0], "the order of preference has changed")
+			return true
+		}
+	}
+	return false
+}
+
+// next is when decide has something to do though nothing happens.
+func (c *choice) next() (time.Time, bool) { return c.reordered.Add(leaveAfter), !c.reordered.IsZero() }
+
+// better finds the best candidate that is above what is in use and may take its place.
+func (c *choice) better(now time.Time, paths *[encap.NumModes]*State) (encap.Mode, bool) {
+	for _, m := range c.order[:c.rank(c.active)] {
+		st := paths[m]
+		if !st.up || st.misses > 0 || !st.pmtu.settled() {
+			continue
+		}
+		need := c.need(now, m, st)
+		if !c.reordered.IsZero() && c.trials[m] == 0 && !st.answeredSent.Before(c.reordered) {
+			need = 1
+		}
+		if st.streak() >= need && now.Sub(st.since) >= time.Duration(need-1)*st.cfg.Busy {
+			return m, true
+		}
+	}
+	return 0, false
+}
+
+// need is how many answers in a row m needs to be used.
+func (c *choice) need(now time.Time, m encap.Mode, st *State) int {
+	if c.trials[m] == 0 || st.up && now.Sub(st.since) >= forgive {
+		return trial
+	}
+	return c.trials[m]
+}
+
+// outlives reports that in use fails while other answers.
+func (c *choice) outlives(other, inUse *State) bool {
+	n := failAfter
+	if !inUse.up {
+		n = 1
+	}
+	if !other.up || other.misses > 0 || inUse.misses < n {
+		return false
+	}
+	first := inUse.missSent[n-1] // of the probes that count
+	return !first.Before(other.upSent) && !other.answeredSent.Before(first)
+}
+
+func (c *choice) use(now time.Time, m encap.Mode, why string) {
+	c.active, c.since, c.why = m, now, why
+}
+
+// fail notes that m has failed in use.
+func (c *choice) fail(now time.Time, m encap.Mode, st *State) {
+	if !st.lastAnswer.IsZero() {
+		c.trials[m] = min(2*c.need(now, m, st), trialMost)
+	}
+	if st.up {
+		st.fail(now, fmt.Sprintf("%d probes unanswered, while %s answers", st.misses, c.active))
+	}
+}

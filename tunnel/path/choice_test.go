@@ -1,0 +1,304 @@
+package path
+
+import (
+	"fmt"
+	"math/rand/v2"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// fabric is the network between this host and one peer, as a Schedule meets it: each encapsulation passes or does not.
+type fabric struct {
+	s      *Schedule
+	now    time.Time
+	blocks [encap.NumModes]bool
+	lose   func(encap.Mode) bool // nil: nothing
+	held   time.Time             // answers arrive no earlier: one of the hosts stands still
+	busy   bool                  // packets are exchanged all the time
+	rtt    time.Duration
+
+	flying   []answer
+	packets  uint64
+	traffic  time.Time // when Traffic is told next
+	switches []Switch
+	at       []time.Time // of the switches
+}
+
+type answer struct {
+	at    time.Time
+	m     encap.Mode
+	nonce uint64
+	size  int
+}
+
+const far = "far" // the peer
+
+func newFabric(seed uint64, order ...encap.Mode) *fabric {
+	f := &fabric{s: NewSchedule(rand.New(rand.NewPCG(seed, 1))), now: epoch, traffic: epoch, busy: true, rtt: 10 * time.Millisecond}
+	f.order(order...)
+	return f
+}
+
+// order hands the order of preference over.
+func (f *fabric) order(order ...encap.Mode) {
+	var list []Candidate
+	for _, m := range order {
+		list = append(list, Candidate{Mode: m, Max: 1472, Needs: "the port of " + m.String()})
+	}
+	f.s.SetPeers(f.now, map[string][]Candidate{far: list})
+}
+
+func (f *fabric) run(d time.Duration) {
+	for end := f.now.Add(d); ; {
+		r := f.s.Look(f.now)
+		for _, p := range r.Probes {
+			if !f.blocks[p.Mode] && (f.lose == nil || !f.lose(p.Mode)) {
+				f.flying = append(f.flying, answer{f.now.Add(f.rtt), p.Mode, p.Nonce, p.Size})
+			}
+		}
+		for _, sw := range r.Switches {
+			f.switches, f.at = append(f.switches, sw), append(f.at, f.now)
+		}
+		next, arrives := earlier(r.Next, f.traffic), -1
+		for i, a := range f.flying {
+			if at := later(a.at, f.held); !next.Before(at) {
+				next, arrives = at, i
+			}
+		}
+		if next.After(end) {
+			f.now = end
+			return
+		}
+		f.now = later(next, f.now)
+		switch {
+		case arrives >= 0:
+			a := f.flying[arrives]
+			f.flying = append(f.flying[:arrives], f.flying[arrives+1:]...)
+			f.s.Answered(f.now, far, a.m, a.nonce, a.size)
+		case !f.now.Before(f.traffic):
+			f.traffic = f.now.Add(time.Second)
+			if f.busy {
+				f.packets++
+			}
+			f.s.Traffic(f.now, far, f.packets, f.packets)
+		}
+	}
+}
+
+func later(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return b
+	}
+	return a
+}
+
+func (f *fabric) inUse() encap.Mode {
+	m, _ := f.s.Chosen(far)
+	return m
+}
+
+func (f *fabric) words(m encap.Mode) string {
+	st, _ := f.s.Status(f.now, far, m)
+	return st.Words
+}
+
+// within lets time pass until m is used, and returns how long that took; more than limit fails the test.
+func (f *fabric) within(t interface {
+	Helper()
+	Fatalf(string, ...any)
+}, limit time.Duration, m encap.Mode) time.Duration {
+	t.Helper()
+	start := f.now
+	for f.inUse() != m {
+		if f.now.Sub(start) > limit {
+			t.Fatalf("%s is in use after %v, want %s", f.inUse(), limit, m)
+		}
+		f.run(10 * time.Millisecond)
+	}
+	return f.now.Sub(start)
+}
+
+// detection is how long a busy path may take to be left: a second to the next probe, and three at the fast rate.
+const detection = time.Second + 3*250*time.Millisecond + 100*time.Millisecond
+
+func TestFirstInOrderIsUsed(t *testing.T) {
+	f := newFabric(1, encap.VXLAN, encap.UDP, encap.IPIP)
+	f.run(time.Hour)
+	if f.inUse() != encap.VXLAN || len(f.switches) > 0 {
+		t.Errorf("in use %s, switches %v", f.inUse(), f.switches)
+	}
+	if got := f.words(encap.VXLAN); got != "answers" {
+		t.Errorf("in use: %q", got)
+	}
+	if got := f.words(encap.UDP); got != "answers; vxlan is preferred" {
+		t.Errorf("not in use: %q", got)
+	}
+}
+
+func TestFilteredFromTheStart(t *testing.T) {
+	f := newFabric(1, encap.IPIP, encap.UDP)
+	f.blocks[encap.IPIP] = true
+	f.within(t, 1100*time.Millisecond, encap.UDP)
+	f.run(10 * time.Second)
+	want := "no answer yet, udp works: the port of ipip is filtered on the way"
+	if got := f.words(encap.IPIP); got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	if got := f.words(encap.UDP); got != "answers; ipip: "+want {
+		t.Errorf("in use: %q", got)
+	}
+}
+
+func TestFailsOverAndClimbsBack(t *testing.T) {
+	f := newFabric(1, encap.IPIP, encap.UDP)
+	f.run(time.Minute)
+	f.blocks[encap.IPIP] = true
+	f.within(t, detection, encap.UDP)
+	f.run(30 * time.Second)
+	f.s.Heard(f.now, far, encap.IPIP)
+	want := "no answer since 00:00:59, udp works: the port of ipip is filtered on the way from here to there"
+	if got := f.words(encap.IPIP); got != want {
+		t.Errorf("%q, want %q", got, want)
+	}
+	f.blocks[encap.IPIP] = false
+	f.run(11 * time.Second) // the probe that finds it
+	if f.inUse() != encap.UDP || !strings.Contains(f.words(encap.IPIP), "it is used after 10 answers in a row") {
+		t.Errorf("in use %s, ipip %q", f.inUse(), f.words(encap.IPIP))
+	}
+	f.within(t, 11*time.Second, encap.IPIP)
+	if len(f.switches) != 2 {
+		t.Errorf("switches: %v", f.switches)
+	}
+}
+
+func TestIdlePeerFailsOver(t *testing.T) {
+	f := newFabric(1, encap.IPIP, encap.UDP)
+	f.busy = false
+	f.run(5 * time.Minute)
+	f.blocks[encap.IPIP] = true
+	f.within(t, 36*time.Second+detection, encap.UDP)
+}
+
+// A host that stands still, or a peer that is gone, is no reason to go another way.
+func TestOnlyComparisonFails(t *testing.T) {
+	f := newFabric(1, encap.IPIP, encap.UDP)
+	f.run(time.Minute)
+	f.held = f.now.Add(2500 * time.Millisecond)
+	f.run(time.Minute)
+	f.blocks[encap.IPIP], f.blocks[encap.UDP] = true, true
+	f.run(time.Minute)
+	if len(f.switches) > 0 || f.s.Answering(far) {
+		t.Fatalf("switches %v", f.switches)
+	}
+	f.blocks[encap.UDP] = false // and comes back changed
+	f.within(t, 12*time.Second, encap.UDP)
+}
+
+// A preferred path that comes and goes is used less and less.
+func TestFlapping(t *testing.T) {
+	f := newFabric(1, encap.IPIP, encap.UDP)
+	for range 45 {
+		f.run(50 * time.Second)
+		f.blocks[encap.IPIP] = true
+		f.run(30 * time.Second)
+		f.blocks[encap.IPIP] = false
+	}
+	if n := len(f.switches); n < 2 || n > 8 { // trials of 5, 10, 20 and 40 fit between two failures, 60 does not
+		t.Errorf("%d switches in an hour", n)
+	}
+	f.blocks[encap.IPIP] = false
+	f.within(t, 2*time.Minute, encap.IPIP)
+}
+
+func TestReorder(t *testing.T) {
+	f := newFabric(1, encap.UDP, encap.IPIP)
+	f.run(time.Minute)
+	f.order(encap.IPIP, encap.UDP)
+	f.within(t, 200*time.Millisecond, encap.IPIP)
+	f.order(encap.VXLAN) // which nobody has tried yet
+	if f.inUse() != encap.IPIP {
+		t.Fatal("ipip is left before vxlan has answered")
+	}
+	f.within(t, 200*time.Millisecond, encap.VXLAN)
+	if _, ok := f.s.Info(far, encap.IPIP); ok {
+		t.Error("ipip is still probed")
+	}
+	f.blocks[encap.UDP] = true
+	f.order(encap.UDP, encap.VXLAN)
+	f.run(10 * time.Second)
+	if f.inUse() != encap.VXLAN {
+		t.Errorf("%s is used, which does not answer", f.inUse())
+	}
+	f.order(encap.UDP) // pinned, whether it works or not
+	f.within(t, 3100*time.Millisecond, encap.UDP)
+}
+
+// Losses of no more than two probes in a row, of all candidates in any pattern, do not make the choice flap.
+func TestBelowTheThresholdNothingMoves(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		f := newFabric(rapid.Uint64().Draw(t, "seed"), encap.UDP, encap.VXLAN, encap.IPIP)
+		f.busy = rapid.Bool().Draw(t, "busy")
+		f.rtt = time.Duration(rapid.Int64Range(1, 200e6).Draw(t, "rtt"))
+		f.run(10 * time.Second)
+		coin := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "coin"), 1))
+		share := rapid.Float64Range(0, 1).Draw(t, "share")
+		var row [encap.NumModes]int
+		f.lose = func(m encap.Mode) bool {
+			if row[m] < failAfter-1 && coin.Float64() < share {
+				row[m]++
+				return true
+			}
+			row[m] = 0
+			return false
+		}
+		f.run(5 * time.Minute)
+		if len(f.switches) > 0 {
+			t.Fatalf("switches: %v", f.switches)
+		}
+	})
+}
+
+// While some candidate answers all the time, one that answers is used: within the time of detection if one that was up
+// before does, else within the time between two probes of a path that is down. Where nothing changes, nothing moves.
+func TestAWorkingCandidateIsUsed(t *testing.T) {
+	rapid.Check(t, func(t *rapid.T) {
+		modes := []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP}
+		order := rapid.Permutation(modes).Draw(t, "order")
+		f := newFabric(rapid.Uint64().Draw(t, "seed"), order...)
+		f.rtt = time.Duration(rapid.Int64Range(1, 50e6).Draw(t, "rtt"))
+		f.run(time.Minute)
+		for i := range rapid.IntRange(1, 12).Draw(t, "changes") {
+			works := rapid.SampledFrom(modes).Draw(t, fmt.Sprint("works ", i))
+			limit := 12 * time.Second
+			if was, _ := f.s.Info(far, works); was.Up && !f.blocks[works] {
+				limit = detection + 2*f.rtt
+			}
+			for _, m := range modes {
+				f.blocks[m] = m != works && rapid.Bool().Draw(t, m.String())
+			}
+			f.run(limit)
+			if f.blocks[f.inUse()] {
+				t.Fatalf("%s is used after %v, and does not work; %s works: %s", f.inUse(), limit, works, f.words(works))
+			}
+			f.run(4 * time.Minute) // longer than the longest trial
+			before := len(f.switches)
+			f.run(time.Minute)
+			for _, m := range order {
+				if !f.blocks[m] {
+					if f.inUse() != m {
+						t.Fatalf("%s is used, %s works and is better: %s", f.inUse(), m, f.words(m))
+					}
+					break
+				}
+			}
+			if len(f.switches) != before {
+				t.Fatalf("moves though nothing changes: %v", f.switches[before:])
+			}
+		}
+	})
+}

@@ -1,0 +1,123 @@
+package path
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/tulle-net/tulle/tunnel/encap"
+)
+
+// Status is what is known of one candidate, and what the choice makes of it.
+type Status struct {
+	Mode   encap.Mode
+	Active bool // packets to the peer go this way
+	Info
+	Words string // why it is in this state, and why it is or is not in use
+}
+
+// Chosen is how packets to a peer go; ok is false for a peer that is not probed.
+func (s *Schedule) Chosen(id string) (m encap.Mode, ok bool) {
+	if p := s.peers[id]; p != nil {
+		return p.choice.active, true
+	}
+	return 0, false
+}
+
+// Info is what is known of one path; ok is false for one that is not probed.
+func (s *Schedule) Info(id string, m encap.Mode) (i Info, ok bool) {
+	if p := s.peers[id]; p != nil && p.paths[m] != nil {
+		return p.paths[m].Snapshot(), true
+	}
+	return Info{}, false
+}
+
+// Answering reports whether any path to the peer is up.
+func (s *Schedule) Answering(id string) bool {
+	p := s.peers[id]
+	return p != nil && len(p.answering()) > 0
+}
+
+// Status is what is known of one candidate; ok is false for one that is not probed.
+func (s *Schedule) Status(now time.Time, id string, m encap.Mode) (st Status, ok bool) {
+	p := s.peers[id]
+	if p == nil || p.paths[m] == nil {
+		return Status{}, false
+	}
+	return Status{Mode: m, Active: m == p.choice.active, Info: p.paths[m].Snapshot(), Words: p.words(now, m)}, true
+}
+
+// answering are the candidates that are up, best first.
+func (p *peer) answering() (up []encap.Mode) {
+	for _, m := range p.choice.order {
+		if p.paths[m].up {
+			up = append(up, m)
+		}
+	}
+	return up
+}
+
+// words explains a candidate.
+func (p *peer) words(now time.Time, m encap.Mode) string {
+	st, active := p.paths[m], p.choice.active
+	switch {
+	case m != active && !st.up:
+		return p.silent(now, m)
+	case m != active && p.choice.climbs(m):
+		return p.onTrial(now, m)
+	case m != active:
+		return fmt.Sprintf("answers; %s is preferred", active)
+	case !st.up:
+		return p.silent(now, m)
+	}
+	text := []string{"answers"}
+	for _, better := range p.choice.order[:p.choice.rank(m)] {
+		if p.paths[better].up {
+			text = append(text, fmt.Sprintf("%s %s", better, p.onTrial(now, better)))
+		} else {
+			text = append(text, fmt.Sprintf("%s: %s", better, p.silent(now, better)))
+		}
+	}
+	return strings.Join(text, "; ")
+}
+
+// onTrial explains a better candidate that answers and is not used yet.
+func (p *peer) onTrial(now time.Time, m encap.Mode) string {
+	st := p.paths[m]
+	return fmt.Sprintf("answers since %s: it is used after %d answers in a row, now %d", clock(now, st.since), p.choice.need(now, m, st), st.streak())
+}
+
+// silent explains a candidate that does not answer, by what the others do.
+func (p *peer) silent(now time.Time, m encap.Mode) string {
+	st := p.paths[m]
+	text := "no answer yet"
+	if !st.lastAnswer.IsZero() {
+		text = "no answer since " + clock(now, st.lastAnswer)
+	}
+	up := p.answering()
+	if len(up) == 0 {
+		return fmt.Sprintf("%s (%d probes)", text, st.probed)
+	}
+	works := up[0]
+	if p.paths[p.choice.active].up {
+		works = p.choice.active
+	}
+	text += fmt.Sprintf(", %s works", works)
+	if st.misses < failAfter {
+		return text
+	}
+	text += fmt.Sprintf(": %s is filtered on the way", p.wanted[m].Needs)
+	// The peer's own probes arrive, ours or their answers do not.
+	if h := p.heard[m]; h.After(st.lastAnswer) && now.Sub(h) <= 2*st.cfg.MaxRetry {
+		text += " from here to there"
+	}
+	return text
+}
+
+// clock is the time of day, with the date if that is not of the last 24 hours.
+func clock(now, t time.Time) string {
+	if now.Sub(t) < 24*time.Hour {
+		return t.Format("15:04:05")
+	}
+	return t.Format("Jan 2 15:04")
+}

@@ -52,6 +52,7 @@ func labCommand() *cobra.Command {
 type labFlags struct {
 	nodes, subnets, pods, mtu int
 	underlay, overlay, paths  string
+	wire                      string
 	agentArgs                 []string
 	timeout                   time.Duration
 }
@@ -63,11 +64,19 @@ func (f *labFlags) add(cmd *cobra.Command) {
 	fl.IntVar(&f.subnets, "subnets", 2, "number of subnets behind the router")
 	fl.IntVar(&f.pods, "pods", 1, "number of pods on each host")
 	fl.IntVar(&f.mtu, "mtu", 1500, "MTU of the links between hosts, bytes")
+	addWire(cmd, &f.wire)
 	fl.StringVar(&f.underlay, "underlay", "4,6", "IP families between hosts: 4, 6 or both")
 	fl.StringVar(&f.overlay, "overlay", "4,6", "IP families of pods: 4, 6 or both")
 	fl.StringVar(&f.paths, "paths", "", "the agents' --paths: encapsulations in order of preference; one name pins it")
 	fl.StringArrayVar(&f.agentArgs, "agent-arg", nil, "additional argument for every agent, such as --agent-arg=--log-level=debug; repeatable")
 	fl.DurationVar(&f.timeout, "timeout", time.Minute, "how long to wait for agents and pods")
+}
+
+// addWire adds --wire.
+func addWire(cmd *cobra.Command, wire *string) {
+	cmd.Flags().StringVar(wire, "wire", string(lab.WireCut),
+		"what the links between hosts carry: frames of the MTU, as between NICs (cut), or super-packets of 64 KiB (whole)")
+	_ = cmd.RegisterFlagCompletionFunc("wire", cobra.FixedCompletions(lab.Wires(), cobra.ShellCompDirectiveNoFileComp))
 }
 
 func (f *labFlags) options(name string) (lab.Options, error) {
@@ -96,7 +105,7 @@ func (f *labFlags) options(name string) (lab.Options, error) {
 	}
 	o := lab.Options{
 		Name: name, Nodes: f.nodes, Subnets: f.subnets, Pods: pods, MTU: f.mtu, Underlay: under, Overlay: over,
-		Paths: f.paths, ExtraAgentArgs: f.agentArgs, Timeout: f.timeout,
+		Paths: f.paths, Wire: lab.Wire(f.wire), ExtraAgentArgs: f.agentArgs, Timeout: f.timeout,
 	}
 	if err := o.Validate(); err != nil {
 		return o, usageError{err}

@@ -61,7 +61,7 @@ func (l *Lab) DirectRoutes(ctx context.Context) (undo func() error, err error) {
 				case !via.IsValid():
 					return nil, fmt.Errorf("no direct route to %v: the lab's underlay lacks its family", a)
 				case at.Name == Router:
-					dev = bridgeName(owner.Subnet)
+					dev = gatewayName(owner.Subnet)
 				case at.Subnet != owner.Subnet:
 					via = pick(underlayAddrs(at.Subnet, routerHost, l.st.Options.Underlay), a.Is6())
 				}

@@ -3,10 +3,12 @@
 // and the benchmarks use it.
 //
 //	   subnet 1 192.168.1.0/24      NAME-r        subnet 2 192.168.2.0/24
-//	NAME-h1 eth0 ──┐          ┌── br1  br2 ──┐         ┌── eth0 NAME-h3
-//	NAME-h2 eth0 ──┴─ ports ──┘    router    └─ ports ─┘
+//	NAME-h1 eth0 ──┐         ┌── gw1  gw2 ──┐         ┌── eth0 NAME-h3
+//	NAME-h2 eth0 ──┴── br1 ──┘    router    └── br2 ──┘
 //	   │ veth-p1a
 //	NAME-p1a eth0 (/32, next hop 169.254.1.1 as Calico does)
+//
+// The links between hosts carry frames of the MTU, as between NICs, unless Options.Wire says otherwise.
 //
 // Everything is done by netlink; no `ip`, no `nft` and no `ping` binary runs. Nothing is made in the machine's own network
 // namespace: devices live and die with the lab's namespaces, so that labs cannot collide as long as their names differ.

@@ -26,6 +26,9 @@ const splitTable = "tulle-lab-split"
 // Packets get their sender's group as mark where they come in from its port, and are dropped where they would leave through
 // the port of a host of another group. What the router itself says (mark 0) reaches everybody.
 func (l *Lab) Split(groups ...[]string) error {
+	if err := l.errStraight(); err != nil {
+		return err
+	}
 	group := map[string]uint32{}
 	for i, g := range groups {
 		for _, name := range g {
@@ -109,7 +112,8 @@ func (l *Lab) Unplug(host string) error { return l.port(host, (*sys.Netlink).Lin
 func (l *Lab) Plug(host string) error { return l.port(host, (*sys.Netlink).LinkSetUp) }
 
 func (l *Lab) port(host string, set func(*sys.Netlink, netlink.Link) error) error {
-	if _, err := l.Host(host); err != nil {
+	at, err := l.Host(host)
+	if err != nil {
 		return err
 	}
 	h, err := sys.OpenNetlink(sys.NetnsPath(l.netnsName(Router)))
@@ -117,7 +121,7 @@ func (l *Lab) port(host string, set func(*sys.Netlink, netlink.Link) error) erro
 		return err
 	}
 	defer h.Close()
-	link, err := h.LinkByName(host)
+	link, err := h.LinkByName(l.portName(&at))
 	if err != nil {
 		return fmt.Errorf("find the port of %s: %w", host, err)
 	}

@@ -345,14 +345,14 @@ func TestRouterKeepsItsMAC(t *testing.T) {
 		}
 		return link
 	}
-	before := get(bridgeName(1)).Attrs().HardwareAddr
-	if other := get(bridgeName(2)).Attrs().HardwareAddr; bytes.Equal(before, other) {
+	before := get(gatewayName(1)).Attrs().HardwareAddr
+	if other := get(gatewayName(2)).Attrs().HardwareAddr; bytes.Equal(before, other) {
 		t.Errorf("both bridges have the address %v", other)
 	}
 	if err := h.LinkSetHardwareAddr(get("h1"), net.HardwareAddr{0x02, 0, 0, 0, 0, 1}); err != nil {
 		t.Fatal(err)
 	}
-	if after := get(bridgeName(1)).Attrs().HardwareAddr; !bytes.Equal(before, after) {
+	if after := get(gatewayName(1)).Attrs().HardwareAddr; !bytes.Equal(before, after) {
 		t.Errorf("the router's address changed from %v to %v", before, after)
 	}
 }
@@ -529,7 +529,7 @@ func TestLetters(t *testing.T) {
 
 func TestOptions(t *testing.T) {
 	o, err := Options{}.withDefaults()
-	if err != nil || o.Name != DefaultName || o.Nodes != 3 || o.Subnets != 2 || o.Pods != 1 || o.MTU != 1500 || len(o.ClusterCIDRs) != 2 {
+	if err != nil || o.Name != DefaultName || o.Nodes != 3 || o.Subnets != 2 || o.Pods != 1 || o.MTU != 1500 || o.Wire != WireCut || len(o.ClusterCIDRs) != 2 {
 		t.Errorf("defaults: %+v, %v", o, err)
 	}
 	for _, tc := range []struct {
@@ -544,6 +544,8 @@ func TestOptions(t *testing.T) {
 		{Options{Subnets: 241}, "1 to 240"},
 		{Options{Pods: 251}, "at most 250"},
 		{Options{MTU: 576}, "1280"},
+		{Options{Wire: "bent"}, "use cut or whole"},
+		{Options{Nodes: 3, Straight: true}, "one in each"},
 		{Options{ClusterCIDRs: prefixes("10.0.0.1/16", "fd00::/48")}, "use 10.0.0.0/16"},
 		{Options{ClusterCIDRs: prefixes("192.168.0.0/20", "fd00:1::/48")}, "overlaps 192.168.0.0/16"},
 		{Options{ClusterCIDRs: prefixes("10.0.0.0/16")}, "IPv6"},

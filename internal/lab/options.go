@@ -31,7 +31,7 @@ type Options struct {
 	Name string `json:"name"`
 	// Nodes is the number of hosts, spread round-robin over the subnets. Default 3.
 	Nodes int `json:"nodes"`
-	// Subnets is the number of underlay subnets, each a bridge of the router. Default 2.
+	// Subnets is the number of underlay subnets, each a switch and an interface of the router. Default 2.
 	Subnets int `json:"subnets"`
 	// Pods is the number of pods on each host. Default 1; negative for none.
 	Pods int `json:"pods"`
@@ -43,6 +43,11 @@ type Options struct {
 	ClusterCIDRs []netip.Prefix `json:"cluster_cidrs"`
 	// MTU of the underlay's links in bytes. Default 1500.
 	MTU int `json:"mtu"`
+	// Wire is what these links carry. Default WireCut.
+	Wire Wire `json:"wire"`
+	// Straight wires each host to the router itself, without a switch: the least that a packet can cross, for measuring. There
+	// is one host in each subnet then, and it stays; Split has no place to act.
+	Straight bool `json:"straight"`
 	// Paths is the agents' --paths. Default: the agent's own.
 	Paths string `json:"paths"`
 	// ExtraAgentArgs are appended to the arguments of every agent.
@@ -81,6 +86,7 @@ func (o Options) withDefaults() (Options, error) {
 	o.Subnets = cmpOr(o.Subnets, min(2, max(o.Nodes, 1)))
 	o.Pods = max(cmpOr(o.Pods, 1), 0)
 	o.MTU = cmpOr(o.MTU, 1500)
+	o.Wire = cmpOr(o.Wire, WireCut)
 	o.Timeout = cmpOr(o.Timeout, 60*time.Second)
 	o.Underlay = cmpOr(o.Underlay, DualStack)
 	o.Overlay = cmpOr(o.Overlay, DualStack)
@@ -105,8 +111,13 @@ func (o *Options) validate() error {
 		return fmt.Errorf("%d subnets: a lab has 1 to %d", o.Subnets, maxSubnets)
 	case o.Pods > maxPods:
 		return fmt.Errorf("%d pods on a host: at most %d", o.Pods, maxPods)
+	case o.Straight && o.Nodes != o.Subnets:
+		return fmt.Errorf("%d nodes in %d subnets: without switches there is one in each", o.Nodes, o.Subnets)
 	case o.MTU < 1280 || o.MTU > 65535:
 		return fmt.Errorf("MTU %d: an underlay link has 1280 to 65535 bytes", o.MTU)
+	}
+	if err := o.Wire.validate(); err != nil {
+		return err
 	}
 	for _, f := range []struct {
 		has bool

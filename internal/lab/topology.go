@@ -61,6 +61,9 @@ func (l *Lab) AddHost(ctx context.Context, subnet int) (Host, error) {
 	if subnet < 1 || subnet > l.st.Options.Subnets {
 		return Host{}, fmt.Errorf("lab %s has no subnet %d: it has 1 to %d", l.Name(), subnet, l.st.Options.Subnets)
 	}
+	if err := l.errStraight(); err != nil {
+		return Host{}, err
+	}
 	var h Host
 	err := l.change(func(s *state) {
 		n := 1
@@ -125,6 +128,9 @@ func (l *Lab) ResetHost(ctx context.Context, host string) error {
 
 // cutPower ends a host's agent, its pods and its namespace.
 func (l *Lab) cutPower(ctx context.Context, host string) error {
+	if err := l.errStraight(); err != nil {
+		return err
+	}
 	err := l.StopAgent(ctx, host, sigKill)
 	for _, p := range l.Pods() {
 		if p.Host == host {

@@ -23,8 +23,6 @@ func routerMAC(subnet int) net.HardwareAddr {
 	return net.HardwareAddr{0x02, 0x74, 0x01, 0x00, byte(subnet >> 8), byte(subnet)}
 }
 
-func bridgeName(subnet int) string { return fmt.Sprintf("br%d", subnet) }
-
 // Veth makes a pair, both ends down: name in the namespace of h, peer in the one at peerNS.
 func Veth(h *sys.Netlink, name, peer, peerNS string, mtu int, mac, peerMAC net.HardwareAddr) error {
 	ns, err := os.Open(peerNS)
@@ -42,7 +40,7 @@ func Veth(h *sys.Netlink, name, peer, peerNS string, mtu int, mac, peerMAC net.H
 
 var forwarding = [][2]string{{"ipv4/ip_forward", "1"}, {"ipv6/conf/all/forwarding", "1"}}
 
-// buildRouter makes the router's namespace with a bridge for each subnet.
+// buildRouter makes the router's namespace with a switch for each subnet.
 func (l *Lab) buildRouter(ctx context.Context) error {
 	o := &l.st.Options
 	path := sys.NetnsPath(l.netnsName(Router))
@@ -66,25 +64,9 @@ func (l *Lab) buildRouter(ctx context.Context) error {
 	if _, err := h.LinkUp("lo"); err != nil {
 		return err
 	}
-	for s := 1; s <= o.Subnets; s++ {
-		br := &netlink.Bridge{LinkAttrs: sys.LinkAttrs(bridgeName(s))}
-		br.MTU = o.MTU
-		// Without an address of its own a bridge takes its lowest port's: another host's arrival would change the router's
-		// address, and the neighbours that still send to the old one would lose packets.
-		br.HardwareAddr = routerMAC(s)
-		// A multicast snooping bridge without a querier may drop neighbour solicitations for a while.
-		br.MulticastSnooping = new(bool)
-		if err := h.LinkAdd(br); err != nil {
-			return fmt.Errorf("make bridge %s: %w", br.Name, err)
-		}
-		link, err := h.LinkUp(br.Name)
-		if err != nil {
+	for s := 1; s <= o.Subnets && !o.Straight; s++ {
+		if err := l.buildSubnet(ctx, h, s); err != nil {
 			return err
-		}
-		for _, a := range underlayAddrs(s, routerHost, o.Underlay) {
-			if err := h.AddAddress(ctx, link, netip.PrefixFrom(a, underlayBits(a))); err != nil {
-				return err
-			}
 		}
 	}
 	return nil
@@ -92,7 +74,6 @@ func (l *Lab) buildRouter(ctx context.Context) error {
 
 // buildHost makes a host's namespace and plugs it into its subnet.
 func (l *Lab) buildHost(ctx context.Context, host *Host) error {
-	o := &l.st.Options
 	if err := os.MkdirAll(host.Dir, 0o755); err != nil {
 		return err
 	}
@@ -104,19 +85,8 @@ func (l *Lab) buildHost(ctx context.Context, host *Host) error {
 		return err
 	}
 	defer router.Close()
-	if err := Veth(router, host.Name, "eth0", host.Netns, o.MTU, nil, nil); err != nil {
+	if err := l.wireHost(router, host); err != nil {
 		return err
-	}
-	port, err := router.LinkUp(host.Name)
-	if err != nil {
-		return err
-	}
-	bridge, err := router.LinkByName(bridgeName(host.Subnet))
-	if err != nil {
-		return fmt.Errorf("find %s: %w", bridgeName(host.Subnet), err)
-	}
-	if err := router.LinkSetMaster(port, bridge); err != nil {
-		return fmt.Errorf("plug %s into %s: %w", host.Name, bridgeName(host.Subnet), err)
 	}
 	// Forwarding is for the agent to switch on.
 	if err := sysctl(host.Netns, [2]string{"ipv6/conf/eth0/accept_ra", "0"}, sys.NoDAD("eth0")); err != nil {
@@ -130,7 +100,10 @@ func (l *Lab) buildHost(ctx context.Context, host *Host) error {
 	if _, err := h.LinkUp("lo"); err != nil {
 		return err
 	}
-	return l.addressHost(ctx, h, host)
+	if err := l.addressHost(ctx, h, host); err != nil || !l.st.Options.Straight {
+		return err
+	}
+	return l.addressRouter(ctx, router, host.Subnet)
 }
 
 // addressHost brings eth0 up with its addresses and default routes.
@@ -170,7 +143,7 @@ func (l *Lab) waitHosts(ctx context.Context, hosts ...Host) error {
 	for _, h := range hosts {
 		err := WaitUp(ctx, h.Netns, "eth0")
 		if err == nil {
-			err = WaitUp(ctx, sys.NetnsPath(l.netnsName(Router)), h.Name, bridgeName(h.Subnet))
+			err = WaitUp(ctx, sys.NetnsPath(l.netnsName(Router)), l.portName(&h), gatewayName(h.Subnet))
 		}
 		if err != nil {
 			return err

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/tulle-net/tulle/internal/lab"
 )
 
 // AllOptions configure one run of [All]. The zero value of each field except Helper means its default.
@@ -15,6 +17,7 @@ type AllOptions struct {
 	Modes   []string // of [Modes]; default all
 	Rounds  int      // default 5
 	MTU     int      // of the underlay, in bytes; default 1500
+	Wire    lab.Wire // between the hosts; default lab.WireCut
 	Timeout time.Duration
 	// Duration is the counted time of each measure; a warm-up of a third of it comes first. Each trial of the search
 	// for the highest UDP rate takes a quarter of it. Default 2 s.
@@ -38,6 +41,9 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 	if o.MTU == 0 {
 		o.MTU = 1500
 	}
+	if o.Wire == "" {
+		o.Wire = lab.WireCut
+	}
 	if o.Timeout == 0 {
 		o.Timeout = time.Minute
 	}
@@ -55,6 +61,9 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 	}
 	if len(o.Helper) == 0 {
 		return o, errors.New("no command line for helper processes")
+	}
+	if err := o.lab("bench").Validate(); err != nil {
+		return o, err
 	}
 	_, err := chosen(o.Modes)
 	return o, err
@@ -76,14 +85,17 @@ func (o AllOptions) Validate() error {
 
 // AllResult is the result of one run of [All], with the method.
 type AllResult struct {
-	Started  time.Time    `json:"started"`
-	Seconds  float64      `json:"seconds"` // of the whole run
-	Machine  Machine      `json:"machine"`
-	Rounds   int          `json:"rounds"`
-	Duration float64      `json:"duration_s"` // counted time of each measure
-	Warm     float64      `json:"warm_up_s"`
-	Trial    float64      `json:"udp_trial_s"`
-	MTU      int          `json:"mtu"`
+	Started  time.Time `json:"started"`
+	Seconds  float64   `json:"seconds"` // of the whole run
+	Machine  Machine   `json:"machine"`
+	Rounds   int       `json:"rounds"`
+	Duration float64   `json:"duration_s"` // counted time of each measure
+	Warm     float64   `json:"warm_up_s"`
+	Trial    float64   `json:"udp_trial_s"`
+	MTU      int       `json:"mtu"`
+	Wire     lab.Wire  `json:"wire"`
+	// Warnings are reasons not to trust figures.
+	Warnings []string     `json:"warnings"`
 	Notes    []string     `json:"notes"` // on the method
 	Metrics  []Metric     `json:"metrics"`
 	Modes    []ModeResult `json:"modes"`
@@ -114,6 +126,8 @@ type Detail struct {
 	Latency []Latency    `json:"latency"`
 	UDP     []RateSearch `json:"udp"`
 	RSS     uint64       `json:"rss_bytes"` // of the largest process of the tunnel
+	// Crossing is what went through the router while TCP was measured.
+	Crossing lab.Crossing `json:"crossing"`
 }
 
 // Failed reports whether a mode or measure failed that this machine supports.
@@ -135,7 +149,7 @@ func All(ctx context.Context, o AllOptions) (*AllResult, error) {
 	defer manyProcessors()()
 
 	r := &AllResult{
-		Started: time.Now(), Machine: thisMachine(), Rounds: o.Rounds, MTU: o.MTU, Metrics: metrics,
+		Started: time.Now(), Machine: thisMachine(), Rounds: o.Rounds, MTU: o.MTU, Wire: o.Wire, Metrics: metrics,
 		Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(),
 	}
 	run := &allRun{o: o, r: r}
@@ -234,10 +248,17 @@ var measures = []measure{
 
 func takeTCP(streams int) func(context.Context, *AllOptions, *stand, *Detail) error {
 	return func(ctx context.Context, o *AllOptions, s *stand, d *Detail) error {
-		t, err := measureTCP(ctx, &s.ends, streams, o.warm(), o.Duration, s.tunnel.pids)
-		if err == nil {
-			d.TCP = append(d.TCP, t)
+		before, err := s.crossed()
+		if err != nil {
+			return err
 		}
+		t, err := measureTCP(ctx, &s.ends, streams, o.warm(), o.Duration, s.tunnel.pids)
+		if err != nil {
+			return err
+		}
+		d.TCP = append(d.TCP, t)
+		after, err := s.crossed()
+		d.Crossing = d.Crossing.Plus(after.Minus(before))
 		return err
 	}
 }

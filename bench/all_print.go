@@ -6,6 +6,8 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+
+	"github.com/tulle-net/tulle/internal/lab"
 )
 
 func sinceSeconds(t time.Time) float64 { return time.Since(t).Seconds() }
@@ -13,6 +15,11 @@ func sinceSeconds(t time.Time) float64 { return time.Since(t).Seconds() }
 // notes describe the method.
 func notes(o *AllOptions, r *AllResult) []string {
 	n := []string{
+		map[lab.Wire]string{
+			lab.WireCut: "Wire: cut. Links carry frames of the MTU, as between NICs. The sender's CPU cuts super-packets, which a NIC would do for " +
+				"bare TCP and for some tunnels. Receivers join segments (GRO).",
+			lab.WireWhole: "Wire: whole. Links carry super-packets of 64 KiB, which no NIC does. Figures are higher than between machines, most of all without a tunnel and in the kernel's.",
+		}[o.Wire] + " FRAME is the mean frame from sender to receiver during TCP, in bytes.",
 		"Setup: two hosts in two subnets, a router, one pod per host. All are network namespaces on this machine and share its CPUs. " +
 			"Each mode has its own lab; only one mode has traffic at a time.",
 		fmt.Sprintf("Rounds: %d. Each measure is taken for all modes before the next measure begins. Values: median (lowest–highest). "+
@@ -26,12 +33,6 @@ func notes(o *AllOptions, r *AllResult) []string {
 			100*lossAllowed, o.Duration/4, pace),
 		"CPU: all CPU time of the machine during one TCP stream (softirqs, sender and receiver included), without unrelated processes, per 10^9 bytes received.",
 		"Memory: resident set of the larger of the tunnel's two processes at the end of each round.",
-	}
-	if r.Others.Max > 0.05 {
-		n = append(n, fmt.Sprintf("Other processes used up to %.0f %% of the machine just before a round: the figures are too low and noisy.", 100*r.Others.Max))
-	}
-	if r.Steal.Max > 0.02 {
-		n = append(n, fmt.Sprintf("The hypervisor took up to %.0f %% of the machine (steal) during the TCP measures.", 100*r.Steal.Max))
 	}
 	return n
 }
@@ -60,13 +61,29 @@ func metricOf(key string) Metric {
 // nothing is printed where there is no value.
 const nothing = "–"
 
-// Print writes the result as tables for people.
-func (r *AllResult) Print(w io.Writer) error {
+// Print writes the result for people: what it comes to and one table, or if verbose everything.
+func (r *AllResult) Print(w io.Writer, verbose bool) error {
 	p := &tables{w: w}
+	p.glance(r)
+	if verbose {
+		p.everything(r)
+	} else {
+		p.line("-v shows all measures with their spread, ratios and floors, and how it was measured.")
+	}
+	for i := range r.Modes {
+		for _, e := range r.Modes[i].Errors {
+			p.line("%s failed: %s", r.Modes[i].Name, e)
+		}
+	}
+	return p.err
+}
+
+func (p *tables) everything(r *AllResult) {
+	p.line("")
 	p.line("tulle bench all: %d rounds of %s each measure, in %v, begun %s", r.Rounds,
 		time.Duration(r.Duration*float64(time.Second)), (time.Duration(r.Seconds) * time.Second).String(), r.Started.Format(time.RFC3339))
 	m := &r.Machine
-	p.line("Linux %s %s, %d × %s; %s; underlay MTU %d", m.Kernel, m.Arch, m.CPUs, m.CPU, m.Go, r.MTU)
+	p.line("Linux %s %s, %d × %s; %s; underlay MTU %d, wire %s", m.Kernel, m.Arch, m.CPUs, m.CPU, m.Go, r.MTU, r.Wire)
 	for _, n := range r.Notes {
 		p.paragraph("- "+n, "  ")
 	}
@@ -80,12 +97,6 @@ func (r *AllResult) Print(w io.Writer) error {
 		p.ratios(r, to)
 	}
 	p.floors(r)
-	for i := range r.Modes {
-		for _, e := range r.Modes[i].Errors {
-			p.line("%s failed: %s", r.Modes[i].Name, e)
-		}
-	}
-	return p.err
 }
 
 // tables writes to w until the first error.
@@ -130,13 +141,13 @@ func (p *tables) table(rows [][]string) {
 }
 
 func (p *tables) modes(r *AllResult) {
-	rows := [][]string{{"MODE", "MTU", "WHAT"}}
+	rows := [][]string{{"MODE", "MTU", "FRAME", "WHAT"}}
 	for _, m := range r.Modes {
-		mtu, what := fmt.Sprint(m.MTU), m.What
+		mtu, frame, what := fmt.Sprint(m.MTU), digits(m.crossing().FrameBytes()), m.What
 		if m.Missing != "" {
-			mtu, what = nothing, "not measured: "+oneLine(m.Missing)
+			mtu, frame, what = nothing, nothing, "not measured: "+oneLine(m.Missing)
 		}
-		rows = append(rows, []string{m.Name, mtu, what})
+		rows = append(rows, []string{m.Name, mtu, frame, what})
 	}
 	p.table(rows)
 }

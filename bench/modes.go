@@ -187,12 +187,25 @@ type stand struct {
 	ends   Ends
 }
 
+// lab is the lab of a mode: the least that a packet can cross between two hosts in two subnets.
+func (o *AllOptions) lab(name string) lab.Options {
+	return lab.Options{
+		Name: name, Nodes: 2, Subnets: 2, Pods: 1, Straight: true, Wire: o.Wire, MTU: o.MTU, Underlay: lab.IPv4Only, Overlay: lab.IPv4Only,
+		Binary: o.Binary, Replace: true, Timeout: o.Timeout,
+	}
+}
+
+// crossed is what has gone through the router so far, from the sender's host to the receiver's.
+func (s *stand) crossed() (lab.Crossing, error) {
+	hosts := s.lab.Hosts()
+	return s.lab.Crossed(hosts[0].Name, hosts[1].Name)
+}
+
 // build creates a mode's lab and tunnel, and checks that the pods reach each other. If it fails it removes everything.
 func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, error) {
-	l, err := lab.Up(ctx, lab.Options{
-		Name: name, Nodes: 2, Subnets: 2, Pods: 1, MTU: o.MTU, Underlay: lab.IPv4Only, Overlay: lab.IPv4Only,
-		Bare: m.paths == "", Paths: m.paths, Binary: o.Binary, Replace: true, Timeout: o.Timeout,
-	}, nil)
+	lo := o.lab(name)
+	lo.Bare, lo.Paths = m.paths == "", m.paths
+	l, err := lab.Up(ctx, lo, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -4,21 +4,23 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/bench"
+	"github.com/tulle-net/tulle/internal/lab"
 )
 
 const benchAllLong = `Compares the ways to connect two pods: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle with udp and with ipip. Each mode
 has its own lab (two hosts in two subnets, a router, one pod per host). Modes are measured in interleaved rounds. The output
-has medians, extremes, and ratios to the kernel's VXLAN and to wireguard-go. A mode that this kernel does not support is
-listed with the reason. Needs root, and no other programs.`
+begins with the result in one sentence, reasons not to trust it if there are any, and one table of medians and ratios. -v shows
+everything. A mode that this kernel does not support is listed with the reason. Needs root, and no other programs.`
 
 func benchAll() *cobra.Command {
 	o := bench.AllOptions{}
-	output := "table"
+	output, wire, verbose := "table", "", false
 	cmd := &cobra.Command{
 		Use:   "all",
 		Short: "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
@@ -28,9 +30,10 @@ func benchAll() *cobra.Command {
 			"  tulle bench all --modes kernel-vxlan,tulle-udp --rounds 1 --profile /tmp/profile",
 		Args: exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if output != "table" && output != "json" {
-				return usagef("--output %q: want table or json", output)
+			if !slices.Contains([]string{"table", "json", "csv"}, output) {
+				return usagef("--output %q: want table, json or csv", output)
 			}
+			o.Wire = lab.Wire(wire)
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
 			}
@@ -49,14 +52,17 @@ func benchAll() *cobra.Command {
 			if err != nil {
 				return details(cmd, err)
 			}
-			if output == "json" {
+			switch output {
+			case "json":
 				enc := json.NewEncoder(cmd.OutOrStdout())
 				enc.SetIndent("", "  ")
 				enc.SetEscapeHTML(false)
 				err = enc.Encode(r)
-			} else {
+			case "csv":
+				err = r.WriteCSV(cmd.OutOrStdout())
+			default:
 				fmt.Fprintln(cmd.ErrOrStderr())
-				err = r.Print(cmd.OutOrStdout())
+				err = r.Print(cmd.OutOrStdout(), verbose)
 			}
 			if err == nil && r.Failed() {
 				return errUnhealthy
@@ -70,10 +76,12 @@ func benchAll() *cobra.Command {
 	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "counted time of each measure, after a warm-up of a third of it")
 	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all): "+strings.Join(bench.Modes(), ", "))
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay, in `BYTES`")
+	addWire(cmd, &wire)
 	f.StringVar(&o.Profile, "profile", "", "after the rounds, record a CPU profile of each mode into `DIR` with perf")
 	f.StringVar(&o.Name, "name", "bench", "`NAME`: the prefix of the labs' names")
 	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long to wait until agents are ready (default 1m0s)")
-	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table or json")
+	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table, json, or csv with every value of every round")
+	f.BoolVarP(&verbose, "verbose", "v", false, "show all measures with their spread, and how it was measured")
 	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(bench.Modes(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -171,13 +171,20 @@ func (l *Lab) plugIn(router *sys.Netlink, dev string, subnet int) error {
 // Crossing is what has gone through the router from one host toward another one since they were plugged in, in frames as
 // the links count them: a super-packet is one.
 type Crossing struct {
-	InFrames, InBytes   uint64 // as they came from the one
-	OutFrames, OutBytes uint64 // as they went to the other
+	InFrames  uint64 `json:"in_frames"` // as they came from the one
+	InBytes   uint64 `json:"in_bytes"`
+	OutFrames uint64 `json:"out_frames"` // as they went to the other
+	OutBytes  uint64 `json:"out_bytes"`
 }
 
 // Minus is what has gone through since an earlier Crossing.
 func (c Crossing) Minus(before Crossing) Crossing {
 	return Crossing{c.InFrames - before.InFrames, c.InBytes - before.InBytes, c.OutFrames - before.OutFrames, c.OutBytes - before.OutBytes}
+}
+
+// Plus is what has gone through in two spans of time.
+func (c Crossing) Plus(d Crossing) Crossing {
+	return Crossing{c.InFrames + d.InFrames, c.InBytes + d.InBytes, c.OutFrames + d.OutFrames, c.OutBytes + d.OutBytes}
 }
 
 // Cut is how many frames went out for one that came in: 1 on a wire that treats them alike, whatever they are.

@@ -36,7 +36,9 @@ func (d *Detail) values() Round {
 		case 1:
 			r["tcp1_gbps"] = t.Gbps
 			gb := float64(t.Bytes) / 1e9
-			r["cpu_s_per_gb"] = t.CPU.Busy / gb
+			if t.CPU.Busy > 0 { // else others were charged with all that the machine did
+				r["cpu_s_per_gb"] = t.CPU.Busy / gb
+			}
 			r["tunnel_cpu_s_per_gb"] = t.CPU.Agents / gb
 		case 4:
 			r["tcp4_gbps"] = t.Gbps
@@ -93,6 +95,7 @@ var floors = []Floor{
 	{Mode: TulleUDP, Metric: "rtt64_p50_us", To: KernelVXLAN, Bound: 3},
 	{Mode: TulleUDP, Metric: "udp64_kpps", To: KernelVXLAN, Bound: 1.5, AtLeast: true},
 	{Mode: TulleUDP, Metric: "cpu_s_per_gb", To: KernelVXLAN, Bound: 1.4},
+	{Mode: TulleVXLAN, Metric: "tcp1_gbps", To: KernelVXLAN, Bound: 0.95, AtLeast: true},
 	{Mode: TulleIPIP, Metric: "tcp1_gbps", To: WireGuardGo, Bound: 1.2, AtLeast: true},
 	{Mode: TulleIPIP, Metric: "tcp1_gbps", To: KernelVXLAN, Bound: 0.4, AtLeast: true},
 }

@@ -24,6 +24,7 @@ const (
 	KernelWireGuard = "kernel-wireguard"
 	WireGuardGo     = "wireguard-go"
 	TulleUDP        = "tulle-udp"
+	TulleVXLAN      = "tulle-vxlan"
 	TulleIPIP       = "tulle-ipip"
 )
 
@@ -43,6 +44,7 @@ var modes = []mode{
 		return setupWireguardGo(ctx, l, o.Helper)
 	}},
 	{TulleUDP, "a Tulle agent on each host, --paths udp", "udp", setupTulle},
+	{TulleVXLAN, "a Tulle agent on each host, --paths vxlan", "vxlan", setupTulle},
 	{TulleIPIP, "a Tulle agent on each host, --paths ipip", "ipip", setupTulle},
 }
 

@@ -13,7 +13,7 @@ import (
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
-const benchAllLong = `Compares the ways to connect two pods: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle with udp and with ipip. Each mode
+const benchAllLong = `Compares the ways to connect two pods: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle with udp, vxlan and ipip. Each mode
 has its own lab (two hosts in two subnets, a router, one pod per host). Modes are measured in interleaved rounds. The output
 begins with the result in one sentence, reasons not to trust it if there are any, and one table of medians and ratios. -v shows
 everything. A mode that this kernel does not support is listed with the reason. Needs root, and no other programs.`

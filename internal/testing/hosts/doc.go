@@ -29,6 +29,8 @@
 //	a.Run("nft", "add table inet t")                                // any program, in the host's namespaces
 //	a.Do(func() error { … })                                        // any code, in its network namespace
 //	a.ResolvConf("nameserver 10.0.1.53"); a.WriteFile("tulle.yaml", text); a.WipeDisk()
+//	dns := a.DNS("10.0.1.53"); dns.Set("seeds", "10.0.1.11"); dns.Hang(true)
+//	stop := a.Advertise("eth0", "fd00:1::/64", time.Hour)           // router advertisements
 //	first.Stop(); first.Kill(); first = a.Agent(…)                  // on the same disk, with other arguments
 //	first.Status(); first.Problems(); first.Log(); first.Ended(d); first.Tulle("peers")
 //	s := pod.Stream(addr, 10*time.Millisecond); …; sent, lost := s.Stop()

@@ -1,6 +1,9 @@
 package hosts_test
 
 import (
+	"context"
+	"errors"
+	"net"
 	"net/netip"
 	"os"
 	"strings"
@@ -92,5 +95,64 @@ func TestHost(t *testing.T) {
 	agent := c.Agent("--pod-cidr", "nonsense")
 	if code, log := agent.Ended(10 * time.Second); code == 0 || !strings.Contains(log, "nonsense") {
 		t.Errorf("an agent with a wrong flag ended with %d: %s", code, log)
+	}
+}
+
+// TestNamesAndAdvertisements: an agent that finds its seed by a name server, at an address that a router has advertised.
+func TestNamesAndAdvertisements(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw := n.Switch()
+	router, a, b := n.Host("router"), n.Host("a"), n.Host("b")
+	router.Plug(sw, "eth0", "10.0.1.53/24")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	dns := router.DNS("10.0.1.53")
+	b.ResolvConf("nameserver 10.0.1.53", "options timeout:1 attempts:1")
+	resolve := func() ([]string, error) {
+		r := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (c net.Conn, err error) {
+			err = b.Do(func() (err error) {
+				c, err = (&net.Dialer{}).DialContext(ctx, "udp", "10.0.1.53:53")
+				return err
+			})
+			return c, err
+		}}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		return r.LookupHost(ctx, "seed.example.")
+	}
+	notFound := func() bool {
+		_, err := resolve()
+		e, ok := errors.AsType[*net.DNSError](err)
+		return ok && e.IsNotFound
+	}
+	if !notFound() {
+		t.Error("a name that nobody has set exists")
+	}
+	dns.Set("seed.example", "10.0.1.11", "fd00:1::11")
+	if got, err := resolve(); err != nil || len(got) != 2 {
+		t.Errorf("seed.example is %v, %v", got, err)
+	}
+	for _, fault := range []func(bool){dns.Fail, dns.Hang} {
+		fault(true)
+		if got, err := resolve(); err == nil || notFound() {
+			t.Errorf("seed.example is %v, %v", got, err)
+		}
+		fault(false)
+	}
+
+	router.Sysctl("net.ipv6.conf.all.forwarding", "1")
+	stop := router.Advertise("eth0", "fd00:1::/64", time.Hour)
+	hosts.Within(t, 10*time.Second, "b has an advertised address and a default route", func() error {
+		if out := b.Run("ip", "-6", "addr", "show", "dev", "eth0") + b.Run("ip", "-6", "route"); !strings.Contains(out, "fd00:1::") || !strings.Contains(out, "default via fe80::") {
+			return errors.New(out)
+		}
+		return nil
+	})
+	stop()
+	a.Agent("--bootstrap", "--underlay", "10.0.1.11").Ready(20 * time.Second)
+	b.Agent("--join", "seed.example", "--underlay", "10.0.1.12").Ready(20 * time.Second)
+	if dns.Asked() == 0 {
+		t.Error("nobody asked the name server")
 	}
 }

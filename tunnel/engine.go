@@ -9,7 +9,6 @@ import (
 	"net/netip"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -68,6 +67,7 @@ type Engine struct {
 	socks  []*underlay.Socket // all of them, to close
 	out    []*underlay.Socket // those that only send: their error queues are drained by a timer
 	prober prober
+	relays relays // of the error queues
 
 	noVXLAN error // why there is no socket for vxlan
 }
@@ -92,6 +92,7 @@ func (e *Engine) open() error {
 	for _, q := range queues {
 		e.tx = append(e.tx, e.newTxWorker(q))
 	}
+	e.relays.icmp = &icmpWriter{e: e, tun: newTunWriter(queues[0])}
 	for _, a := range e.cfg.Underlay {
 		if err := e.openFamily(a); err != nil {
 			return err
@@ -327,45 +328,6 @@ func (e *Engine) Update(local Local, peers []Peer) {
 	}))
 	e.states = keep
 	// Workers load the tables when they wake and with each batch; those that sleep now have nothing looked up in the old ones.
-}
-
-// errorsEvery is how often the error queues of sockets that only send are looked into.
-const errorsEvery = time.Second
-
-// watchErrors drains the error queues of the sending sockets, where ICMP errors about what they sent arrive.
-func (e *Engine) watchErrors(ctx context.Context) {
-	tick := time.NewTicker(errorsEvery)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick.C:
-			for _, s := range e.out {
-				e.drainErrors(s)
-			}
-		}
-	}
-}
-
-// drainErrors takes the ICMP errors off a socket, and this host's own. Only "too big" is of use: it may lower a peer's path MTU.
-// Nothing else is believed: anybody may send an ICMP error, and a peer is down only when its probes stay unanswered.
-func (e *Engine) drainErrors(s errorQueue) {
-	f := e.fwd.Load()
-	_, err := s.DrainErrors(func(u underlay.Err) {
-		if !u.Local {
-			e.stats.icmpReceived.Add(1)
-		}
-		if u.Errno != unix.EMSGSIZE || e.cfg.PathMTU == nil {
-			return
-		}
-		if t := f.sources[u.Dest.Addr()]; t != nil {
-			e.cfg.PathMTU(t.id, mtu.Link(u.Info))
-		}
-	})
-	if err != nil {
-		e.stats.noteSendError(err)
-	}
 }
 
 // sent accounts for one batch. err is about the socket itself.

@@ -60,7 +60,20 @@ func (w *icmpWriter) answer(f *forwarding, pkt []byte, kind header.ICMPKind, mtu
 	if !src.IsValid() || !w.allow(in.Src, time.Now()) {
 		return
 	}
-	w.buf = header.AppendICMPError(w.buf[:0], pkt, src, kind, mtu)
+	w.send(header.AppendICMPError(w.buf[:0], pkt, src, kind, mtu))
+}
+
+// relay tells the source of an inner packet, of which quote is the beginning, what a router said about the outer one.
+func (w *icmpWriter) relay(f *forwarding, quote []byte, in *header.Inner, kind header.ICMPKind) {
+	src := f.tun[outer(in.Version == 6)]
+	if src.IsValid() && w.allow(in.Src, time.Now()) {
+		w.send(header.AppendRelayedError(w.buf[:0], quote, src, kind))
+	}
+}
+
+// send writes an error, if there is one.
+func (w *icmpWriter) send(pkt []byte) {
+	w.buf = pkt
 	if len(w.buf) == 0 {
 		return
 	}

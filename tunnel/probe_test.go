@@ -2,6 +2,7 @@ package tunnel
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -158,6 +159,80 @@ func TestForgedProbes(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What routers say about outer packets reaches the pods that sent the inner ones (RFC 2003 §4): no route, host unreachable and a
+// loop, also where the router quotes less than the whole packet. What the peer's own host says does not, nor does an error about
+// what nobody here can have sent, or about a probe.
+func TestUnreachableIsRelayed(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		a, b := startPair(t, l)
+		features(t, a.ns, "eth0", false, featureChecksum)
+		host, out := a.tap(t, "tun0"), b.tap(t, "eth0").toward(a.ns, "eth0")
+		router := underlayOf(l.underlay6, 50)
+		lastHop := [][2]byte{{header.ICMPv4TimeExceeded}, {header.ICMPv6TimeExceeded}}[outer(l.underlay6)]
+		noPort := [][2]byte{{header.ICMPv4DstUnreachable, 3}, {header.ICMPv6DstUnreachable, 4}}[outer(l.underlay6)]
+		for f := range 2 {
+			codes := [2][2]byte{{header.ICMPv4CodeNet, header.ICMPv4CodeHost}, {header.ICMPv6CodeNoRoute, header.ICMPv6CodeAddrUnreach}}[f]
+			for n, tt := range []struct {
+				name  string
+				size  int
+				kind  header.ICMPKind
+				typ   [2]byte // type and code of the message instead of that kind's
+				about func(*datagram)
+				want  int // the code in what is relayed; -1: nothing is
+			}{
+				{"no route", 20, header.NetUnreachable, [2]byte{}, nil, int(codes[0])},
+				{"no host", 1300, header.HostUnreachable, [2]byte{}, nil, int(codes[1])},
+				{"a loop", 300, header.NetUnreachable, lastHop, nil, int(codes[1])},
+				{"port unreachable", 20, header.HostUnreachable, noPort, nil, -1},
+				{"another's packet", 20, header.HostUnreachable, [2]byte{}, func(d *datagram) { d.src = podOf(f, spacesOf(7)) }, -1},
+				{"a packet to another", 20, header.HostUnreachable, [2]byte{}, func(d *datagram) { d.dst = a.pod(f) }, -1},
+				{"a probe", 20, header.HostUnreachable, [2]byte{}, func(d *datagram) { d.src, d.dst, d.dport = a.tun[f], b.tun[f], ProbePort }, -1},
+			} {
+				d := datagram{src: a.pod(f), dst: b.pod(f), sport: uint16(1000 + n), dport: 9, payload: random(tt.size)}
+				inner := d.bytes(t)
+				host.emit(inner)
+				pkt := out.next("the outer packet", func(pkt []byte) bool { return bytes.HasSuffix(pkt, inner) })
+				if tt.about != nil {
+					tt.about(&d)
+					pkt = append(pkt[:len(pkt)-len(inner)], d.bytes(t)...)
+				}
+				said := header.AppendICMPError(nil, pkt, router, tt.kind, 1400)
+				if tt.typ != [2]byte{} {
+					said = retyped(said, tt.typ[0], tt.typ[1])
+				}
+				sent := a.engine.Stats()
+				out.emit(said)
+				host.emit(inner) // the next send finds it; or else a timer does
+				if tt.want < 0 {
+					eventually(t, tt.name+" is read", func() bool { return a.engine.Stats().ICMPReceived > sent.ICMPReceived })
+					if now := a.engine.Stats(); now.ICMPSent != sent.ICMPSent {
+						t.Errorf("inner %s, %s: relayed", familyName(f == 1), tt.name)
+					}
+					continue
+				}
+				got := host.next(tt.name, func(pkt []byte) bool { _, ok := parseICMPError(t, pkt); return ok })
+				e, _ := parseICMPError(t, got)
+				if e.src != a.tun[f] || e.dst != d.src || int(e.code) != tt.want || len(e.quote) < 100 && !bytes.Equal(e.quote, inner) || !bytes.HasPrefix(inner, e.quote) {
+					t.Errorf("inner %s, %s: relayed %+v", familyName(f == 1), tt.name, e)
+				}
+			}
+		}
+		noDrops(t, a, b)
+	})
+}
+
+// retyped gives an ICMP error another type and code.
+func retyped(pkt []byte, typ, code byte) []byte {
+	m := pkt[header.IPv4MinLen:]
+	if pkt[0]>>4 == 6 {
+		m = pkt[header.IPv6Len:]
+	}
+	old := [2]uint16{uint16(m[0])<<8 | uint16(m[1]), uint16(typ)<<8 | uint16(code)}
+	m[0], m[1] = typ, code
+	binary.BigEndian.PutUint16(m[2:], header.UpdateChecksum16(binary.BigEndian.Uint16(m[2:]), old[0], old[1]))
+	return pkt
 }
 
 // ICMP errors about the tunnel's own packets: "too big" is passed on as a hint if it is about a member; none of them

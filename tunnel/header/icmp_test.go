@@ -7,6 +7,8 @@ import (
 
 	"github.com/google/gopacket"
 	"github.com/google/gopacket/layers"
+
+	"github.com/tulle-net/tulle/internal/testing/damage"
 )
 
 // decode reads p by gopacket and fails on anything that it cannot read.
@@ -242,5 +244,40 @@ func TestMayAnswer(t *testing.T) {
 				t.Errorf("MayAnswer = %v", got)
 			}
 		})
+	}
+}
+
+// A quote is parsed as the packet is, as far as it goes, and an error relayed about it quotes it.
+func TestQuote(t *testing.T) {
+	for name, pkt := range map[string][]byte{"v4": udp4("a payload that is not quoted"), "v6": udp6("a payload that is not quoted")} {
+		var whole, in Inner
+		if err := ParseInner(pkt, &whole); err != nil {
+			t.Fatal(err)
+		}
+		quote := pkt[:whole.HeaderLen+8]
+		if err := ParseQuote(quote, &in); err != nil || in.Length != len(quote) {
+			t.Fatalf("%s: %v, %d bytes", name, err, in.Length)
+		}
+		if in.Length = whole.Length; in != whole {
+			t.Errorf("%s: %+v, of the whole packet %+v", name, in, whole)
+		}
+		if err := ParseQuote(append(bytes.Clone(pkt), "trailing"...), &in); err != nil || in != whole {
+			t.Errorf("%s with trailing bytes: %v, %+v", name, err, in)
+		}
+		router := netip.MustParseAddr("192.0.2.9")
+		if whole.Version == 6 {
+			router = netip.MustParseAddr("2001:db8::9")
+		}
+		got := AppendRelayedError([]byte("kept"), quote, router, HostUnreachable)
+		if !bytes.HasSuffix(got, quote) || !bytes.HasPrefix(got, []byte("kept")) {
+			t.Errorf("%s: relayed % x", name, got)
+		}
+		if len(AppendRelayedError(nil, quote[:whole.HeaderLen-1], router, HostUnreachable)) != 0 {
+			t.Errorf("%s: relayed about half a header", name)
+		}
+		if len(AppendRelayedError(nil, got[4:], router, HostUnreachable)) != 0 {
+			t.Errorf("%s: an error about an error", name)
+		}
+		damage.Check(t, pkt, func(b []byte) error { AppendRelayedError(nil, b, router, NetUnreachable); return nil })
 	}
 }

@@ -51,7 +51,10 @@ func AppendICMPError(dst []byte, orig []byte, src netip.Addr, kind ICMPKind, mtu
 	if ParseInner(orig, &in) != nil {
 		return dst
 	}
-	orig = orig[:in.Length]
+	return appendICMPError(dst, orig[:in.Length], &in, src, kind, mtu)
+}
+
+func appendICMPError(dst, orig []byte, in *Inner, src netip.Addr, kind ICMPKind, mtu int) []byte {
 	switch {
 	case in.Version == 4 && src.Is4():
 		return appendICMPv4Error(dst, orig, src, in.Src, kind, mtu)
@@ -109,6 +112,32 @@ func appendICMPv6Error(dst, orig []byte, src, to netip.Addr, kind ICMPKind, mtu 
 	return dst
 }
 
+// AppendRelayedError is AppendICMPError about a packet of which only the beginning is known: as much as a router quoted of it
+// (RFC 2003 §4). dst comes back as it was when no answer is allowed, as [MayAnswer] has it.
+func AppendRelayedError(dst, quote []byte, src netip.Addr, kind ICMPKind) []byte {
+	var in Inner
+	if ParseQuote(quote, &in) != nil || !mayAnswer(quote, &in) {
+		return dst
+	}
+	return appendICMPError(dst, quote[:in.Length], &in, src, kind, 0)
+}
+
+// ParseQuote is [ParseInner] of the beginning of a packet, of which it looks at no more than IPv6's least MTU. in.Length is what
+// there is of the packet.
+func ParseQuote(quote []byte, in *Inner) error {
+	var room [IPv6MinMTU]byte
+	b := room[:copy(room[:], quote)]
+	switch {
+	case len(b) >= IPv4MinLen && b[0]>>4 == 4:
+		total := int(binary.BigEndian.Uint16(b[ip4TotalLen:]))
+		binary.BigEndian.PutUint16(b[ip4TotalLen:], uint16(min(total, len(b))))
+	case len(b) >= IPv6Len && b[0]>>4 == 6:
+		payload := int(binary.BigEndian.Uint16(b[ip6PayloadLen:]))
+		binary.BigEndian.PutUint16(b[ip6PayloadLen:], uint16(min(payload, len(b)-IPv6Len)))
+	}
+	return ParseInner(b, in)
+}
+
 // MayAnswer reports whether an ICMP error about orig may be sent (RFC 1122 §3.2.2,
 // RFC 1812 §4.3.2.7, RFC 4443 §2.4(e)): orig is a well-formed IP packet, no ICMP error
 // or redirect, no later fragment, its source is one host that can be answered –
@@ -116,7 +145,11 @@ func appendICMPv6Error(dst, orig []byte, src, to netip.Addr, kind ICMPKind, mtu 
 // destination is neither multicast, broadcast nor link-local.
 func MayAnswer(orig []byte) bool {
 	var in Inner
-	if ParseInner(orig, &in) != nil || in.LaterFragment() {
+	return ParseInner(orig, &in) == nil && mayAnswer(orig, &in)
+}
+
+func mayAnswer(orig []byte, in *Inner) bool {
+	if in.LaterFragment() {
 		return false
 	}
 	if SourceInvalid(in.Src) || in.Src.IsLinkLocalUnicast() {

@@ -139,7 +139,7 @@ func isTunnel(frame []byte) bool {
 		proto = ip.NextHeader
 	}
 	udp, _ := p.TransportLayer().(*layers.UDP)
-	return proto == layers.IPProtocolIPv4 || proto == layers.IPProtocolIPv6 || proto == layers.IPProtocolUDP && udp != nil && udp.DstPort == 6080
+	return proto == layers.IPProtocolIPv4 || proto == layers.IPProtocolIPv6 || proto == layers.IPProtocolUDP && udp != nil && (udp.DstPort == 6080 || udp.DstPort == 4789)
 }
 
 // end closes the file, once.
@@ -164,7 +164,10 @@ func (c *capture) check(t *testing.T, paths string) {
 		// GUE variant 1 has no header: the inner packet's first nibble tells which of the two it is.
 		file, decode := c.file, []string(nil)
 		want := map[string]string{"ip": "ip.proto==4 || ipv6.nxt==4", "ipv6": "ip.proto==41 || ipv6.nxt==41"}[inner]
-		if paths == "udp" {
+		switch paths {
+		case "vxlan":
+			want = map[string]string{"ip": "vxlan.vni==1 && eth.type#2==0x0800", "ipv6": "vxlan.vni==1 && eth.type#2==0x86dd"}[inner]
+		case "udp":
 			nibble := map[string]string{"ip": "4", "ipv6": "6"}[inner]
 			want = fmt.Sprintf("udp.dstport==6080 && udp.payload[0:1] >= %s0 && udp.payload[0:1] <= %sf", nibble, nibble)
 		}
@@ -211,7 +214,7 @@ func tshark(t *testing.T, args ...string) string {
 // onlyDissectors switches off all dissectors but those of what the test sends: its ports are the kernel's choice, and some
 // of them mean a protocol to tshark.
 var onlyDissectors = sync.OnceValue(func() []string {
-	want := []string{"frame", "eth", "ethertype", "ip", "ipv6", "ipv6.fraghdr", "udp", "tcp", "icmp", "icmpv6", "data"}
+	want := []string{"frame", "eth", "ethertype", "ip", "ipv6", "ipv6.fraghdr", "udp", "vxlan", "tcp", "icmp", "icmpv6", "data"}
 	out, _ := exec.Command("tshark", "-G", "protocols").Output() // TestOnlyDissectors fails if this does
 	var args []string
 	for line := range strings.SplitSeq(string(out), "\n") {

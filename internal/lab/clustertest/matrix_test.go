@@ -18,6 +18,8 @@ func TestMatrix(t *testing.T) {
 	}{
 		{"udp4", lab.IPv4Only, "udp", 1472},
 		{"udp6", lab.IPv6Only, "udp", 1452},
+		{"vxlan4", lab.IPv4Only, "vxlan", 1450},
+		{"vxlan6", lab.IPv6Only, "vxlan", 1430},
 		{"ipip4", lab.IPv4Only, "ipip", 1480},
 		{"ipip6", lab.IPv6Only, "ipip", 1460},
 	} {

@@ -288,7 +288,24 @@ func (s *session) hostProblems(v *view) []hostnet.Problem {
 	if err != nil {
 		s.log.Debug("routes to members not looked at", "error", err)
 	}
-	return append(out, more...)
+	out = append(out, more...)
+	if v4 := func(a netip.Addr) bool { return a.Is4() }; slices.ContainsFunc(s.link.Addrs, v4) && slices.ContainsFunc(v.tun, v4) {
+		if more, err = hostnet.ReversePathProblems(s.links(v)); err != nil {
+			s.log.Debug("reverse path filter not looked at", "error", err)
+		}
+		out = append(out, more...)
+	}
+	return out
+}
+
+// links are the devices by which packets to and from the other hosts may pass.
+func (s *session) links(v *view) []string {
+	out := slices.Clone(s.sizes.Load().links)
+	for i := range v.peers {
+		out = append(out, v.peers[i].leaves...)
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
 }
 
 // route answers `tulle route get`.

@@ -170,7 +170,7 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	}
 	// Sysctls before addresses: with addr_gen_mode as it was, the kernel makes the
 	// device a link-local address.
-	errs = append(errs, r.ns.do(r.sysctls.restore))
+	errs = append(errs, r.ns.do(func() error { return r.sysctls.restore(tun) }))
 	if link != nil && err == nil {
 		errs = append(errs, r.removeAddrs(link))
 	}

@@ -9,9 +9,9 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -26,7 +26,7 @@ type sysctl struct {
 }
 
 // sysctlsFor lists the wanted settings in the order in which they must be written.
-func sysctlsFor(tun string, v4, v6 bool, keepRA []string) []sysctl {
+func sysctlsFor(tun string, v4, v6 bool) []sysctl {
 	var list []sysctl
 	if v4 {
 		dev := "net/ipv4/conf/" + tun + "/"
@@ -58,9 +58,6 @@ func sysctlsFor(tun string, v4, v6 bool, keepRA []string) []sysctl {
 		// or MLD reports into the tunnel.
 		return append(list, sysctl{name: dev + "disable_ipv6", value: "1", optional: true})
 	}
-	for _, name := range keepRA {
-		list = append(list, sysctl{name: "net/ipv6/conf/" + name + "/accept_ra", value: "2"})
-	}
 	return append(list,
 		// Generating no link-local address (1: IN6_ADDR_GEN_MODE_NONE) has to precede the
 		// device's going up. Without one there are no router solicitations and no neighbours.
@@ -72,7 +69,7 @@ func sysctlsFor(tun string, v4, v6 bool, keepRA []string) []sysctl {
 		sysctl{name: dev + "router_solicitations", value: "0"},
 		sysctl{name: dev + "accept_redirects", value: "0"},
 		sysctl{name: dev + "disable_ipv6", value: "0"},
-		sysctl{name: "net/ipv6/conf/all/forwarding", value: "1"},
+		sysctl{name: allForwarding6, value: "1"},
 		sysctl{name: dev + "forwarding", value: "1"},
 	)
 }
@@ -80,30 +77,28 @@ func sysctlsFor(tun string, v4, v6 bool, keepRA []string) []sysctl {
 // reconcileSysctls writes the settings that differ.
 func (p *pass) reconcileSysctls(context.Context) error {
 	v4, v6 := p.s.uses(true), p.s.uses(false)
-	var devices []string
+	var pods []string
 	if v6 {
 		var err error
-		if devices, err = p.r.raDevices(p.s.Tun); err != nil {
+		if pods, err = p.podDevices(); err != nil {
 			return err
 		}
 	}
 	return p.r.ns.do(func() error {
-		var errs []error
-		// Forwarding switches router advertisements off where accept_ra is 1, and
-		// the kernel then drops the routes it has learned (addrconf.c,
-		// rt6_purge_dflt_routers): 2 keeps them. Where userspace handles them, accept_ra is 0.
-		var keepRA []string
-		for _, d := range devices {
-			if v, err := readSysctl("net/ipv6/conf/" + d + "/accept_ra"); err == nil && v != "0" {
-				keepRA = append(keepRA, d)
+		var list []sysctl
+		if v6 {
+			var err error
+			if list, err = p.advertisements(); err != nil {
+				return err
 			}
 		}
-		for _, c := range sysctlsFor(p.s.Tun, v4, v6, keepRA) {
+		var errs []error
+		for _, c := range append(list, sysctlsFor(p.s.Tun, v4, v6)...) {
 			if err := p.putSysctl(c); err != nil {
 				errs = append(errs, err)
 			}
 		}
-		return errors.Join(errs...)
+		return errors.Join(append(errs, p.guardPods(pods))...)
 	})
 }
 
@@ -134,38 +129,6 @@ func (p *pass) putSysctl(c sysctl) error {
 	return nil
 }
 
-// raDevices names the devices, other than the TUN device, with a default route
-// learned from router advertisements.
-func (r *Reconciler) raDevices(tun string) ([]string, error) {
-	list, err := dump("IPv6 routes", func() ([]netlink.Route, error) {
-		return r.rt.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Protocol: unix.RTPROT_RA}, netlink.RT_FILTER_PROTOCOL)
-	})
-	if err != nil {
-		return nil, err
-	}
-	var names []string
-	seen := map[int]bool{}
-	for i := range list {
-		if p := prefixOf(list[i].Dst); p.IsValid() && p.Bits() != 0 {
-			continue
-		}
-		indexes := []int{list[i].LinkIndex}
-		for _, nh := range list[i].MultiPath {
-			indexes = append(indexes, nh.LinkIndex)
-		}
-		for _, index := range indexes {
-			if index == 0 || seen[index] {
-				continue
-			}
-			seen[index] = true
-			if l, err := r.rt.LinkByIndex(index); err == nil && l.Attrs().Name != tun {
-				names = append(names, l.Attrs().Name)
-			}
-		}
-	}
-	return names, nil
-}
-
 func readSysctl(name string) (string, error) {
 	b, err := os.ReadFile(filepath.Join(sysctlRoot, name))
 	return string(bytes.TrimSpace(b)), err
@@ -193,6 +156,7 @@ type sysctlFile struct {
 	Boot    string          `json:"boot"`
 	NetNS   string          `json:"netns"`
 	Changed []sysctlChanged `json:"changed"`
+	Left    []string        `json:"left,omitempty"` // interfaces that did not listen to router advertisements before us
 }
 
 type sysctlChanged struct {
@@ -226,6 +190,7 @@ func openSysctlStore(file string) (*sysctlStore, error) {
 	var old sysctlFile
 	// A torn or foreign file is worth nothing: what it says would be written to /proc/sys.
 	if json.Unmarshal(b, &old) == nil && old.Boot == now.Boot && old.NetNS == now.NetNS {
+		s.data.Left = old.Left
 		for _, c := range old.Changed {
 			if strings.HasPrefix(c.Name, "net/") && filepath.IsLocal(c.Name) {
 				s.data.Changed = append(s.data.Changed, c)
@@ -253,6 +218,11 @@ func namespaceCookie() (string, error) {
 		return "", fmt.Errorf("hostnet: read the network namespace: %w", err)
 	}
 	return link, nil
+}
+
+// knows reports whether a setting was changed by us.
+func (s *sysctlStore) knows(name string) bool {
+	return slices.ContainsFunc(s.data.Changed, func(c sysctlChanged) bool { return c.Name == name })
 }
 
 func (s *sysctlStore) remember(name, was, set string) error {
@@ -298,9 +268,10 @@ func (s *sysctlStore) save() error {
 }
 
 // restore puts the earlier values back, the last change first: forwarding goes before
-// accept_ra. A setting that somebody changed after us stays theirs.
-func (s *sysctlStore) restore() error {
+// accept_ra. A setting that somebody changed after us stays theirs. tun is the TUN device's name.
+func (s *sysctlStore) restore(tun string) error {
 	var errs []error
+	heirs := s.inheritors(tun)
 	var left []sysctlChanged
 	for i := len(s.data.Changed) - 1; i >= 0; i-- {
 		c := s.data.Changed[i]
@@ -316,6 +287,11 @@ func (s *sysctlStore) restore() error {
 			left = append([]sysctlChanged{c}, left...)
 		}
 	}
-	s.data.Changed = left
+	for _, d := range heirs {
+		if err := writeSysctl(acceptRA(d), "1"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, fmt.Errorf("hostnet: put sysctl %s back to 1: %w", acceptRA(d), err))
+		}
+	}
+	s.data.Changed, s.data.Left = left, nil
 	return errors.Join(append(errs, s.save())...)
 }

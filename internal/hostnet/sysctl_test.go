@@ -36,28 +36,107 @@ func TestSysctlFileOfAnotherPlace(t *testing.T) {
 	}
 }
 
+// Every interface that listens to router advertisements goes on listening when forwarding is switched on, with a learned
+// default route or without, those that come later too; and Remove undoes it.
 func TestKeepsRouterAdvertisements(t *testing.T) {
 	h := newHost(t)
 	h.tun("tun0")
-	h.device("eth0", "2001:db8::1/64")
-	h.device("eth1", "2001:db8:1::1/64")
-	h.setSysctl("net/ipv6/conf/eth0/accept_ra", "1")
-	h.setSysctl("net/ipv6/conf/eth1/accept_ra", "1")
-	h.route("::/0", "2001:db8::254", "eth0", 1024, unix.RTPROT_RA)
-	r := h.reconciler(Options{Tun: "tun0"})
-	h.reconcile(r, dual())
-	if got := h.sysctl("net/ipv6/conf/eth0/accept_ra"); got != "2" {
-		t.Errorf("accept_ra of eth0 is %s, want 2", got)
+	h.setSysctl("net/ipv6/conf/all/forwarding", "0")
+	h.setSysctl("net/ipv6/conf/default/accept_ra", "1")
+	devices := map[string]struct{ forwarding, before, during, after string }{
+		"eth0":    {"0", "1", "2", "1"}, // with a default route
+		"eth1":    {"0", "1", "2", "1"}, // without
+		"userspc": {"0", "0", "0", "0"}, // networkd and the like
+		"hybrid":  {"0", "2", "2", "2"},
+		"router":  {"1", "1", "1", "1"}, // forwards already, so it does not listen
 	}
-	if got := h.sysctl("net/ipv6/conf/eth1/accept_ra"); got != "1" {
-		t.Errorf("accept_ra of eth1, without a learned default route, is %s", got)
+	value := func(d string) string { return h.sysctl(acceptRA(d)) }
+	for d, v := range devices {
+		h.device(d)
+		h.setSysctl(acceptRA(d), v.before)
+		h.setSysctl(conf6+d+"/forwarding", v.forwarding)
+	}
+	h.ip("link add down0 type veth peer name down0-far")
+	h.route("::/0", "fe80::1", "eth0", 1024, unix.RTPROT_RA)
+	s := dual()
+	s.Uplinks = map[string]int{"eth0": 1500}
+	o := Options{Tun: "tun0", SysctlFile: filepath.Join(t.TempDir(), "s.json")}
+	r := h.reconciler(o)
+	h.reconcile(r, s)
+	for d, v := range devices {
+		if got := value(d); got != v.during {
+			t.Errorf("accept_ra of %s is %s, want %s", d, got, v.during)
+		}
+	}
+	if a, b := value("default"), value("down0"); a != "2" || b != "2" {
+		t.Errorf("accept_ra of default is %s, of an interface that is down %s", a, b)
 	}
 	if !slices.ContainsFunc(h.routes(), func(s string) bool { return strings.HasPrefix(s, "default") }) {
 		t.Error("the default route is gone")
 	}
-	h.quiet(r, dual())
-	h.check(r.Remove(t.Context()))
-	if got := h.sysctl("net/ipv6/conf/eth0/accept_ra"); got != "1" {
-		t.Errorf("accept_ra of eth0 is %s after Remove", got)
+	// Later: an interface that comes, one that a tool sets to 1, and one that it sets to 0, after a restart of the agent.
+	for _, d := range []string{"late0", "late1", "late2"} {
+		h.device(d)
+	}
+	h.setSysctl(acceptRA("late1"), "1")
+	h.setSysctl(acceptRA("late2"), "0")
+	h.setSysctl(acceptRA("eth1"), "1")
+	again := h.reconciler(o)
+	h.reconcile(again, s)
+	for d, want := range map[string]string{"late0": "2", "late1": "2", "late2": "0", "eth1": "2", "router": "1"} {
+		if got := value(d); got != want {
+			t.Errorf("accept_ra of %s is %s, want %s", d, got, want)
+		}
+	}
+	h.quiet(again, s)
+	h.check(again.Remove(t.Context()))
+	for d, v := range devices {
+		if got := value(d); got != v.after {
+			t.Errorf("accept_ra of %s is %s after Remove, want %s", d, got, v.after)
+		}
+	}
+	for d, want := range map[string]string{"default": "1", "down0": "1", "late0": "1", "late1": "1", "late2": "0"} {
+		if got := value(d); got != want {
+			t.Errorf("accept_ra of %s is %s after Remove, want %s", d, got, want)
+		}
+	}
+}
+
+// Where somebody else has made the host a router before, nothing is changed: what is to listen has 2 already.
+func TestAdvertisementsOfARouter(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("eth0")
+	h.setSysctl(acceptRA("eth0"), "1")
+	h.setSysctl(allForwarding6, "1")
+	def := h.sysctl(acceptRA("default"))
+	h.reconcile(h.reconciler(Options{Tun: "tun0"}), dual())
+	if a, b := h.sysctl(acceptRA("eth0")), h.sysctl(acceptRA("default")); a != "1" || b != def {
+		t.Errorf("accept_ra of eth0 is %s, of default %s", a, b)
+	}
+}
+
+// A pod must not become the host's router.
+func TestAdvertisementsOfPods(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.setSysctl(allForwarding6, "0")
+	h.device("eth0", "192.0.2.1/24")
+	s := dual()
+	s.Uplinks = map[string]int{"eth0": 1500}
+	r := h.reconciler(Options{Tun: "tun0"})
+	h.reconcile(r, s)
+	h.device("pod4")
+	h.device("pod6")
+	h.device("bridge", "10.244.1.1/26")
+	h.device("other")
+	h.route("10.244.1.77/32", "", "pod4", 0, unix.RTPROT_STATIC)
+	h.route("10.244.1.78/32", "", "eth0", 0, unix.RTPROT_STATIC)
+	h.route("fd00:244:0:1::5/128", "", "pod6", 0, unix.RTPROT_STATIC)
+	h.reconcile(r, s)
+	for d, want := range map[string]string{"pod4": "0", "pod6": "0", "bridge": "0", "other": "2", "eth0": "2"} {
+		if got := h.sysctl(acceptRA(d)); got != want {
+			t.Errorf("accept_ra of %s is %s, want %s", d, got, want)
+		}
 	}
 }

@@ -1,0 +1,208 @@
+package hosts_test
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/testing/hosts"
+)
+
+// BGP to the host: the address is on lo, behind equal-cost routes over two links that carry less than lo does.
+func TestAddressOnLoopback(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ name, src, underlay string }{
+		{"the route names it", "src 10.255.0.%d", ""},
+		{"the operator names it", "", "10.255.0.%d"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			n := hosts.New(t)
+			s1, s2, a, b := n.Host("s1"), n.Host("s2"), n.Host("a"), n.Host("b")
+			args := func(i int, more ...string) []string {
+				if c.underlay != "" {
+					more = append(more, "--underlay", fmt.Sprintf(c.underlay, i))
+				}
+				return more
+			}
+			for i, h := range []*hosts.Host{a, b} {
+				i++
+				h.IP(fmt.Sprintf("addr add 10.255.0.%d/32 dev lo", i))
+				for k, s := range []*hosts.Host{s1, s2} {
+					k++
+					h.LinkMTU(fmt.Sprintf("up%d", k), fmt.Sprintf("10.0.%d.%d/30", k, i*4+1), s, fmt.Sprintf("down%d", i), fmt.Sprintf("10.0.%d.%d/30", k, i*4+2), 1600-100*k)
+					s.IP(fmt.Sprintf("route add 10.255.0.%d via 10.0.%d.%d", i, k, i*4+1))
+					s.Sysctl("net.ipv4.ip_forward", "1")
+				}
+				src := c.src
+				if src != "" {
+					src = fmt.Sprintf(src, i)
+				}
+				h.IP(fmt.Sprintf("route add default %s nexthop via 10.0.1.%d dev up1 nexthop via 10.0.2.%d dev up2", src, i*4+2, i*4+2))
+			}
+			first := a.Agent(args(1, "--bootstrap")...)
+			first.Ready(20 * time.Second)
+			second := b.Agent(args(2, "--join", "10.255.0.1")...)
+			second.Ready(20 * time.Second)
+			web, db := first.Pod("web"), second.Pod("db")
+			hosts.Within(t, 10*time.Second, "large packets", func() error { return web.PingSize(db.IPv4(), 4000) })
+			st := first.Status()
+			if st.Node.Tun.MTU != 1372 || st.Node.Underlay[0] != netip.MustParseAddr("10.255.0.1") || strings.Join(st.Node.Links, " ") != "up1 up2" {
+				t.Errorf("%+v; want 10.255.0.1 by up1 and up2, and the smaller MTU of the two less 28", st.Node)
+			}
+		})
+	}
+}
+
+// A container engine's bridge and a pod behind it, in the node's fixed block, before the agent's first start.
+func TestPodsBeforeTheAgent(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	a, b, old := n.Host("a"), n.Host("b"), n.Host("old")
+	a.Link("eth0", "10.0.1.10/24", b, "eth0", "10.0.1.11/24")
+	a.IP("link add br0 type bridge", "link set br0 up", "addr add 10.244.1.1/24 dev br0", "addr add fd00:244:0:1::1/64 dev br0 nodad")
+	old.Link("eth0", "10.244.1.5/24", a, "pod", "")
+	old.IP("addr add fd00:244:0:1::5/64 dev eth0 nodad", "route add default via 10.244.1.1", "route add default via fd00:244:0:1::1")
+	a.IP("link set pod master br0", "route add 10.244.1.128/26 via 10.244.1.5")
+	args := []string{"--bootstrap", "--cluster-cidr", "10.244.0.0/16,fd00:244::/48", "--pod-cidr", "10.244.1.0/24,fd00:244:0:1::/64"}
+	first := a.Agent(args...)
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "10.0.1.10", "--pod-cidr", "10.244.2.0/24,fd00:244:0:2::/64")
+	second.Ready(20 * time.Second)
+	db := second.Pod("db")
+	reached := func() {
+		t.Helper()
+		for _, addr := range []string{"10.244.1.5", "fd00:244:0:1::5"} {
+			hosts.Within(t, 10*time.Second, "the pod behind the bridge", func() error { return db.Ping(netip.MustParseAddr(addr)) })
+		}
+	}
+	reached()
+	if p := first.Problems(); p != "" {
+		t.Errorf("problems: %s", p)
+	}
+	bridge := []netip.Addr{netip.MustParseAddr("10.244.1.1"), netip.MustParseAddr("fd00:244:0:1::1")}
+	if web := first.Pod("web"); slices.ContainsFunc(web.Addrs, func(p netip.Addr) bool { return slices.Contains(bridge, p) }) {
+		t.Errorf("a pod got the bridge's address: %v", web.Addrs)
+	}
+	first.Stop()
+	first = a.Agent(args...)
+	first.Ready(20 * time.Second)
+	reached()
+	first.Stop()
+
+	// Space that is another node's is none of this host's.
+	c := n.Host("c")
+	c.Link("eth0", "10.0.3.10/24", b, "eth1", "10.0.3.11/24")
+	c.IP("link add br0 type bridge", "link set br0 up", "addr add 10.244.1.1/24 dev br0")
+	other := c.Agent("--bootstrap", "--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.2.0/24")
+	if code, log := other.Ended(10 * time.Second); code == 0 || !strings.Contains(log, "10.244.1.1/24 on br0") {
+		t.Errorf("a bridge outside of the node's own block: %d %s", code, log)
+	}
+}
+
+// rp_filter as RHEL and its kin have it, on a host with two interfaces in one subnet: status names what is lost and why, and
+// by which interface packets really leave.
+func TestStrictReversePathFilter(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw := n.Switch()
+	a, b := n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	b.Plug(sw, "eth1", "10.0.1.13/24")
+	b.Sysctl("net.ipv4.conf.all.rp_filter", "0")
+	b.Sysctl("net.ipv4.conf.eth0.rp_filter", "0")
+	b.Sysctl("net.ipv4.conf.eth1.rp_filter", "0")
+	first := a.Agent("--bootstrap")
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "10.0.1.11", "--underlay", "eth1")
+	second.Ready(20 * time.Second)
+	if leaves := second.Status().Peers[0].Leaves; len(leaves) != 1 || leaves[0] != "eth0" {
+		t.Errorf("packets to a leave by %v, want eth0, which is the first route's", leaves)
+	}
+	if out, _, _ := second.Tulle("peers"); !strings.Contains(out, "packets leave by eth0") {
+		t.Errorf("tulle peers: %s", out)
+	}
+	if p := second.Problems(); strings.Contains(p, "rp_filter") {
+		t.Errorf("problems: %s", p)
+	}
+	b.Sysctl("net.ipv4.conf.all.rp_filter", "1")
+	b.Sysctl("net.ipv4.conf.eth0.rp_filter", "2")
+	p := second.Problems()
+	if !strings.Contains(p, "net.ipv4.conf.all.rp_filter=1, net.ipv4.conf.eth1.rp_filter=0") || strings.Contains(p, "eth0") {
+		t.Errorf("problems: %s", p)
+	}
+}
+
+// The host's IPv6 comes by router advertisement, and the first one when the agent runs already; then by an interface that
+// comes later. `tulle cleanup` puts everything back.
+func TestRouterAdvertisements(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw := n.Switch()
+	a, r := n.Host("a"), n.Host("r")
+	a.Sysctl("net.ipv6.conf.all.forwarding", "0")
+	a.Sysctl("net.ipv6.conf.default.accept_ra", "1")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	r.Plug(sw, "eth0", "10.0.1.1/24")
+	agent := a.Agent("--bootstrap", "--underlay", "eth0", "--cluster-cidr", "10.244.0.0/16,fd00:244::/48")
+	agent.Ready(20 * time.Second)
+	listens := func(device string) {
+		t.Helper()
+		hosts.Within(t, 10*time.Second, "an address and a default route by "+device, func() error {
+			if err := r.Do(func() error { return advertise("eth0", netip.MustParsePrefix("fd02::/64")) }); err != nil {
+				return err
+			}
+			addr, route := a.Run("ip", "-6", "addr", "show", "dev", device), a.Run("ip", "-6", "route", "show", "default")
+			if !strings.Contains(addr, "inet6 fd02:") || !strings.Contains(route, "dev "+device+" proto ra") {
+				return fmt.Errorf("addresses %s, route %q", addr, route)
+			}
+			return nil
+		})
+	}
+	listens("eth0")
+	a.Plug(sw, "eth1", "10.0.9.11/24")
+	listens("eth1")
+	agent.Stop()
+	if out, errs, code := agent.Tulle("cleanup"); code != 0 {
+		t.Fatalf("cleanup: %s %s", out, errs)
+	}
+	for name, want := range map[string]string{"all.forwarding": "0", "default.accept_ra": "1", "eth0.accept_ra": "1", "eth1.accept_ra": "1"} {
+		if got := a.GetSysctl("net.ipv6.conf." + name); got != want {
+			t.Errorf("%s is %s after cleanup, want %s", name, got, want)
+		}
+	}
+}
+
+// advertise sends a router advertisement with a default route and a prefix for addresses (RFC 4861 §4.2 and §4.6.2).
+func advertise(device string, prefix netip.Prefix) error {
+	link, err := net.InterfaceByName(device)
+	if err != nil {
+		return err
+	}
+	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMPV6)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MULTICAST_HOPS, 255); err != nil {
+		return err
+	}
+	ra := []byte{
+		134, 0, 0, 0, // type, code, and a checksum that the kernel fills in
+		64, 0, 1800 >> 8, 1800 & 0xff, // hop limit, flags, lifetime of the default route in seconds
+		0, 0, 0, 0, 0, 0, 0, 0, // reachable and retransmission time: not told
+		3, 4, byte(prefix.Bits()), 0xc0, // prefix information of 32 bytes; on link, for addresses
+		0, 0, 600 >> 8, 600 & 0xff, 0, 0, 600 >> 8, 600 & 0xff, // valid and preferred for so many seconds
+		0, 0, 0, 0,
+	}
+	ra = append(ra, prefix.Addr().AsSlice()...)
+	all := netip.MustParseAddr("ff02::1").As16()
+	return unix.Sendto(fd, ra, 0, &unix.SockaddrInet6{Addr: all, ZoneId: uint32(link.Index)})
+}

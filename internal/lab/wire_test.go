@@ -15,7 +15,7 @@ import (
 )
 
 // TestWire sends the same through a lab in all the ways that a tunnel may: a wire treats them alike. On the cut one, no frame
-// is above the MTU at any place of the middle; on the whole one, nothing that came as one super-packet leaves as several.
+// is above the MTU at any place of the middle, and a host joins what arrives; on the whole one, nothing that came as one super-packet leaves as several.
 func TestWire(t *testing.T) {
 	for _, o := range []Options{{Wire: WireCut}, {Wire: WireWhole}, {Wire: WireCut, Straight: true}, {Wire: WireWhole, Straight: true}} {
 		wire := o.Wire
@@ -38,7 +38,7 @@ func TestWire(t *testing.T) {
 				} else if err != nil {
 					t.Fatal(err)
 				}
-				largest := captureLargest(t, l)
+				largest, joined := captureLargest(t, l, Router), captureLargest(t, l, "h2")
 				before, err := l.Crossed("h1", "h2")
 				if err != nil {
 					t.Fatal(err)
@@ -55,6 +55,9 @@ func TestWire(t *testing.T) {
 					t.Errorf("%s: %d frames came in and %d went out", way.name, c.InFrames, c.OutFrames)
 				}
 				mtu := l.Options().MTU
+				if n := joined(); n <= 2*mtu {
+					t.Errorf("%s: nothing that arrived at h2 was joined: the largest had %d bytes", way.name, n)
+				}
 				switch frame := mtu + 14; {
 				case wire == WireCut && most > frame:
 					t.Errorf("%s: a frame of %d bytes on a wire of MTU %d", way.name, most, mtu)
@@ -88,11 +91,12 @@ func TestStraight(t *testing.T) {
 	}
 }
 
-// captureLargest watches all of the router's interfaces; the result ends that and returns the length of the largest frame.
-func captureLargest(t *testing.T, l *Lab) func() int {
+// captureLargest watches all interfaces of the router or a host; the result ends that and returns the length of the largest
+// frame, as that place's network stack has it.
+func captureLargest(t *testing.T, l *Lab, at string) func() int {
 	t.Helper()
 	fd := -1
-	err := l.Do(Router, func() (err error) {
+	err := l.Do(at, func() (err error) {
 		all := uint16(unix.ETH_P_ALL)<<8 | unix.ETH_P_ALL>>8
 		if fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, int(all)); err != nil {
 			return err
@@ -178,16 +182,18 @@ func sendTrains(t *testing.T, l *Lab) {
 	}
 	defer c.Close()
 	const segment, train = 1400, 40
-	raw, err := c.(*net.UDPConn).SyscallConn()
-	if err != nil {
-		t.Fatal(err)
+	set := func(c any, opt, value int, name string) {
+		raw, err := c.(*net.UDPConn).SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cerr := raw.Control(func(fd uintptr) { err = sys.SetInt(int(fd), unix.SOL_UDP, opt, value, name) })
+		if err := errors.Join(cerr, err); err != nil {
+			t.Fatal(err)
+		}
 	}
-	cerr := raw.Control(func(fd uintptr) {
-		err = sys.SetInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, segment, "UDP_SEGMENT")
-	})
-	if err := errors.Join(cerr, err); err != nil {
-		t.Fatal(err)
-	}
+	set(c, unix.UDP_SEGMENT, segment, "UDP_SEGMENT")
+	set(there, unix.UDP_GRO, 1, "UDP_GRO")
 	for range 100 {
 		if _, err := c.Write(make([]byte, segment*train)); err != nil {
 			t.Fatal(err)

@@ -44,7 +44,7 @@ func TestTwoHosts(t *testing.T) {
 	s := web.Stream(db.IPv4(), 10*time.Millisecond)
 	hosts.Within(t, 10*time.Second, "a ping back", func() error { return db.Ping(web.IPv4()) })
 	second.Stop()
-	second = b.Agent("--underlay", "eth0") // what else it needs is on its disk
+	second = b.Agent() // what it needs is on its disk
 	second.Ready(20 * time.Second)
 	if sent, lost := s.Stop(); sent == 0 || lost == sent {
 		t.Errorf("%d of %d pings lost over a restart", lost, sent)

@@ -13,6 +13,7 @@ type merger struct {
 	out       []Entry
 	changed   []Entry
 	conflicts []Conflict
+	steps     int // of run, for the test of its cost
 }
 
 // cursor is a list with a stack of the pieces of its first element.
@@ -52,7 +53,7 @@ func (c *cursor) halve() {
 
 func (m *merger) run(old, in []Entry) {
 	a, b := cursor{list: old}, cursor{list: in}
-	for {
+	for ; ; m.steps++ {
 		x, okx := a.head()
 		y, oky := b.head()
 		switch {

@@ -89,7 +89,11 @@ func (s *Machine) handle(now time.Time, m *message) error {
 	case kindSync:
 		s.send(m.sender, s.state(m.seq))
 	case kindState:
-		s.learn(now, m.entries)
+		changed := s.learn(now, m.entries)
+		if m.seq == 0 && s.confirm.done && len(changed) <= maxPassedOn {
+			// By push/pull alone it would take minutes until all of a large cluster know what the other side of a partition did.
+			s.tell(changed)
+		}
 		if m.seq == s.confirm.nonce {
 			s.answered(m)
 		}

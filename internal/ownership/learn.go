@@ -10,8 +10,8 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// learn merges what others say and looks after what that means for this node.
-func (s *Machine) learn(now time.Time, entries []Entry) {
+// learn merges what others say and looks after what that means for this node. It returns what has changed.
+func (s *Machine) learn(now time.Time, entries []Entry) []Entry {
 	entries = s.inside(entries)
 	before := s.table.Clone()
 	merge := s.table.Merge
@@ -24,7 +24,7 @@ func (s *Machine) learn(now time.Time, entries []Entry) {
 			c.Prefix, s.name(c.Winner), s.name(c.Loser)), "restart the pods of the loser that have addresses in it")
 	}
 	if len(changed) == 0 {
-		return
+		return nil
 	}
 	s.dirty = true
 	for _, e := range changed {
@@ -40,6 +40,7 @@ func (s *Machine) learn(now time.Time, entries []Entry) {
 		}
 	}
 	s.notify()
+	return changed
 }
 
 // inside keeps the entries that lie in the cluster's CIDRs.

@@ -328,6 +328,9 @@ func (s *Machine) flags() (f uint8) {
 // at most 75 bytes (an external IPv6 one), usually 25.
 const entriesPerNews = 12
 
+// maxPassedOn bounds how many entries that a push/pull brought are broadcast: 86 messages.
+const maxPassedOn = 1024
+
 // tell broadcasts entries. What does not fit goes in several messages, and what
 // gets lost comes with the next push/pull.
 func (s *Machine) tell(entries []Entry) {

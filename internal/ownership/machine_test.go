@@ -189,6 +189,7 @@ type loneEnv struct {
 	fail    error
 	disk    *ipam.State
 	sent    []*message
+	told    []Entry  // by broadcast
 	onDisk  []uint64 // generation on disk at each send
 }
 
@@ -202,7 +203,13 @@ func (e *loneEnv) Send(to NodeID, msg []byte) {
 		e.onDisk = append(e.onDisk, e.disk.Generation)
 	}
 }
-func (e *loneEnv) Broadcast([]byte) {}
+func (e *loneEnv) Broadcast(b []byte) {
+	m, err := decode(b)
+	if err != nil {
+		panic(err)
+	}
+	e.told = append(e.told, m.entries...)
+}
 func (e *loneEnv) Persist(st *ipam.State) error {
 	if e.fail == nil {
 		e.disk = st
@@ -481,5 +488,21 @@ func TestConfigIsChecked(t *testing.T) {
 		if _, err := New(simStart, c, nil, new(loneEnv)); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%+v: %v, want %q", c, err, want)
 		}
+	}
+}
+
+// What a push/pull brings is news on this side of a healed partition: it is passed on by broadcast, once.
+func TestHealIsBroadcast(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	other := Entry{Prefix: netip.MustParsePrefix("10.244.128.0/17"), Owner: NodeID{2}, Version: 2}
+	m := message{kind: kindState, cluster: s.Cluster(), sender: NodeID{3}, families: s.Params().Families, entries: []Entry{other}}
+	env.told = nil
+	for range 2 {
+		if err := s.MergeState(simStart, m.encode(), false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !slices.EqualFunc(env.told, []Entry{other}, Entry.Equal) {
+		t.Errorf("told %v", env.told)
 	}
 }

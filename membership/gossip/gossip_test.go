@@ -539,3 +539,29 @@ func TestRefusedConfigs(t *testing.T) {
 		t.Errorf("foreign address: %v", err)
 	}
 }
+
+// Who waited for a cluster and went has had nothing: it is not listed for a day.
+func TestNewNodesThatGoAreNotListedForLong(t *testing.T) {
+	a, err := New(Config{ID: membership.NodeID{1}, Name: "a", Bind: netip.MustParseAddr("127.0.0.1"), Port: testPort, Handler: newRecorder("")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	gone := func(id byte, c membership.ClusterID, ago time.Duration) {
+		m := Member{ID: membership.NodeID{id}, State: StateDead, Since: time.Now().Add(-ago), Meta: membership.Meta{Cluster: c}}
+		a.peers[m.ID] = &peer{Member: m}
+	}
+	gone(2, membership.ClusterID{}, time.Second)
+	gone(3, membership.ClusterID{}, 2*keepNew)
+	gone(4, membership.ClusterID{1}, 2*keepNew)
+	var listed []byte
+	for _, m := range a.Members() {
+		listed = append(listed, m.ID[0])
+	}
+	if string(listed) != "\x02\x04" {
+		t.Errorf("lists %v", listed)
+	}
+	a.pruneLocked(time.Now())
+	if len(a.peers) != 2 {
+		t.Errorf("keeps %d", len(a.peers))
+	}
+}

@@ -60,6 +60,7 @@ type Member struct {
 const (
 	keepDead = 24 * time.Hour
 	keepLeft = 10 * time.Minute
+	keepNew  = time.Minute // that went while it was in no cluster: it had no state, and comes back under another ID
 	maxPeers = 8192
 	maxKnown = 4096
 
@@ -70,10 +71,11 @@ const (
 // ordered by ID. The caller owns the slice; the slices within are shared and must
 // not be modified.
 func (g *Gossip) Members() []Member {
+	now := time.Now()
 	g.mu.RLock()
 	list := make([]Member, 0, len(g.peers))
 	for id, p := range g.peers {
-		if _, foreign := g.guard.foreign[id]; !foreign {
+		if _, foreign := g.guard.foreign[id]; !foreign && !p.ghost(now) {
 			list = append(list, p.Member)
 		}
 	}
@@ -191,13 +193,18 @@ func (g *Gossip) recountLocked() {
 	g.alive.Store(alive)
 }
 
+// ghost reports whether a member is gone that never had anything: it waited for a cluster, and went.
+func (p *peer) ghost(now time.Time) bool {
+	return p.State > StateSuspect && p.Meta.Cluster.IsZero() && now.Sub(p.Since) > keepNew
+}
+
 // pruneLocked removes members that have been gone for long, and limits the number of
 // the others that are gone.
 func (g *Gossip) pruneLocked(now time.Time) {
 	g.pruned = now
 	for id, p := range g.peers {
 		age := now.Sub(p.Since)
-		if p.State == StateLeft && age > keepLeft || p.State == StateDead && (age > keepDead || len(g.peers) > maxPeers) {
+		if p.ghost(now) || p.State == StateLeft && age > keepLeft || p.State == StateDead && (age > keepDead || len(g.peers) > maxPeers) {
 			delete(g.peers, id)
 		}
 	}

@@ -1,0 +1,129 @@
+package conflist
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/containernetworking/cni/libcni"
+)
+
+// fakePlugin is a program that answers VERSION.
+func fakePlugin(t *testing.T, dir, name string, versions ...string) {
+	t.Helper()
+	list, err := json.Marshal(versions)
+	if err != nil {
+		t.Fatal(err)
+	}
+	script := fmt.Sprintf("#!/bin/sh\ncat >/dev/null\n[ \"$CNI_COMMAND\" = VERSION ] && echo '{\"cniVersion\": \"0.4.0\", \"supportedVersions\": %s}'\n", list)
+	if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The chain is what is installed, in versions that all of it serves.
+func TestChain(t *testing.T) {
+	for _, c := range []struct {
+		name      string
+		installed map[string][]string
+		version   string
+		plugins   []string
+	}{
+		{"alone", map[string][]string{plugin: ours}, "1.1.0", []string{plugin}},
+		{"all", map[string][]string{plugin: ours, "portmap": {"0.3.1", "0.4.0", "1.0.0", "1.1.0"}, "bandwidth": {"0.4.0", "1.0.0", "1.1.0"}}, "1.1.0", []string{plugin, "portmap", "bandwidth"}},
+		{"an older portmap", map[string][]string{plugin: ours, "portmap": {"0.3.1", "0.4.0", "1.0.0"}}, "1.0.0", []string{plugin, "portmap"}},
+		{"a very old one", map[string][]string{plugin: ours, "bandwidth": {"0.3.1", "0.4.0"}}, "0.4.0", []string{plugin, "bandwidth"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir(), Socket: "/run/x/tulle.sock"}
+			for name, versions := range c.installed {
+				fakePlugin(t, p.BinDir, name, versions...)
+			}
+			if err := p.Set(t.Context(), true, false); err != nil {
+				t.Fatal(err)
+			}
+			l, err := libcni.ConfListFromFile(filepath.Join(p.Dir, File))
+			if err != nil {
+				t.Fatal(err)
+			}
+			var have []string
+			for _, e := range l.Plugins {
+				have = append(have, e.Network.Type)
+			}
+			if l.Name != network || l.CNIVersion != c.version || !slices.Equal(have, c.plugins) {
+				t.Errorf("an engine reads %s, version %s, plugins %v; want %s, %v", l.Name, l.CNIVersion, have, c.version, c.plugins)
+			}
+		})
+	}
+}
+
+func TestPublish(t *testing.T) {
+	p := Publisher{Dir: t.TempDir()}
+	path := filepath.Join(p.Dir, File)
+	there := func() bool { _, err := os.Stat(path); return err == nil }
+	set := func(ready, again bool) {
+		t.Helper()
+		if err := p.Set(t.Context(), ready, again); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := os.WriteFile(path, []byte("of an agent that was killed"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	set(false, false)
+	if there() {
+		t.Error("an old file stays while the agent is not ready")
+	}
+	set(true, false)
+	if st, err := os.Stat(path); err != nil || st.Mode().Perm() != 0o644 {
+		t.Errorf("not published for everybody: %v %v", st, err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	set(true, false)
+	if there() {
+		t.Error("it was looked at although nothing has changed")
+	}
+	set(true, true)
+	if !there() {
+		t.Error("what somebody deleted is not mended")
+	}
+	set(false, false)
+	if left, _ := os.ReadDir(p.Dir); len(left) > 0 {
+		t.Errorf("left behind: %v", left)
+	}
+}
+
+func TestProblems(t *testing.T) {
+	bin := t.TempDir()
+	for _, c := range []struct {
+		name string
+		p    Publisher
+		make func()
+		want string
+	}{
+		{"no directory", Publisher{Dir: filepath.Join(t.TempDir(), "none")}, nil, "no such file"},
+		{"plugin not installed", Publisher{Dir: t.TempDir(), BinDir: bin}, nil, "install tulle-cni there"},
+		{"no version in common", Publisher{Dir: t.TempDir(), BinDir: bin}, func() { fakePlugin(t, bin, plugin, ours...); fakePlugin(t, bin, "portmap", "0.2.0") }, "no version"},
+		{"a plugin that fails", Publisher{Dir: t.TempDir(), BinDir: bin}, func() { fakePlugin(t, bin, "portmap") }, "portmap"},
+	} {
+		if c.make != nil {
+			c.make()
+		}
+		err := c.p.Set(t.Context(), true, false)
+		if err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want an error with %q", c.name, err, c.want)
+		}
+		if left, _ := os.ReadDir(c.p.Dir); len(left) > 0 {
+			t.Errorf("%s: left behind: %v", c.name, left)
+		}
+	}
+	if err := (&Publisher{}).Set(t.Context(), true, true); err != nil {
+		t.Errorf("off: %v", err)
+	}
+}

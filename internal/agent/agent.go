@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/membership/seed"
 )
@@ -22,6 +23,8 @@ type agent struct {
 	started time.Time
 	session atomic.Pointer[session]
 	seeds   *seed.List
+
+	conflist *conflist.Publisher // sessions' own
 
 	moved underlayMove // the last change of the underlay address; sessions' own
 
@@ -62,6 +65,14 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	serve(a.seeds.Run)
 	if cfg.Metrics != "" {
 		serve(a.serveMetrics)
+	}
+	// What an agent that was killed has left must not be there before this one is ready.
+	a.conflist = &conflist.Publisher{Dir: cfg.CNIDir, BinDir: cfg.CNIBinDir}
+	if cfg.Socket != api.DefaultSocket {
+		a.conflist.Socket = cfg.Socket
+	}
+	if err := a.conflist.Set(ctx, false, false); err != nil {
+		log.Error("container engines do not see this network as it is", "error", err)
 	}
 	err = a.sessions(ctx)
 	cancel(err)

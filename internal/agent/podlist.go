@@ -66,6 +66,17 @@ func sameAddrs(a, b []netip.Addr) bool {
 	return slices.Equal(a, b)
 }
 
+// publish tells container engines whether they can have pods here.
+func (s *session) publish(ctx context.Context, ready, again bool) {
+	err := s.conflist.Set(ctx, ready, again)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err != nil && s.cniErr == nil {
+		s.log.Error("container engines do not see this network as it is", "error", err)
+	}
+	s.cniErr = err
+}
+
 // honourFreed gives back the addresses of pods that went while this agent did not answer.
 func (s *session) honourFreed() error {
 	ids, err := api.Freed(s.cfg.Socket)

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/ownership"
@@ -81,6 +82,7 @@ type clusterSide struct {
 // hostSide keeps the host's routes, addresses and nftables as they should be.
 type hostSide struct {
 	host       *hostnet.Reconciler
+	conflist   *conflist.Publisher
 	pods       *podnet.Host  // source checks and routes of this host's pods
 	disturbed  chan struct{} // somebody else changed the host's network
 	masquerade atomic.Bool   // a reload may change it
@@ -88,6 +90,7 @@ type hostSide struct {
 	mu        sync.Mutex        // guards what follows, which loop writes and status reads
 	conflicts []hostnet.Problem // of the last reconcile
 	hostErr   error             // of the last reconcile
+	cniErr    error             // of the last time that the network was published to container engines
 	hostDone  bool              // a reconcile has given this host its addresses and routes
 	repairs   uint64
 }
@@ -200,8 +203,9 @@ func (s *session) loop(ctx context.Context) error {
 	seeds := s.seeds.Changed()
 	notify := newNotifier(s.log)
 	var applied applied
+	defer func() { s.publish(context.WithoutCancel(ctx), false, false) }()
 	for {
-		force := false
+		force, again := false, false
 		select {
 		case <-ctx.Done():
 			return nil
@@ -223,7 +227,7 @@ func (s *session) loop(ctx context.Context) error {
 				}
 			}
 		case <-full.C:
-			force = true
+			force, again = true, true
 			if err := s.checkUnderlay(time.Now()); err != nil {
 				return err
 			}
@@ -245,6 +249,7 @@ func (s *session) loop(ctx context.Context) error {
 		} else {
 			notify.waiting(s.notReady(s.view.Load()))
 		}
+		s.publish(ctx, s.ready(), again)
 		select {
 		case <-ctx.Done():
 		case <-time.After(pauseAfter(time.Since(began))):

@@ -33,7 +33,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 	s := &session{
 		cfg: a.cfg, log: a.log, started: time.Now(),
 		underlay: underlay{seeds: a.seeds, moved: a.moved},
-		hostSide: hostSide{disturbed: make(chan struct{}, 1)},
+		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist},
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
 	s.masquerade.Store(a.cfg.Masquerade)

@@ -243,7 +243,7 @@ func (s *session) problems(v *view) []api.Problem {
 	}
 	out = append(out, s.vxlanProblem()...)
 	s.mu.Lock()
-	conflicts, hostErr := s.conflicts, s.hostErr
+	conflicts, hostErr, cniErr := s.conflicts, s.hostErr, s.cniErr
 	s.mu.Unlock()
 	for _, p := range conflicts {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
@@ -253,6 +253,9 @@ func (s *session) problems(v *view) []api.Problem {
 	}
 	out = append(out, s.underlayProblems()...)
 	out = append(out, s.sizeProblems(v.status.Params.Families)...)
+	if cniErr != nil {
+		out = append(out, api.Problem{What: cniErr.Error(), Remedy: "mend what it names (see docs/kubernetes.md); the agent tries again by itself"})
+	}
 	for _, p := range s.hostProblems(v) {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
 	}

@@ -53,6 +53,8 @@ type Config struct {
 	MTU           int // of the TUN, bytes; 0: found out of the underlay's
 	Queues        int // of the TUN; 0: by the number of CPUs
 	Masquerade    bool
+	CNIDir        string // where container engines look for networks; empty: not published
+	CNIBinDir     string // their plugins; empty: not looked at
 	StateDir      string
 	Socket        string
 	Metrics       string // HOST:PORT; empty: not served

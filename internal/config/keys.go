@@ -132,6 +132,18 @@ var keys = []key{
 		help: "translate the source of pod traffic to the outside into this host's address; traffic between pods and nodes is never translated",
 		set:  text(func(c *Config, s string) (err error) { c.Masquerade, err = parseBool(s); return }),
 		show: func(c *Config) string { return strconv.FormatBool(c.Masquerade) }},
+	{name: "cni_dir", arg: "DIR",
+		help: "directory where container engines look for CNI networks, such as /etc/cni/net.d (default: off)",
+		doc: "The agent writes `10-tulle.conflist` there while it is ready, and removes it while it is not. The directory must be there. See " +
+			"[kubernetes.md](kubernetes.md).",
+		set:  text(func(c *Config, s string) (err error) { c.CNIDir, err = parsePath(s); return }),
+		show: func(c *Config) string { return c.CNIDir }},
+	{name: "cni_bin_dir", arg: "DIR",
+		help: "directory with the CNI plugins of the container engine, such as /opt/cni/bin (default: not looked at)",
+		doc: "With it the agent checks that `tulle-cni` is installed, and chains `portmap` and `bandwidth` to it where they are. It runs these two to learn which versions " +
+			"of the specification they support.",
+		set:  text(func(c *Config, s string) (err error) { c.CNIBinDir, err = parsePath(s); return }),
+		show: func(c *Config) string { return c.CNIBinDir }},
 	{name: "state_dir", arg: "DIR", def: "/var/lib/tulle",
 		help: "directory of the state file: identity, address table and allocations",
 		set:  text(func(c *Config, s string) (err error) { c.StateDir, err = parsePath(s); return }),

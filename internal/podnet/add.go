@@ -24,12 +24,17 @@ func (h *Host) Add(ctx context.Context, c Config) (Attachment, error) {
 	if err != nil {
 		return Attachment{}, err
 	}
+	unlock, err := h.lockShared()
+	if err != nil {
+		return Attachment{}, err
+	}
+	defer unlock()
 	if err := h.makeVeth(&c); err != nil {
 		return Attachment{}, err
 	}
 	a, err := h.wire(ctx, &c)
 	if err != nil {
-		return Attachment{}, errors.Join(err, h.Remove(c.HostInterface))
+		return Attachment{}, errors.Join(err, h.remove(c.HostInterface))
 	}
 	return a, nil
 }
@@ -61,18 +66,14 @@ func (h *Host) makeVeth(c *Config) error {
 
 // otherNamespace refuses a pod that would be the host itself.
 func (h *Host) otherNamespace(pod *os.File) error {
-	host := h.ns
-	if host == nil {
-		f, err := os.Open("/proc/thread-self/ns/net")
-		if err != nil {
-			return fmt.Errorf("podnet: %w", err)
-		}
-		defer f.Close()
-		host = f
+	host, err := h.openNamespace()
+	if err != nil {
+		return err
 	}
+	defer host.Close()
 	a, err := pod.Stat()
-	b, err2 := host.Stat()
-	if err := errors.Join(err, err2); err != nil {
+	b, herr := host.Stat()
+	if err := errors.Join(err, herr); err != nil {
 		return fmt.Errorf("podnet: %w", err)
 	}
 	if os.SameFile(a, b) {
@@ -204,6 +205,15 @@ func podSide(ctx context.Context, pod *sys.Netlink, c *Config) error {
 
 // Remove takes a pod's interface away, by the name of the host's end, and its source checks. What is gone already is no error.
 func (h *Host) Remove(hostInterface string) error {
+	unlock, err := h.lockShared()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return h.remove(hostInterface)
+}
+
+func (h *Host) remove(hostInterface string) error {
 	link, err := h.nl.LinkByName(hostInterface)
 	switch {
 	case errors.As(err, &netlink.LinkNotFoundError{}):

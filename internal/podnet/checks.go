@@ -1,7 +1,6 @@
 package podnet
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -11,8 +10,6 @@ import (
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
 	"golang.org/x/sys/unix"
-
-	"github.com/tulle-net/tulle/internal/sys"
 )
 
 // Table is the name of the nftables table of family netdev that holds the source checks: a chain for each pod, named as the
@@ -118,92 +115,6 @@ func checked(c *nftables.Conn, chain *nftables.Chain, addrs []netip.Addr) (ok bo
 	}
 	same := func(have *nftables.Rule, want rule) bool { return string(have.UserData) == string(want.comment()) }
 	return chain.Hooknum != nil && slices.EqualFunc(rules, podRules(addrs), same), dropped, nil
-}
-
-// Reconcile puts back what somebody has taken from the pods of this host: source checks and routes. It removes checks of
-// pods that are gone. It returns a line for each thing mended.
-func (h *Host) Reconcile(ctx context.Context) (repaired []string, err error) {
-	c, err := h.nft()
-	if err != nil {
-		return nil, err
-	}
-	// The chains first: a link is made before its chain, so that a chain without a link has lost it.
-	have, err := chains(c)
-	if err != nil {
-		return nil, err
-	}
-	pods, err := h.attachments()
-	if err != nil {
-		return nil, err
-	}
-	var errs []error
-	for _, name := range slices.Sorted(maps.Keys(pods)) {
-		if ctx.Err() != nil {
-			return repaired, errors.Join(errs...)
-		}
-		a := pods[name]
-		did, err := h.mend(ctx, c, &a, have[name])
-		repaired = append(repaired, did...)
-		errs = append(errs, err)
-	}
-	for name := range have {
-		if _, ok := pods[name]; !ok && !h.Exists(name) {
-			errs = append(errs, h.removeChecks(name))
-		}
-	}
-	return repaired, errors.Join(errs...)
-}
-
-// mend looks after one pod. Its link may vanish at any moment.
-func (h *Host) mend(ctx context.Context, c *nftables.Conn, a *Attachment, chain *nftables.Chain) (repaired []string, err error) {
-	ok := false
-	if chain != nil {
-		if ok, _, err = checked(c, chain, a.Addresses); err != nil {
-			ok = false // it was changed while it was read
-		}
-	}
-	if !ok {
-		if err := h.installChecks(a.HostInterface, a.Addresses); err != nil {
-			return nil, h.unlessGone(a.HostInterface, err)
-		}
-		repaired = append(repaired, fmt.Sprintf("source checks of %s (%s)", a.HostInterface, a.ID))
-	}
-	link, err := h.nl.LinkByName(a.HostInterface)
-	if err != nil {
-		return repaired, h.unlessGone(a.HostInterface, err)
-	}
-	if link.Attrs().RawFlags&unix.IFF_UP == 0 {
-		return repaired, nil // it is being made
-	}
-	whole := true
-	for _, addr := range a.Addresses {
-		yes, err := hasRoute(h.nl, link, sys.HostPrefix(addr).String())
-		if err != nil {
-			return repaired, h.unlessGone(a.HostInterface, err)
-		}
-		whole = whole && yes
-	}
-	if whole {
-		return repaired, nil
-	}
-	if err := h.hostAddresses(ctx, link, a); err != nil {
-		return repaired, h.unlessGone(a.HostInterface, err)
-	}
-	return append(repaired, fmt.Sprintf("routes to %v by %s (%s)", a.Addresses, a.HostInterface, a.ID)), nil
-}
-
-// Exists reports whether the host has a device of this name.
-func (h *Host) Exists(device string) bool {
-	_, err := h.nl.LinkByName(device)
-	return err == nil
-}
-
-// unlessGone is err, or nil if the device has gone meanwhile.
-func (h *Host) unlessGone(device string, err error) error {
-	if !h.Exists(device) {
-		return nil
-	}
-	return err
 }
 
 // List gives the pods of this host that are wired, by the name of the host's end.

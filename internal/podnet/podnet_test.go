@@ -2,12 +2,14 @@ package podnet
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"net/netip"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -235,5 +237,47 @@ func TestAlias(t *testing.T) {
 		if _, _, ours := parseAlias(bad); ours {
 			t.Errorf("%q is taken for ours", bad)
 		}
+	}
+}
+
+// Pods come and go while the agent reconciles: it repairs nothing, and brings back nothing that is gone.
+func TestReconcileAmongChanges(t *testing.T) {
+	w := newWorld(t)
+	done := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for {
+			select {
+			case <-done:
+				return
+			default:
+			}
+			did, err := w.host.Reconcile(w.ctx)
+			if len(did) > 0 || err != nil {
+				t.Errorf("repaired %q, %v", did, err)
+			}
+		}
+	})
+	var pods sync.WaitGroup
+	for i := range 4 {
+		c := Config{ID: fmt.Sprint("test/", i), Netns: namespace(t), Interface: "eth0", Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 1, byte(i)})}, MTU: 1400}
+		pods.Go(func() {
+			for range 25 {
+				if _, err := w.host.Add(w.ctx, c); err != nil {
+					t.Error(err)
+				}
+				if err := w.host.Remove(InterfaceName(c.ID)); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	pods.Wait()
+	close(done)
+	wg.Wait()
+	want := []string{"chain " + w.a.HostInterface, "chain " + w.b.HostInterface, "eth0", "lo", w.a.HostInterface, w.b.HostInterface}
+	slices.Sort(want)
+	if got := w.names(); !slices.Equal(got, want) {
+		t.Errorf("left: %q, want %q", got, want)
 	}
 }

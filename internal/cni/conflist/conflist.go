@@ -61,29 +61,34 @@ type Publisher struct {
 	BinDir string // where their plugins are; empty: not looked at, and nothing is chained
 	Socket string // the agent's, for the plugin; empty: the plugin's default
 
-	known bool // Set has done its work
+	known bool // Set has been called
 	ready bool
+	err   error // of the last attempt
 }
 
 // versionPatience bounds how long a chained plugin may take to say its versions.
 const versionPatience = 2 * time.Second
 
-// Set writes the file, or removes it. It does nothing if it has done so before, unless again is set: then it mends what somebody
-// has changed. The file is exchanged as a whole.
+// Set writes the file, or removes it. If it has tried so before it does nothing and returns the same error, unless again is set:
+// then it mends what somebody has changed, and tries again what has failed. The file is exchanged as a whole.
 func (p *Publisher) Set(ctx context.Context, ready, again bool) error {
-	if p.Dir == "" || p.known && p.ready == ready && !again {
+	if p.Dir != "" && (!p.known || p.ready != ready || again) {
+		p.known, p.ready, p.err = true, ready, p.set(ctx, ready)
+	}
+	return p.err
+}
+
+func (p *Publisher) set(ctx context.Context, ready bool) error {
+	path := filepath.Join(p.Dir, File)
+	if ready {
+		if err := p.write(ctx, path); err != nil {
+			return fmt.Errorf("publish the network to container engines: %w", err)
+		}
 		return nil
 	}
-	path := filepath.Join(p.Dir, File)
-	p.known = false
-	if !ready {
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("take the network away from container engines: %w", err)
-		}
-	} else if err := p.write(ctx, path); err != nil {
-		return fmt.Errorf("publish the network to container engines: %w", err)
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("take the network away from container engines: %w", err)
 	}
-	p.known, p.ready = true, ready
 	return nil
 }
 

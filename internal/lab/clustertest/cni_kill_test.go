@@ -14,7 +14,6 @@ import (
 	"github.com/containernetworking/cni/libcni"
 
 	"github.com/tulle-net/tulle/internal/api"
-	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
@@ -30,8 +29,7 @@ func TestCNIKill(t *testing.T) {
 		}
 		cycles = n
 	}
-	l := up(t, "cnikill", lab.Options{Nodes: 1, Pods: -1, ClusterCIDRs: dualCIDRs})
-	e := newEngine(t, l)
+	e := newEngine(t, "cnikill", -1)
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 

@@ -34,20 +34,42 @@ type engine struct {
 	l      *lab.Lab
 	socket string
 	lib    *libcni.CNIConfig
+	dir    string // where the agent publishes its network
 	made   atomic.Int32
 }
 
-func newEngine(t *testing.T, l *lab.Lab) *engine {
+// newEngine makes a lab of one host, with this many pods of its own, and an engine on it.
+func newEngine(t *testing.T, what string, pods int) *engine {
 	t.Helper()
-	dir := t.TempDir()
-	if err := testbuild.Command("tulle-cni", filepath.Join(dir, "tulle-cni"), nil); err != nil {
+	bin, dir := t.TempDir(), t.TempDir()
+	if err := testbuild.Command("tulle-cni", filepath.Join(bin, "tulle-cni"), nil); err != nil {
 		t.Fatal(err)
 	}
+	l := up(t, what, lab.Options{
+		Nodes: 1, Pods: pods, ClusterCIDRs: dualCIDRs, ExtraAgentArgs: []string{"--cni-dir", dir, "--cni-bin-dir", bin},
+	})
 	h, err := l.Host("h1")
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &engine{t: t, l: l, socket: h.Socket, lib: libcni.NewCNIConfigWithCacheDir([]string{dir}, filepath.Join(dir, "cache"), nil)}
+	return &engine{t: t, l: l, socket: h.Socket, dir: dir, lib: libcni.NewCNIConfigWithCacheDir([]string{bin}, t.TempDir(), nil)}
+}
+
+// published waits until the network is there for engines, or is not.
+func (e *engine) published(want bool) {
+	e.t.Helper()
+	until(e.t, fmt.Sprintf("published: %v", want), func() error {
+		n, err := libcni.ConfListFromFile(filepath.Join(e.dir, "10-tulle.conflist"))
+		switch {
+		case want && err != nil:
+			return err
+		case want && (n.Name != "tulle" || n.CNIVersion != "1.1.0"):
+			return fmt.Errorf("an engine reads %s", n.Bytes)
+		case !want && err == nil:
+			return errors.New("it is there")
+		}
+		return nil
+	})
 }
 
 // network is a configuration of that version.
@@ -132,8 +154,8 @@ func (e *engine) pods() map[string]api.Pod {
 // TestCNI: every verb, for every version of the configuration, against a real agent.
 func TestCNI(t *testing.T) {
 	t.Parallel()
-	l := up(t, "cni", lab.Options{Nodes: 1, Pods: 1, ClusterCIDRs: dualCIDRs})
-	e := newEngine(t, l)
+	e := newEngine(t, "cni", 1)
+	e.published(true)
 	for _, version := range []string{"0.4.0", "1.0.0", "1.1.0"} {
 		e.allVerbs(version)
 	}
@@ -364,6 +386,7 @@ func (e *engine) withoutAgent() {
 	if err := e.l.WaitReady(t.Context(), "h1"); err != nil {
 		t.Fatal(err)
 	}
+	e.published(true)
 	if left := e.pods(); len(left) > 0 {
 		t.Errorf("the agent has not honoured DEL: %+v", left)
 	}
@@ -373,13 +396,16 @@ func (e *engine) withoutAgent() {
 	if err := errors.Join(e.check(n, c), e.del(n, c)); err != nil {
 		t.Error(err)
 	}
+	if err := e.l.StopAgent(t.Context(), "h1", syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	e.published(false)
 }
 
 // TestCNIParallel: a hundred containers start at once, and end at once.
 func TestCNIParallel(t *testing.T) {
 	t.Parallel()
-	l := up(t, "cnipar", lab.Options{Nodes: 1, Pods: -1, ClusterCIDRs: dualCIDRs})
-	e := newEngine(t, l)
+	e := newEngine(t, "cnipar", -1)
 	n := e.network("1.0.0")
 	var all []*libcni.RuntimeConf
 	for range 100 {

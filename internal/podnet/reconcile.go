@@ -1,0 +1,183 @@
+package podnet
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"time"
+
+	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
+)
+
+// A flaw is what is not as it should be about one pod, or a chain that has lost its pod.
+type flaw struct {
+	name   string     // of the host's end, and of the chain
+	pod    Attachment // zero: it is gone
+	checks bool       // they are missing, or others
+	routes bool       // at least one is missing
+}
+
+// Reconcile puts back what somebody has taken from the pods of this host: source checks and routes. It removes checks of
+// pods that are gone. It returns a line for each thing mended.
+//
+// What looks wrong may be a pod that is coming or going. So it looks a second time, while nobody else makes or removes pods;
+// if it cannot get there in time, it leaves everything for the next time.
+func (h *Host) Reconcile(ctx context.Context) (repaired []string, err error) {
+	c, err := h.nft()
+	if err != nil {
+		return nil, err
+	}
+	found, err := h.survey(c)
+	if err != nil || len(found) == 0 {
+		return nil, err
+	}
+	unlock, ok, err := h.lockAlone(ctx)
+	if err != nil || !ok {
+		return nil, err
+	}
+	defer unlock()
+	if found, err = h.survey(c); err != nil {
+		return nil, err
+	}
+	var errs []error
+	for _, f := range found {
+		did, err := h.mend(ctx, &f)
+		repaired = append(repaired, did...)
+		errs = append(errs, err)
+	}
+	return repaired, errors.Join(errs...)
+}
+
+// survey finds the flaws.
+func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
+	have, err := chains(c)
+	if err != nil {
+		return nil, err
+	}
+	pods, err := h.attachments()
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(pods)) {
+		f := flaw{name: name, pod: pods[name], checks: true}
+		if chain := have[name]; chain != nil {
+			ok, _, err := checked(c, chain, f.pod.Addresses)
+			f.checks = !ok || err != nil
+		}
+		link, err := h.nl.LinkByName(name)
+		if err != nil || link.Attrs().RawFlags&unix.IFF_UP == 0 {
+			continue // it has gone meanwhile, or nobody has finished it: DEL's affair
+		}
+		for _, addr := range f.pod.Addresses {
+			ok, err := hasRoute(h.nl, link, sys.HostPrefix(addr).String())
+			f.routes = f.routes || err != nil || !ok
+		}
+		if f.checks || f.routes {
+			found = append(found, f)
+		}
+	}
+	for _, name := range slices.Sorted(maps.Keys(have)) {
+		if _, ok := pods[name]; !ok && !h.Exists(name) {
+			found = append(found, flaw{name: name})
+		}
+	}
+	return found, nil
+}
+
+// mend removes one flaw. The link goes with the pod's namespace, at any moment.
+func (h *Host) mend(ctx context.Context, f *flaw) (repaired []string, err error) {
+	if f.pod.ID == "" {
+		return nil, h.removeChecks(f.name)
+	}
+	if f.checks {
+		err = h.installChecks(f.name, f.pod.Addresses)
+		repaired = append(repaired, fmt.Sprintf("source checks of %s (%s)", f.name, f.pod.ID))
+	}
+	if f.routes && err == nil {
+		var link netlink.Link
+		if link, err = h.nl.LinkByName(f.name); err == nil {
+			err = h.hostAddresses(ctx, link, &f.pod)
+		}
+		repaired = append(repaired, fmt.Sprintf("routes to %v by %s (%s)", f.pod.Addresses, f.name, f.pod.ID))
+	}
+	if !h.Exists(f.name) {
+		return nil, h.removeChecks(f.name)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return repaired, nil
+}
+
+// Exists reports whether the host has a device of this name.
+func (h *Host) Exists(device string) bool {
+	_, err := h.nl.LinkByName(device)
+	return err == nil
+}
+
+// Whoever makes or removes a pod holds a shared lock on the host's network namespace; any number of them do at once. Who mends,
+// holds it alone. The kernel releases the lock of a process that was killed.
+
+// lockShared waits for whoever is mending, which takes a moment.
+func (h *Host) lockShared() (unlock func(), err error) {
+	f, err := h.openNamespace()
+	if err != nil {
+		return nil, err
+	}
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_SH)
+		if err == nil {
+			return func() { f.Close() }, nil
+		}
+		if !errors.Is(err, unix.EINTR) {
+			f.Close()
+			return nil, fmt.Errorf("podnet: lock %s: %w", f.Name(), err)
+		}
+	}
+}
+
+// alonePatience is how long to try to be alone.
+const alonePatience = time.Second
+
+func (h *Host) lockAlone(ctx context.Context) (unlock func(), ok bool, err error) {
+	f, err := h.openNamespace()
+	if err != nil {
+		return nil, false, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, alonePatience)
+	defer cancel()
+	err = sys.Poll(ctx, 5*time.Millisecond, func() (bool, error) {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, unix.EINTR) {
+			return false, nil
+		}
+		return err == nil, err
+	})
+	switch {
+	case err == nil:
+		return func() { f.Close() }, true, nil
+	case ctx.Err() != nil:
+		return nil, false, f.Close()
+	}
+	f.Close()
+	return nil, false, fmt.Errorf("podnet: lock %s: %w", f.Name(), err)
+}
+
+func (h *Host) openNamespace() (*os.File, error) {
+	path := h.path
+	if path == "" {
+		path = "/proc/thread-self/ns/net"
+	}
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("podnet: host's network namespace: %w", err)
+	}
+	return f, nil
+}

@@ -120,6 +120,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 		func(context.Context) error { return p.reconcileUp(link) },
 		func(context.Context) error { return p.addAddrs(link) },
 		func(ctx context.Context) error { return p.reconcileRoutes(ctx, index, routes) },
+		func(context.Context) error { return p.reconcileHosts(index) },
 		func(context.Context) error { return p.removeStaleAddrs(link) },
 		func(context.Context) error { return p.reconcileNFT() },
 	}
@@ -164,7 +165,7 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	case !errors.As(err, &gone):
 		errs = append(errs, fmt.Errorf("hostnet: TUN device %s: %w", tun, err))
 	}
-	errs = append(errs, r.removeRoutes(ctx, index))
+	errs = append(errs, r.removeRoutes(ctx, index), r.removeHosts())
 	if err := r.nft.remove(); err != nil {
 		errs = append(errs, r.nft.reopen(r.ns, err))
 	}

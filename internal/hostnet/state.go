@@ -44,6 +44,8 @@ type State struct {
 	ClusterCIDRs []netip.Prefix
 	// Peers are the other nodes' prefixes.
 	Peers []PeerRoute
+	// Hosts are the other members' underlay addresses that pods reach through the tunnel, each once.
+	Hosts []HostRoute
 	// Own is this node's space. It is unreachable, with the highest metric, so
 	// that any real route to the same prefix wins. It is also where masquerading
 	// applies as the source.

@@ -25,11 +25,14 @@ type Meta struct {
 	TunAddrs     []netip.Addr // at most 8: addresses of the TUN device
 	UDPPort      uint16       // of the UDP encapsulation
 	VXLANPort    uint16
-	Capabilities uint32
+	Capabilities uint32 // bits Cap…
 	VTEPMAC      [6]byte
 	Started      int64 // start of this run, Unix seconds; decides which of two clones is the newer one
 	Leaving      bool  // set while the node leaves the cluster
 }
+
+// CapHostByTunnel is the capability of a member that accepts packets for its own underlay addresses from the tunnel.
+const CapHostByTunnel uint32 = 1 << 0
 
 // The encoding has a fixed part, then lists. Later versions may append fields: a
 // decoder ignores bytes that it does not know.

@@ -151,6 +151,12 @@ func (f *forwarding) routes(local Local, peers []Peer) iter.Seq2[netip.Prefix, *
 // isTun reports whether a is one of this node's own tun addresses.
 func (f *forwarding) isTun(a netip.Addr) bool { return slices.Contains(f.tun[:], a) }
 
+// isOwn reports whether a is in this node's own space: a local pod's, or a tun address.
+func (f *forwarding) isOwn(a netip.Addr) bool {
+	t, ok := f.table.Lookup(a)
+	return ok && t.local
+}
+
 // family is 0 for IPv4, 1 for IPv6: the index of per-family pairs.
 func family(a netip.Addr) int {
 	if a.Is4() {

@@ -236,13 +236,14 @@ func (w *rxWorker) MaySend(src netip.Addr) bool {
 	return true
 }
 
-// Accepts reports whether dst is in this node's own space.
+// Accepts reports whether dst is in this node's own space, or is this host's underlay address and a pod of the sending
+// peer asks for it.
 func (w *rxWorker) Accepts(dst netip.Addr) bool {
 	if dst == w.lastDst {
 		return true
 	}
-	if t, ok := w.fwd.table.Lookup(dst); !ok || !t.local {
-		return false
+	if !w.fwd.isOwn(dst) {
+		return slices.Contains(w.fwd.own, dst) && !slices.Contains(w.from.underlay, w.in.Src)
 	}
 	w.lastDst = dst
 	return true

@@ -207,7 +207,13 @@ func (i *intruder) attacks(f int) (as []attack) {
 	} else {
 		dsts = append(dsts, "2001:db8::9", "ff02::9", "::1")
 	}
-	for _, s := range append(dsts, underlayOf(f == 1, 1).String()) {
+	if i.l.underlay6 == v4 {
+		dsts = append(dsts, underlayOf(f == 1, 1).String()) // would be ours in the other family
+	} else {
+		dsts = append(dsts, i.other.String())
+		add("its host to our host", encap.DropDestinationNotOurs, func(d *datagram) { d.src, d.dst = a.under, b.under })
+	}
+	for _, s := range dsts {
 		add("destination "+s, encap.DropDestinationNotOurs, func(d *datagram) { d.dst = netip.MustParseAddr(s) })
 	}
 	as = append(as, attack{name: "Not-ECT in CE", drop: encap.DropECN, tos: 3, inner: good})

@@ -73,6 +73,7 @@ type txWorker struct {
 	fwd     *forwarding
 	lastDst netip.Addr
 	last    *target
+	toHost  bool // lastDst is an underlay address of last
 
 	vnet   offload.VnetHdr
 	in     header.Inner
@@ -237,7 +238,8 @@ func segmentLen(pkt []byte, in *header.Inner, h offload.VnetHdr) int {
 	return in.HeaderLen + transport + int(h.GSOSize)
 }
 
-// lookup finds whom the packet is for, or why it goes nowhere.
+// lookup finds the peer that a packet is for, or the reason to drop it. Beside pods, our pods reach members' hosts by their
+// underlay addresses (the host routes those packets here); nobody else does: the tunnel's own packets would go in circles.
 func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 	dst := in.Dst
 	t := w.last
@@ -246,16 +248,18 @@ func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 		if dst.IsMulticast() || dst.IsLinkLocalUnicast() || dst == broadcast4 {
 			return nil, encap.DropLocalMulticast
 		}
-		var ok bool
-		if t, ok = w.fwd.table.Lookup(dst); !ok {
-			return nil, encap.DropNoOwner
+		var pod, host bool
+		if t, pod = w.fwd.table.Lookup(dst); !pod {
+			if t, host = w.fwd.sources[dst]; !host {
+				return nil, encap.DropNoOwner
+			}
 		}
-		w.last, w.lastDst = t, dst
+		w.last, w.lastDst, w.toHost = t, dst, host
 	}
 	switch {
 	case in.TTL == 0:
 		return nil, encap.DropTxTTLZero
-	case t.local, t.endpoint == dst, t.endpoint == in.Src:
+	case t.local, t.endpoint == in.Src, t.endpoint == dst && !w.toHost, w.toHost && !w.fwd.isOwn(in.Src):
 		return nil, encap.DropLoop
 	case t.unreachable:
 		return nil, encap.DropPeerDown

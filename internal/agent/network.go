@@ -50,6 +50,7 @@ type peerView struct {
 	mtu       mtu.TUN
 	path      path.Info
 	probed    bool
+	host      bool   // it takes packets for its underlay addresses out of the tunnel
 	gone      bool   // gossip and data path agree: packets to it are answered with host unreachable
 	replaced  bool   // another node lives at its address: nothing is sent there for it, nor taken from there as its own
 	why       string // a sentence about the endpoint or the verdict; empty if there is nothing to say
@@ -197,6 +198,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.mode(id),
+		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.findWay(&p)
@@ -323,6 +325,24 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 	return out
 }
 
+// hostRoutes are the underlay addresses of a member that this node's pods reach through the tunnel: while it is alive and
+// the path to it is up. Otherwise they try the underlay, as they would without Tulle.
+func (s *session) hostRoutes(p *peerView) (out []hostnet.HostRoute) {
+	if !p.host || !p.lives() || p.replaced || p.gone || !p.path.Up {
+		return nil
+	}
+	for _, a := range p.underlay {
+		m := int(p.mtu)
+		if a.Is6() {
+			m = max(m, mtu.Min6)
+		}
+		if !slices.Contains(s.link.Addrs, a) {
+			out = append(out, hostnet.HostRoute{Addr: a, MTU: m})
+		}
+	}
+	return out
+}
+
 // hostState is the view as the host's kernel needs it.
 func (s *session) hostState(v *view) hostnet.State {
 	h := hostnet.State{
@@ -343,6 +363,7 @@ func (s *session) hostState(v *view) hostnet.State {
 			}
 			h.Peers = append(h.Peers, hostnet.PeerRoute{Prefix: prefix, MTU: m})
 		}
+		h.Hosts = append(h.Hosts, s.hostRoutes(&p)...)
 	}
 	if s.tooSmallFor6(v.status.Params.Families).What != "" {
 		return without6(h)

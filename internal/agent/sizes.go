@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/hostnet"
@@ -119,5 +120,6 @@ func without6(h hostnet.State) hostnet.State {
 		}
 	}
 	h.TunAddrs, h.Peers = addrs, peers
+	h.Hosts = slices.DeleteFunc(h.Hosts, func(r hostnet.HostRoute) bool { return !r.Addr.Is4() })
 	return h
 }

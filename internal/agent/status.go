@@ -293,7 +293,7 @@ func (s *session) hostProblems(v *view) []hostnet.Problem {
 	}
 	out = append(out, more...)
 	if v4 := func(a netip.Addr) bool { return a.Is4() }; slices.ContainsFunc(s.link.Addrs, v4) && slices.ContainsFunc(v.tun, v4) {
-		if more, err = hostnet.ReversePathProblems(s.links(v)); err != nil {
+		if more, err = hostnet.ReversePathProblems(s.asymmetric(v)); err != nil {
 			s.log.Debug("reverse path filter not looked at", "error", err)
 		}
 		out = append(out, more...)
@@ -301,11 +301,21 @@ func (s *session) hostProblems(v *view) []hostnet.Problem {
 	return out
 }
 
-// links are the devices by which packets to and from the other hosts may pass.
-func (s *session) links(v *view) []string {
-	out := slices.Clone(s.sizes.Load().links)
+// asymmetric are the devices by which packets may arrive to whose senders packets leave by another one: the underlay
+// address's own device, if packets to a living member leave elsewhere; and all devices toward the members, if pods of one of
+// them (an agent of an older version) reach this host by the bare underlay.
+func (s *session) asymmetric(v *view) (out []string) {
 	for i := range v.peers {
-		out = append(out, v.peers[i].leaves...)
+		p := &v.peers[i]
+		if !p.lives() {
+			continue
+		}
+		if !p.host {
+			out = append(append(out, s.sizes.Load().links...), p.leaves...)
+		}
+		if len(p.leaves) > 0 && !slices.Contains(p.leaves, s.link.Iface) {
+			out = append(out, s.link.Iface)
+		}
 	}
 	slices.Sort(out)
 	return slices.Compact(out)

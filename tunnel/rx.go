@@ -67,6 +67,7 @@ type rxWorker struct {
 	lastSrc   netip.Addr // an inner source that from may use
 	owner     *target    // of the inner source that Ours was asked about
 	lastDst   netip.Addr // an inner destination that is ours
+	lastFrame lastFrame  // VXLAN and Ethernet headers that passed
 
 	in    header.Inner
 	tally tally
@@ -105,6 +106,7 @@ func (w *rxWorker) refresh() {
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.from = f, nil
 		w.lastOuter, w.lastSrc, w.lastDst = netip.Addr{}, netip.Addr{}, netip.Addr{}
+		w.lastFrame = lastFrame{}
 	}
 }
 
@@ -144,7 +146,7 @@ func (w *rxWorker) datagram(r underlay.Received) {
 			return
 		}
 		w.lastOuter, w.from = src, t
-		w.lastSrc = netip.Addr{}
+		w.lastSrc, w.lastFrame = netip.Addr{}, lastFrame{}
 	}
 	if r.Truncated {
 		w.e.drop(encap.DropMalformed)
@@ -176,7 +178,9 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 	case overUDP:
 		inner, d = encap.UnwrapUDP(payload)
 	case overVXLAN:
-		if inner, d = w.frame(payload); inner == nil && d == encap.DropNone {
+		if w.lastFrame.again(payload) {
+			inner = payload[header.VXLANFrameLen:]
+		} else if inner, d = w.frame(payload); inner == nil && d == encap.DropNone {
 			return
 		}
 	case overRaw4:

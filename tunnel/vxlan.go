@@ -75,6 +75,23 @@ func appendQuestion(b []byte, vni uint32, q header.Solicitation) []byte {
 	return header.AppendNeighborSolicit(header.AppendVXLAN(b, vni, to, q.SenderMAC, header.EtherTypeIPv6), q)
 }
 
+// lastFrame is the headers of a frame with an inner packet that passed, from a peer and under tables that are still the same:
+// a frame that begins like it passes, too.
+type lastFrame struct {
+	header  [header.VXLANFrameLen]byte
+	version byte // of the inner packet; 0: none has passed
+}
+
+// again reports whether a payload is such a frame. Neighbour discovery, which is not for the host, hides in ICMPv6: that is
+// looked at.
+func (l *lastFrame) again(payload []byte) bool {
+	if len(payload) < header.VXLANFrameLen+header.IPv4MinLen || [header.VXLANFrameLen]byte(payload) != l.header {
+		return false
+	}
+	inner := payload[header.VXLANFrameLen:]
+	return inner[0]>>4 == l.version && (l.version == 4 || header.IPv6(inner).NextHeader() != header.ProtoICMPv6)
+}
+
 // frame takes the inner packet out of a VXLAN frame. Both results are zero for one that is answered or ignored here: it
 // concerns the VTEPs themselves.
 func (w *rxWorker) frame(payload []byte) (inner []byte, d encap.Drop) {
@@ -96,7 +113,11 @@ func (w *rxWorker) frame(payload []byte) (inner []byte, d encap.Drop) {
 	if v.DstMAC().Group() {
 		return nil, encap.DropLocalMulticast
 	}
-	return encap.InnerVXLAN(v)
+	inner, d = encap.InnerVXLAN(v)
+	if d == encap.DropNone {
+		w.lastFrame = lastFrame{[header.VXLANFrameLen]byte(payload), inner[0] >> 4}
+	}
+	return inner, d
 }
 
 // answer tells a VTEP our MAC, for every address in this node's own space: its tun addresses, which a route of the kernel

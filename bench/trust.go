@@ -50,7 +50,7 @@ func (r *AllResult) warnings() []string {
 		}
 	}
 	if r.Others.Max > othersAllowed {
-		warn("Others used up to %.0f %% of the machine just before a round: figures are too low, and noisy.", 100*r.Others.Max)
+		warn("Others used up to %.0f %% of the machine just before a round: figures are too low, and noisy.", 100*min(r.Others.Max, 1))
 	}
 	if r.Steal.Max > stealAllowed {
 		warn("The hypervisor took up to %.0f %% of the machine away while TCP was measured.", 100*r.Steal.Max)

@@ -93,8 +93,12 @@ func (p *tables) glance(r *AllResult) {
 	for _, m := range missing {
 		p.paragraph("Not measured: "+m, "  ")
 	}
-	p.paragraph(fmt.Sprintf("Medians of %d rounds; × is the ratio to %s within a round. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
-		r.Rounds, to, r.Wire), "")
+	medians := fmt.Sprintf("Medians of %d rounds", r.Rounds)
+	if r.Rounds == 1 {
+		medians = "One round"
+	}
+	p.paragraph(fmt.Sprintf("%s; × is the ratio to %s within a round. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
+		medians, to, r.Wire), "")
 }
 
 // WriteCSV writes every value of every round, one a line.

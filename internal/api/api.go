@@ -1,13 +1,13 @@
 // Package api is the agent's control socket: its types, its server and its client.
 //
-// The protocol is HTTP with JSON bodies over a unix socket, under versioned paths (/v1/...). JSON field names are stable,
-// tests and scripts outside this repository read them; fields may be added, never renamed. Everything the command line
-// shows comes from here, so that `-o json` and the table for people cannot disagree.
+// The protocol is HTTP with JSON bodies over a unix socket, with versioned paths (/v1/...). JSON field names are stable,
+// because tests and scripts outside this repository read them: fields may be added, never renamed. The command line shows
+// only data from here, so that `-o json` and the tables always agree.
 //
-// Units are in the names: rtt_us is microseconds, *_bytes bytes, mtu bytes, loss a share from 0 to 1. Counts of addresses
-// are capped at MaxCount, because an IPv6 block holds more addresses than a JSON number can carry.
+// Units are in the names: rtt_us is microseconds, *_bytes bytes, mtu bytes, loss a fraction from 0 to 1. Counts of addresses
+// are capped at MaxCount, because an IPv6 block has more addresses than a JSON number can represent.
 //
-// Server and Client may be used by any number of goroutines. A Backend is called concurrently, one call a request.
+// Server and Client may be used by any number of goroutines. A Backend is called concurrently, once per request.
 package api
 
 import (
@@ -16,38 +16,38 @@ import (
 	"time"
 )
 
-// DefaultSocket is where agent and command line meet unless --socket says otherwise.
+// DefaultSocket is the path of the control socket unless --socket names another.
 const DefaultSocket = "/run/tulle/tulle.sock"
 
-// MaxCount is the largest count of addresses that the API reports; larger ones (an IPv6 /64) are shown as this value.
+// MaxCount is the largest count of addresses that the API reports. Larger counts (an IPv6 /64) are reported as MaxCount.
 const MaxCount uint64 = math.MaxInt64
 
-// States of a peer as gossip sees it.
+// States of a peer in gossip.
 const (
 	PeerAlive    = "alive"
 	PeerSuspect  = "suspect"
 	PeerDead     = "dead"
 	PeerLeft     = "left"
-	PeerExternal = "external" // a router or kernel tunnel without an agent: gossip knows nothing of it
+	PeerExternal = "external" // a router or kernel tunnel without an agent; not part of gossip
 )
 
 // States of a path to a peer.
 const (
 	PathUp      = "up"
 	PathDown    = "down"
-	PathProbing = "probing" // no verdict yet
-	PathOff     = "off"     // not tried: --paths leaves it out, or this host cannot (the reason says which)
+	PathProbing = "probing" // not decided yet
+	PathOff     = "off"     // not used: not in --paths, or not supported on this host (the reason says which)
 )
 
-// Status is the answer to GET /v1/status: everything that `tulle status` shows.
+// Status is the answer to GET /v1/status, the data of `tulle status`.
 type Status struct {
 	Version  string            `json:"version"`
-	Ready    bool              `json:"ready"` // table confirmed and tun up; if false, Problems says what is missing
+	Ready    bool              `json:"ready"` // table confirmed and TUN up; if false, Problems has the reason
 	Started  time.Time         `json:"started,omitzero"`
 	Node     Node              `json:"node"`
 	Cluster  Cluster           `json:"cluster"`
 	Peers    []Peer            `json:"peers"`
-	Drops    map[string]uint64 `json:"drops"` // by reason (wire.md's names); all reasons are present, zero or not
+	Drops    map[string]uint64 `json:"drops"` // by reason (names as in wire.md); includes reasons with count 0
 	Problems []Problem         `json:"problems"`
 	Counters Counters          `json:"counters"`
 	Offload  Offload           `json:"offload"`
@@ -55,10 +55,10 @@ type Status struct {
 	Gossip   Gossip            `json:"gossip"`
 }
 
-// Healthy reports whether `tulle status` ends with exit code 0.
+// Healthy reports whether `tulle status` has exit code 0.
 func (s *Status) Healthy() bool { return s.Ready && len(s.Problems) == 0 }
 
-// Node is this host.
+// Node describes this node.
 type Node struct {
 	Name     string       `json:"name"`
 	ID       string       `json:"id"`
@@ -66,15 +66,15 @@ type Node struct {
 	// Interface has the underlay addresses; UnderlayReason says why they are used, and what was before them.
 	Interface      string `json:"interface,omitempty"`
 	UnderlayReason string `json:"underlay_reason,omitempty"`
-	// Links are the interfaces by which packets from Underlay leave, and LinkMTU is the least of theirs in bytes.
+	// Links are the interfaces by which packets from Underlay leave. LinkMTU is their smallest MTU, in bytes.
 	Links    []string       `json:"links,omitempty"`
 	LinkMTU  int            `json:"link_mtu,omitempty"`
 	Tun      Tun            `json:"tun"`
 	Prefixes []netip.Prefix `json:"prefixes"` // the space this node owns
-	Blocks   []Block        `json:"blocks"`   // the part of it that pods get addresses from
+	Blocks   []Block        `json:"blocks"`   // the part of it from which pods get addresses
 }
 
-// Tun is the TUN device. Addresses are those that host processes use as source toward remote pods.
+// Tun describes the TUN device. Host processes use Addresses as their source toward remote pods.
 type Tun struct {
 	Name      string       `json:"name"`
 	MTU       int          `json:"mtu"`
@@ -82,15 +82,15 @@ type Tun struct {
 	Queues    int          `json:"queues,omitempty"`
 }
 
-// Block is a piece of the node's space out of which pods get addresses.
+// Block is a part of the node's space from which pods get addresses.
 type Block struct {
 	Prefix  netip.Prefix `json:"prefix"`
 	Used    uint64       `json:"used"`    // addresses that pods have
-	Cooling uint64       `json:"cooling"` // freed, and not yet handed out again
-	Size    uint64       `json:"size"`    // addresses that pods may have at most, capped at MaxCount
+	Cooling uint64       `json:"cooling"` // freed, and not available again yet
+	Size    uint64       `json:"size"`    // maximum number of addresses for pods, capped at MaxCount
 }
 
-// Cluster is what this node knows of the cluster.
+// Cluster is this node's view of the cluster.
 type Cluster struct {
 	ID       string         `json:"id"` // empty until this node has joined or bootstrapped
 	CIDRs    []netip.Prefix `json:"cidrs"`
@@ -101,12 +101,12 @@ type Cluster struct {
 	Table    Table          `json:"table"`
 }
 
-// Table sums up the replicated CIDR table. Two nodes whose digests are equal hold the same table.
+// Table summarises the replicated CIDR table. Two nodes with equal digests have the same table.
 type Table struct {
 	Entries   int    `json:"entries"`
 	Digest    string `json:"digest"`
-	Confirmed bool   `json:"confirmed"` // compared with a live peer since this agent started, or made here
-	Conflicts int    `json:"conflicts"` // ties seen, each a forced forget
+	Confirmed bool   `json:"confirmed"` // compared with a live peer since this agent started, or created here
+	Conflicts int    `json:"conflicts"` // ties between two owners; each results from a forced forget
 }
 
 // Peer is another node, or an external peer.
@@ -128,12 +128,12 @@ type Peer struct {
 	RxBytes    uint64         `json:"rx_bytes"`
 }
 
-// Path is one way to a peer: an encapsulation and what is known of it.
+// Path is a path to a peer: an encapsulation and its state.
 type Path struct {
 	Mode   string    `json:"mode"`   // direct, udp, ipip, vxlan; empty if there is none
 	State  string    `json:"state"`  // PathUp and so on
 	RTTUS  int64     `json:"rtt_us"` // smoothed, microseconds; 0 if none was measured
-	Loss   float64   `json:"loss"`   // share of the last probes that got no answer, 0 to 1
+	Loss   float64   `json:"loss"`   // fraction of the last probes without answer, 0 to 1
 	MTU    int       `json:"mtu"`    // largest inner packet proven, bytes
 	Since  time.Time `json:"since"`
 	Reason string    `json:"reason"`
@@ -146,14 +146,14 @@ type Candidate struct {
 	Endpoint netip.AddrPort `json:"endpoint,omitzero"` // outer destination; port 0 where the encapsulation has none
 }
 
-// Problem is something that is wrong and what to do about it.
+// Problem is a fault and its remedy.
 type Problem struct {
 	What   string    `json:"what"`
 	Remedy string    `json:"remedy"`
 	Since  time.Time `json:"since,omitzero"`
 }
 
-// Counters are totals since the agent started. Tx is from pods to the underlay, Rx the other way; both count inner packets.
+// Counters are totals since the agent started. Tx is from pods to the underlay, Rx the other direction. Both count inner packets.
 type Counters struct {
 	TxPackets       uint64 `json:"tx_packets"`
 	TxBytes         uint64 `json:"tx_bytes"`
@@ -164,37 +164,37 @@ type Counters struct {
 	RxWrites        uint64 `json:"rx_writes"` // packets and super-packets written to the TUN
 	GSOFallbacks    uint64 `json:"gso_fallbacks"`
 	SocketOverflows uint64 `json:"socket_overflows"`
-	TunDrops        uint64 `json:"tun_drops"` // the kernel's own count of packets that found the TUN's queue full
+	TunDrops        uint64 `json:"tun_drops"` // the kernel's count of packets dropped because the TUN's queue was full
 	Probes          uint64 `json:"probes"`
 	ProbeReplies    uint64 `json:"probe_replies"`
-	Repairs         uint64 `json:"repairs"` // host state (routes, addresses, nft) that had to be mended
+	Repairs         uint64 `json:"repairs"` // repairs of host state (routes, addresses, nft)
 }
 
-// Offload is what the kernel lets the engine do in one system call.
+// Offload lists the offloads that the kernel supports and the engine uses.
 type Offload struct {
 	TunCSUM bool   `json:"tun_csum"`
 	TunTSO  bool   `json:"tun_tso"`
 	TunUSO  bool   `json:"tun_uso"`
 	UDPGSO  bool   `json:"udp_gso"`
 	UDPGRO  bool   `json:"udp_gro"`
-	Reason  string `json:"reason"` // why one of them is off
+	Reason  string `json:"reason"` // why an offload is off
 }
 
 // IPAMSummary counts this node's addresses.
 type IPAMSummary struct {
 	Owned   uint64 `json:"owned"`   // addresses in the space this node owns, capped at MaxCount
-	Used    uint64 `json:"used"`    // pods have them
-	Cooling uint64 `json:"cooling"` // freed a moment ago
-	Waiting string `json:"waiting"` // what this node waits for: space asked of another; empty if nothing
+	Used    uint64 `json:"used"`    // allocated to pods
+	Cooling uint64 `json:"cooling"` // in cool-down
+	Waiting string `json:"waiting"` // what this node waits for, such as requested space; empty if nothing
 }
 
-// Gossip is the health of membership.
+// Gossip is the state of gossip on this node.
 type Gossip struct {
 	Bind        netip.AddrPort `json:"bind"`
 	Encrypted   bool           `json:"encrypted"`
 	Keys        int            `json:"keys"`
-	Undecrypted uint64         `json:"undecrypted"` // messages that no key opens
-	Rejected    uint64         `json:"rejected"`    // hosts of another cluster, or with an ID that another live host has
+	Undecrypted uint64         `json:"undecrypted"` // messages that no key decrypts
+	Rejected    uint64         `json:"rejected"`    // hosts of another cluster, or with the ID of another live host
 	Health      int            `json:"health"`      // memberlist's awareness score: 0 is best
 	Queued      int            `json:"queued"`      // broadcasts not yet sent
 	LastSync    time.Time      `json:"last_sync,omitzero"`

@@ -23,7 +23,7 @@ type Client struct {
 
 var _ Backend = (*Client)(nil) // every verb has its method
 
-// NewClient makes a Client for the agent at socket ("" means DefaultSocket). It connects once per call and holds nothing open.
+// NewClient returns a Client for the agent at socket ("" means DefaultSocket). It opens one connection per call.
 func NewClient(socket string) *Client {
 	if socket == "" {
 		socket = DefaultSocket
@@ -39,10 +39,10 @@ func NewClient(socket string) *Client {
 	return c
 }
 
-// Socket is the path that this client connects to.
+// Socket returns the path of the socket.
 func (c *Client) Socket() string { return c.socket }
 
-// Status asks for everything that `tulle status` shows.
+// Status returns the data of `tulle status`.
 func (c *Client) Status(ctx context.Context) (Status, error) {
 	return call[Status](ctx, c, "GET", "/v1/status", nil)
 }
@@ -52,7 +52,7 @@ func (c *Client) Peers(ctx context.Context) ([]Peer, error) {
 	return call[[]Peer](ctx, c, "GET", "/v1/peers", nil)
 }
 
-// Route asks where a packet to addr goes.
+// Route returns the path of a packet to addr.
 func (c *Client) Route(ctx context.Context, addr netip.Addr) (RouteAnswer, error) {
 	return call[RouteAnswer](ctx, c, "GET", "/v1/route?addr="+url.QueryEscape(addr.String()), nil)
 }
@@ -67,22 +67,22 @@ func (c *Client) IPAM(ctx context.Context) (IPAM, error) {
 	return call[IPAM](ctx, c, "GET", "/v1/ipam", nil)
 }
 
-// IPAMCheck compares allocations with what lives on the host.
+// IPAMCheck compares the allocations with the pods on the host.
 func (c *Client) IPAMCheck(ctx context.Context) (IPAMCheck, error) {
 	return call[IPAMCheck](ctx, c, "GET", "/v1/ipam/check", nil)
 }
 
-// IPAMRelease gives leaked addresses back.
+// IPAMRelease frees leaked addresses.
 func (c *Client) IPAMRelease(ctx context.Context, req ReleaseRequest) (ReleaseResult, error) {
 	return call[ReleaseResult](ctx, c, "POST", "/v1/ipam/release", req)
 }
 
-// Allocate asks for a pod's addresses.
+// Allocate allocates the addresses of a pod.
 func (c *Client) Allocate(ctx context.Context, req AllocateRequest) (Allocation, error) {
 	return call[Allocation](ctx, c, "POST", "/v1/ipam/allocate", req)
 }
 
-// Free gives a pod's addresses back.
+// Free frees the addresses of a pod.
 func (c *Client) Free(ctx context.Context, req FreeRequest) (FreeResult, error) {
 	return call[FreeResult](ctx, c, "POST", "/v1/ipam/free", req)
 }
@@ -92,7 +92,7 @@ func (c *Client) Pods(ctx context.Context) ([]Pod, error) {
 	return call[[]Pod](ctx, c, "GET", "/v1/pods", nil)
 }
 
-// Leave gives all of this node's space to others.
+// Leave gives all of this node's space to another member.
 func (c *Client) Leave(ctx context.Context) (LeaveResult, error) {
 	return call[LeaveResult](ctx, c, "POST", "/v1/leave", nil)
 }
@@ -117,22 +117,22 @@ func (c *Client) ExternalRemove(ctx context.Context, prefix netip.Prefix) (Exter
 	return call[External](ctx, c, "DELETE", "/v1/external?prefix="+url.QueryEscape(prefix.String()), nil)
 }
 
-// Keys lists the gossip keys across the cluster.
+// Keys lists the gossip keys of all members.
 func (c *Client) Keys(ctx context.Context) (KeyList, error) {
 	return call[KeyList](ctx, c, "GET", "/v1/keys", nil)
 }
 
-// KeyInstall gives every member a new key, without using it yet.
+// KeyInstall installs a new key on every member, without using it yet.
 func (c *Client) KeyInstall(ctx context.Context, req KeyRequest) (KeyResult, error) {
 	return call[KeyResult](ctx, c, "POST", "/v1/keys/install", req)
 }
 
-// KeyUse makes every member encrypt with a key that it has.
+// KeyUse makes every member encrypt with an installed key.
 func (c *Client) KeyUse(ctx context.Context, req KeyRequest) (KeyResult, error) {
 	return call[KeyResult](ctx, c, "POST", "/v1/keys/use", req)
 }
 
-// KeyRemove takes a key that is no longer used from every member.
+// KeyRemove removes an unused key from every member.
 func (c *Client) KeyRemove(ctx context.Context, req KeyRequest) (KeyResult, error) {
 	return call[KeyResult](ctx, c, "POST", "/v1/keys/remove", req)
 }
@@ -179,20 +179,20 @@ func call[Resp any](ctx context.Context, c *Client, method, path string, req any
 	return resp, nil
 }
 
-// explain turns a failure to reach the agent into one line with its remedy.
+// explain turns a connection failure into one line with its remedy.
 func (c *Client) explain(ctx context.Context, err error) error {
 	switch {
 	case ctx.Err() != nil:
 		return Errorf(CodeNoAgent, "the agent at %s did not answer in time (%v)", c.socket, context.Cause(ctx)).
-			WithRemedy("see `systemctl status tulle` and its log, or wait longer with --timeout")
+			WithRemedy("see `systemctl status tulle` and its log, or set a longer --timeout")
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
 		return Errorf(CodeNoAgent, "no agent listens on %s", c.socket).
 			WithRemedy("see `systemctl status tulle`, or name the agent's socket with --socket")
 	case errors.Is(err, fs.ErrPermission):
 		return Errorf(CodeNoAgent, "no permission to use %s", c.socket).WithRemedy("run as root")
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF), errors.Is(err, unix.ECONNRESET):
-		return Errorf(CodeNoAgent, "the agent at %s hung up before it answered", c.socket).
-			WithRemedy("it was stopping or restarting: see `systemctl status tulle`")
+		return Errorf(CodeNoAgent, "the agent at %s closed the connection before it answered", c.socket).
+			WithRemedy("it may be stopping or restarting: see `systemctl status tulle`")
 	}
 	if u, ok := errors.AsType[*url.Error](err); ok {
 		err = u.Err

@@ -6,27 +6,27 @@ import (
 	"net/http"
 )
 
-// Code tells a caller what kind of failure it was. It decides the exit code of the command line.
+// Code is the kind of a failure. It determines the exit code of the command line.
 type Code string
 
-// The codes. Usage ends the command line with 2, all others with 1.
+// The codes. CodeUsage gives exit code 2, all others 1.
 const (
-	CodeUsage     Code = "usage"     // the request cannot be right: a bad address, an unknown encapsulation
+	CodeUsage     Code = "usage"     // an invalid request: a bad address, an unknown encapsulation
 	CodeNotFound  Code = "not_found" // no such node, address, key
-	CodeRefused   Code = "refused"   // a guard holds: forget of a live node, release of an address in use
-	CodeUnhealthy Code = "unhealthy" // the agent cannot do it now: isolated, no space, not ready
-	CodeNoAgent   Code = "no_agent"  // nobody answers on the socket (made by Client, never sent)
+	CodeRefused   Code = "refused"   // not allowed: forget of a live node, release of an address in use
+	CodeUnhealthy Code = "unhealthy" // not possible now: isolated, no space, not ready
+	CodeNoAgent   Code = "no_agent"  // no agent answers on the socket (set by Client, never sent)
 	CodeFailed    Code = "failed"    // anything else
 )
 
-// Error is a failure with its code and, where there is one, its remedy.
+// Error is a failure with its code and, if known, its remedy.
 type Error struct {
 	Code    Code   `json:"code"`
 	Message string `json:"message"`
 	Remedy  string `json:"remedy,omitempty"`
 }
 
-// Error gives one line: what went wrong, then the remedy.
+// Error returns one line: the failure, then the remedy.
 func (e *Error) Error() string {
 	if e.Remedy == "" {
 		return e.Message
@@ -34,7 +34,7 @@ func (e *Error) Error() string {
 	return e.Message + "; " + e.Remedy
 }
 
-// Errorf makes an Error without a remedy.
+// Errorf returns an Error without a remedy.
 func Errorf(code Code, format string, args ...any) *Error {
 	return &Error{Code: code, Message: fmt.Sprintf(format, args...)}
 }

@@ -13,12 +13,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxSocketPath leaves room in sun_path (108 bytes, unix(7)) for the terminating zero and for the name under which the
-// socket is made.
+// maxSocketPath leaves space in sun_path (108 bytes, unix(7)) for the terminating zero and for the temporary name of the
+// socket.
 const maxSocketPath = 96
 
-// Listen makes the control socket, mode 0660, and its directory, mode 0755, where that is missing. A socket that a dead
-// agent left behind is replaced; the socket of a live one is left alone and named in the error. Closing the listener
+// Listen creates the control socket with mode 0660, and its directory with mode 0755 if it does not exist. It replaces the
+// socket of a dead agent. If an agent listens on the socket, it returns an error that says so. Closing the listener
 // removes the socket.
 func Listen(path string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
@@ -29,7 +29,7 @@ func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("control socket: %w; run as root, or name another place with --socket", err)
 	}
-	// One starter at a time: between the look at the old socket and the making of the new one nobody else may come.
+	// One agent at a time: no other may come between the check of the old socket and the creation of the new one.
 	lock, err := os.Open(dir)
 	if err != nil {
 		return nil, fmt.Errorf("control socket: %w", err)
@@ -58,7 +58,7 @@ func removeStale(path string) error {
 		return fmt.Errorf("control socket: %w", err)
 	}
 	if info.Mode().Type() != fs.ModeSocket {
-		return fmt.Errorf("control socket %s: the path is taken by something that is not a socket (%s); remove it or name another path with --socket",
+		return fmt.Errorf("control socket %s: the path exists and is not a socket (%s); remove it or name another path with --socket",
 			path, info.Mode())
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
@@ -69,13 +69,13 @@ func removeStale(path string) error {
 		return fmt.Errorf("control socket %s: another agent listens there; stop it (systemctl stop tulle); an agent in another network namespace needs its own --socket and --state-dir", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("control socket: remove what a dead agent left: %w", err)
+		return fmt.Errorf("control socket: remove the socket of a dead agent: %w", err)
 	}
 	return nil
 }
 
-// listenAt binds under a name of its own, sets the mode, and only then gives the socket its real name: nobody can connect
-// to it while its mode is what the umask made of it.
+// listenAt binds under a temporary name, sets the mode, and then links the socket to its real name: nobody can connect to
+// it while its mode is that of the umask.
 func listenAt(path string) (net.Listener, error) {
 	birth := path + "." + strconv.Itoa(os.Getpid())
 	if err := os.Remove(birth); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -101,15 +101,15 @@ func listenAt(path string) (net.Listener, error) {
 	return made, nil
 }
 
-// listener removes the socket on Close if it is still its own. It keeps the inode open, so that its number is not given to
-// a successor's socket.
+// listener removes the socket on Close if the path is still its own socket. It keeps the inode open, so that the socket of
+// another agent cannot get the same inode number.
 type listener struct {
 	*net.UnixListener
 	path  string
 	inode *os.File
 }
 
-// Addr is the socket's real name.
+// Addr returns the path of the socket.
 func (l *listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
 
 // Close stops listening and removes the socket.

@@ -19,11 +19,11 @@ import (
 const (
 	maxRequest      = 64 << 10        // bytes of a request's body
 	maxResponse     = 64 << 20        // bytes of an answer that Client reads: 1,000 peers take below 2 MiB
-	headerTimeout   = 5 * time.Second // for a client that connects and says nothing
-	shutdownTimeout = 2 * time.Second // for requests under way when the agent stops
+	headerTimeout   = 5 * time.Second // for a client that connects and sends nothing
+	shutdownTimeout = 2 * time.Second // for requests in progress when the agent stops
 )
 
-// Server answers the control socket out of a Backend.
+// Server serves a Backend on the control socket.
 type Server struct {
 	backend Backend
 	log     *slog.Logger
@@ -31,7 +31,7 @@ type Server struct {
 	calls   sync.WaitGroup
 }
 
-// NewServer makes a Server; Serve starts it.
+// NewServer returns a Server. Call Serve to start it.
 func NewServer(b Backend, log *slog.Logger) *Server {
 	s := &Server{backend: b, log: log, mux: http.NewServeMux()}
 
@@ -89,8 +89,8 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	return s
 }
 
-// Serve answers requests on l until ctx ends, closes l, and returns when the last request has been answered or cut off.
-// It returns nil after ctx has ended, else the error that stopped it.
+// Serve answers requests on l until ctx ends. It then closes l, and returns nil when the last request has been answered or
+// aborted. It returns an error if it stops before ctx ends.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
 		Handler:           s,
@@ -123,7 +123,7 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	return fmt.Errorf("control socket %s: %w", l.Addr(), err)
 }
 
-// ServeHTTP answers one request. A panic in the backend is one failed request, with its stack in the log.
+// ServeHTTP answers one request. A panic in the backend fails only that request; its stack is logged.
 func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.calls.Add(1)
 	defer s.calls.Done()
@@ -138,12 +138,12 @@ func (s *Server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(w, r)
 }
 
-// get registers a verb without a body.
+// get registers a request without a body.
 func get[Resp any](s *Server, pattern string, call func(context.Context) (Resp, error)) {
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) { answer(s, w, r, call) })
 }
 
-// post registers a verb whose body is a Req.
+// post registers a request with a body of type Req.
 func post[Req, Resp any](s *Server, pattern string, validate func(Req) error, call func(context.Context, Req) (Resp, error)) {
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
 		var req Req
@@ -161,7 +161,7 @@ func post[Req, Resp any](s *Server, pattern string, validate func(Req) error, ca
 
 func decode(body io.Reader, to any) error {
 	dec := json.NewDecoder(body)
-	dec.DisallowUnknownFields() // a switch that is silently ignored is worse than a refusal
+	dec.DisallowUnknownFields() // do not silently ignore an option that is not known
 	err := dec.Decode(to)
 	if err == nil {
 		if _, err = dec.Token(); err == io.EOF {
@@ -194,7 +194,7 @@ func fail(w http.ResponseWriter, err error) {
 	if !ok {
 		e = &Error{Code: CodeFailed, Message: err.Error()}
 	} else if wrapped := err.Error(); wrapped != e.Error() {
-		// Somebody added context around the coded error: keep the text and the code.
+		// The coded error is wrapped: keep the whole text and the code.
 		e = &Error{Code: e.Code, Message: wrapped}
 	}
 	write(w, e.Code.httpStatus(), e)
@@ -211,8 +211,8 @@ func write(w http.ResponseWriter, status int, v any) {
 	w.Write(append(b, '\n'))
 }
 
-// fillSlices replaces nil slices and maps by empty ones, so that JSON says [] and not null: scripts iterate over them.
-// Byte slices and types that write their own JSON are left alone.
+// fillSlices replaces nil slices and maps by empty ones, so that JSON has [] instead of null: scripts iterate over them.
+// It skips byte slices and types with their own JSON encoding.
 func fillSlices(v reflect.Value) {
 	if _, own := v.Interface().(json.Marshaler); own {
 		return

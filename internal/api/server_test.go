@@ -386,7 +386,7 @@ func TestClientErrors(t *testing.T) {
 	l.Close()
 
 	for answer, want := range map[string]string{
-		"":                            "hung up",
+		"":                            "closed the connection",
 		"HTTP/1.1 200 OK\r\n\r\nnope": "cannot be read",
 		"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno": "not an agent's answer",
 		"SSH-2.0-x\r\n": "socket of an agent",

@@ -12,7 +12,7 @@ var encapsulations = []string{"udp", "ipip", "vxlan", "direct"}
 
 func usage(format string, args ...any) error { return Errorf(CodeUsage, format, args...) }
 
-// checkText refuses what is empty (unless optional), too long, or would spoil a terminal or a log.
+// checkText refuses text that is empty (unless optional), too long, or has characters that garble a terminal or a log.
 func checkText(what, s string, limit int, optional bool) error {
 	switch {
 	case s == "" && !optional:

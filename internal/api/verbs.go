@@ -6,8 +6,8 @@ import (
 	"time"
 )
 
-// Backend answers the requests. internal/agent implements it. Errors that carry an *Error keep its code on their way to
-// the command line; every other error arrives as CodeFailed. A ctx ends when the caller hangs up.
+// Backend answers the requests. internal/agent implements it. An error that wraps an *Error keeps its code; the command line
+// gets any other error as CodeFailed. ctx ends when the caller closes the connection.
 type Backend interface {
 	Status(ctx context.Context) (Status, error)
 	Peers(ctx context.Context) ([]Peer, error)
@@ -42,10 +42,10 @@ const (
 	RouteRemote   = "remote"   // another node's
 	RouteExternal = "external" // an external peer's
 	RouteOutside  = "outside"  // not in the cluster CIDR: the host's routing decides
-	RouteNone     = "none"     // in the cluster CIDR, and nobody owns it as far as this node knows
+	RouteNone     = "none"     // in the cluster CIDR, but without a known owner
 )
 
-// RouteAnswer tells where a packet to Address goes now.
+// RouteAnswer describes the path of a packet to Address.
 type RouteAnswer struct {
 	Address       netip.Addr     `json:"address"`
 	Kind          string         `json:"kind"`
@@ -56,25 +56,25 @@ type RouteAnswer struct {
 	Endpoint      netip.AddrPort `json:"endpoint,omitzero"` // outer destination; port 0 where the encapsulation has none
 	Encapsulation string         `json:"encapsulation"`
 	MTU           int            `json:"mtu"`
-	Why           string         `json:"why"` // a sentence: why this owner, why this encapsulation, why not reachable
+	Why           string         `json:"why"` // reason for the owner, the encapsulation, or being unreachable
 }
 
-// PingRequest asks to probe a node through every encapsulation. Zero values mean the defaults: 3 probes a mode.
+// PingRequest requests probes to a node through every encapsulation. Count 0 means 3 probes per encapsulation.
 type PingRequest struct {
-	Node  string `json:"node"` // name, ID, a unique beginning of the ID, or an address it owns
+	Node  string `json:"node"` // name, ID, a unique prefix of the ID, or an address that it owns
 	Count int    `json:"count,omitempty"`
 }
 
-// MaxPingCount bounds PingRequest.Count.
+// MaxPingCount is the maximum of PingRequest.Count.
 const MaxPingCount = 1000
 
-// PingResult is one PingMode for each encapsulation, in order of preference.
+// PingResult has one PingMode per encapsulation, in order of preference.
 type PingResult struct {
 	Node  NodeRef    `json:"node"`
 	Modes []PingMode `json:"modes"`
 }
 
-// PingMode is what the probes through one encapsulation found.
+// PingMode is the result of the probes through one encapsulation.
 type PingMode struct {
 	Mode          string         `json:"mode"`
 	State         string         `json:"state"` // PathUp, PathDown or PathOff
@@ -100,10 +100,10 @@ type IPAM struct {
 // States of a PodAllocation.
 const (
 	AllocationUsed    = "used"
-	AllocationCooling = "cooling" // freed; not handed out again before Until
+	AllocationCooling = "cooling" // freed; not available again before Until
 )
 
-// PodAllocation is the addresses that one pod has, or had until a moment ago.
+// PodAllocation has the addresses of one pod, or of a pod that is gone while they are in cool-down.
 type PodAllocation struct {
 	ID        string       `json:"id"`
 	Name      string       `json:"name,omitempty"`
@@ -114,7 +114,7 @@ type PodAllocation struct {
 	Netns     string       `json:"netns,omitempty"`
 }
 
-// IPAMCheck compares allocations with what lives on the host.
+// IPAMCheck is the comparison of the allocations with the pods on the host.
 type IPAMCheck struct {
 	Checked int           `json:"checked"`
 	Leaked  []LeakedAddr  `json:"leaked"`  // allocated, and no pod has it
@@ -135,8 +135,8 @@ type UnknownAddr struct {
 	Where   string     `json:"where"` // interface or namespace
 }
 
-// ReleaseRequest names leaked addresses to release, or all of them. Only what a check at that moment still finds leaked
-// is released.
+// ReleaseRequest names leaked addresses to release, or all of them. An address is released only if a new check still finds
+// it leaked.
 type ReleaseRequest struct {
 	Addresses []netip.Addr `json:"addresses,omitempty"`
 	All       bool         `json:"all,omitempty"`
@@ -154,22 +154,22 @@ type RefusedAddr struct {
 	Why     string     `json:"why"`
 }
 
-// AllocateRequest asks for one address of each family that the cluster has. The same ID again gets the same answer.
+// AllocateRequest requests one address per IP family of the cluster. Repeated requests with the same ID get the same answer.
 type AllocateRequest struct {
 	ID        string       `json:"id"`                  // of the pod's interface: unique on this node, at most MaxIDLen bytes
 	Name      string       `json:"name,omitempty"`      // for people
 	Netns     string       `json:"netns,omitempty"`     // path of the pod's network namespace: `ipam check` looks there
-	Requested []netip.Addr `json:"requested,omitempty"` // at most one of each family; must be free and in this node's blocks
+	Requested []netip.Addr `json:"requested,omitempty"` // at most one per family; must be free and in this node's blocks
 }
 
-// MaxIDLen and MaxNameLen bound what is stored for one pod, in bytes.
+// MaxIDLen and MaxNameLen are the maximum lengths of a pod's ID and name, in bytes.
 const (
 	MaxIDLen   = 256
 	MaxNameLen = 256
 	maxPathLen = 4096
 )
 
-// Allocation is what a pod's interface needs.
+// Allocation has the settings of a pod's interface.
 type Allocation struct {
 	ID        string             `json:"id"`
 	Addresses []AllocatedAddress `json:"addresses"`
@@ -187,29 +187,29 @@ type AllocatedAddress struct {
 	Gateway netip.Addr   `json:"gateway"` // the node's own address in that family
 }
 
-// FreeRequest gives a pod's addresses back: its owner says that the pod is gone. Unknown IDs are no error.
+// FreeRequest frees the addresses of a pod that is gone. An unknown ID is not an error.
 type FreeRequest struct {
 	ID string `json:"id"`
 }
 
-// FreeResult lists the addresses given back, none if the ID was unknown.
+// FreeResult lists the freed addresses, none if the ID was unknown.
 type FreeResult struct {
 	Freed []netip.Addr `json:"freed"`
 }
 
-// Transfer is space that changed hands.
+// Transfer is a change of the owner of a prefix.
 type Transfer struct {
 	Prefix netip.Prefix `json:"prefix"`
 	From   NodeRef      `json:"from"`
 	To     NodeRef      `json:"to"`
 }
 
-// LeaveResult lists who took this node's space.
+// LeaveResult lists the new owners of this node's space.
 type LeaveResult struct {
 	Transfers []Transfer `json:"transfers"`
 }
 
-// ForgetRequest takes over the space of a dead node. Force skips the test for a majority, never the test that the node is dead.
+// ForgetRequest takes over the space of a dead node. Force skips only the check for a majority, never the check that the node is dead.
 type ForgetRequest struct {
 	Node  string `json:"node"`
 	Force bool   `json:"force,omitempty"`
@@ -241,7 +241,7 @@ type External struct {
 	Version       uint64       `json:"version"`
 }
 
-// KeyRequest names a gossip key: by its 32 bytes (install), or by the ID that KeyList shows.
+// KeyRequest names a gossip key: by its 32 bytes (install), or by its ID in KeyList (use, remove).
 type KeyRequest struct {
 	Key []byte `json:"key,omitempty"` // base64 in JSON
 	ID  string `json:"id,omitempty"`
@@ -250,7 +250,7 @@ type KeyRequest struct {
 // KeySize is the length of a gossip key in bytes: AES-256.
 const KeySize = 32
 
-// KeyList is the keys that this node has and, for each, how many members have it.
+// KeyList lists the keys of this node and, for each key, how many members have it.
 type KeyList struct {
 	Encrypted bool  `json:"encrypted"`
 	Members   int   `json:"members"` // that were asked, this node included
@@ -258,15 +258,15 @@ type KeyList struct {
 	Keys      []Key `json:"keys"`
 }
 
-// Key is a gossip key as it may be shown: never the key itself.
+// Key describes a gossip key without revealing it.
 type Key struct {
 	ID      string   `json:"id"` // a hash of the key, shortened
 	Primary bool     `json:"primary"`
 	Members int      `json:"members"` // how many have it
-	Missing []string `json:"missing"` // names of those that answered and have it not
+	Missing []string `json:"missing"` // names of members that answered but lack the key
 }
 
-// KeyResult is what the members answered.
+// KeyResult has the answers of the members.
 type KeyResult struct {
 	ID      string       `json:"id"`
 	Members int          `json:"members"`
@@ -274,19 +274,19 @@ type KeyResult struct {
 	Failed  []KeyFailure `json:"failed"`
 }
 
-// KeyFailure is a member that did not do it.
+// KeyFailure is a member on which the operation failed.
 type KeyFailure struct {
 	Node NodeRef `json:"node"`
 	Why  string  `json:"why"`
 }
 
-// ReloadResult is what changed in the configuration, and what needs a restart to change.
+// ReloadResult lists the applied changes of the configuration, and those that need a restart.
 type ReloadResult struct {
 	Changed      []ConfigChange `json:"changed"`
 	NeedsRestart []ConfigChange `json:"needs_restart"`
 }
 
-// ConfigChange is one key whose value in the file is no longer the running one.
+// ConfigChange is a key whose value in the file differs from the running one.
 type ConfigChange struct {
 	Key string `json:"key"`
 	Old string `json:"old"`

@@ -5,8 +5,8 @@ import "runtime/debug"
 // version is set by the linker in releases: -X github.com/tulle-net/tulle/internal/api.version=v1.2.3
 var version string
 
-// Version is that of this program, for agent and command line alike: what the linker was told, else the module's version,
-// else the commit that it was built from, with "-dirty" if files had changed.
+// Version returns the version of this program: that set by the linker, else the module's version, else the commit of the
+// build, with "-dirty" if files had been modified.
 func Version() string {
 	if version != "" {
 		return version

@@ -1,12 +1,11 @@
-// Package config is the agent's configuration: flags and a strict YAML file with the same keys, their defaults, their
-// checks, and the reference page docs/configuration.md, all out of one table (keys.go).
+// Package config reads the agent's configuration: flags, and a strict YAML file with the same keys. One table (keys.go)
+// defines keys, defaults and checks, and generates the reference page docs/configuration.md.
 //
-// A key is written with "-" as a flag and with "_" in the file; a flag replaces what the file says. Nothing is guessed:
-// unknown keys, second mentions and values of the wrong shape are refused with their line. Every error is one line that
-// names where the value was given, the value, the limit and the remedy.
+// A key has "-" as a flag and "_" in the file. A flag overrides the file. Unknown keys, duplicate keys and invalid values are
+// refused with their line number. Every error is one line that names the place, the value, the limit and the remedy.
 //
-// A Config is a value; it may be read by any number of goroutines and is changed by none. No type of this package travels
-// below internal/agent.
+// A Config is never modified after Load, so any number of goroutines may read it. Packages below internal/agent do not use
+// the types of this package.
 package config
 
 import (
@@ -21,23 +20,23 @@ import (
 	"github.com/spf13/pflag"
 )
 
-// DefaultFile is read unless --config names another file; it may be missing.
+// DefaultFile is the configuration file unless --config names another. It is optional.
 const DefaultFile = "/etc/tulle/tulle.yaml"
 
-// Config is a checked configuration with its defaults filled in.
+// Config is a validated configuration with defaults filled in.
 type Config struct {
 	NodeName  string
 	Join      []string // HOST:PORT, each once, IPv6 in brackets
-	Bootstrap bool     // this node starts the cluster when its seeds have answered and are in none
-	// ForceBootstrap: it does so although some of them are silent.
+	Bootstrap bool     // this node starts the cluster when all seeds have answered and none is in a cluster
+	// ForceBootstrap means that it starts the cluster even if some seeds do not answer.
 	ForceBootstrap bool
-	// Bootstrapper is the node that the file names to start the cluster; empty if the file or the flags say otherwise.
+	// Bootstrapper is the node that starts the cluster according to the file; empty if it names none or a flag overrides it.
 	Bootstrapper string
-	// ClusterCIDRs is what was asked for, at most one prefix a family; empty means "the cluster's, or BootstrapCIDRs".
+	// ClusterCIDRs are the configured prefixes, at most one per family. Empty means those of the cluster, or BootstrapCIDRs.
 	ClusterCIDRs   []netip.Prefix
 	NodePrefixLen4 int // length of an IPv4 block, bits
 	NodePrefixLen6 int // length of an IPv6 block, bits
-	// AskedPrefixLen4 and AskedPrefixLen6 are the same where they were given, else 0.
+	// AskedPrefixLen4 and AskedPrefixLen6 are the same if they were configured, else 0.
 	AskedPrefixLen4, AskedPrefixLen6 int
 
 	PodCIDRs      []netip.Prefix
@@ -50,7 +49,7 @@ type Config struct {
 	VTEPMAC       [6]byte  // zero: made out of the node ID
 	Paths         []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
 	Tun           string
-	MTU           int // of the TUN, bytes; 0: found out of the underlay's
+	MTU           int // of the TUN, bytes; 0: derived from the underlay's
 	Queues        int // of the TUN; 0: by the number of CPUs
 	Masquerade    bool
 	CNIDir        string // where container engines look for networks; empty: not published
@@ -66,17 +65,17 @@ type Config struct {
 	level *slog.LevelVar
 }
 
-// Underlay says which address of this host carries the tunnel: that of an interface, or given addresses (at most one a
-// family), or, if both are empty, the source of the route to the seeds.
+// Underlay selects the address of this host that carries the tunnel: that of an interface, or the given addresses (at most
+// one per family). If both are empty, it is the source of the route to the seeds.
 type Underlay struct {
 	Interface string
 	Addresses []netip.Addr
 }
 
-// given is what the command line says, by key; a key that is missing was not given.
+// given has the values on the command line by key.
 type given map[string][]string
 
-// AddFlags gives flags every key of the table, and --config.
+// AddFlags adds a flag for every key of the table, and --config.
 func AddFlags(flags *pflag.FlagSet) {
 	flags.SortFlags = false
 	flags.String("config", DefaultFile, "`FILE` with the same keys, written with \"_\"; flags win")
@@ -89,8 +88,8 @@ func AddFlags(flags *pflag.FlagSet) {
 	}
 }
 
-// Load reads file and flags, which AddFlags has prepared and which have been parsed. An empty file means --config's, which
-// may be missing as long as nobody named it.
+// Load reads the file and the flags. AddFlags must have prepared the flags, and they must be parsed. An empty file means that
+// of --config. The default file is optional.
 func Load(flags *pflag.FlagSet, file string) (Config, error) {
 	named := file != ""
 	if f := flags.Lookup("config"); !named && f != nil {
@@ -110,7 +109,7 @@ func Load(flags *pflag.FlagSet, file string) (Config, error) {
 	return c, nil
 }
 
-// Reread reads the file again, under the same flags as before. The result shares its LevelVar with c, which it does not set.
+// Reread reads the file again, with the same flags as before. The result shares its LevelVar with c; Reread does not set it.
 func (c Config) Reread() (Config, error) {
 	n, err := load(c.given, c.file, false)
 	if err != nil {
@@ -120,13 +119,13 @@ func (c Config) Reread() (Config, error) {
 	return n, nil
 }
 
-// File is the path of the configuration file, which need not exist.
+// File returns the path of the configuration file, which may not exist.
 func (c Config) File() string { return c.file }
 
-// LevelVar is the level that the program's logger follows: Load sets it, a reload may set it again.
+// LevelVar returns the level of the program's logger. Load sets it; a reload may change it.
 func (c Config) LevelVar() *slog.LevelVar { return c.level }
 
-// BootstrapCIDRs is the address space of a cluster that this node starts.
+// BootstrapCIDRs returns the address space for a cluster that this node starts.
 func (c Config) BootstrapCIDRs() []netip.Prefix {
 	if len(c.ClusterCIDRs) > 0 {
 		return c.ClusterCIDRs
@@ -170,7 +169,7 @@ func load(g given, file string, named bool) (Config, error) {
 	return c, c.validate(at)
 }
 
-// split takes lists apart at their commas and leaves out what is empty: `--join=` takes back what the file says.
+// split splits lists at commas and omits empty elements, so that `--join=` clears the value of the file.
 func split(texts []string) []string {
 	var out []string
 	for _, t := range texts {
@@ -183,10 +182,10 @@ func split(texts []string) []string {
 	return out
 }
 
-// origins says for each key where its value was given; "" for a default.
+// origins has the place of each value; "" for a default.
 type origins map[string]string
 
-// wrap puts the place before the error.
+// wrap prefixes an error with the place of the value.
 func (o origins) wrap(name string, err error) error {
 	where := o[name]
 	if where == "" {
@@ -213,7 +212,7 @@ func Diff(before, after Config) []Change {
 	return out
 }
 
-// maxFile bounds the configuration file, bytes.
+// maxFile is the maximum size of the configuration file, in bytes.
 const maxFile = 64 << 10
 
 func readFile(path string, named bool) (map[string]entry, error) {
@@ -243,7 +242,7 @@ func readFile(path string, named bool) (map[string]entry, error) {
 	return parseFile(path, buf[:n])
 }
 
-// value is a flag: it keeps the texts, which Load checks together with the file's.
+// value is a flag. It keeps the strings; Load checks them together with those of the file.
 type value struct {
 	key   *key
 	texts []string

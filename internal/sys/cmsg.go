@@ -14,7 +14,7 @@ const (
 	cmsgAlign  = int(unsafe.Sizeof(uintptr(0)))
 )
 
-// ControlSpace is the room that a control message of n data bytes takes.
+// ControlSpace returns the space for a control message with n bytes of data.
 func ControlSpace(n int) int { return cmsgAligned(cmsgHdrLen) + cmsgAligned(n) }
 
 func cmsgAligned(n int) int { return (n + cmsgAlign - 1) &^ (cmsgAlign - 1) }
@@ -25,8 +25,8 @@ type Control struct {
 	Data        []byte
 }
 
-// NextControl takes the first control message off b. ok is false at the end,
-// and where the rest is malformed.
+// NextControl returns the first control message of b and the rest. ok is false at the
+// end, or if the rest is malformed.
 func NextControl(b []byte) (c Control, rest []byte, ok bool) {
 	if len(b) < cmsgHdrLen {
 		return Control{}, nil, false

@@ -6,15 +6,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrAgain is what a non-blocking call returns when there is nothing to read,
-// or no room to write. It is EAGAIN itself, so that returning it costs nothing:
-// compare with ==.
+// ErrAgain is returned by a non-blocking call if there is nothing to read, or no
+// space to write. It is EAGAIN itself, so returning it allocates nothing. Compare
+// with ==.
 var ErrAgain error = unix.EAGAIN
 
 var (
-	// ErrWoken is returned by a wait that was ended by Wake.
+	// ErrWoken is returned by a wait that Wake has ended.
 	ErrWoken = errors.New("woken")
-	// ErrErrQueue is returned by a wait on a socket whose error queue holds
-	// something. It comes back at once until the queue has been drained.
+	// ErrErrQueue is returned by a wait on a socket whose error queue is not empty.
+	// Every wait returns it at once until the queue is drained.
 	ErrErrQueue = errors.New("socket error queue not empty")
 )

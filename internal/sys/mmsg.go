@@ -13,12 +13,12 @@ type mmsghdr struct {
 	n   uint32
 }
 
-// sockaddrSpace is room for a sockaddr_in6, the larger of our two families.
+// sockaddrSpace is the size of a sockaddr_in6, the larger of our two families.
 const sockaddrSpace = unix.SizeofSockaddrInet6
 
-// RecvMsgs is the memory of one recvmmsg(2): slots of equal size, each with
-// room for the sender's address and for control messages. All is allocated by
-// NewRecvMsgs; Recv allocates nothing.
+// RecvMsgs has the buffers for one recvmmsg(2): slots of equal size, each with space
+// for the sender's address and for control messages. NewRecvMsgs allocates them;
+// Recv allocates nothing.
 type RecvMsgs struct {
 	hdrs    []mmsghdr
 	iovs    []unix.Iovec
@@ -58,12 +58,12 @@ func NewRecvMsgs(slots, slotSize, controlSize int) *RecvMsgs {
 	return m
 }
 
-// Slots is the number of messages one Recv can take.
+// Slots returns the maximum number of messages per Recv.
 func (m *RecvMsgs) Slots() int { return len(m.hdrs) }
 
-// Recv fills up to Slots() messages from the non-blocking socket fd and
-// returns how many; ErrAgain when there is none. What an earlier Recv gave out
-// is overwritten.
+// Recv receives up to Slots() messages from the non-blocking socket fd and returns
+// their number, or ErrAgain if there is none. It overwrites the messages of the
+// previous Recv.
 func (m *RecvMsgs) Recv(fd int, flags int) (int, error) {
 	for i := range m.hdrs[:m.used] {
 		h := &m.hdrs[i].hdr
@@ -81,44 +81,44 @@ func (m *RecvMsgs) Recv(fd int, flags int) (int, error) {
 			return int(n), nil
 		case unix.EINTR:
 		default:
-			m.used = 1 // the kernel may have touched the first header
+			m.used = 1 // the kernel may have modified the first header
 			return 0, errno
 		}
 	}
 }
 
-// Data is the payload of message i, valid until the next Recv.
+// Data returns the payload of message i, valid until the next Recv.
 func (m *RecvMsgs) Data(i int) []byte {
 	off := i * m.slot
 	return m.data[off : off+min(int(m.hdrs[i].n), m.slot) : off+m.slot]
 }
 
-// Name is the raw sockaddr of message i's sender.
+// Name returns the raw sockaddr of the sender of message i.
 func (m *RecvMsgs) Name(i int) []byte {
 	off := i * sockaddrSpace
 	return m.names[off : off+min(int(m.hdrs[i].hdr.Namelen), sockaddrSpace)]
 }
 
-// Control is message i's raw control messages; see NextControl.
+// Control returns the raw control messages of message i; see NextControl.
 func (m *RecvMsgs) Control(i int) []byte {
 	off := i * m.ctl
 	return m.control[off : off+min(int(m.hdrs[i].hdr.Controllen), m.ctl)]
 }
 
-// Truncated reports that message i was longer than its slot.
+// Truncated reports whether message i was longer than its slot.
 func (m *RecvMsgs) Truncated(i int) bool {
 	return m.hdrs[i].hdr.Flags&unix.MSG_TRUNC != 0
 }
 
-// ControlTruncated reports that message i had more control messages than room.
+// ControlTruncated reports whether the control messages of message i did not fit.
 func (m *RecvMsgs) ControlTruncated(i int) bool {
 	return m.hdrs[i].hdr.Flags&unix.MSG_CTRUNC != 0
 }
 
-// SendMsgs is the memory of one sendmmsg(2): up to a fixed number of messages
-// gathered from up to a fixed number of slices. Names, payloads and control
-// bytes handed in are referenced, not copied, until Reset: the caller keeps
-// them unchanged until then.
+// SendMsgs has the buffers for one sendmmsg(2): up to a fixed number of messages,
+// gathered from up to a fixed number of slices. It references names, payloads and
+// control bytes and does not copy them: the caller must not change them until
+// Reset.
 type SendMsgs struct {
 	hdrs []mmsghdr
 	iovs []unix.Iovec
@@ -126,12 +126,12 @@ type SendMsgs struct {
 	used int // iovecs
 }
 
-// NewSendMsgs allocates room for messages and iovecs.
+// NewSendMsgs allocates space for messages and iovecs.
 func NewSendMsgs(messages, iovecs int) *SendMsgs {
 	return &SendMsgs{hdrs: make([]mmsghdr, messages), iovs: make([]unix.Iovec, iovecs)}
 }
 
-// Begin starts a message to the raw sockaddr name. There must be room for it.
+// Begin starts a message to the raw sockaddr name. There must be space for it.
 func (m *SendMsgs) Begin(name []byte) {
 	h := &m.hdrs[m.msgs].hdr
 	m.msgs++
@@ -144,7 +144,7 @@ func (m *SendMsgs) Begin(name []byte) {
 	h.Flags = 0
 }
 
-// Append adds a slice to the message begun last. An empty slice adds nothing.
+// Append adds a slice to the current message. An empty slice adds nothing.
 func (m *SendMsgs) Append(p []byte) {
 	if len(p) == 0 {
 		return
@@ -160,36 +160,36 @@ func (m *SendMsgs) Append(p []byte) {
 	h.Iovlen++
 }
 
-// SetControl gives the message begun last its control messages.
+// SetControl sets the control messages of the current message.
 func (m *SendMsgs) SetControl(c []byte) {
 	h := &m.hdrs[m.msgs-1].hdr
 	h.Control = unsafe.SliceData(c)
 	h.SetControllen(len(c))
 }
 
-// Messages and Iovecs are the room in use; MaxMessages and MaxIovecs all of it.
+// Messages and Iovecs return the space in use; MaxMessages and MaxIovecs the total.
 func (m *SendMsgs) Messages() int    { return m.msgs }
 func (m *SendMsgs) Iovecs() int      { return m.used }
 func (m *SendMsgs) MaxMessages() int { return len(m.hdrs) }
 func (m *SendMsgs) MaxIovecs() int   { return len(m.iovs) }
 
-// MessageIovecs is the number of slices of message i.
+// MessageIovecs returns the number of slices of message i.
 func (m *SendMsgs) MessageIovecs(i int) int { return int(m.hdrs[i].hdr.Iovlen) }
 
-// Slice is the k-th slice of message i.
+// Slice returns the k-th slice of message i.
 func (m *SendMsgs) Slice(i, k int) []byte {
 	h := &m.hdrs[i].hdr
 	v := unsafe.Slice(h.Iov, h.Iovlen)[k]
 	return unsafe.Slice(v.Base, v.Len)
 }
 
-// Reset forgets all messages. The slices are still referenced until they are
-// overwritten by later messages, which only delays their collection.
+// Reset discards all messages. The slices stay referenced until later messages
+// overwrite them, which only delays their garbage collection.
 func (m *SendMsgs) Reset() { m.msgs, m.used = 0, 0 }
 
-// Send hands messages [from, to) to the non-blocking socket fd. It returns how
-// many the kernel took: at least one, or an error about message from. The
-// kernel reports no error for a later message, only that it stopped.
+// Send sends messages [from, to) on the non-blocking socket fd. It returns how many
+// the kernel accepted: at least one, or an error about message from. For a later
+// message the kernel reports no error, only that it stopped.
 func (m *SendMsgs) Send(fd, from, to int) (int, error) {
 	for {
 		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[from])),

@@ -11,10 +11,10 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// NetnsDir is where named network namespaces live, as for ip-netns(8).
+// NetnsDir is the directory of named network namespaces, as in ip-netns(8).
 const NetnsDir = "/run/netns"
 
-// NetnsPath is the path of the namespace called name.
+// NetnsPath returns the path of the namespace with that name.
 func NetnsPath(name string) string { return filepath.Join(NetnsDir, name) }
 
 func checkNetnsName(name string) error {
@@ -24,9 +24,9 @@ func checkNetnsName(name string) error {
 	return nil
 }
 
-// NewNetns makes a named network namespace, as `ip netns add` does, with its
-// loopback interface down. It fails with an error that wraps fs.ErrExist if the
-// name is taken. The caller's thread keeps its own namespace.
+// NewNetns creates a named network namespace, like `ip netns add`, with its loopback
+// interface down. If the name exists, the error wraps fs.ErrExist. The caller's
+// thread stays in its own namespace.
 func NewNetns(name string) error {
 	if err := checkNetnsName(name); err != nil {
 		return err
@@ -54,8 +54,8 @@ func NewNetns(name string) error {
 	return nil
 }
 
-// prepareNetnsDir makes NetnsDir a shared mount, so that other mount
-// namespaces see what is added to it and removed from it (as ip-netns(8)).
+// prepareNetnsDir makes NetnsDir a shared mount, so that other mount namespaces see
+// changes of it (like ip-netns(8)).
 func prepareNetnsDir() error {
 	if err := os.MkdirAll(NetnsDir, 0o755); err != nil {
 		return err
@@ -74,8 +74,8 @@ func prepareNetnsDir() error {
 	return nil
 }
 
-// DeleteNetns removes a named network namespace. It lives on as long as a
-// process or a descriptor is in it. Deleting a missing one is no error.
+// DeleteNetns removes a named network namespace. The namespace exists as long as a
+// process or a descriptor uses it. A missing name is not an error.
 func DeleteNetns(name string) error {
 	if err := checkNetnsName(name); err != nil {
 		return err
@@ -90,10 +90,10 @@ func DeleteNetns(name string) error {
 	return nil
 }
 
-// WithNetns runs f on a thread which is in the network namespace at path (see
-// NetnsPath, or /proc/PID/ns/net), and waits for it. Goroutines that f starts
-// are not in that namespace; sockets that f opens stay in it. A thread that
-// could not be brought back to its own namespace is discarded, never reused.
+// WithNetns runs f on a thread in the network namespace at path (see NetnsPath, or
+// /proc/PID/ns/net), and waits for it. Goroutines that f starts are not in that
+// namespace. Sockets that f opens stay in it. If the thread cannot return to its own
+// namespace, it is discarded and never reused.
 func WithNetns(path string, f func() error) error {
 	target, err := os.Open(path)
 	if err != nil {
@@ -119,9 +119,9 @@ func WithNetnsFD(fd int, f func() error) error {
 	})
 }
 
-// onThread runs f on a goroutine locked to its thread. Only if f reports true,
-// the thread is clean and may go back to the scheduler; otherwise – and when f
-// panics or calls runtime.Goexit – it ends with the goroutine.
+// onThread runs f on a goroutine locked to its thread. If f returns true, the thread is
+// clean and returns to the scheduler. Otherwise, and if f panics or calls
+// runtime.Goexit, the thread ends with the goroutine.
 func onThread(f func() (clean bool, err error)) error {
 	done := make(chan error, 1)
 	go func() {

@@ -9,15 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Poller waits for one descriptor, or for Wake. One goroutine waits at a time;
-// Wake may be called from any.
+// Poller waits for one descriptor, or for Wake. Only one goroutine may wait at a time;
+// any goroutine may call Wake.
 type Poller struct {
 	fds     [2]unix.PollFd
 	timeout unix.Timespec
 	wake    *Event
 }
 
-// NewPoller makes a Poller for fd, which stays the caller's.
+// NewPoller returns a Poller for fd. The caller keeps ownership of fd.
 func NewPoller(fd int) (*Poller, error) {
 	wake, err := NewEvent()
 	if err != nil {
@@ -29,29 +29,27 @@ func NewPoller(fd int) (*Poller, error) {
 	return p, nil
 }
 
-// hotWait is how long WaitRead holds on to its processor (in the Go scheduler's
-// sense) before it lets go: longer than the gaps within a conversation, too short
-// to matter where nothing happens.
+// hotWait is how long WaitRead keeps its processor (P of the Go scheduler) before it
+// releases it: longer than the gaps between packets of an active flow, and too short to
+// matter when idle.
 const hotWait = time.Millisecond
 
-// WaitRead blocks until fd is readable (nil), has an error to collect
-// (ErrErrQueue), or Wake was called since the last wait that said so
-// (ErrWoken). Wake comes first, errors second, so that neither is starved by a
-// busy descriptor.
+// WaitRead blocks until fd is readable (nil), its error queue is not empty
+// (ErrErrQueue), or Wake has been called since the last ErrWoken (ErrWoken). It checks
+// Wake first and errors second, so that a busy descriptor starves neither.
 //
-// At first it waits without telling the Go scheduler. A wait that the scheduler
-// knows of costs the waker nothing, but the waiter a good deal: after 20 µs the
-// scheduler's monitor takes its processor away, wakes another thread to use it,
-// and the waiter has to find a new one. So the callers of WaitRead need as many
-// processors beside those that the rest of the program uses (GOMAXPROCS). After
-// hotWait it waits like any other system call. A pending preemption (the garbage
-// collector's, say) interrupts the wait by a signal and is let through.
+// For the first hotWait it bypasses the Go scheduler. In a wait that the scheduler
+// knows, its monitor takes the waiter's processor away after 20 µs and wakes another
+// thread to use it; the waiter then has to find a new one. Therefore GOMAXPROCS must
+// be larger by the number of goroutines in WaitRead. After hotWait it waits like any
+// other system call. A pending preemption (by the garbage collector, say) interrupts
+// the wait by a signal.
 func (p *Poller) WaitRead() error {
 	for hot := true; ; {
 		var n uintptr
 		var errno unix.Errno
 		if hot {
-			p.timeout = unix.NsecToTimespec(int64(hotWait)) // the kernel writes back what is left
+			p.timeout = unix.NsecToTimespec(int64(hotWait)) // the kernel writes back the remaining time
 			n, _, errno = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 2, uintptr(unsafe.Pointer(&p.timeout)), 0, 0, 0)
 		} else {
 			n, _, errno = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 2, 0, 0, 0, 0)
@@ -83,30 +81,30 @@ func (p *Poller) WaitRead() error {
 	}
 }
 
-// Pause waits for d, or less if a signal comes in between; Wake ends it and is left for WaitRead to say. It does not let
-// go of the processor, so d must be short.
+// Pause sleeps for d, or less if a signal arrives. Wake ends it; the next WaitRead returns ErrWoken then. It keeps the
+// processor, so d must be short.
 func (p *Poller) Pause(d time.Duration) {
 	p.timeout = unix.NsecToTimespec(int64(d))
 	_, _, _ = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds[1])), 1, uintptr(unsafe.Pointer(&p.timeout)), 0, 0, 0)
 }
 
-// Wake ends the present WaitRead, or else the next one, with ErrWoken.
+// Wake ends the current WaitRead, or else the next one, with ErrWoken.
 func (p *Poller) Wake() { p.wake.Signal() }
 
-// Close releases the Poller; nobody may be waiting. The descriptor it waited
-// for is not touched.
+// Close releases the Poller. No goroutine may be waiting. It does not close the
+// descriptor that the Poller waited for.
 func (p *Poller) Close() error { return p.wake.Close() }
 
-// WaitWrite blocks until fd takes data again or the timeout in milliseconds has
-// passed. A socket whose error queue holds something is ready for poll at any
-// time; then WaitWrite looks again every millisecond instead of spinning.
+// WaitWrite blocks until fd accepts data again, or until the timeout in milliseconds.
+// poll always returns at once for a socket whose error queue is not empty; then
+// WaitWrite checks every millisecond instead of spinning.
 func WaitWrite(fd int, timeoutMillis int) error {
 	for timeoutMillis > 0 {
 		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLOUT}}
 		n, err := unix.Poll(fds[:], timeoutMillis)
 		switch {
 		case err == unix.EINTR:
-			return nil // the caller's own attempt comes next anyway
+			return nil // the caller tries again anyway
 		case err != nil:
 			return fmt.Errorf("poll: %w", err)
 		case fds[0].Revents&unix.POLLNVAL != 0:

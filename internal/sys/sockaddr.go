@@ -28,8 +28,8 @@ func AppendSockaddr(b []byte, addr netip.AddrPort) []byte {
 	return binary.NativeEndian.AppendUint32(b, zoneID(addr.Addr()))
 }
 
-// ParseSockaddr reads a struct sockaddr_in or sockaddr_in6. A scope is not
-// reported: it would cost an allocation, and the underlay has none.
+// ParseSockaddr parses a struct sockaddr_in or sockaddr_in6. It ignores the scope,
+// which would need an allocation and does not exist in the underlay.
 func ParseSockaddr(b []byte) (netip.AddrPort, bool) {
 	if len(b) < 2 {
 		return netip.AddrPort{}, false
@@ -47,7 +47,7 @@ func ParseSockaddr(b []byte) (netip.AddrPort, bool) {
 	return netip.AddrPort{}, false
 }
 
-// zoneID is the interface index that an IPv6 zone names, by number or by name.
+// zoneID returns the interface index of an IPv6 zone, which is a number or a name.
 func zoneID(a netip.Addr) uint32 {
 	zone := a.Zone()
 	if zone == "" {

@@ -39,10 +39,10 @@ func GetInt(fd, level, opt int, name string) (int, error) {
 	return v, nil
 }
 
-// SetBuffers asks for socket buffers of the given sizes in bytes (0 leaves the
-// kernel's default): past net.core.{r,w}mem_max where we may, up to it where we
-// may not. It returns the sizes in force, as the kernel counts them: twice what
-// was asked, because it charges its own overhead too (socket(7)).
+// SetBuffers requests socket buffers of the given sizes in bytes; 0 keeps the kernel's
+// default. With the privilege it exceeds net.core.{r,w}mem_max, otherwise the size is
+// limited to that. It returns the actual sizes as the kernel counts them: twice the
+// request, because the kernel adds its own overhead (socket(7)).
 func SetBuffers(fd, recv, send int) (gotRecv, gotSend int, err error) {
 	set := func(size, force, plain int, name string) error {
 		if size <= 0 {
@@ -68,8 +68,8 @@ func SetBuffers(fd, recv, send int) (gotRecv, gotSend int, err error) {
 	return gotRecv, gotSend, nil
 }
 
-// Drops reads how many messages the socket has dropped since it was opened for
-// want of room in its buffer or for a bad checksum, modulo 2³²
+// Drops returns the number of messages that the socket has dropped since it was
+// opened, because its buffer was full or a checksum was bad, modulo 2³²
 // (SO_MEMINFO, SK_MEMINFO_DROPS).
 func Drops(fd int) (uint32, error) {
 	var info [9]uint32 // SK_MEMINFO_VARS
@@ -83,9 +83,9 @@ func Drops(fd int) (uint32, error) {
 	return info[drops], nil
 }
 
-// DropAllInput makes a socket refuse everything that arrives, before it takes
-// any buffer: a classic BPF program of one instruction, "return 0". The error
-// queue still works.
+// DropAllInput makes a socket drop everything that arrives before it uses any buffer,
+// by a classic BPF program of one instruction, "return 0". The error queue still
+// works.
 func DropAllInput(fd int) error {
 	prog := unix.SockFprog{Len: 1, Filter: &unix.SockFilter{Code: unix.BPF_RET | unix.BPF_K, K: 0}}
 	if err := unix.SetsockoptSockFprog(fd, unix.SOL_SOCKET, unix.SO_ATTACH_FILTER, &prog); err != nil {
@@ -107,7 +107,7 @@ func sockaddr(addr netip.AddrPort) unix.Sockaddr {
 	return &unix.SockaddrInet6{Port: int(addr.Port()), Addr: addr.Addr().As16(), ZoneId: zoneID(addr.Addr())}
 }
 
-// LocalAddr is the address that the socket is bound to.
+// LocalAddr returns the address that the socket is bound to.
 func LocalAddr(fd int) (netip.AddrPort, error) {
 	sa, err := unix.Getsockname(fd)
 	if err != nil {
@@ -122,16 +122,16 @@ func LocalAddr(fd int) (netip.AddrPort, error) {
 	return netip.AddrPort{}, fmt.Errorf("getsockname: family of %T is not IP", sa)
 }
 
-// ErrMsg is one message of a socket's error queue (ip(7), IP_RECVERR).
+// ErrMsg is one entry of a socket's error queue (ip(7), IP_RECVERR).
 type ErrMsg struct {
 	Err      unix.SockExtendedErr
-	Offender netip.AddrPort // who reported it; invalid for local errors
-	Dest     netip.AddrPort // where the offending packet was sent; invalid if unknown
-	Data     []byte         // the offending packet's payload as far as it was quoted
+	Offender netip.AddrPort // sender of the ICMP message; invalid for local errors
+	Dest     netip.AddrPort // destination of the offending packet; invalid if unknown
+	Data     []byte         // the quoted part of the offending packet's payload
 }
 
-// RecvErr takes one message off the error queue of fd, using buf for its
-// payload; ErrAgain when the queue is empty.
+// RecvErr reads one entry of the error queue of fd, with buf for its payload. It
+// returns ErrAgain if the queue is empty.
 func RecvErr(fd int, buf []byte) (ErrMsg, error) {
 	var control [256]byte
 	for {

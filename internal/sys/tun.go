@@ -7,14 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Flags of TUNSETIFF which every TUN device of ours has: layer 3, no packet
-// information header, a virtio-net header before each packet.
+// TUNSETIFF flags of every TUN device that Tulle opens: layer 3, no packet information
+// header, a virtio-net header in front of each packet.
 const TunFlags = unix.IFF_TUN | unix.IFF_NO_PI | unix.IFF_VNET_HDR
 
-// TunMultiQueue is the flag of a device with several queues.
+// TunMultiQueue is the additional flag of a device with several queues.
 const TunMultiQueue = unix.IFF_MULTI_QUEUE
 
-// Offloads of TUNSETOFFLOAD (linux/if_tun.h). USO is known since Linux 6.2.
+// Offloads of TUNSETOFFLOAD (linux/if_tun.h). USO needs Linux 6.2.
 const (
 	TunCSUM   = unix.TUN_F_CSUM
 	TunTSO    = unix.TUN_F_TSO4 | unix.TUN_F_TSO6
@@ -25,13 +25,13 @@ const (
 // TunPath is the device node of the tun driver.
 const TunPath = "/dev/net/tun"
 
-// TunOpen opens the tun driver's node, non-blocking, attached to nothing yet.
+// TunOpen opens the tun driver's node, non-blocking, not attached to a device yet.
 func TunOpen() (int, error) {
 	return unix.Open(TunPath, unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
 }
 
-// TunAttach attaches fd to the device name with the given flags (TUNSETIFF),
-// making the device if there is none. A name may hold one %d.
+// TunAttach attaches fd to the device name with the given flags (TUNSETIFF). It
+// creates the device if it does not exist. The name may contain one %d.
 func TunAttach(fd int, name string, flags uint16) error {
 	ifr, err := unix.NewIfreq(name)
 	if err != nil {
@@ -54,13 +54,13 @@ func TunInfo(fd int) (name string, flags uint16, err error) {
 	return ifr.Name(), ifr.Uint16(), nil
 }
 
-// TunSetOffload tells the kernel which super-packets fd's owner can take.
+// TunSetOffload tells the kernel which super-packets the owner of fd accepts.
 func TunSetOffload(fd int, offloads int) error {
 	return unix.IoctlSetInt(fd, unix.TUNSETOFFLOAD, offloads)
 }
 
-// TunSetVnetHdr fixes the virtio-net header at 10 bytes in the host's byte
-// order, whatever an earlier owner of a persistent device left.
+// TunSetVnetHdr sets the virtio-net header to 10 bytes in host byte order. An earlier
+// owner of a persistent device may have set it differently.
 func TunSetVnetHdr(fd int) error {
 	if err := unix.IoctlSetPointerInt(fd, unix.TUNSETVNETHDRSZ, 10); err != nil {
 		return fmt.Errorf("TUNSETVNETHDRSZ: %w", err)
@@ -75,7 +75,7 @@ func TunSetVnetHdr(fd int) error {
 	return nil
 }
 
-// TunPersist makes the device outlive its last descriptor, or not.
+// TunPersist sets whether the device outlives its last descriptor.
 func TunPersist(fd int, on bool) error {
 	v := 0
 	if on {
@@ -84,8 +84,8 @@ func TunPersist(fd int, on bool) error {
 	return unix.IoctlSetInt(fd, unix.TUNSETPERSIST, v)
 }
 
-// Read reads from the non-blocking descriptor fd into b; ErrAgain when there
-// is nothing.
+// Read reads from the non-blocking descriptor fd into b. It returns ErrAgain if there
+// is nothing to read.
 func Read(fd int, b []byte) (int, error) {
 	for {
 		n, _, errno := unix.RawSyscall(unix.SYS_READ, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)))
@@ -99,15 +99,14 @@ func Read(fd int, b []byte) (int, error) {
 	}
 }
 
-// IovWriter is the memory of one writev(2). It belongs to one goroutine at a
+// IovWriter has the buffers for one writev(2). It belongs to one goroutine at a
 // time.
 type IovWriter struct {
 	iovs [maxIovecs]unix.Iovec
 }
 
-// Write gathers bufs into one write to the non-blocking descriptor fd. More
-// than 1024 slices are refused with EINVAL, as by the kernel. Empty slices are
-// skipped.
+// Write writes bufs with one writev to the non-blocking descriptor fd. It refuses more
+// than 1024 slices with EINVAL, like the kernel. It skips empty slices.
 func (w *IovWriter) Write(fd int, bufs [][]byte) (int, error) {
 	k := 0
 	for _, b := range bufs {

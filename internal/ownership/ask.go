@@ -11,26 +11,26 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// ask is the search for space of one family.
+// ask is the search for address space of one family.
 //
-//	idle ──▶ asked one owner ──▶ granted: idle
-//	  ▲            │ refused, or silent twice: the next owner
+//	idle ──▶ asks one owner ──▶ granted: idle
+//	  ▲            │ refused, or no answer twice: the next owner
 //	  │            ▼
-//	  └── all asked: wait refusedEvery, saying who owns how much
+//	  └── all asked: wait refusedEvery, report who owns how much
 type ask struct {
-	seq    uint64 // of the request under way; 0: none
+	seq    uint64 // of the current request; 0: none
 	to     NodeID
 	prefix netip.Prefix // a fixed CIDR's part, or none
 	sent   time.Time
 	tries  int
 
-	tried  map[NodeID]string // of this round: the refusals
+	tried  map[NodeID]string // the refusals of this round
 	resume time.Time         // the next round
-	full   string            // why the last round brought nothing; "" before
+	full   string            // why the last round had no result; "" before
 }
 
-// driveSpace opens blocks where they are needed, and asks for space where there
-// is none to open.
+// driveSpace opens blocks if they are needed, and asks for space if this node has no
+// space for them.
 func (s *Machine) driveSpace(now time.Time) {
 	if !s.confirm.done || s.left || s.leave != nil {
 		return
@@ -75,13 +75,13 @@ func (s *Machine) driveFamily(now time.Time, fam int) string {
 	return cmp.Or(a.full, "asks the owners for space")
 }
 
-// spareWanted is how many free addresses a node likes to have before it looks for
-// the next block: pods that start together should not wait for the network.
+// spareWanted returns the number of free addresses below which a node opens or asks for
+// the next block, so that pods that start together need not wait for the network.
 func spareWanted(f ipam.Family) uint64 {
 	return min(8, uint64(1)<<min(f.CIDR.Addr().BitLen()-f.BlockLen, 16)/16)
 }
 
-// open makes p a block, durably.
+// open opens the block p and saves that.
 func (s *Machine) open(now time.Time, p netip.Prefix) error {
 	s.pool.Open(p)
 	if err := s.save(now); err != nil {
@@ -93,14 +93,14 @@ func (s *Machine) open(now time.Time, p netip.Prefix) error {
 	return nil
 }
 
-// askAround asks one owner after the other for free space, or for a part of a
-// fixed CIDR its owner.
+// askAround asks one owner after the other for free space, or the owner of a part of a
+// fixed CIDR for that part.
 func (s *Machine) askAround(now time.Time, fam int, fixed netip.Prefix) {
 	a := &s.asks[fam]
 	if now.Before(a.resume) {
 		return
 	}
-	// What is given to an ID that a crash makes this node forget is lost to everybody.
+	// Save the ID first: space that is given to an ID which a crash makes this node forget would be lost.
 	if s.generation == 0 || s.saveErr != nil {
 		if s.save(now) != nil {
 			return
@@ -148,8 +148,8 @@ func (a *ask) refused(by NodeID, why string) {
 	a.seq = 0
 }
 
-// nextOwner picks whom to ask: the living owner of a fixed CIDR; else, of the
-// living owners that did not refuse in this round, the one with the most space.
+// nextOwner returns the node to ask: the living owner of the fixed CIDR, or else the
+// living owner with the most space that has not refused in this round.
 func (s *Machine) nextOwner(fam int, fixed netip.Prefix) (NodeID, bool) {
 	a := &s.asks[fam]
 	usable := func(id NodeID) bool {
@@ -170,8 +170,8 @@ func (s *Machine) nextOwner(fam int, fixed netip.Prefix) (NodeID, bool) {
 	return best, most > 0
 }
 
-// shares sums up who owns how many blocks, most first (of the first family). A block may lie in entries of several
-// versions: what counts is whose it is.
+// shares counts the blocks of each owner, largest share of the first family first. A block may be spread over entries with
+// different versions; only the owner matters.
 func (s *Machine) shares() []Share {
 	byNode := make(map[NodeID]int)
 	var out []Share
@@ -211,7 +211,7 @@ func (s *Machine) shares() []Share {
 	return out
 }
 
-// exhausted says why nobody gave space.
+// exhausted returns the reason why no owner gave space.
 func (s *Machine) exhausted(fam int, fixed netip.Prefix) string {
 	a := &s.asks[fam]
 	if fixed.IsValid() {
@@ -249,13 +249,13 @@ func (s *Machine) exhausted(fam int, fixed netip.Prefix) string {
 	return what + ". Let nodes leave that are not needed; a larger cluster CIDR needs a new cluster"
 }
 
-// handleGrant takes what an owner gave. Any grant is good news, whenever it
-// comes: it is on the giver's disk.
+// handleGrant accepts space from an owner. It accepts a grant at any time, because the
+// donor has saved it.
 func (s *Machine) handleGrant(now time.Time, from NodeID, m *message) {
 	before := s.table.Clone()
 	s.learn(now, m.entries)
 	if m.flags&flagLacking != 0 && s.table.Equal(before) {
-		// The owner takes for ours what we gave away since: tell it.
+		// The donor believes that we own space that we have given away since: tell it.
 		s.send(from, s.state(0))
 	}
 	for fam := range s.params.Families {

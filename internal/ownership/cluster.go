@@ -11,7 +11,7 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// Tick does what is due and returns when it wants to be called again at the latest.
+// Tick does everything that is due. It returns the time by which it must be called again.
 func (s *Machine) Tick(now time.Time) time.Time {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -25,14 +25,14 @@ func (s *Machine) Tick(now time.Time) time.Time {
 	return now.Add(500 * time.Millisecond)
 }
 
-// MembersChanged tells that Env.Members has news.
+// MembersChanged reports that Env.Members has changed.
 func (s *Machine) MembersChanged(now time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.drive(now)
 }
 
-// drive moves the machine as far as it goes without news from outside.
+// drive advances the machine as far as possible without further input.
 func (s *Machine) drive(now time.Time) {
 	s.seeMembers(now)
 	s.forgetLoss(now)
@@ -55,7 +55,7 @@ func (s *Machine) drive(now time.Time) {
 	s.driveHeld(now)
 }
 
-// seeMembers remembers the members of this cluster as peers.
+// seeMembers records the members of this cluster as peers.
 func (s *Machine) seeMembers(now time.Time) {
 	for _, m := range s.env.Members() {
 		if m.ID == s.cfg.ID || s.cluster.IsZero() || m.Cluster != s.cluster || !m.Alive || s.departed[m.ID] {
@@ -87,7 +87,7 @@ func (s *Machine) isAlive(id NodeID) bool {
 	return slices.ContainsFunc(s.env.Members(), func(m Member) bool { return m.ID == id && m.Alive })
 }
 
-// driveWaiting asks members that are in a cluster about it, or starts one.
+// driveWaiting asks members about their cluster, or starts one.
 func (s *Machine) driveWaiting(now time.Time) {
 	var inCluster []Member
 	var newcomers []Member
@@ -128,15 +128,15 @@ func (s *Machine) driveWaiting(now time.Time) {
 	}
 }
 
-// mayBootstrap says why this node does not start a cluster, or "".
+// mayBootstrap returns why this node does not start a cluster, or "" if it may.
 //
-// All hosts may share one configuration, so a first start and a bootstrap node
-// that lost its disk look alike: the word is there, the state is not, and the
-// other seeds may be silent only because the network is down, or be new
-// themselves. A node that has other seeds therefore starts a cluster only when
-// every one of them has answered and none is in a cluster; an operator who knows
-// better can force it. A second cluster can then only start when every seed has
-// lost its disk. A node without other seeds starts at once.
+// All hosts may share one configuration. So a first start looks like the start of a
+// bootstrap node that has lost its disk: bootstrap is set, there is no state, and the
+// other seeds may not answer because the network is down or because they are new.
+// Therefore a node with other seeds starts a cluster only when every one of them has
+// answered and none is in a cluster; an operator who knows more can force it. Then a
+// second cluster can only start if every seed has lost its disk. A node without other
+// seeds starts a cluster at once.
 func (s *Machine) mayBootstrap(now time.Time, newcomers int) string {
 	seeds := s.env.Seeds()
 	switch {
@@ -153,7 +153,7 @@ func (s *Machine) mayBootstrap(now time.Time, newcomers int) string {
 	return ""
 }
 
-// mayNot says what a node waits for that is not to start a cluster.
+// mayNot returns what a node waits for that must not start a cluster.
 func (s *Machine) mayNot(seeds Seeds, newcomers int) string {
 	answered := newcomers > 0 || seeds.Answered > 0
 	named := s.cfg.Bootstrapper
@@ -182,7 +182,7 @@ func (s *Machine) mayNot(seeds Seeds, newcomers int) string {
 	return "the seeds that answer are in no cluster yet: one node has to be started with --bootstrap"
 }
 
-// listed is the first few names behind a separator; "" if there are none.
+// listed returns the first few names after a separator; "" if there are none.
 func listed(sep string, names []string) string {
 	const most = 5
 	switch {
@@ -220,7 +220,7 @@ func (s *Machine) bootstrap(now time.Time) error {
 	return nil
 }
 
-// adopt takes over the cluster that a member told of.
+// adopt joins the cluster that a member reported.
 func (s *Machine) adopt(now time.Time, m *message) error {
 	if m.cluster.IsZero() || len(m.families) == 0 {
 		return nil
@@ -231,7 +231,7 @@ func (s *Machine) adopt(now time.Time, m *message) error {
 		}
 	}
 	s.cluster, s.params = m.cluster, Params{m.families}
-	s.confirm.done = true // it owns nothing that an old disk could tempt it to give
+	s.confirm.done = true // it owns nothing that it could give away because of an old disk
 	s.log.Info("joins the cluster", "cluster", s.cluster.String(), "told by", m.sender.String())
 	s.setPhase(now, Joining, "asks the owners for space")
 	s.checkParams()
@@ -241,8 +241,8 @@ func (s *Machine) adopt(now time.Time, m *message) error {
 	return nil
 }
 
-// checkParams compares the cluster's parameters with the configuration's. The
-// cluster's hold.
+// checkParams compares the cluster's parameters with the configuration. The cluster's
+// apply.
 func (s *Machine) checkParams() {
 	want := slices.Clone(s.cfg.CIDRs)
 	ipam.Sort(want)
@@ -267,7 +267,7 @@ func (s *Machine) checkParams() {
 		"correct --cluster-cidr, or leave it out on nodes that join; it is fixed when the cluster starts")
 }
 
-// due reports whether a message to a member is to be sent (again), and notes it.
+// due reports whether a message to a member must be sent (again), and records the time.
 func (s *Machine) due(now time.Time, c *confirmation, id NodeID) bool {
 	if at, ok := c.asked[id]; ok && now.Sub(at) < retryEvery {
 		return false

@@ -6,41 +6,40 @@ import (
 	"time"
 )
 
-// confirmation is the exchange with every living member that a node with state
-// on disk goes through before it gives away or opens space.
+// confirmation is the exchange with every living member that a node with state on disk
+// completes before it gives away or opens space.
 //
-// What it proves (S1 after a rollback). A node's words are the changes that it
-// made to what it owned: donations, external peers, leaving. Only an owner speaks,
-// so a disk that is older than the node's last words can hurt in one way only: the
-// node may take for its own what it has given since, because its disk says so, or
-// because a member says so that has not heard the later word either. Every word
-// carries a higher version than all before it, so one answer that knows the word
-// is enough. Hence:
+// What it proves (S1 after a rollback). A node's own changes are its donations, its
+// external peers and its leave. Only the owner makes such changes. So a disk that lacks
+// the last of them can do harm in one way only: the node may believe that it owns
+// space that it has given away since. Either its disk says so, or a member that does not
+// know the later change. Every change has a higher version than all changes before it,
+// so one answer that knows it is enough. Hence:
 //
-//	S1 holds for a node with a rolled back disk if, for every word that the disk
+//	S1 holds for a node with a rolled-back disk if, for every change that the disk
 //	has lost, at least one of the members that answered its confirmation knows
-//	that word (or a later one over the same addresses).
+//	that change (or a later one of the same addresses).
 //
-// That is met whenever one member is alive that heard of it, since all who are
-// alive are asked: the receiver of a donation has it from the moment of the
-// answer, everybody else within a few gossip rounds. It is not met when all who
-// heard the word are dead or out of reach at that moment, and no protocol without
-// a quorum for each donation could do better. A disk that was not rolled back needs
-// no witness: words are on it before anybody hears them. What rests for other
-// pods, however, is forgotten with the disk: after a rollback, the cool-down of
-// addresses that were given and released since is not kept.
+// The condition is met if one member that knows the change is alive, because the node
+// asks all living members: the receiver of a donation knows it from the moment of the
+// answer, all others within a few gossip rounds. It is not met if all members that know
+// the change are dead or out of reach at that moment; no protocol without a quorum for
+// each donation could do better. A disk that was not rolled back needs no confirmation,
+// because changes are saved before anybody learns of them. Cool-downs, however, are
+// only on the disk: after a rollback, the cool-down of addresses that were allocated and
+// released since is lost.
 //
-// A node that knows of no other member (it owns the whole table and has no
-// peers) is confirmed by itself: there is nobody to ask. A disk that was rolled
-// back to that moment is outside of what can be proven.
+// A node that knows no other member (it owns the whole table and has no peers) is
+// confirmed by itself, because there is nobody to ask. A disk that was rolled back to
+// that time is outside of this proof.
 type confirmation struct {
 	done    bool
-	nonce   uint64               // of this start: answers to an earlier one do not count
+	nonce   uint64               // of this start; answers to earlier starts do not count
 	asked   map[NodeID]time.Time // when last
-	answers map[NodeID]bool      // who answered; true when it counts: it has owned space
+	answers map[NodeID]bool      // the members that answered; true if the answer counts: the member has owned space
 }
 
-// driveConfirm asks every living member, and is done when all have answered.
+// driveConfirm asks every living member. It is done when all have answered.
 func (s *Machine) driveConfirm(now time.Time) {
 	alive := s.alive()
 	var silent []string
@@ -53,7 +52,7 @@ func (s *Machine) driveConfirm(now time.Time) {
 		if !answered {
 			silent = append(silent, s.name(m.ID))
 		}
-		// One that does not count yet may do so when it has got space.
+		// A member whose answer does not count yet may count once it has space.
 		if !counts && s.due(now, &s.confirm, m.ID) {
 			s.send(m.ID, message{kind: kindSync, seq: s.confirm.nonce})
 		}
@@ -69,9 +68,9 @@ func (s *Machine) driveConfirm(now time.Time) {
 	}
 }
 
-// isLone reports whether nobody else can know more of this node's space than it
-// does: it owns the whole table, and has no peers but newcomers, which have
-// answered that they never owned anything.
+// isLone reports whether no other node can know more about this node's space: this
+// node owns the whole table, and its only peers are new ones that have answered that
+// they never owned space.
 func (s *Machine) isLone(alive []Member) bool {
 	for _, e := range s.table.Entries() {
 		if e.Owner != s.cfg.ID {
@@ -87,8 +86,8 @@ func (s *Machine) isLone(alive []Member) bool {
 	return true
 }
 
-// vouched reports whether a living member has answered, or may yet answer, that
-// counts for the confirmation.
+// vouched reports whether a living member whose answer counts has answered, or may
+// still answer.
 func (s *Machine) vouched() bool {
 	for _, m := range s.alive() {
 		if counts, answered := s.confirm.answers[m.ID]; counts || !answered {
@@ -98,8 +97,8 @@ func (s *Machine) vouched() bool {
 	return false
 }
 
-// confirmed makes what the members told durable before this node acts on it: the
-// one who knew may be gone at the next start.
+// confirmed saves what the members answered before this node acts on it, because the
+// member that knew a change may be gone at the next start.
 func (s *Machine) confirmed(now time.Time) {
 	s.confirm.done = true
 	if err := s.save(now); err != nil {

@@ -9,8 +9,8 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// blockCount returns how many blocks of length blockLen the prefixes hold; parts
-// narrower than a block count as none. It saturates at math.MaxUint64.
+// blockCount returns the number of blocks of length blockLen in the prefixes. Prefixes
+// smaller than a block do not count. It saturates at math.MaxUint64.
 func blockCount(list []netip.Prefix, blockLen int) uint64 {
 	var n uint64
 	for _, p := range list {
@@ -30,9 +30,9 @@ func blockCount(list []netip.Prefix, blockLen int) uint64 {
 	return n
 }
 
-// freeSpace returns the part of the owned prefixes that nothing busy touches, as
-// aligned prefixes of at least one block, in order. A block that is busy in one
-// address is busy.
+// freeSpace returns the part of the owned prefixes that does not overlap busy, as
+// aligned prefixes of at least one block, in order. One busy address makes its whole
+// block busy.
 func freeSpace(owned, busy []netip.Prefix, blockLen int) []netip.Prefix {
 	wide := make([]netip.Prefix, 0, len(busy))
 	for _, b := range busy {
@@ -48,19 +48,18 @@ func freeSpace(owned, busy []netip.Prefix, blockLen int) []netip.Prefix {
 	return out
 }
 
-// donation chooses what an owner with this free space gives to somebody who asks:
-// about half of it, as few and as wide aligned prefixes as do it, at least one
-// block. It takes from the upper end, so that the owner's next blocks stay next
-// to those that it has. free is what freeSpace returned; the result is empty only
-// when free is.
+// donation chooses the space that an owner gives to a node that asks: about half of its
+// free space, in as few and as large aligned prefixes as possible, at least one block.
+// It takes from the upper end, so that the owner's next blocks are adjacent to its
+// current ones. free is the result of freeSpace. The result is empty only if free is.
 func donation(free []netip.Prefix, blockLen int) []netip.Prefix {
 	total := blockCount(free, blockLen)
 	want := total/2 + total%2
 	target := want
 	left := slices.Clone(free)
 	var out []netip.Prefix
-	for want > target/8 && len(left) > 0 { // the last few blocks are not worth table entries of their own
-		// The widest prefix that fits into what is wanted; of equals the highest.
+	for want > target/8 && len(left) > 0 { // do not add table entries for the last few blocks
+		// The largest prefix that is not larger than wanted; of several the highest.
 		best, wide := -1, -1
 		for i, p := range left {
 			n := blockCount(left[i:i+1], blockLen)
@@ -77,7 +76,7 @@ func donation(free []netip.Prefix, blockLen int) []netip.Prefix {
 			left = slices.Delete(left, best, best+1)
 			continue
 		}
-		if len(out) > 0 && want <= target/2 { // not worth splitting one
+		if len(out) > 0 && want <= target/2 { // do not split a prefix for the rest
 			break
 		}
 		lo, hi := ipam.Halves(left[wide])
@@ -88,7 +87,7 @@ func donation(free []netip.Prefix, blockLen int) []netip.Prefix {
 	return out
 }
 
-// nextBlock returns the block to open next: the lowest one of the free space.
+// nextBlock returns the block to open next: the lowest block in the free space.
 func nextBlock(free []netip.Prefix, blockLen int) (netip.Prefix, bool) {
 	if len(free) == 0 {
 		return netip.Prefix{}, false

@@ -12,14 +12,14 @@ import (
 
 // handleRequest is the owner's side of a request for space.
 //
-// The order is what makes it safe: choose, raise the versions, save, and only
-// then answer and tell. When the save fails everything is taken back in memory;
-// if the new state reached the disk all the same, nobody was told of it, and
-// whatever this node does with that space next is saved over it first.
+// The order makes it safe: choose, raise the versions, save, and only then answer and
+// broadcast. If the save fails, the change is undone in memory. The new state may be on
+// the disk nevertheless; but nobody knows of it, and the next save, which precedes any
+// use of that space, overwrites it.
 //
-// Repeated requests cost nothing: a requester says what it holds, and gets what
-// it does not know of yet before anything new; and the number of the last granted
-// request is on disk, so that an old copy of a request gets an old answer.
+// Repeated requests are harmless: a request lists what the requester holds, and the
+// answer first contains grants that the requester does not know yet. The number of the last
+// granted request is on disk, so that an old copy of a request gets the old answer.
 func (s *Machine) handleRequest(now time.Time, from NodeID, m *message) {
 	fam := int(m.count)
 	if fam >= len(s.params.Families) || from == s.cfg.ID {
@@ -77,8 +77,8 @@ func (s *Machine) handleRequest(now time.Time, from NodeID, m *message) {
 	s.tell(entries)
 }
 
-// transfer raises the versions of the prefixes, gives them to a node, and saves.
-// also changes what else belongs to it; on an error nothing has changed.
+// transfer raises the versions of the prefixes, makes a node their owner, and saves. also
+// makes further changes in the same save. On an error nothing has changed.
 func (s *Machine) transfer(now time.Time, give []netip.Prefix, to NodeID, also func()) ([]Entry, error) {
 	table, granted, blocks := s.table.Clone(), s.granted[to], s.pool.Prefixes()
 	undo := func() {
@@ -92,7 +92,7 @@ func (s *Machine) transfer(now time.Time, give []netip.Prefix, to NodeID, also f
 	}
 	var entries []Entry
 	for _, p := range give {
-		for _, e := range s.table.Within(p) { // external peers stay what they are
+		for _, e := range s.table.Within(p) { // entries of external peers keep their endpoint
 			in, err := s.table.Assign(e.Prefix, to, e.External)
 			if err != nil {
 				undo()
@@ -123,7 +123,7 @@ func (s *Machine) reopen(blocks []netip.Prefix) {
 	}
 }
 
-// lacking returns what the table gives to a node and the node does not know of.
+// lacking returns the entries of a node that the node does not know.
 func (s *Machine) lacking(id NodeID, fam int, have []Entry) []Entry {
 	known := membership.NewTable(have)
 	var out []Entry
@@ -139,7 +139,7 @@ func (s *Machine) lacking(id NodeID, fam int, have []Entry) []Entry {
 	return out
 }
 
-// mayGive says why this node does not give a fixed CIDR away, or "".
+// mayGive returns why this node does not give a fixed CIDR away, or "" if it does.
 func (s *Machine) mayGive(now time.Time, fam int, p netip.Prefix) (reason, string) {
 	for _, e := range s.table.Overlapping(p) {
 		if e.Owner != s.cfg.ID {

@@ -9,9 +9,9 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// AddExternal gives a prefix of this node's free space to a peer without an
-// agent: a router, or a host with a plain kernel tunnel. This node keeps the
-// entry. The prefix may be narrower than a block. Adding what is there is fine.
+// AddExternal gives a prefix of this node's free space to a peer without an agent: a
+// router, or a host with a plain kernel tunnel. This node keeps owning the entry. The
+// prefix may be smaller than a block. Adding an existing entry is not an error.
 func (s *Machine) AddExternal(now time.Time, p netip.Prefix, x External) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -47,8 +47,8 @@ func (s *Machine) AddExternal(now time.Time, p netip.Prefix, x External) error {
 	return s.assign(now, p, &x)
 }
 
-// RemoveExternal takes a prefix back from an external peer. The prefix must be,
-// or be a part of, one that AddExternal gave.
+// RemoveExternal takes a prefix back from an external peer. The prefix must be one of
+// AddExternal, or a part of it.
 func (s *Machine) RemoveExternal(now time.Time, p netip.Prefix) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -95,7 +95,7 @@ func (s *Machine) mayChange() error {
 	return nil
 }
 
-// assign changes what a prefix of this node's own is for.
+// assign changes the use of a prefix that this node owns.
 func (s *Machine) assign(now time.Time, p netip.Prefix, x *External) error {
 	before := s.table.Clone()
 	entries, err := s.table.Assign(p, s.cfg.ID, x)
@@ -111,7 +111,7 @@ func (s *Machine) assign(now time.Time, p netip.Prefix, x *External) error {
 	return nil
 }
 
-// familyOf returns the index of the family whose CIDR covers p, or -1.
+// familyOf returns the index of the family whose CIDR contains p, or -1.
 func (s *Machine) familyOf(p netip.Prefix) int {
 	for i, f := range s.params.Families {
 		if ipam.Covers(f.CIDR, p) {

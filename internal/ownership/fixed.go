@@ -9,7 +9,7 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// fixed returns the prefix that --pod-cidr asks for in a family.
+// fixed returns the prefix of --pod-cidr in a family.
 func (s *Machine) fixed(fam int) (netip.Prefix, bool) {
 	six := s.params.Families[fam].CIDR.Addr().Is6()
 	for _, p := range s.cfg.PodCIDRs {
@@ -20,9 +20,9 @@ func (s *Machine) fixed(fam int) (netip.Prefix, bool) {
 	return netip.Prefix{}, false
 }
 
-// driveFixed gets the fixed CIDR, part by part from the owners of its parts, and
-// opens it as one block. A node with a fixed CIDR opens no other block in that
-// family: the operator has said where its pods live.
+// driveFixed requests the fixed CIDR, part by part from the owners of its parts, and
+// opens it as one block. A node with a fixed CIDR opens no other block of that family,
+// because the operator has chosen the addresses of its pods.
 func (s *Machine) driveFixed(now time.Time, fam int, p netip.Prefix) string {
 	if slices.Contains(s.pool.Prefixes(), p) {
 		s.asks[fam] = ask{}
@@ -36,7 +36,7 @@ func (s *Machine) driveFixed(now time.Time, fam int, p netip.Prefix) string {
 	}
 	s.note("fixed", why, "choose another --pod-cidr, or free that prefix first; without --pod-cidr the node takes any free block")
 	if slices.ContainsFunc(s.pool.Prefixes(), s.params.Families[fam].CIDR.Overlaps) {
-		return "" // it goes on with the block that it has
+		return "" // it continues with its current block
 	}
 	return why
 }

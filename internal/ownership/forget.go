@@ -6,7 +6,7 @@ import (
 	"time"
 )
 
-// promise is this node's word to let nobody else forget a node for a while.
+// promise is this node's promise that only one node may forget a given node for a while.
 type promise struct {
 	to    NodeID
 	until time.Time
@@ -14,14 +14,14 @@ type promise struct {
 
 // forgetting is the takeover of a dead node's space.
 //
-// Versions only keep two owners apart when one of them raises them. A forget
-// raises somebody else's, so two nodes that forget the same one at the same time
-// would tie. Therefore every living member is asked for a promise first, the
-// promises of a majority are needed, and each answer brings the table of the one
-// who promises: what the dead node gave away last and any of them knows of is not
-// taken. With force no majority is needed, but a living member that objects still
-// stops it. A promise lasts promiseLease and is on disk before it is given; the
-// takeover happens within forgetWithin or not at all.
+// Versions exclude two owners only if nobody but the owner raises them. A forget raises
+// the versions of another owner. So two nodes that forget the same node at the same
+// time would tie. Therefore the node first asks every living member for a promise, and
+// needs the promises of a majority. Each answer contains the table of that member, so
+// that donations of the dead node that any of them knows are not taken. With force no
+// majority is needed, but a living member that objects still stops the forget. A member
+// saves its promise before it answers; the promise lasts promiseLease. The takeover
+// happens within forgetWithin or not at all.
 type forgetting struct {
 	op     *Op
 	victim NodeID
@@ -32,12 +32,12 @@ type forgetting struct {
 	yes    map[NodeID]bool
 }
 
-// Forget takes over the space of a node that is gone for good. It is refused
-// while the node is alive, while its tunnel answers, when another node is
-// forgetting it, and, unless forced, while this node does not see a majority of
-// the members. A node whose table is not confirmed may forget by force only, and
-// only when no living member could confirm it: the operator then vouches that its
-// disk is not an older one. It goes on in the background.
+// Forget takes over the space of a node that is gone for good. It is refused while the
+// node is alive, while its tunnel answers, while another node is forgetting it, and,
+// unless forced, while this node does not reach a majority of the members. A node whose
+// table is not confirmed may forget only by force, and only if no living member can
+// confirm the table: the operator then guarantees that the disk is not an old one. Forget
+// runs in the background.
 func (s *Machine) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -69,7 +69,7 @@ func (s *Machine) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 	return op, nil
 }
 
-// mayForget is what everybody who is asked looks at.
+// mayForget is the check that each node makes before it promises.
 func (s *Machine) mayForget(now time.Time, id, by NodeID) error {
 	if s.plant.forgetLive {
 		return nil
@@ -86,8 +86,8 @@ func (s *Machine) mayForget(now time.Time, id, by NodeID) error {
 	return nil
 }
 
-// quorum counts the members: those that own something, those that were ever seen
-// and have not left, and the node in question; and how many of them live.
+// quorum counts the members, and how many of them are alive. Members are the nodes that
+// own space, the nodes that were ever seen and have not left, and the node in question.
 func (s *Machine) quorum(victim NodeID) (all, here int) {
 	ids := map[NodeID]bool{victim: false}
 	for _, e := range s.table.Entries() {
@@ -183,8 +183,8 @@ func (s *Machine) handlePromiseAck(now time.Time, m *message) {
 	s.driveForget(now)
 }
 
-// takeOver raises the versions of all that the dead node owns. The guards are
-// looked at again: promises take time.
+// takeOver raises the versions of all entries of the dead node. It checks the guards
+// again, because collecting promises takes time.
 func (s *Machine) takeOver(now time.Time) {
 	f := s.forget
 	if err := s.mayForget(now, f.victim, s.cfg.ID); err != nil {
@@ -242,7 +242,7 @@ func (s *Machine) endForget(text string, err error) {
 	if s.promises[f.victim].to == s.cfg.ID {
 		delete(s.promises, f.victim)
 	}
-	if err != nil { // others may try at once
+	if err != nil { // so that others may try at once
 		for id := range f.yes {
 			s.send(id, message{kind: kindUnpromise, node: f.victim})
 		}

@@ -5,9 +5,9 @@ import (
 	"time"
 )
 
-// HandleMessage takes what another member sent to this node. from is who gossip
-// says sent it. An error is about the message (for a counter or a log line); the
-// machine has dealt with it.
+// HandleMessage handles a message from another member. from is the sender according to
+// gossip. An error is about the message, for a counter or a log line; the caller need
+// do nothing else.
 func (s *Machine) HandleMessage(now time.Time, from NodeID, b []byte) error {
 	m, err := decode(b)
 	if err != nil {
@@ -21,7 +21,7 @@ func (s *Machine) HandleMessage(now time.Time, from NodeID, b []byte) error {
 	return s.handle(now, m)
 }
 
-// HandleBroadcast takes a message that some member gave to Env.Broadcast.
+// HandleBroadcast handles a message that some member passed to Env.Broadcast.
 func (s *Machine) HandleBroadcast(now time.Time, b []byte) error {
 	m, err := decode(b)
 	if err != nil {
@@ -35,7 +35,7 @@ func (s *Machine) HandleBroadcast(now time.Time, b []byte) error {
 	return s.handle(now, m)
 }
 
-// LocalState returns what this node says in a push/pull.
+// LocalState returns the state of this node for a push/pull.
 func (s *Machine) LocalState(now time.Time, join bool) []byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -45,8 +45,8 @@ func (s *Machine) LocalState(now time.Time, join bool) []byte {
 	return m.encode()
 }
 
-// MergeState takes another node's LocalState. It returns ErrOtherCluster when
-// that node is in another cluster.
+// MergeState merges another node's LocalState. It returns ErrOtherCluster if that node is
+// in another cluster.
 func (s *Machine) MergeState(now time.Time, b []byte, join bool) error {
 	m, err := decode(b)
 	if err != nil {
@@ -132,7 +132,7 @@ func (s *Machine) handle(now time.Time, m *message) error {
 	return nil
 }
 
-// handleWaiting is all that a node in no cluster listens to.
+// handleWaiting handles the only messages that a node without a cluster accepts.
 func (s *Machine) handleWaiting(now time.Time, m *message) error {
 	switch {
 	case m.kind == kindFound && m.cluster.IsZero():
@@ -159,8 +159,8 @@ func (s *Machine) handleWaiting(now time.Time, m *message) error {
 	return nil
 }
 
-// answered counts an answer to this start's question. A member that never owned
-// space has its table from others, perhaps from this very node: it does not vouch.
+// answered records an answer to the question of this start. The answer of a member that
+// never owned space does not count: its table comes from others, perhaps from this node.
 func (s *Machine) answered(m *message) {
 	if s.confirm.answers == nil {
 		s.confirm.answers = make(map[NodeID]bool)
@@ -175,7 +175,7 @@ func (s *Machine) sawFlags(m *message) {
 	}
 }
 
-// dropPeer forgets that a node is one of ours.
+// dropPeer removes a node from the peers.
 func (s *Machine) dropPeer(id NodeID) {
 	if _, ok := s.peers[id]; ok {
 		delete(s.peers, id)
@@ -183,7 +183,7 @@ func (s *Machine) dropPeer(id NodeID) {
 	}
 }
 
-// An Op is an operation that takes a while: a leave or a forget.
+// An Op is an operation that runs in the background: a leave or a forget.
 type Op struct {
 	done chan struct{}
 	err  error
@@ -192,13 +192,13 @@ type Op struct {
 
 func newOp() *Op { return &Op{done: make(chan struct{})} }
 
-// Done is closed when the operation has ended.
+// Done returns a channel that is closed when the operation has ended.
 func (o *Op) Done() <-chan struct{} { return o.done }
 
-// Err returns why it failed, or nil; valid after Done.
+// Err returns the error of the operation, or nil; valid after Done.
 func (o *Op) Err() error { return o.err }
 
-// Result says in one sentence what was done; valid after Done.
+// Result describes in one sentence what was done; valid after Done.
 func (o *Op) Result() string { return o.text }
 
 func (o *Op) end(text string, err error) {
@@ -206,7 +206,7 @@ func (o *Op) end(text string, err error) {
 	close(o.done)
 }
 
-// errOf makes an error of a refusal's text.
+// errOf makes an error from the text of a refusal.
 func errOf(base error, format string, args ...any) error {
 	return fmt.Errorf("%w: %s", base, fmt.Sprintf(format, args...))
 }

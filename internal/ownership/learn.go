@@ -43,7 +43,7 @@ func (s *Machine) learn(now time.Time, entries []Entry) []Entry {
 	return changed
 }
 
-// inside keeps the entries that lie in the cluster's CIDRs.
+// inside returns the entries that lie in the cluster's CIDRs.
 func (s *Machine) inside(entries []Entry) []Entry {
 	ok := func(e Entry) bool {
 		return slices.ContainsFunc(s.params.Families, func(f ipam.Family) bool { return ipam.Covers(f.CIDR, e.Prefix) })
@@ -54,8 +54,8 @@ func (s *Machine) inside(entries []Entry) []Entry {
 	return slices.DeleteFunc(slices.Clone(entries), func(e Entry) bool { return !ok(e) })
 }
 
-// lost closes the blocks that somebody else owns now. This node has not given
-// them: it was forgotten while it was away, or its disk was older than that.
+// lost closes the blocks that another node owns now. This node did not give them away
+// itself: it was forgotten while it was away, or its disk was older than the donation.
 func (s *Machine) lost(p netip.Prefix, to Entry) {
 	for _, b := range s.pool.Prefixes() {
 		if b.Overlaps(p) {
@@ -66,8 +66,8 @@ func (s *Machine) lost(p netip.Prefix, to Entry) {
 		p, s.name(to.Owner), to.Version), "new pods get addresses from new space; restart pods that still have an old address (tulle ipam check)")
 }
 
-// forgetLoss ends the report of lost space when no pod suffers from it any more
-// and it has been there long enough to be read.
+// forgetLoss ends the report of lost space once it affects no pod and has been shown for
+// long enough.
 func (s *Machine) forgetLoss(now time.Time) {
 	if s.lostAt.IsZero() || now.Sub(s.lostAt) < reportFor || len(s.stranded()) > 0 {
 		return
@@ -76,7 +76,7 @@ func (s *Machine) forgetLoss(now time.Time) {
 	s.lostAt = time.Time{}
 }
 
-// owned returns this node's space of a family, without what external peers use.
+// owned returns this node's space of a family, without the prefixes of external peers.
 func (s *Machine) owned(fam int) []netip.Prefix {
 	var out []netip.Prefix
 	for _, e := range s.table.Entries() {
@@ -87,9 +87,9 @@ func (s *Machine) owned(fam int) []netip.Prefix {
 	return out
 }
 
-// busy returns what must not be given away: the open blocks, addresses outside
-// them that a pod has or that rest, and what this node itself collects for its
-// fixed CIDR (two nodes that want one prefix would pass its parts to and fro).
+// busy returns the space that must not be given away: the open blocks, addresses outside
+// them that a pod has or that are in cool-down, and the parts of its fixed CIDR that this
+// node has collected (two nodes that want one prefix would exchange its parts forever).
 func (s *Machine) busy(now time.Time) []netip.Prefix {
 	blocks := s.pool.Prefixes()
 	out := slices.Concat(blocks, s.cfg.PodCIDRs)
@@ -107,13 +107,13 @@ func (s *Machine) busy(now time.Time) []netip.Prefix {
 	return out
 }
 
-// openable returns where this node can open its next block. Addresses in it that
-// a pod has already, or that rest, are minded by the pool.
+// openable returns the space in which this node can open its next block. The pool takes
+// care of addresses in it that a pod has already or that are in cool-down.
 func (s *Machine) openable(fam int) []netip.Prefix {
 	return freeSpace(s.owned(fam), s.pool.Prefixes(), s.params.Families[fam].BlockLen)
 }
 
-// free returns what this node can give away of a family.
+// free returns the space of a family that this node can give away.
 func (s *Machine) free(now time.Time, fam int) []netip.Prefix {
 	return freeSpace(s.owned(fam), s.busy(now), s.params.Families[fam].BlockLen)
 }

@@ -9,29 +9,29 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// leaving is a node's way out.
+// leaving is the state of a node's leave.
 //
-//	offering ── a member agrees ──▶ transfer saved ──▶ giving ── it has it on disk ──▶ gone
-//	   ▲ └─ refuses, is silent: the next one                 └─ it dies: any living member
-//	   └── more space arrives (somebody else left to us at that moment)
+//	offering ── a member agrees ──▶ transfer saved ──▶ giving ── it has saved it ──▶ gone
+//	   ▲ └─ refuses or no answer: the next one               └─ it dies: any living member
+//	   └── more space arrives (another node left to us at that moment)
 //
-// The offer carries the addresses that rest, so that the heir lets them rest
-// before it owns them. The transfer and the word that this node has left are one
-// save: it comes back from a crash as a node that owns nothing.
+// The offer contains the addresses in cool-down, so that the heir respects the cool-down
+// before it owns them. The transfer and the fact that this node has left are in one save:
+// after a crash the node owns nothing.
 type leaving struct {
 	op    *Op
 	to    NodeID
 	seq   uint64
 	sent  time.Time
 	gave  bool // the transfer is saved
-	acked bool // somebody else has it on disk
+	acked bool // another member has saved it
 	no    map[NodeID]string
 }
 
-// Leave gives everything back to a living member and ends this node's
-// membership. It is refused while pods have addresses, before the table is
-// confirmed, and when there is nobody to give to. It goes on in the background;
-// when the Op is done the agent may stop. Stopping without Leave is not leaving.
+// Leave gives all space to a living member and ends this node's membership. It is refused
+// while pods have addresses, before the table is confirmed, and if there is no member to
+// give to. Leave runs in the background; when the Op is done the agent may stop. A stop
+// without Leave is not a leave.
 func (s *Machine) Leave(now time.Time) (*Op, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -70,12 +70,12 @@ func (s *Machine) driveLeave(now time.Time) {
 		s.offer(now)
 		return
 	}
-	if !l.gave { // owned nothing at all
+	if !l.gave { // owned nothing
 		s.gone(now, nil)
 		return
 	}
 	to := l.to
-	if to.IsZero() || !s.isAlive(to) { // the heir is dead: any witness will do
+	if to.IsZero() || !s.isAlive(to) { // the heir is dead: any member may confirm
 		alive := s.alive()
 		if len(alive) == 0 {
 			return
@@ -86,7 +86,7 @@ func (s *Machine) driveLeave(now time.Time) {
 	s.send(to, message{kind: kindGive, seq: l.seq, entries: s.table.Entries()})
 }
 
-// offer asks the next member whether it takes everything.
+// offer asks the next member whether it accepts all space.
 func (s *Machine) offer(now time.Time) {
 	l := s.leave
 	if !l.to.IsZero() && l.no[l.to] == "" && !l.gave {
@@ -124,7 +124,7 @@ func (l *leaving) refused(by NodeID, why string) {
 	l.no[by] = why
 }
 
-// stay calls the leave off.
+// stay cancels the leave.
 func (s *Machine) stay(now time.Time, err error) {
 	op := s.leave.op
 	s.leave = nil
@@ -133,7 +133,7 @@ func (s *Machine) stay(now time.Time, err error) {
 	op.end("", err)
 }
 
-// handleOffer takes in the addresses that rest, and agrees to be the heir.
+// handleOffer stores the addresses in cool-down, and agrees to become the heir.
 func (s *Machine) handleOffer(now time.Time, m *message) {
 	ack := message{kind: kindOfferAck, seq: m.seq}
 	switch {
@@ -189,11 +189,11 @@ func (s *Machine) handleOfferAck(now time.Time, m *message) {
 	s.driveLeave(now)
 }
 
-// handleGive makes what a leaving node gave durable, here or at a witness.
+// handleGive saves what a leaving node gave, to this node or to another one.
 func (s *Machine) handleGive(now time.Time, m *message) {
 	s.learn(now, m.entries)
 	if err := s.save(now); err != nil {
-		return // it will ask again
+		return // the leaving node asks again
 	}
 	s.send(m.sender, message{kind: kindGiveAck, seq: m.seq})
 	s.drive(now)
@@ -235,8 +235,8 @@ func (s *Machine) gone(now time.Time, heir *NodeID) {
 	}
 }
 
-// driveHeld tells the owners of addresses that pods of this node still have,
-// although the space is not ours any more, to keep them out of use.
+// driveHeld tells owners not to use addresses that pods of this node still have although
+// the space belongs to those owners now.
 func (s *Machine) driveHeld(now time.Time) {
 	if now.Before(s.heldNext) {
 		return
@@ -253,7 +253,7 @@ func (s *Machine) driveHeld(now time.Time) {
 	}
 }
 
-// stranded returns the allocations outside of this node's space.
+// stranded returns the allocations outside this node's space.
 func (s *Machine) stranded() (out []ipam.Allocation) {
 	for _, a := range s.pool.Allocations() {
 		if e, ok := s.table.Owner(a.Addr); !ok || e.Owner != s.cfg.ID {

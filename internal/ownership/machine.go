@@ -17,22 +17,22 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// Errors that callers branch on; what is returned wraps them with the details.
+// Errors for errors.Is. Returned errors wrap them with details.
 var (
 	ErrNotReady     = errors.New("this node has no pod addresses to give yet")
-	ErrGrowing      = errors.New("the open blocks are full, more space was asked for: try again in a moment")
+	ErrGrowing      = errors.New("the open blocks are full, more space is requested: try again in a moment")
 	ErrExhausted    = errors.New("the cluster's address space is exhausted")
 	ErrOtherCluster = errors.New("the other side belongs to another cluster")
 	ErrPodsAlive    = errors.New("pods still have addresses")
 	ErrAlive        = errors.New("the node is alive")
 	ErrNoMajority   = errors.New("this node does not see a majority of the members")
-	ErrBusy         = errors.New("another operation is under way")
+	ErrBusy         = errors.New("another operation is running")
 	ErrRefused      = errors.New("refused")
 	ErrTimeout      = errors.New("no answer in time")
 )
 
-// A Machine is the address-space state machine of one node. Make one with New, feed
-// it messages and time, and read from it.
+// A Machine is the address-space state machine of one node. Create it with New and pass
+// it messages and time.
 type Machine struct {
 	cfg  Config
 	env  Env
@@ -54,7 +54,7 @@ type Machine struct {
 	granted    map[NodeID]uint64
 	promises   map[NodeID]promise
 	peers      map[NodeID]ipam.Peer
-	departed   map[NodeID]bool // have said that they left: an ID never comes back from that
+	departed   map[NodeID]bool // nodes that have left; such an ID never returns
 
 	confirm  confirmation
 	asks     [2]ask // by family index: 0 IPv4, 1 IPv6
@@ -64,11 +64,11 @@ type Machine struct {
 	found    founding
 	heldNext time.Time
 	started  time.Time
-	lostAt   time.Time // when space was last found taken
+	lostAt   time.Time // when this node last found that it lost space
 
-	foundersAt time.Time // when another node was last found to have the word to start the cluster
+	foundersAt time.Time // when another node with bootstrap set was last found
 
-	dirty    bool  // the table holds news that the disk does not
+	dirty    bool  // the table has changes that are not on disk
 	saveErr  error // of the last save
 	saved    []byte
 	savedFor *[32]byte
@@ -77,17 +77,17 @@ type Machine struct {
 	plant    plants
 }
 
-// plants are bugs that the simulation plants to see itself catch them. They are
-// all off outside its tests.
+// plants are bugs that the simulation enables to test that it finds them. All are off
+// outside its tests.
 type plants struct {
 	merge         func(*membership.Table, []Entry) ([]Entry, []membership.Conflict)
-	bootstrapLive bool // bootstrap although seeds answer
-	foundAlone    bool // bootstrap without a word of the other newcomers
+	bootstrapLive bool // bootstrap although a seed is in a cluster
+	foundAlone    bool // bootstrap without the consent of the other new nodes
 	forgetLive    bool // forget without its guards
 }
 
-// New makes the machine of a node from its configuration and the state on disk,
-// nil when there is none. Nothing is sent before the first Tick.
+// New returns the machine of a node. state is the state on disk, nil if there is none.
+// The machine sends nothing before the first Tick.
 func New(now time.Time, cfg Config, st *ipam.State, env Env) (*Machine, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
@@ -165,7 +165,7 @@ func onePerFamily(flag string, list []netip.Prefix) error {
 	return nil
 }
 
-// families returns the parameters that a bootstrap would fix.
+// families returns the cluster parameters for a bootstrap.
 func (c *Config) families() ([]ipam.Family, error) {
 	var out []ipam.Family
 	for _, p := range c.CIDRs {
@@ -193,7 +193,7 @@ func checkFamily(f ipam.Family) error {
 	return nil
 }
 
-// restore takes up the state on disk.
+// restore loads the state on disk into the machine.
 func (s *Machine) restore(now time.Time, st *ipam.State) error {
 	if NodeID(st.Node) != s.cfg.ID {
 		return fmt.Errorf("the state belongs to node %s, not %s", NodeID(st.Node), s.cfg.ID)
@@ -245,9 +245,8 @@ func (s *Machine) restore(now time.Time, st *ipam.State) error {
 	return nil
 }
 
-// save makes the present state durable. On an error the caller takes back what it
-// has just changed: what is on disk then is either the old state or one that
-// nobody was told of, and the next save overwrites it.
+// save saves the present state. On an error the caller must undo its change: the disk then
+// has either the old state, or one that nobody knows of and that the next save overwrites.
 func (s *Machine) save(now time.Time) error {
 	d := s.table.Digest()
 	if s.savedFor == nil || *s.savedFor != d {
@@ -279,7 +278,7 @@ func (s *Machine) save(now time.Time) error {
 	}
 	s.generation++
 	if s.saveErr = s.env.Persist(st); s.saveErr != nil {
-		s.dirty = true // the next Tick tries to put the true state there
+		s.dirty = true // the next Tick tries again to save the present state
 		return fmt.Errorf("the state cannot be saved: %w", s.saveErr)
 	}
 	s.dirty = false
@@ -324,8 +323,8 @@ func (s *Machine) flags() (f uint8) {
 	return f
 }
 
-// entriesPerNews keeps a broadcast below the gossip packet's size: an entry has
-// at most 75 bytes (an external IPv6 one), usually 25.
+// entriesPerNews keeps a broadcast below the size of a gossip packet: an entry has at
+// most 75 bytes (an external IPv6 one), usually 25.
 const entriesPerNews = 12
 
 // maxPassedOn bounds how many entries that a push/pull brought are broadcast: 86 messages.
@@ -340,8 +339,9 @@ func (s *Machine) tell(entries []Entry) {
 	}
 }
 
-// Subscribe returns a channel that gets a value (at most one is waiting) after
-// the table, the blocks or the phase changed, and a function that ends this.
+// Subscribe returns a channel that receives a value after the table, the blocks or the
+// phase has changed, and a function that ends the subscription. The channel holds at most
+// one value.
 func (s *Machine) Subscribe() (<-chan struct{}, func()) {
 	c := make(chan struct{}, 1)
 	s.mu.Lock()
@@ -363,7 +363,7 @@ func (s *Machine) notify() {
 	}
 }
 
-// note reports a problem until unnote takes it back.
+// note reports a problem until unnote removes it.
 func (s *Machine) note(key, what, remedy string) {
 	if s.notes[key].What != what {
 		s.log.Warn(what, "remedy", remedy)
@@ -377,7 +377,7 @@ func (s *Machine) unnotePrefix(prefix string) {
 	maps.DeleteFunc(s.notes, func(key string, _ Problem) bool { return strings.HasPrefix(key, prefix) })
 }
 
-// name returns how people call a node.
+// name returns the name of a node for people.
 func (s *Machine) name(id NodeID) string {
 	if id == s.cfg.ID {
 		return cmp.Or(s.cfg.Name, id.Short())

@@ -11,54 +11,54 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// kind tells the messages apart.
+// kind is the type of a message.
 type kind uint8
 
 const (
-	kindSync       kind = iota + 1 // tell me your state: seq
+	kindSync       kind = iota + 1 // request for the state: seq
 	kindState                      // answer, and the push/pull state: seq, flags, families, entries
-	kindRequest                    // give me space: seq, count (family), prefix (fixed) or none, entries (what I hold)
-	kindGrant                      // this is yours: seq, entries
-	kindRefuse                     // no: seq, reason, text, count (last seq seen)
-	kindOffer                      // may I leave everything to you: seq, rests
-	kindOfferAck                   // yes, or text: seq, flags
-	kindGive                       // I have given it: seq, entries
-	kindGiveAck                    // and I have it on disk: seq
-	kindPromise                    // promise me to let nobody else forget node: seq, node
-	kindPromiseAck                 // yes, or text: seq, flags, node, families, entries
-	kindUnpromise                  // not needed any more: node
-	kindHeld                       // my pods still have these addresses of yours: rests
+	kindRequest                    // request for space: seq, count (family), prefix (fixed) or none, entries (held by the sender)
+	kindGrant                      // grant of space: seq, entries
+	kindRefuse                     // refusal: seq, reason, text, count (last seq seen)
+	kindOffer                      // offer of all space by a leaving node: seq, rests
+	kindOfferAck                   // accepted, or text: seq, flags
+	kindGive                       // the transfer is saved: seq, entries
+	kindGiveAck                    // the receiver has saved it: seq
+	kindPromise                    // request for a promise to let nobody else forget node: seq, node
+	kindPromiseAck                 // promised, or text: seq, flags, node, families, entries
+	kindUnpromise                  // the promise is not needed any more: node
+	kindHeld                       // pods of the sender still have these addresses of the receiver: rests
 	kindNews                       // broadcast: entries; flags (left) about the sender; node (forgotten)
-	kindFound                      // give me your word to start the cluster: seq (from a node in none)
-	kindFoundAck                   // yes or no: seq, flags, node (another one that wants to)
-	kindUnfound                    // your word is not needed any more
+	kindFound                      // request for consent to start the cluster: seq (from a node without a cluster)
+	kindFoundAck                   // consent or refusal: seq, flags, node (another one that wants to start it)
+	kindUnfound                    // the consent is not needed any more
 	kindEnd
 )
 
 // Flags of a message, about its sender.
 const (
-	flagJoined    = 1 << 0 // owned space once; its table counts for a confirmation
+	flagJoined    = 1 << 0 // has owned space; its table counts for a confirmation
 	flagConfirmed = 1 << 1
 	flagLeft      = 1 << 2
 	flagYes       = 1 << 3 // of an OfferAck, PromiseAck or FoundAck
-	flagFounder   = 1 << 6 // of a FoundAck: the sender has the operator's word as well
-	flagForced    = 1 << 5 // of a Promise: the operator insists
-	flagLacking   = 1 << 4 // of a Grant: nothing new was given, these were yours already
+	flagFounder   = 1 << 6 // of a FoundAck: bootstrap is set on the sender too
+	flagForced    = 1 << 5 // of a Promise: forget --force
+	flagLacking   = 1 << 4 // of a Grant: nothing new; the receiver owned these entries already
 )
 
 // reason is why a request was refused.
 type reason uint8
 
 const (
-	refusedNotReady  reason = iota + 1 // ask somebody else, or later
+	refusedNotReady  reason = iota + 1 // ask another node, or later
 	refusedExhausted                   // has no free block
-	refusedInUse                       // a fixed CIDR that is in use, for good until the operator acts
+	refusedInUse                       // a fixed CIDR that is in use, until the operator acts
 	refusedElsewhere                   // a fixed CIDR that this node does not own
 	refusedStale                       // the sequence number is not new: count has the last one
 )
 
-// A message is everything that machines say to each other. Each kind uses some of
-// the fields; unused ones are zero and cost a byte or so.
+// A message is a message between machines. Each kind uses some of the fields. Unused
+// fields are zero and take about one byte.
 //
 // Encoding, integers as unsigned varints unless said otherwise:
 //
@@ -75,7 +75,7 @@ const (
 //	        …     text: length (at most 1024), bytes
 //	        …     families: number (at most 2), each a prefix and the block length byte
 //	        …     rests: number (at most 4096), each length byte 4 or 16, address, seconds
-//	        …     entries, as membership.AppendEntries writes them; nothing behind
+//	        …     entries, as encoded by membership.AppendEntries; nothing follows
 type message struct {
 	kind     kind
 	cluster  ClusterID
@@ -92,8 +92,8 @@ type message struct {
 	entries  []Entry
 }
 
-// rest is an address that must not be handed out for a while. Durations travel,
-// not moments: clocks of nodes need not agree.
+// rest is an address in cool-down. A message has the duration, not the end, because clocks
+// of nodes may differ.
 type rest struct {
 	addr netip.Addr
 	secs uint64
@@ -160,7 +160,7 @@ func decode(b []byte) (*message, error) {
 	r := reader{b: b}
 	m := new(message)
 	if v := r.byte(); r.ok() && v != messageVersion {
-		return nil, fmt.Errorf("%w: version %d, this program speaks %d", errMalformed, v, messageVersion)
+		return nil, fmt.Errorf("%w: version %d, this program supports %d", errMalformed, v, messageVersion)
 	}
 	if m.kind = kind(r.byte()); r.ok() && (m.kind == 0 || m.kind >= kindEnd) {
 		return nil, fmt.Errorf("%w: kind %d", errMalformed, m.kind)
@@ -192,13 +192,13 @@ func decode(b []byte) (*message, error) {
 		return nil, fmt.Errorf("%w: %w", errMalformed, err)
 	}
 	if len(tail) != 0 {
-		return nil, fmt.Errorf("%w: %d bytes behind its end", errMalformed, len(tail))
+		return nil, fmt.Errorf("%w: %d bytes after its end", errMalformed, len(tail))
 	}
 	m.entries = entries
 	return m, nil
 }
 
-// reader reads from b until the first fault; from then on everything is zero.
+// reader reads from b. After the first error it returns only zeros.
 type reader struct {
 	b   []byte
 	bad bool
@@ -233,7 +233,7 @@ func (r *reader) uvarint() uint64 {
 	return v
 }
 
-// count reads a number of things, each of at least one byte.
+// count reads the number of elements, each of at least one byte.
 func (r *reader) count(limit uint64) uint64 {
 	n := r.uvarint()
 	if n > limit || n > uint64(len(r.b)) {
@@ -270,7 +270,7 @@ func (r *reader) prefix() netip.Prefix {
 	return p
 }
 
-// rests turns cool-downs into what travels.
+// toRests converts cool-downs for a message.
 func toRests(now time.Time, list []ipam.Cooling) []rest {
 	var out []rest
 	for _, c := range list {

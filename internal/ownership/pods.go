@@ -9,8 +9,8 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// A PodRequest asks for the addresses of one pod interface: one of each family of
-// the cluster.
+// A PodRequest requests the addresses of one pod interface: one for each family of the
+// cluster.
 type PodRequest struct {
 	Key   string       // container ID and interface; the same key gets the same addresses
 	Pod   string       // for people
@@ -18,9 +18,9 @@ type PodRequest struct {
 	Want  []netip.Addr // requested addresses, at most one of each family
 }
 
-// Allocate gives a pod its addresses, durably. Errors wrap ErrNotReady,
+// Allocate allocates the addresses of a pod and saves that. Errors wrap ErrNotReady,
 // ErrGrowing (try again soon), ErrExhausted, or ipam.ErrUnavailable (a requested
-// address); on an error nothing has changed.
+// address). On an error nothing has changed.
 func (s *Machine) Allocate(now time.Time, r PodRequest) ([]ipam.Allocation, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -65,7 +65,7 @@ func (s *Machine) Allocate(now time.Time, r PodRequest) ([]ipam.Allocation, erro
 		}
 		return nil, err
 	}
-	s.driveSpace(now) // the next block before this one is full
+	s.driveSpace(now) // opens the next block before this one is full
 	return out, nil
 }
 
@@ -109,8 +109,8 @@ func (s *Machine) allocate(now time.Time, fam int, r PodRequest) (a ipam.Allocat
 	return a, false, err
 }
 
-// Release takes back the addresses of a key, durably. They rest before another
-// pod gets them. Releasing what is not there is fine and returns nothing.
+// Release frees the addresses of a key and saves that. Another pod gets them only after
+// the cool-down. For an unknown key it returns nothing.
 func (s *Machine) Release(now time.Time, key string) ([]ipam.Allocation, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -134,10 +134,9 @@ func (s *Machine) release(now time.Time, keys ...string) ([]ipam.Allocation, err
 	return out, nil
 }
 
-// Adopt records addresses that pods on the host already have although the state
-// does not know of them (it was lost, or an older one came back). They are never
-// handed out while they last. It returns those that could not be recorded
-// because another pod has them.
+// Adopt records addresses that pods on the host have although the state does not list them
+// (the state was lost, or is an old one). They are not allocated while the pods exist. It
+// returns those that could not be recorded because another pod has them.
 func (s *Machine) Adopt(now time.Time, list []ipam.Allocation) (refused []ipam.Allocation, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -173,14 +172,14 @@ func (s *Machine) Allocations() []ipam.Allocation {
 	return s.pool.Allocations()
 }
 
-// Resting returns the addresses that cool down, in order.
+// Resting returns the addresses in cool-down, in order.
 func (s *Machine) Resting(now time.Time) []ipam.Cooling {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.pool.Cooling(now)
 }
 
-// A FindingKind says what is wrong between an allocation and the host.
+// A FindingKind is the kind of a difference between the allocations and the host.
 type FindingKind string
 
 const (
@@ -192,13 +191,13 @@ const (
 // A Finding is one difference that Check found.
 type Finding struct {
 	Kind       FindingKind
-	Allocation ipam.Allocation // of Unknown: what the host showed
+	Allocation ipam.Allocation // for Unknown: as found on the host
 	Remedy     string
 }
 
-// Check compares the allocations with the addresses that pods on the host have.
-// Keys and Netns of live are as far as the host tells. An allocation younger than
-// grace is no leak: its pod is being set up.
+// Check compares the allocations with live, the addresses that pods on the host have. Key
+// and Netns of live are set as far as the host shows them. An allocation younger than
+// grace is not reported as leaked, because its pod may still be starting.
 func (s *Machine) Check(now time.Time, live []ipam.Allocation, grace time.Duration) []Finding {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -222,8 +221,8 @@ func (s *Machine) Check(now time.Time, live []ipam.Allocation, grace time.Durati
 	return out
 }
 
-// ReleaseLeaked releases what Check finds leaked at this very moment, limited to
-// the keys when there are any.
+// ReleaseLeaked releases the addresses that Check finds leaked now, only those of keys if
+// there are any.
 func (s *Machine) ReleaseLeaked(now time.Time, live []ipam.Allocation, grace time.Duration, keys ...string) ([]ipam.Allocation, error) {
 	found := s.Check(now, live, grace)
 	s.mu.Lock()

@@ -12,7 +12,7 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 )
 
-// Phase returns where the node stands.
+// Phase returns the current phase.
 func (s *Machine) Phase() Phase {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -36,7 +36,7 @@ func (s *Machine) Params() Params {
 	return Params{slices.Clone(s.params.Families)}
 }
 
-// Prefixes returns what this node owns, external peers' prefixes left out.
+// Prefixes returns the space that this node owns, without the prefixes of external peers.
 func (s *Machine) Prefixes() []netip.Prefix {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -54,8 +54,8 @@ func (s *Machine) Blocks() []ipam.Block {
 	return s.pool.Blocks()
 }
 
-// TunAddrs returns the tunnel device's addresses, IPv4 first, at most one of each
-// family: the first address of the first open block.
+// TunAddrs returns the addresses of the TUN device, IPv4 first, at most one per family:
+// the first address of the first open block.
 func (s *Machine) TunAddrs() []netip.Addr {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -68,8 +68,8 @@ func (s *Machine) TunAddrs() []netip.Addr {
 	return out
 }
 
-// Routes yields every prefix of the table with whom packets to it go to, in
-// order. It works on a snapshot.
+// Routes yields every prefix of the table with its destination, in order. It works on a
+// snapshot.
 func (s *Machine) Routes() iter.Seq2[netip.Prefix, Route] {
 	s.mu.Lock()
 	entries := s.table.Entries()
@@ -90,22 +90,22 @@ func (s *Machine) Entries() []Entry {
 	return s.table.Entries()
 }
 
-// Digest returns the table's digest: equal on two nodes that know the same.
+// Digest returns the table's digest. It is equal on nodes with equal tables.
 func (s *Machine) Digest() [32]byte {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.table.Digest()
 }
 
-// Owner returns the entry that covers an address.
+// Owner returns the entry that contains an address.
 func (s *Machine) Owner(a netip.Addr) (Entry, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.table.Owner(a)
 }
 
-// Peers returns the other nodes that this one has known, as they are saved: their
-// gossip addresses are where to look for the cluster after a restart.
+// Peers returns the other nodes that this one knows or knew, as in the state file. Their
+// gossip addresses are used to find the cluster after a restart.
 func (s *Machine) Peers() []ipam.Peer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -116,7 +116,7 @@ func (s *Machine) Peers() []ipam.Peer {
 	return out
 }
 
-// Status returns a snapshot for people.
+// Status returns a snapshot for status output.
 func (s *Machine) Status(now time.Time) Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -129,7 +129,7 @@ func (s *Machine) Status(now time.Time) Status {
 	return st
 }
 
-// problems lists what is wrong now, in a steady order.
+// problems lists the current problems in a stable order.
 func (s *Machine) problems(now time.Time) (out []Problem) {
 	switch {
 	case s.phase == Waiting || s.phase == Joining:

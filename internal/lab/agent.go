@@ -56,7 +56,7 @@ func (l *Lab) writeConfig(h *Host) error {
 	return os.WriteFile(h.Config, b.Bytes(), 0o600)
 }
 
-// joinAddr is how other hosts' configuration names a host: its first underlay address, IPv6 in brackets.
+// joinAddr is the entry for a host in the `join` list of other hosts: its first underlay address, IPv6 in brackets.
 func joinAddr(h *Host) string {
 	if a := h.Underlay[0]; a.Is6() {
 		return "[" + a.String() + "]"
@@ -64,7 +64,7 @@ func joinAddr(h *Host) string {
 	return h.Underlay[0].String()
 }
 
-// AdoptAgent tells the lab that an agent which it did not start serves a host, at this socket: new pods there get their
+// AdoptAgent registers an agent on a host that the lab did not start, with its socket: new pods on that host get their
 // addresses from it. It is for bare labs.
 func (l *Lab) AdoptAgent(host, socket string) error {
 	if _, err := l.Host(host); err != nil {
@@ -82,10 +82,10 @@ func (l *Lab) AdoptAgent(host, socket string) error {
 	})
 }
 
-// hasAgent tells whether a host is meant to have an agent.
+// hasAgent reports whether a host should have an agent.
 func (l *Lab) hasAgent(h *Host) bool { return !l.st.Options.Bare || h.Adopted }
 
-// StartAgent starts the agent of a host whose agent does not run, with further arguments after those of the lab.
+// StartAgent starts the agent of a host whose agent is not running, with additional arguments after those of the lab.
 func (l *Lab) StartAgent(ctx context.Context, host string, args ...string) error {
 	if l.st.Options.Bare {
 		return errNoAgent
@@ -95,12 +95,12 @@ func (l *Lab) StartAgent(ctx context.Context, host string, args ...string) error
 		return err
 	}
 	if p := (process{h.PID, h.StartTime}); p.alive() {
-		return fmt.Errorf("the agent on %s runs already, as process %d", host, p.PID)
+		return fmt.Errorf("the agent on %s is running already, as process %d", host, p.PID)
 	}
 	return l.startAgent(host, args...)
 }
 
-// RestartAgents stops all agents, starts them with further arguments, and waits until they are ready and all pods reach
+// RestartAgents stops all agents, starts them with additional arguments, and waits until they are ready and all pods reach
 // each other.
 func (l *Lab) RestartAgents(ctx context.Context, args ...string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, l.st.Options.Timeout, errTimeout{l.st.Options.Timeout})
@@ -123,7 +123,7 @@ func (l *Lab) RestartAgents(ctx context.Context, args ...string) error {
 	return l.WaitPods(ctx)
 }
 
-// startAgent starts a host's agent in its namespace and a session of its own: it outlives the process that made the lab.
+// startAgent starts a host's agent in the host's namespace and in its own session: it outlives the process that created the lab.
 func (l *Lab) startAgent(host string, args ...string) error {
 	o := &l.st.Options
 	h, err := l.Host(host)
@@ -166,7 +166,7 @@ func (l *Lab) startAgent(host string, args ...string) error {
 	})
 }
 
-// StopAgent sends sig (SIGTERM, SIGKILL) to a host's agent and waits until the process is gone. That none runs is no error.
+// StopAgent sends sig (SIGTERM, SIGKILL) to a host's agent and waits until the process is gone. It is no error if none is running.
 func (l *Lab) StopAgent(ctx context.Context, host string, sig syscall.Signal) error {
 	h, err := l.Host(host)
 	if err != nil {
@@ -186,14 +186,14 @@ func (l *Lab) StopAgent(ctx context.Context, host string, sig syscall.Signal) er
 	return nil
 }
 
-// AgentRuns reports whether a host's agent runs.
+// AgentRuns reports whether a host's agent is running.
 func (l *Lab) AgentRuns(host string) bool {
 	h, err := l.Host(host)
 	return err == nil && process{h.PID, h.StartTime}.alive()
 }
 
-// WaitReady waits until the host's agent says that it is ready. An agent that ends, and a ctx that does, are errors which
-// carry the end of its log.
+// WaitReady waits until the host's agent reports that it is ready. If the agent or ctx ends first, the error contains the end
+// of the agent's log.
 func (l *Lab) WaitReady(ctx context.Context, host string) error {
 	h, err := l.Host(host)
 	if err != nil {

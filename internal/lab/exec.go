@@ -16,15 +16,15 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Stdio is where a command of Exec reads and writes. Files are handed over as they are.
+// Stdio has the standard streams of a command of Exec. Files are passed to the command directly.
 type Stdio struct {
 	In       io.Reader
 	Out, Err io.Writer
 }
 
-// Exec runs a command in the network namespace of a host, a pod or the router and returns its exit code, 128 plus the
-// signal if one ended it. The command sees the namespace's devices in /sys and, on a host and its pods, that host's agent at
-// the socket where the command line looks for it.
+// Exec runs a command in the network namespace of a host, a pod or the router. It returns the exit code, or 128 plus the
+// signal that ended the command. The command sees the devices of the namespace in /sys. On a host and in its pods, the default
+// control socket is that of the host's agent.
 func (l *Lab) Exec(ctx context.Context, target string, argv []string, stdio Stdio) (int, error) {
 	path, err := l.netnsOf(target)
 	if err != nil {
@@ -54,7 +54,7 @@ func (l *Lab) Exec(ctx context.Context, target string, argv []string, stdio Stdi
 	return 0, err
 }
 
-// socketDir is the folder with the socket of the agent that a target belongs to; "" for the router.
+// socketDir returns the folder with the socket of a target's agent; "" for the router.
 func (l *Lab) socketDir(target string) string {
 	if p, err := l.Pod(target); err == nil {
 		target = p.Host
@@ -65,14 +65,14 @@ func (l *Lab) socketDir(target string) string {
 	return ""
 }
 
-// Bind is a file or folder that a command finds at another place, which must exist.
+// Bind makes a file or folder appear at another path for a command. That path must exist.
 type Bind struct{ From, At string }
 
-// Start starts a command in the network namespace at path, with mounts of its own: /sys is that of the namespace, and the
-// binds are in their places. The caller waits for the command.
+// Start starts a command in the network namespace at path, with private mounts: the /sys of the namespace, and the binds. The
+// caller must wait for the command.
 func Start(cmd *exec.Cmd, path string, binds ...Bind) error {
 	return sys.WithNetns(path, func() error {
-		runtime.LockOSThread() // never unlocked: this thread's mounts change for good, so it must end with its goroutine
+		runtime.LockOSThread() // never unlocked: the thread keeps its private mounts, so it must end with its goroutine
 		if err := privateMounts(binds); err != nil {
 			return err
 		}
@@ -80,7 +80,7 @@ func Start(cmd *exec.Cmd, path string, binds ...Bind) error {
 	})
 }
 
-// privateMounts gives the calling thread mounts of its own.
+// privateMounts gives the calling thread private mounts.
 func privateMounts(binds []Bind) error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)

@@ -15,16 +15,16 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Faults of the network. They are made at the router's end of the hosts' links, where nothing of them shows on the hosts
-// but that packets do not arrive (or that the cable has no carrier).
+// Network faults. They are made at the router's end of the hosts' links. The hosts notice only that packets do not arrive, or
+// that the link has no carrier.
 
 const splitTable = "tulle-lab-split"
 
-// Split cuts the network into groups of hosts that do not hear each other: what one group sends to another vanishes in
-// silence, whether it is bridged or routed. Hosts in no group form one of their own. An earlier Split is replaced.
+// Split partitions the network into groups of hosts. Packets between groups are dropped silently, whether they are bridged or
+// routed. Hosts that are in no group form one more group. Split replaces an earlier Split.
 //
-// Packets get their sender's group as mark where they come in from its port, and are dropped where they would leave through
-// the port of a host of another group. What the router itself says (mark 0) reaches everybody.
+// A packet is marked with its sender's group when it arrives from the sender's port, and dropped when it would leave through
+// the port of a host in another group. Packets of the router itself (mark 0) reach all hosts.
 func (l *Lab) Split(groups ...[]string) error {
 	if err := l.errStraight(); err != nil {
 		return err
@@ -77,7 +77,7 @@ func ifname(name string) []byte {
 // Heal undoes Split.
 func (l *Lab) Heal() error { return l.withSplitTable(func(*nftables.Conn) error { return nil }) }
 
-// withSplitTable removes the table, has fn make it anew, and commits both at once.
+// withSplitTable removes the table and lets fn create it again, in one transaction.
 func (l *Lab) withSplitTable(fn func(*nftables.Conn) error) error {
 	ns, err := os.Open(sys.NetnsPath(l.netnsName(Router)))
 	if err != nil {
@@ -105,10 +105,10 @@ func (l *Lab) withSplitTable(fn func(*nftables.Conn) error) error {
 	return nil
 }
 
-// Unplug pulls the cable of a host: its eth0 loses its carrier.
+// Unplug disconnects a host: its eth0 loses carrier.
 func (l *Lab) Unplug(host string) error { return l.port(host, (*sys.Netlink).LinkSetDown) }
 
-// Plug puts the cable back. A host keeps its addresses and routes over that, as a real one does.
+// Plug reconnects a host. The host keeps its addresses and routes meanwhile, as a real one does.
 func (l *Lab) Plug(host string) error { return l.port(host, (*sys.Netlink).LinkSetUp) }
 
 func (l *Lab) port(host string, set func(*sys.Netlink, netlink.Link) error) error {

@@ -24,18 +24,18 @@ type Host struct {
 // Pod is one pod of the lab.
 type Pod struct {
 	Name      string       `json:"name"`   // p1a, p1b … on h1
-	Number    int          `json:"number"` // among the pods of its host, from 1
+	Number    int          `json:"number"` // number among the pods of its host, from 1
 	Host      string       `json:"host"`
 	Netns     string       `json:"netns"`
-	ID        string       `json:"id"`        // under which its agent holds its addresses
+	ID        string       `json:"id"`        // the ID of its allocation at the agent
 	Addresses []netip.Addr `json:"addresses"` // IPv4 first
 	MTU       int          `json:"mtu"`
 }
 
-// Addr returns the pod's address of the wanted family, or the zero Addr.
+// Addr returns the pod's address of that family, or the zero Addr.
 func (p *Pod) Addr(v6 bool) netip.Addr { return pick(p.Addresses, v6) }
 
-// Addr returns the host's underlay address of the wanted family, or the zero Addr.
+// Addr returns the host's underlay address of that family, or the zero Addr.
 func (h *Host) Addr(v6 bool) netip.Addr { return pick(h.Underlay, v6) }
 
 func pick(addrs []netip.Addr, v6 bool) netip.Addr {
@@ -47,7 +47,7 @@ func pick(addrs []netip.Addr, v6 bool) netip.Addr {
 	return netip.Addr{}
 }
 
-// Lab is a lab that exists.
+// Lab is an existing lab.
 type Lab struct {
 	changing sync.Mutex // held from the beginning to the end of a change of the topology
 
@@ -60,8 +60,8 @@ type Lab struct {
 // Name is the lab's name.
 func (l *Lab) Name() string { return l.st.Options.Name }
 
-// Options returns the options that the lab was made with, defaults filled in.
+// Options returns the options of the lab, with defaults filled in.
 func (l *Lab) Options() Options { return l.st.Options }
 
-// Router is the name of the router among the targets of Exec, Do, Ping and so on.
+// Router is the target name of the router for Exec, Do, Ping and so on.
 const Router = "r"

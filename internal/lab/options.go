@@ -9,16 +9,16 @@ import (
 	"time"
 )
 
-// DefaultName is the lab that `tulle lab` works on unless --name says otherwise.
+// DefaultName is the lab of `tulle lab` unless --name names another.
 const DefaultName = "tulle"
 
-// Families says which IP families a network carries.
+// Families are the IP families of a network.
 type Families struct {
 	V4 bool `json:"v4"`
 	V6 bool `json:"v6"`
 }
 
-// The three useful values of Families.
+// The three valid values of Families.
 var (
 	IPv4Only  = Families{V4: true}
 	IPv6Only  = Families{V6: true}
@@ -27,7 +27,7 @@ var (
 
 // Options describe a lab. The zero value of each field means its default.
 type Options struct {
-	// Name prefixes everything that the lab makes. At most 20 characters a-z, 0-9 and "-". Default: DefaultName.
+	// Name is the prefix of everything that the lab creates. At most 20 characters a-z, 0-9 and "-". Default: DefaultName.
 	Name string `json:"name"`
 	// Nodes is the number of hosts, spread round-robin over the subnets. Default 3.
 	Nodes int `json:"nodes"`
@@ -35,11 +35,11 @@ type Options struct {
 	Subnets int `json:"subnets"`
 	// Pods is the number of pods on each host. Default 1; negative for none.
 	Pods int `json:"pods"`
-	// Underlay is the families between the hosts. Default: both; agents then use what they prefer.
+	// Underlay are the families between the hosts. Default: both; agents then use the one that they prefer.
 	Underlay Families `json:"underlay"`
-	// Overlay is the families of the pods. Default: both.
+	// Overlay are the families of the pods. Default: both.
 	Overlay Families `json:"overlay"`
-	// ClusterCIDRs default to 10.244.0.0/16 and fd00:10:244::/48, as far as Overlay has the family.
+	// ClusterCIDRs default to 10.244.0.0/16 and fd00:10:244::/48, for the families in Overlay.
 	ClusterCIDRs []netip.Prefix `json:"cluster_cidrs"`
 	// MTU of the underlay's links in bytes. Default 1500.
 	MTU int `json:"mtu"`
@@ -54,14 +54,14 @@ type Options struct {
 	ExtraAgentArgs []string `json:"extra_agent_args"`
 	// Binary is the tulle program. Default: the running one.
 	Binary string `json:"binary"`
-	// Bare builds the network without agents: pods get static addresses, and no host knows a way to another host's pods
+	// Bare builds the network without agents: pods get static addresses, and no host has a route to pods of other hosts
 	// until DirectRoutes or KernelVXLAN is called.
 	Bare bool `json:"bare"`
-	// Replace lets Up remove a whole lab of the name if the process that made it is gone.
+	// Replace lets Up remove a complete lab with the same name if the process that created it is gone.
 	Replace bool `json:"replace"`
-	// KeepFailed lets what was made stand if Up fails, for somebody to look at.
+	// KeepFailed keeps what was created if Up fails, for inspection.
 	KeepFailed bool `json:"keep_failed"`
-	// Timeout bounds the wait for agents and for all pods to reach each other. Default 60 s.
+	// Timeout limits the wait until agents are ready and all pods reach each other. Default 60 s.
 	Timeout time.Duration `json:"timeout"`
 }
 
@@ -73,13 +73,13 @@ const (
 	maxPods    = 250 // of one host
 )
 
-// Validate reports what of the options cannot be, as Up would.
+// Validate returns an error if an option is invalid, as Up does.
 func (o Options) Validate() error {
 	_, err := o.withDefaults()
 	return err
 }
 
-// withDefaults fills in what is zero and checks the rest.
+// withDefaults fills in defaults and validates the options.
 func (o Options) withDefaults() (Options, error) {
 	o.Name = cmpOr(o.Name, DefaultName)
 	o.Nodes = cmpOr(o.Nodes, 3)

@@ -17,12 +17,12 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Pong is what became of one ping.
+// Pong is the result of one ping.
 type Pong struct {
 	From, To string        // targets
-	Addr     netip.Addr    // of To, that was pinged
+	Addr     netip.Addr    // of To
 	RTT      time.Duration // 0 if no answer came
-	Source   netip.Addr    // that the far side saw; the zero Addr if nothing arrived there
+	Source   netip.Addr    // source address that arrived at To; the zero Addr if nothing arrived
 	Err      error         // why there was no answer
 }
 
@@ -30,7 +30,7 @@ type Pong struct {
 const PingTimeout = time.Second
 
 // ICMP and ICMPv6 echo (RFC 792, RFC 4443 §4): type, code, checksum, identifier, sequence number, data. The kernel
-// computes ICMPv6 checksums; those of ICMPv4 are ours.
+// computes ICMPv6 checksums; we compute those of ICMPv4.
 const (
 	echoRequest4, echoReply4 = 8, 0
 	echoRequest6, echoReply6 = 128, 129
@@ -39,23 +39,23 @@ const (
 	echoNonce                = 8  // the first of the data
 )
 
-// echo is one request under way.
+// echo is one request that waits for its answer.
 type echo struct {
-	src     chan netip.Addr // what the far side saw
+	src     chan netip.Addr // the source that arrived at the far side
 	replied chan time.Time
 }
 
-// pinger sends echo requests from some targets of a lab. The kernels of the targets answer them; a raw socket in each
-// target sees the requests too, which is how it is known what source arrived there.
+// pinger sends echo requests from targets of a lab. The kernels of the targets answer. A raw socket in each target also
+// receives the requests and shows the source address that arrived.
 type pinger struct {
-	conns map[string][2]*net.IPConn // by target; IPv4, IPv6, nil where the lab has not the family
+	conns map[string][2]*net.IPConn // by target; IPv4, IPv6; nil if the lab does not have the family
 	wg    sync.WaitGroup
 
 	mu     sync.Mutex
 	flying map[uint64]*echo // by the nonce in the request's data
 }
 
-// newPinger opens sockets in each target's namespace. close ends it.
+// newPinger opens sockets in the namespace of each target. close closes them.
 func newPinger(namespaces map[string]string, f Families) (*pinger, error) {
 	p := &pinger{conns: map[string][2]*net.IPConn{}, flying: map[uint64]*echo{}}
 	for target, path := range namespaces {
@@ -96,7 +96,7 @@ func (p *pinger) close() {
 	p.wg.Wait()
 }
 
-// listen tells the echoes what it sees of them, until the socket is closed.
+// listen passes received requests and answers to their echoes, until the socket is closed.
 func (p *pinger) listen(c *net.IPConn, v6 bool) {
 	request, reply := byte(echoRequest4), byte(echoReply4)
 	if v6 {
@@ -136,7 +136,7 @@ func offer[T any](c chan T, v T) {
 	}
 }
 
-// ping sends one request with so many bytes of data and waits for its answer; if to is not empty, also for what arrived there.
+// ping sends one request with the given number of data bytes and waits for the answer. If to is not empty, it also waits for the source that arrived there.
 func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, data int) Pong {
 	pong := Pong{From: from, To: to, Addr: addr}
 	v6 := addr.Is6()
@@ -230,8 +230,8 @@ func (l *Lab) Ping(ctx context.Context, from, to string, addr netip.Addr) Pong {
 	return p.ping(ctx, from, to, addr, echoData)
 }
 
-// PingAll pings each address of each pod from every other pod and, with hosts, also from every host, and each host's tun
-// addresses from every pod and every other host. The answers come in the order of From, To, family.
+// PingAll pings each address of each pod from every other pod. With hosts, it also pings the pods from every host, and each
+// host's tun addresses from every pod and every other host. The results are ordered by From, To, family.
 func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 	type node struct {
 		name  string
@@ -278,8 +278,8 @@ func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 	return slices.Concat(results...), ctx.Err()
 }
 
-// pingEach fills in the pongs, one after the other so that round trips are those of an idle network, but without waiting
-// long for one whose answer is late.
+// pingEach fills in the pongs. It pings one after the other, so that round-trip times are those of an idle network, but does not
+// wait long for a late answer.
 func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
 	const patience = 20 * time.Millisecond
 	var wg sync.WaitGroup

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Pinger sends echo requests out of one network namespace, of a lab or not. It may be used by several goroutines.
+// Pinger sends echo requests from one network namespace, in a lab or not. Several goroutines may use it.
 type Pinger struct{ p *pinger }
 
 // NewPinger opens a Pinger in the namespace at path. Close ends it.
@@ -19,13 +19,13 @@ func NewPinger(path string) (*Pinger, error) {
 	return &Pinger{p}, err
 }
 
-// Ping sends one request with so many bytes of data (ping(8) sends 56) and waits until ctx ends for its answer, PingTimeout at most.
+// Ping sends one request with the given number of data bytes (ping(8) sends 56) and waits for the answer until ctx ends, at most PingTimeout.
 func (p *Pinger) Ping(ctx context.Context, addr netip.Addr, data int) (time.Duration, error) {
 	pong := p.p.ping(ctx, "", "", addr, data)
 	return pong.RTT, pong.Err
 }
 
-// SetDontFragment forbids (or allows again) to fragment requests on their way: one above the MTU is an error then.
+// SetDontFragment forbids or allows the fragmentation of requests. If it is forbidden, a request above the MTU is an error.
 func (p *Pinger) SetDontFragment(on bool) error {
 	pair := p.p.conns[""]
 	return errors.Join(
@@ -49,5 +49,5 @@ func setSockopt(c *net.IPConn, level, opt, value int) error {
 	return errors.Join(cerr, err)
 }
 
-// Close ends the Pinger and what still waits in it.
+// Close closes the Pinger and ends pending pings.
 func (p *Pinger) Close() { p.p.close() }

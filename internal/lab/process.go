@@ -14,7 +14,7 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// process names a process for good: a PID is reused, a PID with its start time is not.
+// process identifies a process uniquely: PIDs are reused, but not with the same start time.
 type process struct {
 	PID   int    `json:"pid"`
 	Start uint64 `json:"start"` // clock ticks since boot
@@ -32,7 +32,7 @@ func procStat(pid int) (start uint64, letter byte, err error) {
 	if err != nil {
 		return 0, 0, err
 	}
-	// The second field is the command in parentheses, and may itself hold anything.
+	// The second field is the command in parentheses and may contain any character.
 	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	if len(f) < 20 {
 		return 0, 0, fmt.Errorf("/proc/%d/stat: %d fields", pid, len(f))
@@ -41,7 +41,7 @@ func procStat(pid int) (start uint64, letter byte, err error) {
 	return start, f[0][0], err
 }
 
-// alive reports whether that very process still runs; a zombie does not.
+// alive reports whether that process is still running. A zombie is not.
 func (p process) alive() bool {
 	if p.PID <= 0 {
 		return false
@@ -50,8 +50,8 @@ func (p process) alive() bool {
 	return err == nil && start == p.Start && letter != 'Z' && letter != 'X'
 }
 
-// signal sends sig to that very process: os.FindProcess takes a handle on whatever has the PID now, then the start time
-// tells whether that is the one.
+// signal sends sig to that process. os.FindProcess opens a handle for the current process with that PID; the start time then
+// shows whether it is the same process.
 func (p process) signal(sig syscall.Signal) error {
 	h, err := os.FindProcess(p.PID)
 	if err != nil {
@@ -77,8 +77,8 @@ func (p process) end(ctx context.Context, sig syscall.Signal) error {
 // labEnv marks each process that a lab starts.
 const labEnv = "TULLE_LAB"
 
-// processesIn finds the processes that live in one of the namespaces and carry the lab's mark: its agents, including
-// one that was started just before its maker was killed, and commands of Exec.
+// processesIn finds the processes in one of the namespaces that have the lab's mark: its agents, including one that was
+// started just before the lab's creator was killed, and commands of Exec.
 func processesIn(name string, namespaces []string) []process {
 	ours := map[uint64]bool{}
 	for _, ns := range namespaces {
@@ -105,9 +105,8 @@ func processesIn(name string, namespaces []string) []process {
 	return found
 }
 
-// marked reports whether the process that dir is of carries the lab's mark. While a process executes another program, its
-// environment is empty or ends early (fs/proc/base.c, environ_read), so one that shows no mark is looked at again, for a
-// tenth of a second.
+// marked reports whether the process of dir has the lab's mark. During execve the environment of a process is empty or
+// truncated (fs/proc/base.c, environ_read), so marked checks a process without mark again, for a tenth of a second.
 func marked(dir, name string) bool {
 	for range 100 {
 		env, err := os.ReadFile(filepath.Join(dir, "environ"))

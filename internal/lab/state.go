@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// runDir holds a folder for each lab, and in it one for each host.
+// runDir has a folder for each lab, with a folder for each host.
 const runDir = "/run/tulle-lab"
 
 const (
@@ -19,11 +19,11 @@ const (
 	stateVersion = 1
 )
 
-// state is what is known of a lab, as lab.json holds it.
+// state is the state of a lab, the contents of lab.json.
 type state struct {
 	Version int     `json:"version"`
-	Whole   bool    `json:"whole"`  // Up came to its end
-	Failed  bool    `json:"failed"` // Up failed and let it stand
+	Whole   bool    `json:"whole"`  // Up has completed
+	Failed  bool    `json:"failed"` // Up failed and kept the lab
 	Maker   process `json:"maker"`  // the process that ran Up
 	Options Options `json:"options"`
 	Hosts   []Host  `json:"hosts"`
@@ -32,7 +32,7 @@ type state struct {
 
 func labDir(name string) string { return filepath.Join(runDir, name) }
 
-// save writes the state, whole or not at all.
+// save writes the state atomically.
 func (s *state) save() error {
 	b, err := json.MarshalIndent(s, "", "\t")
 	if err != nil {
@@ -68,7 +68,7 @@ func loadState(name string) (*state, error) {
 	return &s, nil
 }
 
-// nameFlag is what a command line needs to mean the lab of that name.
+// nameFlag returns the flag that selects the lab of that name on the command line.
 func nameFlag(name string) string {
 	if name == DefaultName {
 		return ""
@@ -76,13 +76,13 @@ func nameFlag(name string) string {
 	return " --name " + name
 }
 
-// lock takes the lab's folder, made if need be, for this caller alone. ErrBusy-like: another process that is at work on
-// the same lab is an error, not a wait. The result unlocks.
+// lock locks the lab's folder, and creates it if necessary. If another process holds the lock, lock returns an error and does
+// not wait. The result unlocks.
 func lock(name string) (unlock func(), err error) {
 	dir := labDir(name)
 	for range 100 {
 		if err := os.MkdirAll(dir, 0o755); errors.Is(err, os.ErrNotExist) {
-			continue // the last lab went, and runDir with it
+			continue // the last lab was removed, and runDir with it
 		} else if err != nil {
 			return nil, err
 		}
@@ -106,7 +106,7 @@ func lock(name string) (unlock func(), err error) {
 	return nil, fmt.Errorf("lab %s: cannot lock %s", name, dir)
 }
 
-// List returns the names of the labs on this machine, whole or not, sorted.
+// List returns the sorted names of the labs on this machine, complete or not.
 func List() ([]string, error) {
 	entries, err := os.ReadDir(runDir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {

@@ -7,7 +7,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// Status is what `tulle lab status` shows.
+// Status is the data of `tulle lab status`.
 type Status struct {
 	Name    string       `json:"name"`
 	Subnets int          `json:"subnets"`
@@ -15,7 +15,7 @@ type Status struct {
 	Pods    []Pod        `json:"pods"`
 }
 
-// HostStatus is a host and what its agent says. Exactly one of Agent and Error is set, none in a bare lab.
+// HostStatus is a host with the status of its agent. Exactly one of Agent and Error is set; none in a bare lab.
 type HostStatus struct {
 	Host
 	Runs  bool        `json:"runs"` // its agent's process
@@ -23,7 +23,7 @@ type HostStatus struct {
 	Error string      `json:"error,omitempty"`
 }
 
-// Healthy reports whether every agent runs and finds nothing wrong.
+// Healthy reports whether every agent is running and healthy.
 func (s *Status) Healthy() bool {
 	for _, h := range s.Hosts {
 		if h.Error != "" || h.Agent != nil && !h.Agent.Healthy() {
@@ -33,7 +33,7 @@ func (s *Status) Healthy() bool {
 	return true
 }
 
-// Status asks all agents at once.
+// Status asks all agents in parallel.
 func (l *Lab) Status(ctx context.Context) Status {
 	st := Status{Name: l.Name(), Subnets: l.st.Options.Subnets, Pods: l.Pods()}
 	for _, h := range l.Hosts() {

@@ -12,14 +12,14 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Hosts returns the hosts as they are now.
+// Hosts returns the current hosts.
 func (l *Lab) Hosts() []Host {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return slices.Clone(l.st.Hosts)
 }
 
-// Pods returns the pods as they are now.
+// Pods returns the current pods.
 func (l *Lab) Pods() []Pod {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -91,8 +91,8 @@ func (l *Lab) AddHost(ctx context.Context, subnet int) (Host, error) {
 	return l.Host(h.Name)
 }
 
-// RemoveHost takes a host away as if it had burnt down: its agent gets SIGKILL, its pods and links vanish. The others
-// learn it as they would of any dead host.
+// RemoveHost removes a host like a permanent failure: its agent gets SIGKILL, its pods and links disappear. The other hosts
+// are not told.
 func (l *Lab) RemoveHost(ctx context.Context, host string) error {
 	l.changing.Lock()
 	defer l.changing.Unlock()
@@ -108,8 +108,8 @@ func (l *Lab) RemoveHost(ctx context.Context, host string) error {
 	})
 }
 
-// ResetHost does to a host what a power failure does: its agent gets SIGKILL, everything that lived in its kernel is gone,
-// its pods too; its disk stays. Afterwards it is on the network again, without an agent: StartAgent.
+// ResetHost simulates a power failure of a host: its agent gets SIGKILL, all state of its kernel and its pods are gone, its
+// disk stays. Afterwards the host is on the network again without an agent; call StartAgent.
 func (l *Lab) ResetHost(ctx context.Context, host string) error {
 	l.changing.Lock()
 	defer l.changing.Unlock()
@@ -177,7 +177,7 @@ func (l *Lab) addPod(ctx context.Context, host string) (Pod, error) {
 	return p, l.buildPod(ctx, &h, &p)
 }
 
-// allocate asks the agent for the pod's addresses, again while it says that it cannot give any yet.
+// allocate requests the pod's addresses from the agent, and repeats that while the agent has no space yet.
 func (l *Lab) allocate(ctx context.Context, h *Host, p *Pod) error {
 	c := api.NewClient(h.Socket)
 	req := api.AllocateRequest{ID: p.ID, Name: p.Name, Netns: p.Netns}
@@ -203,7 +203,7 @@ func (l *Lab) allocate(ctx context.Context, h *Host, p *Pod) error {
 	return err
 }
 
-// RemovePod removes a pod and gives its addresses back to the host's agent.
+// RemovePod removes a pod and frees its addresses at the host's agent.
 func (l *Lab) RemovePod(ctx context.Context, pod string) error {
 	l.changing.Lock()
 	defer l.changing.Unlock()

@@ -10,7 +10,7 @@ import (
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
-// Progress is told what Up does, one short line a step. It may be nil.
+// Progress receives one short line for each step of Up. It may be nil.
 type Progress func(step string)
 
 func (p Progress) say(format string, args ...any) {
@@ -19,9 +19,9 @@ func (p Progress) say(format string, args ...any) {
 	}
 }
 
-// Up builds a lab and, unless it is bare, waits until all pods reach each other. What is left of an earlier lab of that
-// name whose maker died halfway is removed first; a whole one is an error, or replaced if Options.Replace says so and its
-// maker is gone. If Up fails it removes what it made, unless Options.KeepFailed.
+// Up builds a lab and, unless it is bare, waits until all pods reach each other. It first removes the remains of an incomplete
+// lab of that name whose creator is gone. A complete lab of that name is an error, unless Options.Replace is set and its
+// creator is gone. If Up fails it removes what it created, unless Options.KeepFailed is set.
 func Up(ctx context.Context, o Options, progress Progress) (*Lab, error) {
 	o, err := o.withDefaults()
 	if err != nil {
@@ -47,7 +47,7 @@ func Up(ctx context.Context, o Options, progress Progress) (*Lab, error) {
 	l.st = state{Version: stateVersion, Maker: thisProcess(), Options: o}
 	if err := l.build(ctx, progress); err != nil {
 		if o.KeepFailed && l.change(func(s *state) { s.Failed = true }) == nil {
-			return nil, fmt.Errorf("%w\nthe lab is left as it is, for you to look at; `tulle lab down%s` removes it", err, nameFlag(o.Name))
+			return nil, fmt.Errorf("%w\nthe lab is left as it is, for inspection; `tulle lab down%s` removes it", err, nameFlag(o.Name))
 		}
 		if derr := remove(context.WithoutCancel(ctx), o.Name); derr != nil {
 			err = errors.Join(err, fmt.Errorf("and removing what was made: %w", derr))
@@ -61,7 +61,7 @@ func Up(ctx context.Context, o Options, progress Progress) (*Lab, error) {
 func clearEarlier(ctx context.Context, o *Options, progress Progress) error {
 	old, err := loadState(o.Name)
 	switch {
-	case err != nil: // none, or not readable: only its remains matter
+	case err != nil: // none, or not readable: remove the remains only
 	case old.Whole && !o.Replace:
 		return fmt.Errorf("lab %s is up already: `tulle lab down%s` removes it, --name makes another beside it", o.Name, nameFlag(o.Name))
 	case old.Whole && old.Maker.alive():
@@ -140,8 +140,8 @@ func count(n int, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
-// Open returns a lab that exists. Labs whose maker died halfway can only be removed, with Down; those that
-// failed and were left to look at can be opened.
+// Open returns an existing lab. An incomplete lab whose creator is gone cannot be opened, only removed with Down. A failed lab
+// that was kept can be opened.
 func Open(name string) (*Lab, error) {
 	st, err := loadState(name)
 	if err != nil {
@@ -153,10 +153,10 @@ func Open(name string) (*Lab, error) {
 	return &Lab{st: *st, waits: map[process]chan struct{}{}}, nil
 }
 
-// Down removes the lab: agents, namespaces with all that is in them, files. It is no error if some or all of it is gone.
+// Down removes the lab: agents, namespaces with everything in them, files. It is no error if parts of it are gone already.
 func (l *Lab) Down(ctx context.Context) error { return Down(ctx, l.Name()) }
 
-// Down removes the lab of that name, whole or not.
+// Down removes the lab of that name, complete or not.
 func Down(ctx context.Context, name string) error {
 	if !nameRule.MatchString(name) {
 		_, err := loadState(name)
@@ -197,7 +197,7 @@ func namespaces(name string) ([]string, error) {
 	return out, nil
 }
 
-// leftovers counts what clean would remove.
+// leftovers counts the things that clean would remove.
 func leftovers(name string) (int, error) {
 	ns, err := namespaces(name)
 	if err != nil {
@@ -207,7 +207,7 @@ func leftovers(name string) (int, error) {
 	return len(ns) + len(files), err
 }
 
-// clean removes everything of a lab but its folder itself. All of it is found by name, so it needs no lab.json.
+// clean removes everything of a lab except its folder. It finds everything by name and does not need lab.json.
 func clean(ctx context.Context, name string) error {
 	ns, err := namespaces(name)
 	if err != nil {

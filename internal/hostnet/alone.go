@@ -7,13 +7,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Alias is the alias (ip link set … alias) that the agent gives its TUN device, so that a second agent of the same
-// network namespace knows it, whatever its name.
+// Alias is the alias (ip link set … alias) of the agent's TUN device. It identifies the device to a second agent in the same
+// network namespace, independent of the device's name.
 const Alias = "tulle"
 
-// CheckAlone refuses to be the second agent in the calling thread's network namespace: another TUN device than tun
-// carries [Alias], and a process holds it. The routing table, the nftables table and the unreachable routes are one
-// host's. Called after the own device is open and has its alias, one of two agents that start at once finds the other.
+// CheckAlone returns an error if another agent runs in the calling thread's network namespace: a TUN device other than tun
+// has [Alias], and a process uses it. Two agents would share one routing table, nftables table and set of unreachable routes.
+// Call it again after the own device is open and has its alias: of two agents that start at the same time, at least one then
+// finds the other.
 func CheckAlone(tun string) error {
 	links, err := dump("devices", netlink.LinkList)
 	if err != nil {

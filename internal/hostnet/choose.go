@@ -9,27 +9,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Sought is what DetectUnderlay goes by, beside the host itself.
+// Sought is the input of DetectUnderlay, in addition to the host's own state.
 type Sought struct {
 	Interface string       // --underlay INTERFACE
-	Addresses []netip.Addr // --underlay ADDRESS, at most one a family; then they are all that is used
+	Addresses []netip.Addr // --underlay ADDRESS, at most one per family; if set, no other address is used
 
-	// Tun and Pods are never the underlay: the TUN device, and addresses inside the pods' space, as of their bridges.
+	// Tun and Pods are never the underlay: the TUN device, and addresses in the pods' space, such as those of bridges.
 	Tun  string
 	Pods []netip.Prefix
 
-	// Seeds are, for each seed with a known address, its addresses, this host's own among them.
+	// Seeds has the addresses of each seed whose name resolves, including those of this host.
 	Seeds [][]netip.Addr
-	// Unknown says which seeds have no address yet, and why; "" if all have one. They may lead anywhere, so nothing is guessed.
+	// Unknown describes the seeds that have no address yet, and why; "" if there are none. While it is set, nothing is guessed.
 	Unknown string
-	// Peers are where other members were when this node last saw them.
+	// Peers are the last known addresses of other members.
 	Peers []netip.Addr
-	// Last are the addresses that were in use before the agent's restart, and LastBy what they were chosen by.
+	// Last are the addresses in use before the agent's restart, and LastBy is the basis of that choice.
 	Last   []netip.Addr
 	LastBy Basis
 }
 
-// Basis is what an underlay address was chosen by.
+// Basis is the basis on which an underlay address was chosen.
 type Basis string
 
 const (
@@ -39,11 +39,15 @@ const (
 	ByGuess    Basis = "guess"    // the default route, or the only device with an address
 )
 
-// DetectUnderlay finds the underlay in the calling thread's network namespace. What the operator names decides. Else the source
-// address of the route to the seeds, or while their names do not resolve to the members known from before; then an address of
-// this host that the seeds list; then the one that was in use before. Only where there are no seeds to wait for does the default
-// route decide, or else the only device that has an address. Where two devices are possible it refuses and names them. See
-// ErrNotYet for the errors that are worth waiting for.
+// DetectUnderlay finds the underlay in the calling thread's network namespace. It uses the first of these:
+//
+//  1. the address or interface that the operator names;
+//  2. the source address of the route to the seeds, or, while their names do not resolve, to the members known from before;
+//  3. an address of this host that is in the list of seeds;
+//  4. the address that was in use before;
+//  5. if there are no seeds to wait for: the address of the default route, or of the only device that has an address.
+//
+// If two devices are possible, the error names them. Errors that may go away with time wrap ErrNotYet.
 func DetectUnderlay(s Sought) (Underlay, error) {
 	d, err := newDetector()
 	if err != nil {
@@ -78,7 +82,7 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 	return d.byDefault()
 }
 
-// own reports whether an address leads to this host: an address of any device, or loopback.
+// own reports whether an address belongs to this host: an address of any device, or loopback.
 func (d *detector) own(a netip.Addr) bool {
 	return a.IsLoopback() || a.IsUnspecified() || slices.ContainsFunc(d.all, func(h netlink.Addr) bool { return addrOf(h.IP) == a })
 }
@@ -224,7 +228,7 @@ func (u Underlay) because(by Basis, why string) Underlay {
 	return u
 }
 
-// LocalAddrs are the addresses of all the host's devices, in the calling thread's network namespace.
+// LocalAddrs returns the addresses of all devices of the host, in the calling thread's network namespace.
 func LocalAddrs() ([]netip.Addr, error) {
 	d, err := newDetector()
 	if err != nil {
@@ -237,16 +241,15 @@ func LocalAddrs() ([]netip.Addr, error) {
 	return out, nil
 }
 
-// Kept is what has become of an underlay in use.
+// Kept is the current state of an underlay in use.
 type Kept struct {
-	Underlay              // with the device on which its first address is now
-	Lost     []netip.Addr // of its addresses, those that the host has no more, or cannot use
-	More     netip.Addr   // an address of the family that it has none of; invalid if there is none
-	Down     string       // why its device carries nothing; "" if it does
+	Underlay              // with the device that has its first address now
+	Lost     []netip.Addr // those of its addresses that the host has lost or cannot use
+	More     netip.Addr   // a new address of the other family; invalid if there is none
+	Down     string       // why its device carries no packets; "" if it does
 }
 
-// KeptUnderlay looks for the addresses of an underlay in use. Whatever else the host got meanwhile, they are what the other hosts
-// know this one by.
+// KeptUnderlay checks whether the host still has the addresses of an underlay in use, by which the other hosts know it.
 func KeptUnderlay(u Underlay) (Kept, error) {
 	d, err := newDetector()
 	if err != nil {

@@ -1,8 +1,8 @@
-// Package hostnet holds a host's network in the state that the agent wants: the
-// TUN device's addresses and flags, routes, sysctls and an nftables table of its
-// own. It compares what should be with what is and mends the difference; it
-// never replays a list of commands. It needs no `ip`, `nft` or `iptables`
-// binary: everything goes by netlink and /proc/sys.
+// Package hostnet reconciles the host's network with the state that the agent wants:
+// the TUN device's addresses and flags, routes, sysctls and an nftables table. It
+// compares the desired with the actual state and repairs the difference; it never
+// replays a list of commands. It uses netlink and /proc/sys, and no `ip`, `nft` or
+// `iptables` binary.
 //
 // # What carries our mark
 //
@@ -12,10 +12,10 @@
 //     that number;
 //   - addresses: all of those on the TUN device, which is ours;
 //   - nftables: everything in the table `inet tulle`, and nothing elsewhere;
-//   - sysctls: those that a [Reconciler] changed, whose earlier values it keeps.
+//   - sysctls: those that a [Reconciler] has changed; it keeps their earlier values.
 //
-// Nothing else is ever changed. Where somebody else's route stands in the way,
-// it stays, and the conflict is reported with the route's text.
+// The package never changes anything else. If a route of another program conflicts
+// with ours, that route stays, and the conflict is reported with the route's text.
 //
 // # Concurrency
 //

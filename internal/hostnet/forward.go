@@ -13,13 +13,12 @@ import (
 	"github.com/google/nftables/expr"
 )
 
-// ForwardProblems names the firewall chains of the calling thread's network namespace that
-// drop forwarded packets and say nothing about the TUN device or the cluster: by a
-// policy of drop or by a last rule that drops or rejects everything, on the forward hook.
-// Accepting in a table of our own cannot help, a packet has to pass all of them.
+// ForwardProblems lists the firewall chains on the forward hook of the calling thread's network namespace that drop pods'
+// packets: chains with policy drop, or with a last rule that drops or rejects everything, and without a rule about the TUN
+// device or the cluster. An accept rule in our own table cannot help, because a packet has to pass all chains.
 //
-// It sees nftables, iptables-nft and firewalld. Of iptables-legacy, whose rules
-// only its own socket options show, it sees that the filter table is in use.
+// It reads nftables, iptables-nft and firewalld. Rules of iptables-legacy are only visible to its own socket options; for
+// these it only reports that the filter table is in use.
 func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {

@@ -9,16 +9,15 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CheckOverlap refuses cluster CIDRs that overlap an address or a route of the host, in the
-// calling thread's network namespace, with one line that names it. What carries our mark does
-// not count, nor does the device tun, nor what lies inside own: the prefixes that this node
-// holds from an earlier run or has been given by configuration, where its pods' routes and
-// bridges are. While the host has not been rebooted, our unreachable routes tell that too, so
-// own may be empty.
+// CheckOverlap returns an error of one line if a cluster CIDR overlaps an address or a route of
+// the host, in the calling thread's network namespace. It ignores what carries our mark, the
+// device tun, and everything inside own: the prefixes that this node has from an earlier run or
+// from its configuration, where the routes and bridges of its pods are. Until the host reboots,
+// our unreachable routes also show these prefixes, so own may be empty.
 //
-// A route by a gateway to a larger network, as a default route or a site's
-// 10.0.0.0/8, is no overlap: the cluster's is the longer prefix. A directly connected
-// larger network is: its hosts would be cut off.
+// A route over a gateway to a larger network, such as a default route or a site's 10.0.0.0/8, is
+// no overlap, because the cluster's prefix is longer. A larger network that is directly connected
+// is an overlap, because its hosts would become unreachable.
 func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 	d, err := newDetector()
 	if err != nil {
@@ -84,7 +83,7 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 	return nil
 }
 
-// covered reports whether all of p lies in prefixes, in one of them or in several together.
+// covered reports whether prefixes contain all of p, one of them or several together.
 func covered(prefixes []netip.Prefix, p netip.Prefix) bool {
 	part := false
 	for _, o := range prefixes {
@@ -100,7 +99,7 @@ func covered(prefixes []netip.Prefix, p netip.Prefix) bool {
 	return covered(prefixes, low) && covered(prefixes, high)
 }
 
-// halves are the two prefixes that make up p, which is longer than none and no single address.
+// halves returns the two halves of p, which must have more than one address.
 func halves(p netip.Prefix) (low, high netip.Prefix) {
 	low = netip.PrefixFrom(p.Masked().Addr(), p.Bits()+1)
 	b := low.Addr().AsSlice()
@@ -109,9 +108,9 @@ func halves(p netip.Prefix) (low, high netip.Prefix) {
 	return low, netip.PrefixFrom(a, low.Bits())
 }
 
-// CheckMembers reports members' underlay addresses that this host routes into the TUN device,
-// in the calling thread's network namespace: the tunnel's own packets would enter the tunnel,
-// again and again. Unreachable addresses are no problem of this kind.
+// CheckMembers reports underlay addresses of members that this host routes into the TUN device,
+// in the calling thread's network namespace: the tunnel's own packets would loop through the
+// tunnel. It does not report unreachable addresses.
 func CheckMembers(tun string, members []netip.Addr) ([]Problem, error) {
 	link, err := netlink.LinkByName(tun)
 	if err != nil {

@@ -8,15 +8,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// PodRoute is one address out of this node's own space that is in use: somebody has connected a pod, or it is the
-// host's own on a bridge of pods.
+// PodRoute is one address of this node's own space that is in use: by a pod, or by the host itself on a bridge of pods.
 type PodRoute struct {
 	Addr   netip.Addr
 	Device string // the host's end, or the bridge
 }
 
-// PodRoutes lists the addresses inside own that have a host route (/32, /128) in the main table, over any device but
-// the TUN, or that such a device has itself, in the calling thread's network namespace.
+// PodRoutes lists the addresses inside own that are in use, in the calling thread's network namespace: those with a host
+// route (/32, /128) in the main table over a device other than the TUN, and those that such a device has itself.
 func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	links, err := dump("devices", netlink.LinkList)
 	if err != nil {

@@ -21,26 +21,26 @@ const (
 	DefaultVXLANPort = 4789
 )
 
-// PeerRoute is a prefix that another node owns. It is routed into the TUN
-// device, with the node's own TUN address of that family as preferred source.
+// PeerRoute is a prefix that another node owns. It is routed into the TUN device,
+// with this node's TUN address of that family as preferred source.
 type PeerRoute struct {
 	Prefix netip.Prefix
-	// MTU in bytes, of the inner packet: the peer's proven path MTU. The kernel
-	// itself then answers oversize packets. 0 leaves the device's MTU.
+	// MTU is the proven path MTU to the peer, in bytes of the inner packet. With it
+	// the kernel itself answers packets that are too large. 0 means the device's MTU.
 	MTU int
 }
 
-// State is what the host's network should look like. The zero value of a field
-// asks for nothing of its kind; both address families may be used at once.
+// State is the desired state of the host's network. The zero value of a field means
+// none of its kind. Both address families may be used at the same time.
 type State struct {
 	// Tun is the TUN device's name. Empty means Options.Tun.
 	Tun string
 	// MTU of the TUN device in bytes; 0 leaves the device as it is.
 	MTU int
-	// TunAddrs are the device's addresses, at most one a family, as /32 and /128.
+	// TunAddrs are the device's addresses, at most one per family, as /32 and /128.
 	TunAddrs []netip.Addr
-	// ClusterCIDRs are routed into the TUN device as a whole, so that the agent
-	// answers for addresses that nobody owns.
+	// ClusterCIDRs are routed into the TUN device as a whole, so that the agent answers
+	// packets to addresses that nobody owns.
 	ClusterCIDRs []netip.Prefix
 	// Peers are the other nodes' prefixes.
 	Peers []PeerRoute
@@ -50,10 +50,11 @@ type State struct {
 	// that any real route to the same prefix wins. It is also where masquerading
 	// applies as the source.
 	Own []netip.Prefix
-	// Masquerade asks for source NAT from Own to what lies outside the cluster.
+	// Masquerade enables source NAT from Own to destinations outside the cluster.
 	Masquerade bool
-	// Members are the underlay addresses of all members and external peers, this
-	// node's too: never masqueraded towards, and the ends of untracked tunnel packets.
+	// Members are the underlay addresses of all members and external peers, with this
+	// node's. Packets to them are never masqueraded, and tunnel packets between them are
+	// not tracked.
 	Members []netip.Addr
 	// Uplinks are the devices by which the tunnel's packets leave, and their MTUs as the caller knows them: Watch tells when one
 	// has another MTU, goes, or comes back.
@@ -63,29 +64,29 @@ type State struct {
 	TunnelPorts []uint16
 }
 
-// Report says what one Reconcile did, a line for each object, for example
+// Report lists what one Reconcile did, one line per object, for example
 // "route 10.244.1.0/24 dev tun0 mtu 1472".
 type Report struct {
-	// Added were missing because they are new in the State (or at a first run).
+	// Added are objects that are new in the State, or missing at a first run.
 	Added []string
-	// Changed were there as an earlier State of this Reconciler wanted them.
+	// Changed are objects that matched an earlier State of this Reconciler.
 	Changed []string
-	// Removed were ours and are no longer wanted.
+	// Removed are objects of ours that are not wanted any more.
 	Removed []string
-	// Repaired were as wanted before and somebody else took or changed them, or
-	// an earlier run left them behind with wrong attributes.
+	// Repaired are objects that another program removed or changed, or that an
+	// earlier run left with wrong attributes.
 	Repaired []string
-	// Conflicts are what stands in the way and is not ours, so was left alone.
-	// The agent shows them to the operator until they are gone.
+	// Conflicts are objects of others that conflict with the State and were not
+	// changed. The agent shows them to the operator until they are gone.
 	Conflicts []Problem
 }
 
-// Empty reports whether nothing was changed on the host (conflicts aside).
+// Empty reports whether nothing on the host was changed. It ignores conflicts.
 func (r *Report) Empty() bool {
 	return len(r.Added)+len(r.Changed)+len(r.Removed)+len(r.Repaired) == 0
 }
 
-// Problem is something wrong with the host that an operator has to mend.
+// Problem is a problem of the host that an operator has to fix.
 type Problem struct {
 	What   string
 	Remedy string
@@ -93,8 +94,8 @@ type Problem struct {
 
 func (p Problem) String() string { return p.What + "; " + p.Remedy }
 
-// validate refuses a State that can only come from an error in the caller, and
-// returns a canonical copy: prefixes masked, sorted and unique.
+// validate returns an error for an invalid State, and otherwise a canonical copy:
+// prefixes masked, sorted and unique.
 func (s State) validate() (State, error) {
 	var errs []error
 	if s.Tun == "" || len(s.Tun) > 15 {
@@ -157,8 +158,8 @@ func (s State) validate() (State, error) {
 	return s, errors.Join(errs...)
 }
 
-// Bounds of a route's or device's MTU in bytes: RFC 791's 68 and the IPv4 total
-// length.
+// Limits of the MTU of a route or device, in bytes: 68 (RFC 791), and the maximum
+// IPv4 total length.
 const (
 	minMTU = 68
 	maxMTU = 65535
@@ -209,7 +210,7 @@ func (s *State) uses(v4 bool) bool {
 	return false
 }
 
-// tunAddr is the TUN address of the family; the zero Addr when there is none.
+// tunAddr returns the TUN address of the family; the zero Addr if there is none.
 func (s *State) tunAddr(v4 bool) netip.Addr {
 	for _, a := range s.TunAddrs {
 		if a.Is4() == v4 {

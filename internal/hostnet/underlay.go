@@ -12,24 +12,24 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Underlay is the address by which a node talks to the others, and the devices that carry it.
+// Underlay is the address of this node for the other nodes, and the devices that carry its packets.
 type Underlay struct {
-	Iface string // the device that has the first address; lo where it belongs to no link, as with BGP on the host
+	Iface string // the device with the first address; lo if the address belongs to no link, as with BGP on the host
 	Index int
-	// Uplinks are the devices by which packets leave: Iface, where that is not lo.
+	// Uplinks are the devices by which packets leave; only Iface if that is not lo.
 	Uplinks []string
-	// MTU is the least of those of Uplinks and of the default route, in bytes; Narrowest says whose it is.
+	// MTU is the smallest MTU of Uplinks and of the default route, in bytes. Narrowest names the device or route with it.
 	MTU       int
 	Narrowest string
-	// Addrs are one address a family: first the one that was asked for or that the
-	// kernel uses towards the seeds.
+	// Addrs has at most one address per family. The first one is the requested address,
+	// or the one that the kernel uses towards the seeds.
 	Addrs []netip.Addr
-	By    Basis  // what it was chosen by
-	Why   string // likewise, in a sentence for the log and for status
+	By    Basis  // basis of the choice
+	Why   string // reason for the choice, for the log and for status
 }
 
-// ErrNotYet is in the errors of DetectUnderlay that time may mend: a device, an address or a
-// route that is not there yet, as early in a host's boot. The other errors need an operator.
+// ErrNotYet is wrapped by the errors of DetectUnderlay that may go away with time: a device, an
+// address or a route is missing, as early in the boot of a host. Other errors need an operator.
 var ErrNotYet = errors.New("not yet")
 
 // notYet marks an error without changing its text.

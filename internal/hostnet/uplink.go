@@ -115,14 +115,14 @@ func hops(rt *netlink.Route) []int {
 	return slices.Compact(out)
 }
 
-// Way is how the host's routes take packets to an address.
+// Way is the path of packets to an address by the host's routes.
 type Way struct {
-	Devices []string // names of the devices by which they leave, sorted: several for an equal-cost route
-	MTU     int      // bytes, the least of the devices' and of the route's own; 0 where no route leads there
+	Devices []string // sorted names of the devices by which packets leave; several for an equal-cost route
+	MTU     int      // bytes, the smallest MTU of the devices and the route; 0 without a route
 }
 
-// Ways finds ways, and remembers them and the devices: make new ones when routes or devices may have changed. They
-// belong to one goroutine.
+// Ways looks up and caches the paths to addresses. Create a new one when routes or devices may have changed. It belongs to
+// one goroutine.
 type Ways struct {
 	r     *Reconciler
 	from  []netip.Addr
@@ -130,12 +130,12 @@ type Ways struct {
 	links map[int]*netlink.LinkAttrs // nil entries: gone
 }
 
-// NewWays are those of packets from this host's underlay addresses, one a family.
+// NewWays returns Ways for packets from this host's underlay addresses, one per family.
 func (r *Reconciler) NewWays(from []netip.Addr) *Ways {
 	return &Ways{r: r, from: from, found: map[netip.Addr]Way{}, links: map[int]*netlink.LinkAttrs{}}
 }
 
-// To is the way to an address; the zero Way if no route leads there. What ICMP has told the kernel of the path is not in it.
+// To returns the path to an address; the zero Way if there is no route. It ignores path MTUs that the kernel has learned from ICMP.
 func (w *Ways) To(a netip.Addr) Way {
 	a = a.Unmap().WithZone("")
 	way, ok := w.found[a]

@@ -20,14 +20,14 @@ import (
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
-// Config is what an Engine needs to start. The engine takes the device over, and closes it when Run returns.
+// Config configures an Engine. The engine owns the device and closes it when Run returns.
 type Config struct {
 	Device    *device.Device
 	Underlay  []netip.Addr // this node's underlay addresses, at most one of each family: sockets are bound to them
 	UDPPort   uint16       // of the udp encapsulation, here
 	VXLANPort uint16       // of the vxlan encapsulation, here
 	VNI       uint32       // of the vxlan encapsulation, 24 bits
-	CopyDSCP  bool         // outer DSCP is the inner one's copy, else 0
+	CopyDSCP  bool         // copy the inner DSCP to the outer header; else 0
 	Senders   int          // UDP source ports in use at once, of all queues; 0 means defaultSenders
 
 	// Probed is called for each probe packet from a peer, on a receiving goroutine: it must not block, and payload is
@@ -47,7 +47,7 @@ const (
 	minSenders     = 4
 )
 
-// Engine moves packets. Make one with New, feed it with Update, run it with Run.
+// Engine moves packets. Create it with New, set its tables with Update, and start it with Run.
 type Engine struct {
 	cfg      Config
 	copyDSCP bool
@@ -72,7 +72,7 @@ type Engine struct {
 	noVXLAN error // why there is no socket for vxlan
 }
 
-// New opens the sockets. On an error nothing stays open but the device, which is still the caller's.
+// New opens the sockets. On an error it closes them; the caller then still owns the device.
 func New(cfg Config) (*Engine, error) {
 	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, states: make(map[string]*peerState)}
 	if cfg.Senders <= 0 {
@@ -295,7 +295,7 @@ func (e *Engine) Run(ctx context.Context) error {
 	return err
 }
 
-// Close releases sockets and device of an engine that is not running. Run does so itself; doing it twice is no error.
+// Close closes sockets and device of an engine that is not running. Run does so itself. Closing twice is not an error.
 func (e *Engine) Close() error {
 	var err error
 	e.closing.Do(func() {
@@ -313,7 +313,7 @@ func (e *Engine) closeSockets() error {
 	return errors.Join(errs...)
 }
 
-// Update replaces everything that packets are looked up in. Counters of peers that are still there go on.
+// Update replaces all forwarding tables. Peers that remain keep their counters.
 func (e *Engine) Update(local Local, peers []Peer) {
 	e.mu.Lock()
 	defer e.mu.Unlock()

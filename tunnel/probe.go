@@ -11,8 +11,8 @@ import (
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
-// ProbePort is the inner UDP port, source and destination, of probes between tun addresses. The engine takes such packets
-// out of the stream: no process can bind the port for them.
+// ProbePort is the inner UDP source and destination port of probes between tun addresses. The engine intercepts such packets;
+// no process on the host receives them.
 const ProbePort = 6080
 
 // Errors of Probe.

@@ -34,7 +34,7 @@ const (
 	rawSlots = 64
 )
 
-// inSocket is what an rxWorker receives from: a socket of the underlay, or a test's memory.
+// inSocket is the source of an rxWorker: a socket of the underlay, or memory in tests.
 type inSocket interface {
 	Recv(*underlay.RecvBatch) (int, error)
 	Wait() error
@@ -46,7 +46,7 @@ type inSocket interface {
 
 var _ inSocket = (*underlay.Socket)(nil)
 
-// rxWorker moves packets from one socket to the TUN. One goroutine owns it and all its memory.
+// rxWorker moves packets from one socket to the TUN. One goroutine owns it and its memory.
 type rxWorker struct {
 	e       *Engine
 	sock    inSocket
@@ -101,7 +101,7 @@ func (w *rxWorker) run() error {
 	}
 }
 
-// refresh takes new tables, if there are any.
+// refresh loads new tables, if there are any.
 func (w *rxWorker) refresh() {
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.from = f, nil
@@ -110,8 +110,8 @@ func (w *rxWorker) refresh() {
 	}
 }
 
-// drain receives until the socket is empty. Under full load that may be never: with each batch it takes new tables and
-// looks whether it shall end. It returns how many messages it received.
+// drain receives until the socket is empty. Under full load the socket may never be empty: therefore it loads new tables and
+// checks whether to end after each batch. It returns the number of messages.
 func (w *rxWorker) drain() (got int, err error) {
 	for !w.e.stopping.Load() {
 		w.refresh()
@@ -135,7 +135,7 @@ func (w *rxWorker) drain() (got int, err error) {
 	return got, nil
 }
 
-// datagram takes what one receive slot holds: one packet, or a train that UDP_GRO joined.
+// datagram handles one receive slot: one packet, or a train that UDP_GRO has joined.
 func (w *rxWorker) datagram(r underlay.Received) {
 	w.tally.receives++
 	if src := r.From.Addr(); src != w.lastOuter || w.from == nil {
@@ -171,7 +171,7 @@ func segments(n, size int) uint64 {
 	return uint64((n + size - 1) / size)
 }
 
-// packet unwraps and checks one outer payload, in the order of docs/wire.md, and hands its inner packet on.
+// packet decapsulates and checks one outer payload, in the order of docs/wire.md, and delivers its inner packet.
 func (w *rxWorker) packet(payload []byte, tos byte) {
 	inner, d := payload, encap.DropNone
 	switch w.carrier {
@@ -206,7 +206,7 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 
 var _ encap.Validator = (*rxWorker)(nil)
 
-// OwnPort and the methods below answer encap.Validate out of the tables, remembering the last addresses that passed.
+// OwnPort and the methods below implement encap.Validator with the tables, and cache the last addresses that passed.
 func (w *rxWorker) OwnPort(port uint16) bool {
 	return port == w.e.cfg.UDPPort || port == w.e.cfg.VXLANPort
 }
@@ -253,7 +253,7 @@ func (w *rxWorker) Accepts(dst netip.Addr) bool {
 	return true
 }
 
-// deliver joins the packet to those before it, or writes them and starts anew.
+// deliver joins the packet to the previous ones, or writes those and starts a new run.
 func (w *rxWorker) deliver(inner []byte) {
 	if w.carrier.raw() || w.from.kernel {
 		// The kernel's own GRO may have joined packets of protocol 4 or 41 before the socket saw them. And between virtual
@@ -276,7 +276,7 @@ func (w *rxWorker) deliver(inner []byte) {
 	}
 }
 
-// flush writes what is joined.
+// flush writes the joined packets.
 func (w *rxWorker) flush() {
 	if h, parts, ok := w.join.Flush(); ok {
 		w.tally.writes++

@@ -7,15 +7,15 @@ import (
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
-// outlet is a worker's senders of one outer family. The UDP senders differ in their source port, which a flow keeps: so
-// that fabrics which hash ports (ECMP, NIC queues) spread flows and never reorder one.
+// outlet has the senders of a worker for one outer family. Each UDP sender has its own source port. A flow keeps its port, so
+// that ECMP and NIC queues, which hash ports, spread flows and never reorder one.
 type outlet struct {
 	udp   []*sender
 	raw   [2]*sender // protocols 4 and 41, by the inner family
 	dirty []*sender
 }
 
-// sender chooses the socket for a packet, and says where it goes; nil if the peer's encapsulation cannot be sent.
+// sender returns the sender for a packet; nil if this node cannot send the peer's encapsulation.
 func (o *outlet) sender(t *target, in *header.Inner, pkt []byte) (s *sender, to *underlay.Dest) {
 	switch t.mode {
 	case encap.UDP, encap.VXLAN:
@@ -40,13 +40,13 @@ func (o *outlet) sender(t *target, in *header.Inner, pkt []byte) (s *sender, to 
 	return s, to
 }
 
-// sender collects messages for one socket. For a UDP socket, consecutive packets of one length to one peer (whatever
-// their inner flows) become a train: one message that the kernel cuts by UDP_SEGMENT.
+// sender collects messages for one socket. On a UDP socket, consecutive packets of equal length to one peer (of any inner
+// flow) become a train: one message that the kernel splits by UDP_SEGMENT.
 type sender struct {
 	sock  outSocket
 	batch *underlay.SendBatch
-	gso   bool // trains and super-packets go out as one message
-	dirty bool // holds something
+	gso   bool // trains and super-packets are sent as one message
+	dirty bool // has unsent messages
 
 	// The open train. count 0: none is open.
 	to     *underlay.Dest
@@ -121,7 +121,7 @@ func (s *sender) flush(w *txWorker) {
 	s.transmit(w)
 }
 
-// transmit hands the batch to the kernel.
+// transmit sends the batch.
 func (s *sender) transmit(w *txWorker) {
 	r, err := s.sock.Send(s.batch)
 	w.e.sent(s.sock, r, err)

@@ -6,7 +6,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
-// stats are the engine's totals, beside the drops and the peers' own.
+// stats has the engine's counters, without those of drops and peers.
 type stats struct {
 	txPackets, txBytes, txSends atomic.Uint64
 	rxPackets, rxBytes          atomic.Uint64
@@ -76,9 +76,9 @@ func (e *Engine) PeerStats(id string) PeerStats {
 func (e *Engine) drop(d encap.Drop)            { e.drops[d].Add(1) }
 func (e *Engine) dropN(d encap.Drop, n uint64) { e.drops[d].Add(n) }
 
-// tally gathers one worker's counts over a batch, so that the shared counters are touched once a batch and peer.
+// tally has one worker's counters for the current batch, so that the shared counters are updated only once per batch and peer.
 type tally struct {
-	txTo, rxFrom     *target // whom the counts below belong to
+	txTo, rxFrom     *target // the peers of the counters below
 	txPkts, txBytes  uint64
 	rxPkts, rxBytes  uint64
 	receives, writes uint64
@@ -102,7 +102,7 @@ func (y *tally) rx(s *stats, t *target, n int) {
 	y.rxBytes += uint64(n)
 }
 
-// settle adds the counts to the totals: the engine's and the peers'.
+// settle adds the counters to those of the engine and the peers.
 func (y *tally) settle(s *stats) {
 	if y.txPkts > 0 {
 		s.txPackets.Add(y.txPkts)
@@ -120,7 +120,7 @@ func (y *tally) settle(s *stats) {
 	}
 }
 
-// flush adds everything to the shared totals.
+// flush adds everything to the shared counters.
 func (y *tally) flush(e *Engine) {
 	y.settle(&e.stats)
 	if y.receives > 0 {

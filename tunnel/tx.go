@@ -17,7 +17,7 @@ const (
 	// maxRead is the largest answer of one TUN read: a virtio-net header and a 64 KiB super-packet.
 	maxRead = offload.VnetHdrLen + 65535
 	// arenaSize holds what one worker has read and not yet sent: a few super-packets, or some thousand small packets.
-	// It stays near the second-level cache's size on purpose.
+	// Its size is near that of an L2 cache on purpose.
 	arenaSize = 4 * (maxRead + 64)
 	// headRoom is in front of every packet in the arena, for what an encapsulation puts there behind the kernel's headers.
 	// The virtio-net header, which is done with by then, is a part of it.
@@ -25,7 +25,7 @@ const (
 	spare    = headRoom - offload.VnetHdrLen
 	// headerArena holds the headers that the splitter wrote for the super-packets in the arena.
 	headerArena = 128 << 10
-	// maxReads bounds what a worker reads before it sends what it holds, though most of it was refused.
+	// maxReads limits the reads of a worker before it sends, in case most packets were refused.
 	maxReads = 1024
 	// maxSegments is the most segments that one UDP_SEGMENT send may have (UDP_MAX_SEGMENTS of older kernels).
 	maxSegments = 64
@@ -33,7 +33,7 @@ const (
 	maxGSOBytes = 65507
 )
 
-// tunQueue is what a txWorker reads: a queue of the TUN, or a test's memory.
+// tunQueue is the source of a txWorker: a queue of the TUN, or memory in tests.
 type tunQueue interface {
 	Read([]byte) (int, error)
 	Wait() error
@@ -41,13 +41,13 @@ type tunQueue interface {
 	Wake()
 }
 
-// outSocket is what a sender sends through: a socket of the underlay, or a test's memory.
+// outSocket is the output of a sender: a socket of the underlay, or memory in tests.
 type outSocket interface {
 	Send(*underlay.SendBatch) (underlay.SendResult, error)
 	errorQueue
 }
 
-// errorQueue is where a socket keeps the ICMP errors about what it sent.
+// errorQueue has the ICMP errors about packets that a socket sent.
 type errorQueue interface {
 	DrainErrors(func(underlay.Err)) (int, error)
 }
@@ -57,8 +57,8 @@ var (
 	_ outSocket = (*underlay.Socket)(nil)
 )
 
-// txWorker moves packets from one queue of the TUN to the underlay. It reads until the queue is empty, then sends all;
-// nothing waits for a timer. One goroutine owns it and all its memory.
+// txWorker moves packets from one queue of the TUN to the underlay. It reads until the queue is empty, then sends
+// everything; there is no timer. One goroutine owns it and its memory.
 type txWorker struct {
 	e     *Engine
 	queue tunQueue
@@ -107,16 +107,16 @@ func (w *txWorker) run() error {
 	}
 }
 
-// refresh takes new tables, if there are any.
+// refresh loads new tables, if there are any.
 func (w *txWorker) refresh() {
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.last, w.lastDst = f, nil, netip.Addr{}
 	}
 }
 
-// drain reads until the queue is empty and sends what it read. Under full load that may be never: then it sends, takes
-// new tables and looks whether it shall end whenever the arena is full, or after maxReads. It returns how many reads gave
-// something.
+// drain reads until the queue is empty and sends what it read. Under full load the queue may never be empty: therefore it
+// also sends, loads new tables and checks whether to end whenever the arena is full, or after maxReads. It returns the
+// number of reads that returned a packet.
 func (w *txWorker) drain() (got int, err error) {
 	w.refresh()
 	for reads := 1; ; reads++ {
@@ -153,7 +153,7 @@ func (w *txWorker) read(buf []byte) {
 	}
 }
 
-// packet takes one packet or super-packet off the TUN: buf holds it behind the head room. It reports whether buf is now
+// packet handles one packet or super-packet from the TUN, which is in buf after the head room. It reports whether buf stays
 // referenced until the next flush.
 func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 	pkt := buf[headRoom:]
@@ -212,7 +212,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 	return true
 }
 
-// segments sends a super-packet as the packets that it stands for, each behind prefix.
+// segments sends the segments of a super-packet, each with prefix in front.
 func (w *txWorker) segments(s *sender, to *underlay.Dest, prefix, pkt []byte, h offload.VnetHdr, tos byte) bool {
 	segs, err := w.split.SplitBehind(prefix, pkt, h)
 	if errors.Is(err, offload.ErrArenaFull) {
@@ -228,8 +228,8 @@ func (w *txWorker) segments(s *sender, to *underlay.Dest, prefix, pkt []byte, h 
 	return true
 }
 
-// segmentLen is the length of the packets that a super-packet stands for, in bytes. The kernel does not always set the
-// virtio-net header's hdr_len, so the transport header is looked at.
+// segmentLen returns the length of the segments of a super-packet, in bytes. It reads the transport header, because the kernel
+// does not always set hdr_len in the virtio-net header.
 func segmentLen(pkt []byte, in *header.Inner, h offload.VnetHdr) int {
 	transport := header.UDPLen
 	if in.Proto == header.ProtoTCP && len(pkt) > in.HeaderLen+12 {
@@ -244,7 +244,7 @@ func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 	dst := in.Dst
 	t := w.last
 	if dst != w.lastDst || t == nil {
-		// Link-local and multicast packets are the kernel's own noise (router solicitations, MLD): nobody asked.
+		// The kernel itself sends link-local and multicast packets (router solicitations, MLD): drop them without an ICMP error.
 		if dst.IsMulticast() || dst.IsLinkLocalUnicast() || dst == broadcast4 {
 			return nil, encap.DropLocalMulticast
 		}
@@ -271,7 +271,7 @@ func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 
 var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// refuse counts a packet that goes nowhere and tells its source.
+// refuse counts a dropped packet and sends an ICMP error to its source.
 func (w *txWorker) refuse(pkt []byte, d encap.Drop) {
 	w.e.drop(d)
 	switch d {
@@ -282,7 +282,7 @@ func (w *txWorker) refuse(pkt []byte, d encap.Drop) {
 	}
 }
 
-// flush sends everything and frees the arena.
+// flush sends everything and empties the arena.
 func (w *txWorker) flush() {
 	w.send()
 	w.used = 0

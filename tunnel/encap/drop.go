@@ -9,13 +9,13 @@ type Drop uint8
 // DropNone: the packet is fine.
 const DropNone Drop = 0
 
-// Decapsulation, in the order of the checks. The source's class is tested before
-// its owner, so that each reason can be told apart.
+// Decapsulation, in the order of the checks. The class of the source is checked before
+// its owner, so that the reasons can be distinguished.
 const (
 	DropNotMember          Drop = iota + 1 // outer source is no member's underlay address
 	DropBadEncap                           // bad GUE variant, flags or options; bad VXLAN flags or VNI
 	DropMalformed                          // truncated, bad version, IHL or lengths
-	DropNested                             // a tunnel in the tunnel
+	DropNested                             // a tunnel inside the tunnel
 	DropTTLZero                            // inner TTL or hop limit 0
 	DropSourceInvalid                      // inner source multicast, loopback, unspecified or ours
 	DropSourceNotSenders                   // inner source outside the sending member's space
@@ -27,7 +27,7 @@ const (
 	DropPeerDown                           // the owner does not answer; answered
 	DropNoPath                             // no encapsulation to the owner is usable
 	DropTooBig                             // larger than the path's MTU; answered
-	DropTxMalformed                        // the TUN gave something that is no IP packet
+	DropTxMalformed                        // a packet from the TUN that is not IP
 	DropTxTTLZero                          // inner TTL or hop limit 0 on the way out
 	DropSendError                          // I/O: the kernel refused to send
 	DropTunWrite                           // the TUN refused a packet

@@ -1,7 +1,7 @@
-// Package encap puts inner packets into outer ones and takes them out again: one
-// file an encapsulation, with its overhead, its writer and its reader, and the
-// checks that every inner packet passes before it is delivered, whatever it came
-// in. What it refuses it names by a [Drop], of which the engine keeps counters.
+// Package encap encapsulates and decapsulates packets. Each encapsulation has its
+// own file with its overhead, writer and reader. [Validate] has the checks of every
+// inner packet before delivery, for all encapsulations. A [Drop] is the reason why a
+// packet is dropped; the engine counts them.
 //
 // Pure functions over the caller's buffers, without state, I/O, clock or
 // allocation; safe for concurrent use.
@@ -17,11 +17,11 @@ import (
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
-// Mode is a way for packets to reach a peer. All of them are always accepted from
-// members; the mode says which one is used for sending.
+// Mode is the way in which packets are sent to a peer. A node accepts all modes from
+// members.
 type Mode uint8
 
-// The modes. Direct is no encapsulation at all: the host's own route.
+// The modes. Direct means no encapsulation, but the host's own route.
 const (
 	Direct Mode = iota
 	UDP

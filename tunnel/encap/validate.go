@@ -6,9 +6,9 @@ import (
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 
-// Validator is what [Validate] asks of the engine's tables about one sending peer.
-// Its methods run for every packet: they must not allocate, block or keep
-// anything. IPv4-mapped IPv6 addresses arrive as such and belong to nobody.
+// Validator is the interface of [Validate] to the engine's tables, for one sending peer.
+// Its methods run for every packet: they must not allocate, block or keep their
+// arguments. IPv4-mapped IPv6 addresses are passed unchanged and belong to nobody.
 type Validator interface {
 	// OwnPort reports a UDP port of our own encapsulations, and Underlay an underlay address,
 	// a member's (or external peer's) or this node's: together, a tunnel in the tunnel.
@@ -34,7 +34,7 @@ type Validator interface {
 //	DropECN                  RFC 6040's drop cell
 //
 // pkt is b cut to the packet's length, its ECN field combined with the outer one and
-// its IPv4 header checksum mended; in describes it. b is untouched on a drop.
+// its IPv4 header checksum updated; in describes it. b is unchanged on a drop.
 func Validate[V Validator](b []byte, in *header.Inner, outerTOS byte, v V) (pkt []byte, d Drop) {
 	if header.ParseInner(b, in) != nil {
 		return nil, DropMalformed

@@ -1,9 +1,11 @@
-// Package path keeps, for one peer and one encapsulation, what probes say about the
-// way there: whether it is up and since when and why, its round trip time (RFC
-// 6298), its loss, and the largest packet proven to pass (RFC 8899).
+// Package path keeps the state of paths, from probes. A [State] is the path to one peer
+// through one encapsulation: whether it is up, since when and why, its round-trip time
+// (RFC 6298), its loss, and its proven path MTU (RFC 8899). A [Schedule] has the paths
+// of many peers.
 //
-// It does no I/O and reads no clock: the owner asks [State.Due] at [State.Next] what
-// to send, and reports answers. A State belongs to one goroutine.
+// The package does no I/O and reads no clock: the owner calls [State.Due] at
+// [State.Next] to learn what to send, and reports answers. A State belongs to one
+// goroutine.
 //
 // Sizes are those of the inner packet, in bytes: a probe is an inner UDP packet that
 // travels like any other.

@@ -8,17 +8,18 @@ import (
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
-// Base is the packet size that every path is expected to take: IPv6 asks for 1,280 bytes.
+// Base is the packet size that every path should carry: IPv6 requires 1,280 bytes.
 const Base = mtu.Min6
 
-// lookAgain is how long a peer may go without a look when nothing happens.
+// lookAgain is the longest time between two looks at a peer without an event.
 const lookAgain = 30 * time.Second
 
-// Schedule holds the paths of many peers: it says which probes are due, takes their
-// answers, chooses the encapsulation for each peer, and tells what has changed.
+// Schedule has the paths of many peers: it returns the probes that are due, accepts their
+// answers, chooses the encapsulation for each peer, and reports changes.
 //
-// A look at a peer costs time and a thousand of them are mostly idle, so each has the
-// time of its next look. An event (an answer, traffic, a hint) makes that time now.
+// Examining a peer costs time, and most of a thousand peers are idle. So each peer has a
+// time at which [Schedule.Look] examines it next. An event (an answer, traffic, a hint)
+// makes it due at once.
 //
 // Like [State] it does no I/O and reads no clock, and belongs to one goroutine at a
 // time.
@@ -44,17 +45,16 @@ func NewSchedule(r *rand.Rand) *Schedule {
 	return &Schedule{rand: r, peers: make(map[string]*peer)}
 }
 
-// Candidate is a way for packets to a peer: an encapsulation, or [encap.Direct].
+// Candidate is a way to send packets to a peer: an encapsulation, or [encap.Direct].
 type Candidate struct {
 	Mode   encap.Mode
 	Max    mtu.TUN // largest inner packet that this host's underlay allows, in bytes
 	Outer6 bool    // the outer packets are IPv6
-	Needs  string  // what the network has to let through, in words: "UDP port 6080"
+	Needs  string  // what the network must let through, for messages: "UDP port 6080"
 }
 
-// SetPeers says which peers to probe, and by which candidates, the preferred one first
-// and at least one. What is known of peers and candidates that stay is kept, of others
-// it is forgotten.
+// SetPeers sets the peers to probe and their candidates, at least one, the preferred one
+// first. Peers and candidates that remain keep their state; the state of others is removed.
 func (s *Schedule) SetPeers(now time.Time, want map[string][]Candidate) {
 	for id := range s.peers {
 		if len(want[id]) == 0 {
@@ -132,7 +132,7 @@ func (p *peer) poke(now time.Time) {
 	p.event()
 }
 
-// Peers are the IDs of all peers, in no order.
+// Peers returns the IDs of all peers, in no particular order.
 func (s *Schedule) Peers(yield func(string) bool) {
 	for id := range s.peers {
 		if !yield(id) {
@@ -141,7 +141,7 @@ func (s *Schedule) Peers(yield func(string) bool) {
 	}
 }
 
-// Poke asks for a verdict soon, because there is other news of the peer.
+// Poke probes the peer soon, because something else indicates a change of its state.
 func (s *Schedule) Poke(now time.Time, id string) {
 	if p := s.peers[id]; p != nil {
 		for _, st := range p.each {
@@ -151,8 +151,8 @@ func (s *Schedule) Poke(now time.Time, id string) {
 	}
 }
 
-// TooBig takes a router's word that link is the largest outer packet toward the peer.
-// Only lowering is believed, see [State.TooBig].
+// TooBig handles a router's message that link is the largest outer packet toward the peer.
+// It can only lower the path MTU, see [State.TooBig].
 func (s *Schedule) TooBig(now time.Time, id string, link mtu.Link) {
 	if p := s.peers[id]; p != nil {
 		for m, st := range p.each {
@@ -162,8 +162,8 @@ func (s *Schedule) TooBig(now time.Time, id string, link mtu.Link) {
 	}
 }
 
-// Traffic tells how many packets were exchanged with a peer in all. The path in use is
-// probed more often while packets are exchanged.
+// Traffic reports the total number of packets exchanged with a peer. The path in use is
+// probed more often while it has traffic.
 func (s *Schedule) Traffic(now time.Time, id string, tx, rx uint64) {
 	p := s.peers[id]
 	if p == nil {
@@ -176,14 +176,14 @@ func (s *Schedule) Traffic(now time.Time, id string, tx, rx uint64) {
 	p.tx, p.rx = tx, rx
 }
 
-// Heard says that a probe of the peer's own has arrived.
+// Heard reports that a probe of the peer has arrived.
 func (s *Schedule) Heard(now time.Time, id string, m encap.Mode) {
 	if p := s.peers[id]; p != nil && int(m) < len(p.heard) {
 		p.heard[m] = now
 	}
 }
 
-// Answered takes an answer, see [State.Answered].
+// Answered handles an answer, see [State.Answered].
 func (s *Schedule) Answered(now time.Time, id string, m encap.Mode, nonce uint64, size int) {
 	p := s.peers[id]
 	if p == nil || int(m) >= len(p.paths) || p.paths[m] == nil {
@@ -205,29 +205,29 @@ type Due struct {
 	Probe
 }
 
-// Change is what has become of a path since the last look.
+// Change is a change of a path since the last look.
 type Change struct {
 	Peer    string
 	Mode    encap.Mode
 	Was, Is Info
 }
 
-// Switch says that packets to a peer go another way from now on.
+// Switch is a change of the encapsulation to a peer.
 type Switch struct {
 	Peer     string
 	From, To encap.Mode
 	Why      string
 }
 
-// Report is what a look found.
+// Report is the result of a look.
 type Report struct {
-	Probes   []Due // to be sent
+	Probes   []Due // probes to send
 	Changes  []Change
 	Switches []Switch
-	Next     time.Time // when to look again, unless something happens before
+	Next     time.Time // time of the next look if no event happens before
 }
 
-// Look accounts for time-outs up to now.
+// Look processes time-outs up to now.
 func (s *Schedule) Look(now time.Time) Report {
 	r := Report{Next: now.Add(lookAgain)}
 	for id, p := range s.peers {

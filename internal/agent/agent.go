@@ -16,7 +16,7 @@ import (
 	"github.com/tulle-net/tulle/membership/seed"
 )
 
-// agent is what outlives a session: the control socket and what it shows before there is one.
+// agent has the parts that outlive a session: the control socket, and the status before the first session.
 type agent struct {
 	cfg     config.Config
 	log     *slog.Logger
@@ -33,14 +33,14 @@ type agent struct {
 	reload  func(config.Config) api.ReloadResult
 }
 
-// Run is the agent: it serves the control socket and moves packets until ctx is done, which is a clean stop and no error.
-// The host's routes, TUN device and nft table stay.
+// Run runs the agent: it serves the control socket and moves packets until ctx is done, which is not an error. The host's
+// routes, TUN device and nft tables stay.
 func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err := checkCapabilities("tulle agent"); err != nil {
 		return err
 	}
-	// The packet loops wait without giving up their processor (sys.Poller): two of them are at it for each conversation,
-	// and the rest of the agent must not wait for them.
+	// The packet loops wait without giving up their processor (sys.Poller). Each active flow keeps two of them, and the
+	// rest of the agent must not wait for these.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 4)
 	seeds, err := seed.New(cfg.Join, cfg.GossipPort, nil, log)
 	if err != nil {
@@ -112,7 +112,7 @@ func (a *agent) sessions(ctx context.Context) error {
 	}
 }
 
-// wait notes why there is no session.
+// wait records why there is no session.
 func (a *agent) wait(p api.Problem) {
 	p.Since = time.Now()
 	newNotifier(a.log).send("STATUS=" + p.What)
@@ -121,7 +121,7 @@ func (a *agent) wait(p api.Problem) {
 	a.pending = p
 }
 
-// checkCapabilities says early, for the command what, in one line, what would otherwise fail late and in many places.
+// checkCapabilities checks for the command what early and in one line what would otherwise fail later in many places.
 func checkCapabilities(what string) error {
 	const netAdmin, netRaw = 12, 13 // linux/capability.h
 	eff, err := effectiveCapabilities()

@@ -18,10 +18,9 @@ import (
 	"github.com/tulle-net/tulle/tunnel/device"
 )
 
-// Cleanup takes from this host's network what an agent that has stopped left there, because routes and pods outlive it:
-// the TUN device, routes and addresses that carry our mark, the nft tables, a socket's file; changed sysctls are put back.
-// What is gone already is no error. It is refused while an agent runs. The state directory stays: the node keeps its
-// address space (see Leave).
+// Cleanup removes what a stopped agent left in this host's network: the TUN device, routes and addresses with our mark, the
+// nft tables, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
+// agent runs. The state directory stays, so the node keeps its address space (see Leave).
 func Cleanup(ctx context.Context, cfg config.Config) error {
 	if err := checkCapabilities("tulle cleanup"); err != nil {
 		return err
@@ -63,7 +62,7 @@ func refuseRunning(ctx context.Context, socket string) error {
 		return nil
 	}
 	if st, serr := os.Lstat(socket); serr == nil && st.Mode()&fs.ModeSocket == 0 {
-		return fmt.Errorf("%s is no socket: name the agent's with --socket", socket)
+		return fmt.Errorf("%s is not a socket: give the agent's with --socket", socket)
 	}
 	if err := os.Remove(socket); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("remove the socket of an agent that was killed: %w", err)
@@ -71,7 +70,7 @@ func refuseRunning(ctx context.Context, socket string) error {
 	return nil
 }
 
-// holdTun opens the TUN device if it is there; nil if it is not.
+// holdTun opens the TUN device if it exists; else it returns nil.
 func holdTun(name string) (*device.Device, error) {
 	if _, err := netlink.LinkByName(name); err != nil {
 		if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {

@@ -12,8 +12,8 @@ import (
 	"github.com/tulle-net/tulle/membership/gossip"
 )
 
-// cluster joins the address-space machine to gossip: it is the machine's Env and gossip's Handler. Messages go through an
-// outbox, because the machine speaks with its lock held and a stream to another host takes its time.
+// cluster connects the ownership state machine with gossip: it is the machine's Env and gossip's Handler. Messages go through
+// an outbox, because the machine sends with its lock held and a stream to another host takes time.
 type cluster struct {
 	log    *slog.Logger
 	store  *ipam.Store
@@ -33,7 +33,7 @@ type outgoing struct {
 
 const (
 	outboxSize  = 1024
-	senders     = 4 // streams under way at once: one host that hangs does not hold up the others
+	senders     = 4 // concurrent streams, so that a host that hangs does not delay the others
 	sendTimeout = 5 * time.Second
 )
 
@@ -135,37 +135,37 @@ func (c *cluster) Seeds() ownership.Seeds {
 // TunnelAnswers implements ownership.Env.
 func (c *cluster) TunnelAnswers(id membership.NodeID) bool { return c.probes.answering(id.String()) }
 
-// LocalState implements membership.Handler.
+// LocalState implements gossip.Handler.
 func (c *cluster) LocalState(join bool) []byte { return c.ownership.LocalState(time.Now(), join) }
 
-// MergeState implements membership.Handler.
+// MergeState implements gossip.Handler.
 func (c *cluster) MergeState(b []byte, join bool) {
 	if err := c.ownership.MergeState(time.Now(), b, join); err != nil {
 		c.log.Warn("another member's table was not taken", "error", err)
 	}
 }
 
-// received logs what is wrong with a message; the sender may be of another version, or no friend.
+// received logs an invalid message; the sender may have another version, or be hostile.
 func (c *cluster) received(kind string, from membership.NodeID, err error) {
 	if err != nil {
 		c.log.Warn("message about address space refused", "kind", kind, "node", from, "error", err)
 	}
 }
 
-// Message implements membership.Handler.
+// Message implements gossip.Handler.
 func (c *cluster) Message(from membership.NodeID, b []byte) {
 	c.received("message", from, c.ownership.HandleMessage(time.Now(), from, b))
 }
 
-// handler is cluster as gossip sees it: both interfaces have a Broadcast.
+// handler implements gossip.Handler for cluster; it is a separate type because both interfaces have a method Broadcast.
 type handler struct{ *cluster }
 
-// Broadcast implements membership.Handler.
+// Broadcast implements gossip.Handler.
 func (h handler) Broadcast(b []byte) {
 	h.received("broadcast", membership.NodeID{}, h.ownership.HandleBroadcast(time.Now(), b))
 }
 
-// Members implements membership.Handler: something about them has changed.
+// Members implements gossip.Handler: something about them has changed.
 func (h handler) Members() {
 	h.ownership.MembersChanged(time.Now())
 	h.moved()

@@ -19,7 +19,7 @@ import (
 
 var _ api.Backend = (*agent)(nil)
 
-// current is the running session, or why there is none.
+// current returns the running session, or an error with the reason why there is none.
 func (a *agent) current() (*session, error) {
 	if s := a.session.Load(); s != nil {
 		return s, nil
@@ -32,7 +32,7 @@ func (a *agent) current() (*session, error) {
 	return nil, api.Errorf(api.CodeUnhealthy, "the agent waits: %s", a.pending.What).WithRemedy("%s", a.pending.Remedy)
 }
 
-// coded turns what the parts return into the control socket's codes.
+// coded maps errors of the parts to codes of the control socket.
 func coded(err error) error {
 	if err == nil {
 		return nil
@@ -243,7 +243,7 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 	return out, nil
 }
 
-// transfer says who owns a prefix now.
+// transfer returns the new owner of a prefix.
 func (s *session) transfer(p netip.Prefix, from membership.NodeID) api.Transfer {
 	t := api.Transfer{Prefix: p, From: s.ref(from)}
 	if e, ok := s.ownership.Owner(p.Addr()); ok {
@@ -258,7 +258,7 @@ func await(ctx context.Context, op *ownership.Op) error {
 	case <-op.Done():
 		return coded(op.Err())
 	case <-ctx.Done():
-		return api.Errorf(api.CodeUnhealthy, "it goes on in the background: %v", ctx.Err()).WithRemedy("see tulle status")
+		return api.Errorf(api.CodeUnhealthy, "it continues in the background: %v", ctx.Err()).WithRemedy("see tulle status")
 	}
 }
 
@@ -338,7 +338,7 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 	}
 	e, _ := s.ownership.Owner(req.Prefix.Addr())
 	if e.External == nil {
-		return api.External{}, api.Errorf(api.CodeFailed, "%v changed hands meanwhile", req.Prefix).WithRemedy("see tulle external list")
+		return api.External{}, api.Errorf(api.CodeFailed, "the owner of %v has changed meanwhile", req.Prefix).WithRemedy("see tulle external list")
 	}
 	return s.external(e), nil
 }
@@ -391,7 +391,7 @@ func reloadable(c config.Change) bool {
 	return c.Live && (c.Key == "log_level" || c.Key == "masquerade" || c.Key == "paths")
 }
 
-// apply takes over what may change while the agent runs.
+// apply applies the keys that may change while the agent runs.
 func (a *agent) apply(next config.Config, prefer *preference) {
 	next.LevelVar().Set(next.LogLevel)
 	a.mu.Lock()

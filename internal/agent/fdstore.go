@@ -13,15 +13,15 @@ import (
 	"github.com/tulle-net/tulle/tunnel/device"
 )
 
-// The TUN's descriptor is kept by systemd (FileDescriptorStoreMax, sd_pid_notify_with_fds(3)) while the agent restarts:
-// packets wait in the device's queue instead of being dropped. Without systemd the device is persistent, and only what
-// arrives in between is lost.
+// systemd keeps the TUN's descriptor (FileDescriptorStoreMax, sd_pid_notify_with_fds(3)) while the agent restarts, so packets
+// wait in the device's queue instead of being dropped. Without systemd the device is persistent, and only packets that
+// arrive in between are lost.
 
-// fdName marks the descriptor of one TUN in the store.
+// fdName is the name of a TUN's descriptor in the store.
 func fdName(tun string) string { return "tun-" + tun }
 
-// storedTUN takes the TUN's descriptor out of what the service manager passed to this process, -1 if there is none. Others
-// are closed: they are leftovers of another configuration.
+// storedTUN returns the TUN's descriptor from the service manager, -1 if there is none. It closes all others, which belong to
+// an earlier configuration.
 func storedTUN(tun string) int {
 	fd := -1
 	for _, f := range activation.Files(true) {
@@ -41,16 +41,16 @@ func (a *agent) openTUN(o device.Options) (*device.Device, error) {
 	if fd := storedTUN(o.Name); fd >= 0 && o.Queues == 1 {
 		d, err := device.FromFD([]int{fd}, o)
 		if err == nil {
-			a.log.Info("took up the TUN device that the service manager kept", "tun", o.Name)
+			a.log.Info("adopted the TUN device that the service manager kept", "tun", o.Name)
 			return d, nil
 		}
-		a.log.Warn("the TUN device that the service manager kept is of no use, opening it anew", "error", err)
+		a.log.Warn("cannot use the TUN device that the service manager kept, opening it again", "error", err)
 		a.forgetTUN(o.Name)
 	} else if fd >= 0 {
 		syscall.Close(fd)
 		a.forgetTUN(o.Name)
 	}
-	// The service manager lets go of a descriptor in its own time.
+	// The service manager releases the descriptor some time later.
 	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		d, err := device.Open(o)
 		if err == nil || !errors.Is(err, device.ErrBusy) || time.Now().After(deadline) || os.Getenv("NOTIFY_SOCKET") == "" {
@@ -59,8 +59,8 @@ func (a *agent) openTUN(o device.Options) (*device.Device, error) {
 	}
 }
 
-// keepTUN gives the descriptor to the service manager, if there is one.
-// A device of several queues is not kept: it would come back with one.
+// keepTUN passes the descriptor to the service manager, if there is one. It does not keep a device with several queues, which
+// would come back with one.
 func (a *agent) keepTUN(d *device.Device) {
 	if len(d.Queues()) > 1 {
 		return
@@ -70,7 +70,7 @@ func (a *agent) keepTUN(d *device.Device) {
 	}
 }
 
-// forgetTUN has the service manager let go of the descriptor.
+// forgetTUN makes the service manager release the descriptor.
 func (a *agent) forgetTUN(tun string) {
 	if err := notifyFDs("FDSTOREREMOVE=1\nFDNAME=" + fdName(tun)); err != nil {
 		a.log.Warn("the service manager still holds the TUN device", "error", err)

@@ -29,8 +29,8 @@ func effectiveCapabilities() (uint64, error) {
 	return 0, fmt.Errorf("%s has no CapEff line", f.Name())
 }
 
-// namespaceLives reports whether the file that names a network namespace is there, or may be: one that this process has
-// no right to look at (/proc/PID/ns/net of another user) is not gone.
+// namespaceLives reports whether the file of a network namespace exists, or may exist: a file that this process may not access
+// (/proc/PID/ns/net of another user) counts as existing.
 func namespaceLives(path string) bool {
 	_, err := os.Stat(path)
 	return !errors.Is(err, fs.ErrNotExist)
@@ -38,7 +38,7 @@ func namespaceLives(path string) bool {
 
 func uid() string { return strconv.Itoa(os.Geteuid()) }
 
-// notifier speaks sd_notify(3). Without systemd it does nothing.
+// notifier implements sd_notify(3). Without systemd it does nothing.
 type notifier struct {
 	log      *slog.Logger
 	isReady  bool
@@ -55,7 +55,7 @@ func newNotifier(log *slog.Logger) *notifier {
 	return n
 }
 
-// alive feeds the watchdog. The session's loop calls it: a loop that hangs is what the watchdog is for.
+// alive feeds the watchdog. The session's loop calls it, so that the watchdog detects a loop that hangs.
 func (n *notifier) alive() {
 	if n.watchdog > 0 && time.Since(n.last) > n.watchdog/4 {
 		n.last = time.Now()
@@ -63,7 +63,7 @@ func (n *notifier) alive() {
 	}
 }
 
-// ready says so once, and keeps the unit's status text up to date.
+// ready reports readiness once, and updates the unit's status text.
 func (n *notifier) ready(text string) {
 	if !n.isReady {
 		n.isReady = true
@@ -76,7 +76,7 @@ func (n *notifier) ready(text string) {
 	}
 }
 
-// waiting says why the node is not ready, in the journal and in the unit's status text, once for each reason.
+// waiting reports why the node is not ready, in the journal and in the unit's status text, once per reason.
 func (n *notifier) waiting(why string) {
 	if why == "" || why == n.text {
 		return

@@ -20,8 +20,8 @@ import (
 	"github.com/tulle-net/tulle/tunnel/path"
 )
 
-// view is what this node makes of the others at one moment. It is built anew on every change, handed to the engine and the
-// host, and read by the control socket; it is never changed.
+// view is a snapshot of all peers. It is rebuilt on every change and passed to the engine and the host. The control socket
+// reads it. A view is never modified.
 type view struct {
 	self   string // this node's name
 	status ownership.Status
@@ -39,14 +39,14 @@ type peerView struct {
 	since     time.Time
 	underlay  []netip.Addr
 	udpPort   uint16
-	vxlanPort uint16     // 0: it takes no vxlan
+	vxlanPort uint16     // 0: it accepts no vxlan
 	mac       header.MAC // of its VTEP; zero: to be learned
 	endpoint  netip.Addr // the underlay address in use; invalid if none fits ours
 	tun       []netip.Addr
 	prefixes  []netip.Prefix
 	mode      encap.Mode
 	link      mtu.Link // largest outer packet that the links toward it carry
-	leaves    []string // by which devices packets to it leave; nil if no route leads there
+	leaves    []string // devices by which packets to it leave; nil without a route
 	mtu       mtu.TUN
 	path      path.Info
 	probed    bool
@@ -56,11 +56,11 @@ type peerView struct {
 	why       string // a sentence about the endpoint or the verdict; empty if there is nothing to say
 }
 
-// holdDown is how long a node must be gone, for gossip and for the data path, before packets to it are refused: long
-// enough for a restart of its agent.
+// holdDown is how long both gossip and the data path must have lost a node before packets to it are refused. It is long
+// enough for a restart of the agent.
 const holdDown = 5 * time.Second
 
-// look builds the view. It is called by the session's loop only, which owns gone.
+// look builds the view. Only the session's loop calls it, which owns gone.
 func (s *session) look(now time.Time) *view {
 	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), tun: s.ownership.TunAddrs()}
 	prefixes := map[membership.NodeID][]netip.Prefix{}
@@ -91,10 +91,10 @@ func (s *session) look(now time.Time) *view {
 	return v
 }
 
-// yieldAddresses sees to it that an underlay address stands for one peer: packets from it can only be held against one
-// peer's space. A host whose disk was lost returns as another node at the same address, while gossip and the table still
-// know the old one; and an external peer's endpoint may become a member's. Whoever lives there has the address. A node of
-// which nothing else is left is not listed any more.
+// yieldAddresses ensures that each underlay address belongs to one peer, because packets from it can be validated against the
+// space of only one peer. A host that has lost its disk returns as another node at the same address while gossip and the table
+// still have the old one. And the endpoint of an external peer may become that of a member. The live node gets the address. A
+// node that has nothing else left is not listed any more.
 func (v *view) yieldAddresses(ours []netip.Addr) {
 	for i := range v.peers {
 		p := &v.peers[i]
@@ -111,7 +111,7 @@ func (v *view) yieldAddresses(ours []netip.Addr) {
 	v.peers = slices.DeleteFunc(v.peers, func(p peerView) bool { return p.replaced && len(p.prefixes) == 0 })
 }
 
-// livesAt names who has an underlay address: a living member or this node; "" if none of them has.
+// livesAt returns the name of the living member (or this node) with an underlay address; "" if there is none.
 func (v *view) livesAt(a netip.Addr, ours []netip.Addr) string {
 	if slices.Contains(ours, a) {
 		return "this node, " + v.self
@@ -124,7 +124,7 @@ func (v *view) livesAt(a netip.Addr, ours []netip.Addr) string {
 	return ""
 }
 
-// lives reports whether gossip holds the peer for alive.
+// lives reports whether gossip considers the peer alive.
 func (p *peerView) lives() bool { return p.state == api.PeerAlive || p.state == api.PeerSuspect }
 
 // label names a peer: by its name, and by its ID too if others have the same name.
@@ -135,7 +135,7 @@ func (v *view) label(p *peerView) string {
 	return fmt.Sprintf("%s (%s)", p.name, p.node.Short())
 }
 
-// argument is what names the peer, and no other, on the command line.
+// argument returns a unique name of the peer for the command line.
 func (v *view) argument(p *peerView) string {
 	if v.unique(p) {
 		return p.name
@@ -153,12 +153,12 @@ func (v *view) unique(p *peerView) bool {
 	return n == 1 && p.name != v.self
 }
 
-// unseenFor is how long an owner that gossip has not heard of since this agent started keeps its route: gossip may be
-// cut off while the data path works.
+// unseenFor is how long the route of an owner stays that gossip has not seen since this agent started: gossip may be blocked
+// while the data path works.
 const unseenFor = 30 * time.Second
 
-// addUnseen adds the owners that gossip does not know (yet, or any more), at the address where they were last. Their
-// space must not look like nobody's.
+// addUnseen adds the owners that gossip does not know (yet, or any more), at their last known address. Their space must not
+// look unowned.
 func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.NodeID][]netip.Prefix) {
 	if len(prefixes) == 0 {
 		return
@@ -192,7 +192,7 @@ func b2i(b bool) int {
 	return 0
 }
 
-// memberView judges one member.
+// memberView builds the view of one member.
 func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Prefix) peerView {
 	id := m.ID.String()
 	p := peerView{
@@ -215,7 +215,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 			p.mtu = min(limit, p.path.MTU)
 		}
 	}
-	// A good route is not withdrawn because gossip flaps, nor because probes are lost: both have to say so, for a while.
+	// A route is withdrawn only if both gossip and the data path have lost the node for a while: gossip may flap, and probes may be lost.
 	if dead := m.State == gossip.StateDead || m.State == gossip.StateLeft; !dead || answers {
 		delete(s.gone, m.ID)
 		if m.State == gossip.StateDead && answers {
@@ -254,7 +254,7 @@ func (s *session) endpoint(theirs []netip.Addr) (netip.Addr, string) {
 	return netip.Addr{}, fmt.Sprintf("its underlay addresses %v and ours %v have no family in common", theirs, s.link.Addrs)
 }
 
-// findWay asks the host's routes how packets leave for a peer.
+// findWay finds out how packets to a peer leave, by the host's routes.
 func (s *session) findWay(p *peerView) {
 	p.link = s.linkMTU()
 	if p.endpoint.IsValid() {
@@ -264,7 +264,7 @@ func (s *session) findWay(p *peerView) {
 	}
 }
 
-// limit is the largest inner packet that the links toward a peer allow, and the TUN's MTU.
+// limit returns the largest inner packet that the links toward a peer and the TUN's MTU allow.
 func (s *session) limit(m encap.Mode, p *peerView) mtu.TUN {
 	return min(p.link.TUN(encap.Overhead(m, p.endpoint.Is6())), s.tunMTU())
 }
@@ -291,7 +291,7 @@ func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefi
 	p.prefixes = append(p.prefixes, prefix)
 }
 
-// tunnelPeers is the view as the engine needs it.
+// tunnelPeers converts the view for the engine.
 func (v *view) tunnelPeers() []tunnel.Peer {
 	out := make([]tunnel.Peer, len(v.peers))
 	for i, p := range v.peers {
@@ -307,7 +307,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 	return out
 }
 
-// probeTargets is whom to probe, and how large packets may be.
+// probeTargets returns the peers to probe, and the largest packet to each.
 func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 	out := make(map[string][]path.Candidate, len(v.peers))
 	for _, p := range v.peers {

@@ -35,11 +35,11 @@ func (a *agent) IPAM(context.Context) (api.IPAM, error) {
 	return out, nil
 }
 
-// leakGrace is how long an allocation may have no sign of life: its pod is being set up.
+// leakGrace is how long an allocation may exist without a pod, because the pod may still be starting.
 const leakGrace = time.Minute
 
-// live is what the host shows of pods: routes to single addresses of our space, and the namespaces that pods were
-// allocated for. The agent has no right to enter those, so a namespace that exists counts.
+// live returns the pods on the host: routes to single addresses of our space, and the network namespaces of allocations. The
+// agent may not enter namespaces, so an existing namespace counts as a live pod.
 func (s *session) live() ([]ipam.Allocation, error) {
 	routes, err := hostnet.PodRoutes(s.cfg.Tun, s.ownership.Prefixes())
 	if err != nil {

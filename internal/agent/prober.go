@@ -45,7 +45,7 @@ func parseProbe(b []byte) (kind byte, nonce uint64, size int, ok bool) {
 	return b[5], binary.BigEndian.Uint64(b[8:]), int(binary.BigEndian.Uint32(b[16:])), true
 }
 
-// prober carries the paths' probes: it sends what the schedule says is due, answers the peers' probes, and takes the answers.
+// prober does the I/O for the probe schedule: it sends probes that are due, answers probes of peers, and reports answers.
 type prober struct {
 	log     *slog.Logger
 	send    func(peer string, mode encap.Mode, payload []byte, size int) error
@@ -61,7 +61,7 @@ type prober struct {
 	pings map[uint64]chan answer // of `tulle ping`, by nonce
 }
 
-// gather is how long events are gathered before peers are looked at: a thousand of them answer some hundred probes a second.
+// gather is how long events are collected before the schedule runs: a thousand peers answer some hundred probes per second.
 const gather = 5 * time.Millisecond
 
 type answer struct {
@@ -88,7 +88,7 @@ func newProber(log *slog.Logger) *prober {
 	}
 }
 
-// setPeers says who is to be probed, and through what, in order of preference. Others are forgotten.
+// setPeers sets the peers to probe and their encapsulations, in order of preference. Others are removed.
 func (p *prober) setPeers(now time.Time, want map[string][]path.Candidate) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -96,21 +96,21 @@ func (p *prober) setPeers(now time.Time, want map[string][]path.Candidate) {
 	signal(p.kick)
 }
 
-// info is what is known of one path; ok is false for one that is not probed.
+// info returns the state of one path; ok is false if it is not probed.
 func (p *prober) info(id string, m encap.Mode) (i path.Info, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.paths.Info(id, m)
 }
 
-// status is what is known of one path, in words as well; ok is false for one that is not probed.
+// status returns the state of one path with a description; ok is false if it is not probed.
 func (p *prober) status(id string, m encap.Mode) (st path.Status, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	return p.paths.Status(time.Now(), id, m)
 }
 
-// chosen is how packets to a peer go; ok is false for one that is not probed.
+// chosen returns the encapsulation in use to a peer; ok is false if the peer is not probed.
 func (p *prober) chosen(id string) (m encap.Mode, ok bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -124,7 +124,7 @@ func (p *prober) answering(id string) bool {
 	return p.paths.Answering(id)
 }
 
-// poke asks for a verdict soon, because gossip has news of the peer.
+// poke probes a peer soon, because gossip reports a change of it.
 func (p *prober) poke(now time.Time, id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -132,7 +132,7 @@ func (p *prober) poke(now time.Time, id string) {
 	signal(p.kick)
 }
 
-// tooBig takes a router's word that link is the largest outer packet toward the peer.
+// tooBig handles a router's message that link is the largest outer packet toward the peer.
 func (p *prober) tooBig(id string, link mtu.Link) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -153,19 +153,19 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 	case kind == probeReply:
 		select {
 		case p.answers <- answer{peer, mode, nonce, seen, time.Now()}:
-		default: // a flood: an answer lost is a probe lost
+		default: // under a flood answers may be dropped, like packets
 		}
 	}
 }
 
-// heard notes that a probe of the peer's own has arrived.
+// heard records that a probe of the peer has arrived.
 func (p *prober) heard(peer string, mode encap.Mode) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.paths.Heard(time.Now(), peer, mode)
 }
 
-// run sends and accounts until ctx is done.
+// run runs the schedule until ctx is done.
 func (p *prober) run(ctx context.Context) error {
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -198,7 +198,7 @@ func (p *prober) run(ctx context.Context) error {
 	}
 }
 
-// take gives an answer to whoever asked.
+// take passes an answer to the schedule or to a waiting ping.
 func (p *prober) take(a answer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -212,7 +212,7 @@ func (p *prober) take(a answer) {
 	p.paths.Answered(a.at, a.peer, a.mode, a.nonce, a.size)
 }
 
-// lookAtTraffic finds the peers with which packets are exchanged.
+// lookAtTraffic reports the traffic of all peers to the schedule.
 func (p *prober) lookAtTraffic(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -222,7 +222,7 @@ func (p *prober) lookAtTraffic(now time.Time) {
 	}
 }
 
-// sendDue sends what is due, tells of changes, and returns when to come again.
+// sendDue sends the probes that are due, reports changes, and returns the time of the next call.
 func (p *prober) sendDue(now time.Time) time.Time {
 	p.mu.Lock()
 	r := p.paths.Look(now)
@@ -247,7 +247,7 @@ func (p *prober) sendDue(now time.Time) time.Time {
 	return r.Next
 }
 
-// tell logs what changed about a path.
+// tell logs a change of a path.
 func (p *prober) tell(c path.Change) {
 	switch was, is := c.Was, c.Is; {
 	case is.Up && !was.Up:
@@ -259,7 +259,7 @@ func (p *prober) tell(c path.Change) {
 	}
 }
 
-// ping sends one probe outside the paths' own schedule and waits for its answer.
+// ping sends one probe outside the schedule and waits for its answer.
 func (p *prober) ping(ctx context.Context, id string, m encap.Mode, size int, wait time.Duration) (rtt time.Duration, got int, err error) {
 	c := make(chan answer, 1)
 	p.mu.Lock()

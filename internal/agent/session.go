@@ -27,8 +27,8 @@ import (
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
-// session is everything that hangs on this host's underlay address. start fills the parts that are embedded here; they
-// are constant afterwards, except where a field says so.
+// session is everything that depends on this host's underlay address. start fills the embedded parts; they are constant
+// afterwards, unless a field says otherwise.
 type session struct {
 	cfg     config.Config
 	log     *slog.Logger
@@ -42,18 +42,18 @@ type session struct {
 	outlive func() error // lets the TUN device stay when this process ends
 
 	wake chan struct{}                   // members, paths or configuration changed
-	gone map[membership.NodeID]time.Time // since when gossip and data path both miss a node; loop's own
-	view atomic.Pointer[view]            // what loop made of the others; nil before the first look
+	gone map[membership.NodeID]time.Time // since when both gossip and data path have lost a node; used by loop only
+	view atomic.Pointer[view]            // the last view of loop; nil before the first one
 }
 
-// underlay is what this host is to the others.
+// underlay is this host's address and its sizes.
 type underlay struct {
 	link  hostnet.Underlay
 	moved underlayMove // how the last session ended; zero for the first
 	seeds *seed.List
-	// podSpace is the cluster's space as far as it is known at the start.
+	// podSpace is the cluster's address space as known at the start.
 	podSpace []netip.Prefix
-	peers    []netip.Addr          // where members were at the start, as the state knows them
+	peers    []netip.Addr          // addresses of members in the state at the start
 	first    encap.Mode            // what the TUN's MTU is made for: the best way at the start
 	sizes    atomic.Pointer[sizes] // follow link
 	ways     *hostnet.Ways         // how packets leave for each peer; nil before the first look; loop's own
@@ -62,32 +62,32 @@ type underlay struct {
 	lostSince time.Time                    // since when an address of link is missing; loop's own
 }
 
-// dataPath moves packets, and asks peers whether they arrive.
+// dataPath moves packets and probes peers.
 type dataPath struct {
 	device *device.Device
 	engine *tunnel.Engine
-	probes *prober                    // run by prober.run; its verdicts wake loop
+	probes *prober                    // run by prober.run; changes of paths wake loop
 	prefer atomic.Pointer[preference] // a reload may change it
 }
 
-// clusterSide is this node's part in the cluster: what it owns, on disk and among the members.
+// clusterSide is this node's part in the cluster: its ownership, its disk, and gossip.
 type clusterSide struct {
 	store     *ipam.Store
-	ownership *ownership.Machine // ticked by loop; messages come in by cluster.deliver
+	ownership *ownership.Machine // ticked by loop; cluster.deliver passes messages
 	gossip    *gossip.Gossip
 	keys      *keyring.Ring // nil: gossip is not encrypted
 	cluster   *cluster      // joins ownership to gossip
 }
 
-// hostSide keeps the host's routes, addresses and nftables as they should be.
+// hostSide reconciles the host's routes, addresses and nftables.
 type hostSide struct {
 	host       *hostnet.Reconciler
 	conflist   *conflist.Publisher
 	pods       *podnet.Host  // source checks and routes of this host's pods
-	disturbed  chan struct{} // somebody else changed the host's network
+	disturbed  chan struct{} // another program changed the host's network
 	masquerade atomic.Bool   // a reload may change it
 
-	mu        sync.Mutex        // guards what follows, which loop writes and status reads
+	mu        sync.Mutex        // guards the fields below, which loop writes and status reads
 	conflicts []hostnet.Problem // of the last reconcile
 	hostErr   error             // of the last reconcile
 	cniErr    error             // of the last time that the network was published to container engines
@@ -95,7 +95,7 @@ type hostSide struct {
 	repairs   uint64
 }
 
-// meta is what the other members learn about this node.
+// meta returns this node's metadata for other members.
 func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
@@ -104,7 +104,7 @@ func (s *session) meta() membership.Meta {
 	}
 }
 
-// run works until ctx is done (nil), or something that the session cannot go on without has failed.
+// run runs the session until ctx is done (nil), or until a part fails without which the session cannot continue.
 func (s *session) run(ctx context.Context) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -160,7 +160,7 @@ func (s *session) close() error {
 	return errors.Join(errs...)
 }
 
-// kick asks the loop for a new look. It never blocks.
+// kick wakes the loop to build a new view. It never blocks.
 func (s *session) kick() { signal(s.wake) }
 
 func signal(c chan struct{}) {
@@ -170,7 +170,7 @@ func signal(c chan struct{}) {
 	}
 }
 
-// membersMoved is gossip's word that members have changed. Those that it lost are asked by the data path at once.
+// membersMoved handles a change of the members in gossip. The data path probes those that gossip has lost at once.
 func (s *session) membersMoved() {
 	now := time.Now()
 	for _, m := range s.gossip.Members() {
@@ -182,16 +182,16 @@ func (s *session) membersMoved() {
 }
 
 const (
-	lookEvery      = time.Second           // verdicts that time brings: hold-downs
-	reconcileEvery = 30 * time.Second      // the whole host against what should be, whoever changed it silently
-	settle         = 50 * time.Millisecond // news that come together make one look
+	lookEvery      = time.Second           // for changes by time: hold-downs
+	reconcileEvery = 30 * time.Second      // of the whole host, for changes without a netlink event
+	settle         = 50 * time.Millisecond // events within this time are handled together
 )
 
-// pauseAfter is how long to let news gather after a look that took so long. It keeps looking below a fifth of a CPU however
-// many routes the host has and however often something changes, and is never longer than a look is apart without news.
+// pauseAfter returns the pause after building a view that took so long. It limits that work to a fifth of a CPU, however many
+// routes the host has and however often something changes. It is never longer than lookEvery.
 func pauseAfter(took time.Duration) time.Duration { return min(max(settle, 4*took), lookEvery) }
 
-// loop keeps engine, host and metadata in step with what the machine, gossip and the paths say.
+// loop updates engine, host and metadata from the state machine, gossip and the paths.
 func (s *session) loop(ctx context.Context) error {
 	changed, stop := s.ownership.Subscribe()
 	defer stop()
@@ -258,7 +258,7 @@ func (s *session) loop(ctx context.Context) error {
 	}
 }
 
-// applied is what the engine, the host and gossip were last told.
+// applied is the last state that was passed to the engine, the host and gossip.
 type applied struct {
 	meta  membership.Meta
 	local tunnel.Local
@@ -266,7 +266,7 @@ type applied struct {
 	host  hostnet.State
 }
 
-// apply looks and passes on what has changed.
+// apply builds a view and applies what has changed.
 func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 	now := time.Now()
 	if force || s.ways == nil {
@@ -310,7 +310,7 @@ func narrower(was, is []tunnel.Peer) bool {
 	return slices.ContainsFunc(is, func(p tunnel.Peer) bool { return p.MTU < before[p.ID] })
 }
 
-// reconcile mends the host, and keeps what it could not mend for status.
+// reconcile repairs the host's state, and keeps what it could not repair for status.
 func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	rep, err := s.host.Reconcile(ctx, h)
 	pods, podErr := s.pods.Reconcile(ctx)
@@ -331,7 +331,7 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	s.hostDone = s.hostDone || err == nil && len(h.TunAddrs) > 0
 }
 
-// ready: the table is confirmed, this node has its addresses, and the host is as it should be.
+// ready reports whether the table is confirmed, this node has its addresses, and the host is in its desired state.
 func (s *session) ready() bool {
 	v := s.view.Load()
 	s.mu.Lock()

@@ -16,7 +16,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
-// Status implements api.Backend. It answers also while there is no session: then Problems says why.
+// Status implements api.Backend. It also answers without a session: then Problems has the reason.
 func (a *agent) Status(context.Context) (api.Status, error) {
 	st := api.Status{Version: api.Version(), Started: a.started, Node: api.Node{Name: a.cfg.NodeName, Tun: api.Tun{Name: a.cfg.Tun}}}
 	s, err := a.current()
@@ -35,7 +35,7 @@ func (a *agent) Status(context.Context) (api.Status, error) {
 	return st, nil
 }
 
-// fill writes everything that a session knows.
+// fill adds the data of a session.
 func (s *session) fill(st *api.Status) {
 	now := time.Now()
 	v := s.view.Load()
@@ -115,7 +115,7 @@ func (s *session) peer(p *peerView) api.Peer {
 	return out
 }
 
-// path is what is known of one encapsulation toward a peer.
+// path returns the state of one encapsulation to a peer.
 func (s *session) path(p *peerView, m encap.Mode) api.Path {
 	out := api.Path{Mode: m.String(), State: api.PathProbing, Since: p.since}
 	switch {
@@ -209,7 +209,7 @@ func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {
 	return out
 }
 
-// problems gathers what is wrong, from all parts.
+// problems collects the problems of all parts.
 func (s *session) problems(v *view) []api.Problem {
 	var out []api.Problem
 	for _, p := range v.status.Problems {
@@ -249,7 +249,7 @@ func (s *session) problems(v *view) []api.Problem {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
 	}
 	if hostErr != nil {
-		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(), Remedy: "mend what it names; the agent tries again by itself"})
+		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(), Remedy: "fix what it names; the agent tries again by itself"})
 	}
 	out = append(out, s.underlayProblems()...)
 	out = append(out, s.sizeProblems(v.status.Params.Families)...)
@@ -273,7 +273,7 @@ func outerText(p *peerView, m encap.Mode) string {
 	return "IP protocol 4 or 41"
 }
 
-// hostProblems asks the host for what would swallow packets.
+// hostProblems returns settings of the host that drop packets.
 func (s *session) hostProblems(v *view) []hostnet.Problem {
 	var cidrs []netip.Prefix
 	for _, f := range v.status.Params.Families {

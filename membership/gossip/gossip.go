@@ -17,8 +17,8 @@ import (
 	"github.com/tulle-net/tulle/membership/keyring"
 )
 
-// ErrNotRunning is returned by what needs the network before [Gossip.Run] has
-// opened it or after it has ended.
+// ErrNotRunning is returned by methods that need the network before [Gossip.Run] has
+// opened it or after Run has ended.
 var ErrNotRunning = errors.New("gossip: not running")
 
 // Gossip is one node's membership in a cluster. All methods are safe for
@@ -33,7 +33,7 @@ type Gossip struct {
 	ready        chan struct{}
 	fatal        chan error
 	kick         chan struct{} // wakes the rejoin loop
-	dirty        chan struct{} // the metadata has changed: announce it
+	dirty        chan struct{} // signals that the metadata has changed and must be announced
 	keyReqs      chan envelope
 	presenceReqs chan envelope
 	inbox        *inbox
@@ -44,7 +44,7 @@ type Gossip struct {
 	alive        atomic.Int64 // other live members
 
 	started atomic.Bool
-	life    sync.Mutex // held while memberlist is made, replaced or shut down
+	life    sync.Mutex // held while memberlist is created, replaced or shut down
 
 	mu        sync.RWMutex
 	net       *network // nil unless running
@@ -53,7 +53,7 @@ type Gossip struct {
 	meta      membership.Meta
 	metaWire  []byte
 	peers     map[membership.NodeID]*peer
-	known     map[netip.AddrPort]time.Time // where members were, and when last alive
+	known     map[netip.AddrPort]time.Time // addresses of members, and when they were last alive
 	guard     guardState
 	problems  problemSet
 	seeds     map[string]*seedState
@@ -63,12 +63,12 @@ type Gossip struct {
 	presence  presenceWaiters
 }
 
-// retransmitMult scales how often a member passes news on:
-// mult·⌈log10(n+1)⌉ times. When every member passes them to r random others, each
-// misses them with probability e^-r. The LAN profile's 4 gives r = 8 for up to 98
-// members, so that some member misses one piece of news in thirty, and does
-// without until a push/pull half a minute or more later; a newcomer's pods
-// could not be reached from there. 6 makes that one in 1,600.
+// retransmitMult scales the number of retransmissions of a broadcast by each member:
+// mult·⌈log10(n+1)⌉. If every member sends a broadcast to r random others, each member
+// misses it with probability e^-r. The LAN profile's 4 gives r = 8 for up to 98
+// members: then some member misses one broadcast in thirty, until a push/pull half a
+// minute or more later, and could not reach a new node's pods meanwhile. With 6 it is
+// one in 1,600.
 const retransmitMult = 6
 
 // network is one memberlist instance and its sockets.
@@ -127,8 +127,8 @@ func New(cfg Config) (*Gossip, error) {
 	return g, nil
 }
 
-// encodeMeta also sees to it that an alive message with this metadata fits a
-// gossip packet; memberlist would otherwise never send it, silently.
+// encodeMeta also checks that an alive message with this metadata fits one gossip
+// packet; otherwise memberlist would silently never send it.
 func (g *Gossip) encodeMeta(m membership.Meta) ([]byte, error) {
 	wire, err := m.Encode(nil)
 	if err != nil {
@@ -144,14 +144,14 @@ func (g *Gossip) encodeMeta(m membership.Meta) ([]byte, error) {
 // Ready is closed once the node listens.
 func (g *Gossip) Ready() <-chan struct{} { return g.ready }
 
-// Run takes part in the gossip until ctx ends, and may be called once. It
-// returns nil after ctx has ended, a [CloneError] when another live host has
-// this node's identity, or why the sockets could not be opened. Stopping is not
-// leaving: the others will find this node silent, and let it come back.
+// Run runs gossip until ctx ends, and may be called once. It returns nil after ctx has
+// ended, a [CloneError] if another live host has this node's ID, or an error if the
+// sockets cannot be opened. A stop is not a leave: the others detect that this node is
+// dead, and let it return.
 //
-// When Run returns, its goroutines have ended, except for a probe that
-// memberlist has under way: it has no handle for ending that, the probe uses the
-// closed sockets only, and it is over within a few seconds at most.
+// When Run returns, its goroutines have ended, except a probe of memberlist that is in
+// progress. It cannot be ended, but uses only closed sockets and ends by itself within a
+// few seconds.
 func (g *Gossip) Run(ctx context.Context) error {
 	if !g.started.CompareAndSwap(false, true) {
 		return errors.New("gossip: Run was called twice")
@@ -186,7 +186,7 @@ func (g *Gossip) fail(err error) {
 	}
 }
 
-// open makes the sockets and the memberlist instance on top of them.
+// open opens the sockets and creates the memberlist instance on top of them.
 func (g *Gossip) open(addr netip.AddrPort) error {
 	tr, err := listen(addr, &g.traffic, g.cfg.allow)
 	if err != nil {
@@ -201,7 +201,7 @@ func (g *Gossip) start(tr *transport) error {
 	return g.startLocked(tr)
 }
 
-// startLocked puts a memberlist instance onto the transport, or closes it.
+// startLocked creates a memberlist instance on the transport. On an error it closes the transport.
 func (g *Gossip) startLocked(tr *transport) error {
 	g.mu.Lock()
 	g.gen++
@@ -312,7 +312,7 @@ func (g *Gossip) sendTo(id membership.NodeID, addr netip.AddrPort, b []byte) err
 	return n.ml.SendReliable(&memberlist.Node{Name: id.String(), Addr: addr.Addr().AsSlice(), Port: addr.Port()}, b)
 }
 
-// packetTransport is a transport in memberlist's terms.
+// packetTransport adapts a transport to memberlist's interface.
 type packetTransport struct {
 	*transport
 	packets chan *memberlist.Packet
@@ -356,12 +356,12 @@ func (t *packetTransport) PacketCh() <-chan *memberlist.Packet { return t.packet
 func (t *packetTransport) StreamCh() <-chan net.Conn           { return t.streams }
 func (t *packetTransport) Shutdown() error                     { t.shutdown(); return nil }
 
-// delegate is what memberlist calls. Its methods copy what they keep, take no
-// lock but Gossip.mu, and wait for nothing.
+// delegate has the callbacks for memberlist. Its methods copy what they keep, take no
+// lock except Gossip.mu, and never wait.
 type delegate struct {
 	g      *Gossip
 	addr   netip.AddrPort
-	closed atomic.Bool // the instance is being shut down: what it says is old
+	closed atomic.Bool // the instance is being shut down; ignore its callbacks
 }
 
 var (
@@ -437,7 +437,7 @@ func (d *delegate) NotifyPingComplete(n *memberlist.Node, rtt time.Duration, _ [
 	}
 }
 
-// broadcast is one message in the queue: opaque, so it replaces no other.
+// broadcast is one message in the queue. It is opaque and replaces no other.
 type broadcast []byte
 
 var _ memberlist.UniqueBroadcast = broadcast(nil)
@@ -447,9 +447,8 @@ func (b broadcast) Message() []byte                       { return b }
 func (b broadcast) Finished()                             {}
 func (b broadcast) UniqueBroadcast()                      {}
 
-// enqueue puts an enveloped message into the queue. What finds no room has
-// been passed on the most often already; push/pull brings it to those who
-// still miss it.
+// enqueue adds an enveloped message to the queue. If the queue is full, it drops the
+// message that was sent most often; push/pull delivers it to members that missed it.
 func (g *Gossip) enqueue(wire []byte) {
 	g.queue.QueueBroadcast(broadcast(wire))
 	if g.queue.NumQueued() > maxQueued {

@@ -12,7 +12,7 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// sighting is what memberlist says about one node, in this package's terms.
+// sighting is what memberlist reports about one node.
 type sighting struct {
 	name  string // NodeID in hex
 	addr  netip.AddrPort
@@ -54,22 +54,22 @@ type elsewhere struct {
 	witnesses []netip.AddrPort // members that may list it there
 }
 
-// A CloneError says that two live hosts have one identity.
+// A CloneError means that two live hosts have the same node ID.
 type CloneError struct {
 	ID    membership.NodeID
 	Self  string // name and address of this host
 	Other string // name and address of the other one
 }
 
-// Error names both hosts and the way out.
+// Error names both hosts and the remedy.
 func (e *CloneError) Error() string {
 	return fmt.Sprintf("node ID %v is in use by two live hosts: this one, %s, and %s. One disk is a clone of the other: stop the clone, move its state directory away (or at least its node ID), and start it again; this host, the newcomer of the two, does not run", e.ID, e.Self, e.Other)
 }
 
 var errUnresolvedIdentity = errors.New("this node's identity is listed at another address, which is being asked first")
 
-// checkAlive decides whether an alive message counts. It is called with
-// memberlist's node lock held, for every one of them: keep it cheap.
+// checkAlive decides whether to accept an alive message. It is called for every one of
+// them with memberlist's node lock held, so it must be cheap.
 func (g *Gossip) checkAlive(n sighting, self netip.AddrPort) error {
 	id, cluster, err := membership.MetaHead(n.meta)
 	if err == nil && n.name != id.String() {
@@ -89,8 +89,8 @@ func (g *Gossip) checkAlive(n sighting, self netip.AddrPort) error {
 	return g.admit(id, cluster, n)
 }
 
-// admit lets in members of this node's cluster and those of none. A node of no
-// cluster is adopted by the first one that it meets.
+// admit accepts members of this node's cluster and nodes without a cluster. A node
+// without a cluster joins the first cluster that it meets.
 func (g *Gossip) admit(id membership.NodeID, cluster membership.ClusterID, n sighting) error {
 	if cluster == (membership.ClusterID{}) {
 		return nil
@@ -106,7 +106,7 @@ func (g *Gossip) admit(id membership.NodeID, cluster membership.ClusterID, n sig
 	}
 	g.count.refused.Add(1)
 	if p := g.peers[id]; p != nil && p.State <= StateSuspect {
-		// It was let in while it had no cluster, and has gone another way.
+		// It was accepted while it had no cluster, and has joined another one.
 		if g.guard.foreign == nil {
 			g.guard.foreign = map[membership.NodeID]membership.ClusterID{}
 		}
@@ -141,8 +141,8 @@ func (g *Gossip) adoptLocked(c membership.ClusterID) error {
 	return nil
 }
 
-// checkMerge decides about a join, on both of its ends. list is everything that
-// the other end knows, itself included.
+// checkMerge decides about a join, on both sides. list has all members that the other
+// side knows, including itself.
 func (g *Gossip) checkMerge(list []sighting, self netip.AddrPort) error {
 	listed := false
 	for _, n := range list {
@@ -175,7 +175,7 @@ func (g *Gossip) checkMerge(list []sighting, self netip.AddrPort) error {
 	return nil
 }
 
-// listedSelf looks at this node's own entry in another member's list.
+// listedSelf checks this node's own entry in another member's list.
 func (g *Gossip) listedSelf(n sighting, self netip.AddrPort, list []sighting) error {
 	if n.addr == self {
 		g.mu.Lock()
@@ -324,8 +324,8 @@ func (g *Gossip) conflict(existing, other sighting) {
 		"if the host has changed its address, this heals within about a minute; otherwise one disk is a clone of the other: stop the clone and give it a fresh state directory")
 }
 
-// stateOfClone reports whether a push/pull came from a host that carries the
-// identity of this node, or of a member that lives elsewhere.
+// stateOfClone reports whether a push/pull came from a host with the ID of this node, or
+// of a member at another address.
 func (g *Gossip) stateOfClone(e envelope) bool {
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -344,7 +344,7 @@ func (g *Gossip) stateOfClone(e envelope) bool {
 	return true
 }
 
-// setReturning says that peers may know this node at another address.
+// setReturning records that peers may have another address of this node.
 func (g *Gossip) setReturning() {
 	g.mu.Lock()
 	g.guard.returning = true

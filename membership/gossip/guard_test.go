@@ -224,7 +224,7 @@ func TestPartitionHeals(t *testing.T) {
 	alone := nodes[5]
 	oneSide.Store(&[]netip.Addr{alone.addr})
 	eventually(t, "it says that it is isolated", func() bool {
-		return alone.Isolated() && alone.hasProblem("seed "+addrs[0].String(), "no way there")
+		return alone.Isolated() && alone.hasProblem("seed "+addrs[0].String(), "no route")
 	})
 	eventually(t, "memberlist has forgotten", func() bool { return nodes[0].forgotten() && alone.forgotten() })
 	oneSide.Store(nil)

@@ -13,9 +13,9 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// inbox decouples memberlist's goroutines, which must not wait, from the
-// handler. It is bounded; what does not fit is dropped and counted, and
-// push/pull makes up for it.
+// inbox decouples memberlist's goroutines, which must not wait, from the handler. Its
+// size is limited. Messages that do not fit are dropped and counted; push/pull
+// compensates for them.
 type inbox struct {
 	mu      sync.Mutex
 	items   []envelope
@@ -33,7 +33,7 @@ const (
 
 func newInbox() *inbox { return &inbox{wake: make(chan struct{}, 1)} }
 
-// put takes over e.body.
+// put queues e. It owns e.body from then on.
 func (q *inbox) put(e envelope, join bool) {
 	q.mu.Lock()
 	full := len(q.items) >= maxInboxItems || q.bytes+len(e.body) > maxInboxBytes
@@ -64,8 +64,8 @@ func (q *inbox) take() (items []envelope, joins []bool, members bool) {
 	return items, joins, members
 }
 
-// dispatch calls the handler, in the order of arrival. Changes of the members
-// come first: what a message is about may depend on them.
+// dispatch calls the handler in the order of arrival, but with changes of members first,
+// because messages may depend on them.
 func (g *Gossip) dispatch(ctx context.Context) {
 	h := g.cfg.Handler
 	for {
@@ -95,7 +95,7 @@ func (g *Gossip) dispatch(ctx context.Context) {
 	}
 }
 
-// received takes one user message of memberlist's. b is memberlist's.
+// received handles one user message. b belongs to memberlist.
 func (g *Gossip) received(b []byte) {
 	e, err := g.unwrap(b)
 	if err != nil {
@@ -135,7 +135,7 @@ func (g *Gossip) hand(to chan<- envelope, e envelope) {
 	}
 }
 
-// receivedState takes the user part of a push/pull.
+// receivedState handles the user part of a push/pull.
 func (g *Gossip) receivedState(b []byte, join bool) {
 	e, err := g.unwrap(b)
 	if err != nil {
@@ -152,8 +152,8 @@ func (g *Gossip) receivedState(b []byte, join bool) {
 	g.inbox.put(e, join)
 }
 
-// unwrap decodes an envelope and refuses it when it comes from another cluster,
-// or from one that has this node's own identity.
+// unwrap decodes an envelope. It refuses one from another cluster, or with this node's own
+// ID.
 func (g *Gossip) unwrap(b []byte) (envelope, error) {
 	e, err := decodeEnvelope(b)
 	if err != nil {
@@ -178,9 +178,9 @@ func (g *Gossip) localState(addr netip.AddrPort, join bool) []byte {
 	return envelope{kind: kindState, cluster: g.Cluster(), from: g.cfg.ID, addr: addr, body: body}.encode()
 }
 
-// seenSet remembers which broadcasts have passed lately, as hashes in two
-// generations: a message is forgotten after one to two periods, or sooner when
-// very many pass. The value says whether it came from the network.
+// seenSet has the hashes of recent broadcasts, in two generations: a message is removed
+// after one to two periods, or sooner if there are very many. The value is true if it
+// came from the network.
 type seenSet struct {
 	mu       sync.Mutex
 	seed     maphash.Seed
@@ -193,7 +193,7 @@ const (
 	maxSeen    = 16384
 )
 
-// first reports whether a broadcast from the network is new, and notes it.
+// first reports whether a broadcast from the network is new, and records it.
 func (s *seenSet) first(b []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -205,9 +205,9 @@ func (s *seenSet) first(b []byte) bool {
 	return true
 }
 
-// passed reports whether this node has passed on, for others, a broadcast that
-// it now wants to send itself. Otherwise it notes it as the node's own: its echo
-// is no news, but it may be repeated.
+// passed reports whether this node has relayed a broadcast for others that it now wants to
+// send itself. Otherwise it records the broadcast as the node's own: its echo is not new,
+// but it may be repeated.
 func (s *seenSet) passed(b []byte) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -130,7 +130,7 @@ func decodeKeyAnswer(b []byte) (keyAnswer, error) {
 	return a, nil
 }
 
-// A KeyAnswer is what one member said to a key operation.
+// A KeyAnswer is the answer of one member to a key operation.
 type KeyAnswer struct {
 	ID   membership.NodeID
 	Name string
@@ -139,9 +139,9 @@ type KeyAnswer struct {
 	age  time.Duration
 }
 
-// A KeyReport lists what every member said, this node first. Missing are
-// members that are known but not alive: they have not been asked, and need the
-// new key before they can return.
+// A KeyReport has the answers of all members, this node's first. Missing lists known
+// members that are not alive: they were not asked, and need the new key before they can
+// return.
 type KeyReport struct {
 	Answers []KeyAnswer
 	Missing []Member
@@ -161,7 +161,7 @@ func (r KeyReport) Err() error {
 	return fmt.Errorf("not confirmed by %d of %d members: %s", len(failed), len(r.Answers), strings.Join(failed, "; "))
 }
 
-// ErrNoKeyring is returned by key operations where gossip is not encrypted.
+// ErrNoKeyring is returned by key operations if gossip is not encrypted.
 var ErrNoKeyring = errors.New("gossip runs without a key: put one into a file and start every agent with --gossip-key-file")
 
 // KeyList asks every live member for its keys.
@@ -169,7 +169,7 @@ func (g *Gossip) KeyList(ctx context.Context) (KeyReport, error) {
 	return g.keyOperation(ctx, keyRequest{op: keyList})
 }
 
-// KeyInstall gives every live member one more key to decrypt with.
+// KeyInstall installs a key on every live member, for decryption only.
 func (g *Gossip) KeyInstall(ctx context.Context, key []byte) (KeyReport, error) {
 	if len(key) != keyring.Size {
 		return KeyReport{}, fmt.Errorf("gossip key has %d bytes, AES-256 needs %d", len(key), keyring.Size)
@@ -177,9 +177,9 @@ func (g *Gossip) KeyInstall(ctx context.Context, key []byte) (KeyReport, error) 
 	return g.keyOperation(ctx, keyRequest{op: keyInstall, key: key})
 }
 
-// KeyUse makes an installed key the primary of every live member. It changes
-// nothing unless all of them confirm that they have it, so that whatever is
-// encrypted by whoever switches first can be read by all.
+// KeyUse makes an installed key the primary of every live member. It changes nothing
+// unless all of them confirm that they have it, so that all members can decrypt messages
+// of those that switch first.
 func (g *Gossip) KeyUse(ctx context.Context, fp keyring.Fingerprint) (KeyReport, error) {
 	before, err := g.KeyList(ctx)
 	if err == nil {
@@ -200,8 +200,8 @@ func (g *Gossip) KeyUse(ctx context.Context, fp keyring.Fingerprint) (KeyReport,
 	return g.keyOperation(ctx, keyRequest{op: keyUse, fp: fp})
 }
 
-// KeyRemove takes a key from every live member. It changes nothing while one of
-// them encrypts with it, and waits until what was encrypted with it has arrived.
+// KeyRemove removes a key from every live member. It changes nothing while one of them
+// encrypts with it, and waits until messages encrypted with it have arrived.
 func (g *Gossip) KeyRemove(ctx context.Context, fp keyring.Fingerprint) (KeyReport, error) {
 	before, err := g.KeyList(ctx)
 	if err == nil {
@@ -227,8 +227,8 @@ func (g *Gossip) KeyRemove(ctx context.Context, fp keyring.Fingerprint) (KeyRepo
 	return g.keyOperation(ctx, keyRequest{op: keyRemove, fp: fp})
 }
 
-// FindKey turns what a user typed, a base64 key or the beginning of a
-// fingerprint, into the fingerprint of an installed key.
+// FindKey returns the fingerprint of the installed key that s denotes: a base64 key, or a
+// prefix of a fingerprint.
 func (g *Gossip) FindKey(s string) (keyring.Fingerprint, error) {
 	if g.cfg.Keyring == nil {
 		return keyring.Fingerprint{}, ErrNoKeyring
@@ -248,7 +248,7 @@ func (g *Gossip) FindKey(s string) (keyring.Fingerprint, error) {
 	return found[0], nil
 }
 
-// keyOperation asks everybody at once and collects the answers.
+// keyOperation asks all members in parallel and collects the answers.
 func (g *Gossip) keyOperation(ctx context.Context, r keyRequest) (KeyReport, error) {
 	if g.cfg.Keyring == nil {
 		return KeyReport{}, ErrNoKeyring
@@ -330,7 +330,7 @@ func keyInfos(fps []keyring.Fingerprint) []keyring.Info {
 	return list
 }
 
-// applyKey does one operation on this node's keyring.
+// applyKey executes one operation on this node's keyring.
 func (g *Gossip) applyKey(r keyRequest) keyAnswer {
 	a := keyAnswer{id: r.id}
 	ring := g.cfg.Keyring
@@ -361,7 +361,7 @@ func (g *Gossip) applyKey(r keyRequest) keyAnswer {
 	return a
 }
 
-// answerKeys serves the other members' requests, one after the other.
+// answerKeys serves the requests of other members, one after the other.
 func (g *Gossip) answerKeys(ctx context.Context) {
 	for {
 		select {

@@ -10,14 +10,13 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// logWriter takes memberlist's log lines apart: they become slog records, and
-// some are the only sign of an event that is counted. memberlist writes one line
-// a call.
+// logWriter parses memberlist's log lines. They become slog records, and some are the only
+// sign of an event that is counted. memberlist writes one line per call.
 type logWriter struct {
 	g *Gossip
 
 	mu         sync.Mutex
-	window     time.Time // when the present one began
+	window     time.Time // start of the current window
 	lines      int       // in it
 	suppressed int
 }
@@ -30,8 +29,8 @@ const (
 	linesWindow = 50
 )
 
-// pass reports whether a line may be logged, and how many were not in the
-// window before.
+// pass reports whether a line may be logged, and how many lines of the previous window
+// were suppressed.
 func (w *logWriter) pass(now time.Time) (ok bool, suppressed int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -58,7 +57,7 @@ func (w *logWriter) Write(b []byte) (int, error) {
 			case "WARN":
 				level = slog.LevelWarn
 			case "ERR", "ERROR":
-				level = slog.LevelWarn // a remote end's failure; ours come as errors
+				level = slog.LevelWarn // a failure of a remote member; our own are returned as errors
 			}
 		}
 	}
@@ -80,8 +79,8 @@ func (w *logWriter) Write(b []byte) (int, error) {
 	return n, nil
 }
 
-// logEvent recognises events, and reports whether the line needs no record of
-// its own. memberlist may hold its node lock.
+// logEvent recognises events, and reports whether the line needs no log record.
+// memberlist may hold its node lock.
 func (g *Gossip) logEvent(line string) (told bool) {
 	lower := strings.ToLower(line)
 	switch {
@@ -114,8 +113,8 @@ func (g *Gossip) logEvent(line string) (told bool) {
 	return false
 }
 
-// undecryptable recognises memberlist's lines for input that the keyring
-// refuses (memberlist security.go, net.go).
+// undecryptable recognises memberlist's lines about messages that the keyring cannot
+// decrypt (memberlist security.go, net.go).
 func undecryptable(line string) bool {
 	for _, s := range []string{
 		"no installed keys could decrypt the message",

@@ -107,7 +107,7 @@ func TestExplainJoin(t *testing.T) {
 	for text, want := range map[string]string{
 		"dial tcp 127.0.0.1:0->[2001:db8::1]:7946: connect: connection refused":    "nothing listens there",
 		"dial tcp [2001:db8::1]:7946: i/o timeout":                                 "no answer",
-		"dial tcp [2001:db8::1]:7946: connect: no route to host":                   "no way there",
+		"dial tcp [2001:db8::1]:7946: connect: no route to host":                   "no route",
 		"no installed keys could decrypt the message":                              "another gossip key",
 		"remote error: remote state is encrypted and encryption is not configured": "without a gossip key",
 		"remote state is encrypted and encryption is not configured":               "this node has none",

@@ -15,7 +15,7 @@ import (
 	"time"
 )
 
-// seedState is what the last attempt on one seed came to.
+// seedState is the result of the last attempt to join through one seed.
 type seedState struct {
 	self   bool // it is this node
 	at     time.Time
@@ -25,7 +25,7 @@ type seedState struct {
 	since  time.Time // of the reason
 }
 
-// Bounds of one round of attempts.
+// Limits of one round of attempts.
 const (
 	parallelJoins   = 8
 	isolatedSample  = 16 // last known peers tried in a round while alone
@@ -35,11 +35,11 @@ const (
 	recentDeath     = 10 * time.Minute
 )
 
-// rejoin brings the node into its cluster and back into it. memberlist gives
-// up on members half a minute after it has declared them dead, so that a
-// partition longer than this never heals by itself (memberlist #222). This loop
-// tries on, for ever: everything it knows with backoff while the node is alone,
-// else a few of the missing, which costs next to nothing.
+// rejoin joins the cluster, and joins it again after a partition. memberlist gives up on
+// members half a minute after it has declared them dead, so a longer partition never
+// heals by itself (memberlist #222). This loop tries forever: all known addresses with
+// backoff while the node is alone, otherwise a few missing members, which costs almost
+// nothing.
 func (g *Gossip) rejoin(ctx context.Context) {
 	p := g.cfg.pace
 	backoff := p.rejoinMin
@@ -62,8 +62,8 @@ func (g *Gossip) rejoin(ctx context.Context) {
 			wait = p.returning
 		default:
 			backoff = p.rejoinMin
-			// One bridge heals a partition: in a large cluster not everybody
-			// need try each time.
+			// One connection heals a partition: in a large cluster not every member
+			// must try each time.
 			if rand.Int64N(g.alive.Load()+1) < healersPerRound {
 				g.healRound(ctx)
 			}
@@ -71,14 +71,14 @@ func (g *Gossip) rejoin(ctx context.Context) {
 				wait = p.healSlow
 			}
 		}
-		// Jitter keeps the two halves of a cluster from knocking in step.
+		// Jitter prevents that both halves of a cluster try at the same moments.
 		wait = wait*3/4 + rand.N(wait/2+1)
 		t := time.NewTimer(wait)
 		select {
 		case <-ctx.Done():
 		case <-t.C:
 		case <-g.kick:
-			// News come in swarms: let them settle, and never spin.
+			// Events arrive in bursts: wait until they settle, and never spin.
 			select {
 			case <-ctx.Done():
 			case <-time.After(p.rejoinMin / 4):
@@ -118,8 +118,8 @@ func (g *Gossip) joinRound(ctx context.Context) {
 	}
 }
 
-// healRound tries a few of those that are not alive, and one of the seeds: all of
-// those that were never tried, because another member was faster.
+// healRound tries a few members that are not alive, one of the seeds, and all seeds that
+// were never tried because another member answered first.
 func (g *Gossip) healRound(ctx context.Context) {
 	if missing := g.missingPeers(healSample); len(missing) > 0 {
 		g.joinAll(ctx, missing)
@@ -149,7 +149,7 @@ func (g *Gossip) seedsToTry() []string {
 	return never
 }
 
-// returnRound tells members of a new address until none lists the old one.
+// returnRound announces a new address to members until none of them has the old one.
 func (g *Gossip) returnRound(ctx context.Context) {
 	g.mu.Lock()
 	g.guard.stale = 0
@@ -163,7 +163,7 @@ func (g *Gossip) returnRound(ctx context.Context) {
 	g.mu.Unlock()
 }
 
-// missingPeers returns up to n random addresses at which no member lives now.
+// missingPeers returns up to n random addresses without a live member.
 func (g *Gossip) missingPeers(n int) []netip.AddrPort {
 	g.mu.RLock()
 	live := map[netip.AddrPort]bool{g.bind: true}
@@ -197,8 +197,8 @@ func (g *Gossip) isLive(a netip.AddrPort) bool {
 	return false
 }
 
-// joinAll exchanges state with all the addresses, a few at a time, and returns
-// with how many it worked and the first error.
+// joinAll does a push/pull with all addresses, a few at a time. It returns the number of
+// successful ones and the first error.
 func (g *Gossip) joinAll(ctx context.Context, addrs []netip.AddrPort) (int, error) {
 	var (
 		wg    sync.WaitGroup
@@ -231,7 +231,7 @@ func (g *Gossip) joinAll(ctx context.Context, addrs []netip.AddrPort) (int, erro
 	return n, first
 }
 
-// trySeed joins through one seed, by whichever of its addresses answers.
+// trySeed joins through one seed, at the first of its addresses that answers.
 func (g *Gossip) trySeed(ctx context.Context, seed string) {
 	addrs, err := g.resolveSeed(ctx, seed)
 	if err != nil {
@@ -257,7 +257,7 @@ func (g *Gossip) trySeed(ctx context.Context, seed string) {
 	}
 }
 
-// resolveSeed reads HOST[:PORT]; a bare IPv6 address needs no brackets.
+// resolveSeed resolves HOST[:PORT]. An IPv6 address without port needs no brackets.
 func (g *Gossip) resolveSeed(ctx context.Context, seed string) ([]netip.AddrPort, error) {
 	port := uint16(g.cfg.Port)
 	if a, err := netip.ParseAddr(strings.Trim(seed, "[]")); err == nil {
@@ -295,7 +295,7 @@ func (g *Gossip) resolveSeed(ctx context.Context, seed string) ([]netip.AddrPort
 
 var errSeedSyntax = errors.New("unusable seed")
 
-// seedResult notes what an attempt came to, and logs a change of it.
+// seedResult records the result of an attempt, and logs a change of it.
 func (g *Gossip) seedResult(seed string, addrs []netip.AddrPort, err error) {
 	reason, remedy := explainJoin(err, g.cfg.Keyring != nil)
 	g.mu.Lock()
@@ -316,8 +316,8 @@ func (g *Gossip) seedResult(seed string, addrs []netip.AddrPort, err error) {
 	}
 }
 
-// explainJoin turns the error of a join into what an operator can act upon.
-// memberlist wraps some errors as text only, hence the search in it.
+// explainJoin turns the error of a join into a reason and a remedy. memberlist wraps some
+// errors as text only, so it searches the text.
 func explainJoin(err error, keyed bool) (reason, remedy string) {
 	if err == nil {
 		return "", ""
@@ -352,14 +352,14 @@ func explainJoin(err error, keyed bool) (reason, remedy string) {
 	case has("timeout"), has("deadline exceeded"):
 		return "no answer", "is the host up, and does a firewall let TCP and UDP of the gossip port through?"
 	case has(syscall.EHOSTUNREACH.Error()), has(syscall.ENETUNREACH.Error()):
-		return "no way there: " + text, "look at the route to it, and at its link"
+		return "no route: " + text, "check the route to it, and its link"
 	case keyed && has("eof"), has("connection reset"):
 		return "it closed the connection", "read its log: it may use another gossip key, or be no Tulle agent"
 	}
 	return text, "read the seed's log"
 }
 
-// seedProblemsLocked lists the seeds that fail an isolated node.
+// seedProblemsLocked lists the seeds that do not answer an isolated node.
 func (g *Gossip) seedProblemsLocked() []Problem {
 	list := []Problem{}
 	for _, seed := range g.cfg.Seeds {
@@ -370,7 +370,7 @@ func (g *Gossip) seedProblemsLocked() []Problem {
 	if len(list) == 0 && len(g.known) > 0 {
 		list = append(list, Problem{
 			What:   fmt.Sprintf("none of the %d last known members answers", len(g.known)),
-			Remedy: "look at this host's underlay network; the node keeps trying", Since: g.lastDeath,
+			Remedy: "check this host's underlay network; the node keeps trying", Since: g.lastDeath,
 		})
 	}
 	return list
@@ -385,9 +385,9 @@ type Seed struct {
 	Remedy  string    `json:"remedy"`
 }
 
-// Seeds returns what the last attempt on each seed came to. A seed that did not
-// answer then and is a live member now has answered: it may have come by another
-// way, and is not tried again while it lives.
+// Seeds returns the result of the last attempt for each seed. A seed that did not answer
+// then but is a live member now counts as answered: it has joined in another way, and is
+// not tried again while it is alive.
 func (g *Gossip) Seeds() []Seed {
 	g.mu.RLock()
 	defer g.mu.RUnlock()

@@ -12,15 +12,15 @@ import (
 	"time"
 )
 
-// transport is the UDP and TCP socket of one gossip address. It differs from
-// memberlist.NetTransport in that it counts bytes, reads packets into one
-// buffer (NetTransport allocates 64 KiB for each), dials from the address that
-// it is bound to, and ends every connection when it is shut down.
+// transport has the UDP and TCP socket of one gossip address. Unlike
+// memberlist.NetTransport it counts bytes, reads packets into one buffer (NetTransport
+// allocates 64 KiB for each), dials from the bound address, and closes every connection
+// at shutdown.
 type transport struct {
 	addr    netip.AddrPort
 	udp     *net.UDPConn
 	tcp     *net.TCPListener
-	allow   func(netip.AddrPort) bool // nil: everybody
+	allow   func(netip.AddrPort) bool // nil: all
 	traffic *traffic
 
 	sendUDP atomic.Pointer[net.UDPConn] // normally udp; another one while the address changes
@@ -36,23 +36,23 @@ type transport struct {
 	open  int                // sum of from
 }
 
-// traffic counts what went over a node's transports since it started.
+// traffic counts the bytes and packets of all transports of a node since its start.
 type traffic struct {
 	sent, received, packetsSent, packetsReceived atomic.Uint64
 	largest                                      atomic.Uint64 // datagram sent
 }
 
 const (
-	maxPacket  = 9216    // bytes; larger ones than any member sends
-	udpRecvBuf = 2 << 20 // bytes, asked for; the kernel may give less
+	maxPacket  = 9216    // bytes; larger than any packet of a member
+	udpRecvBuf = 2 << 20 // requested bytes; the kernel may grant less
 
-	// Accepted streams that may be open at once, in all and of one host. memberlist takes memory for each as its
-	// header says (up to 20 MiB), before it knows who speaks. A member has one or two, for milliseconds.
+	// Maximum number of accepted streams at the same time, in total and per host. memberlist allocates as much memory for a
+	// stream as its header requests (up to 20 MiB) before it knows the sender. A member uses one or two, for milliseconds.
 	maxStreams         = 128
 	maxStreamsFromHost = 32
 )
 
-// listen binds the sockets. Nothing is read from them before serve.
+// listen binds the sockets. It reads nothing; serve does.
 func listen(addr netip.AddrPort, tr *traffic, allow func(netip.AddrPort) bool) (*transport, error) {
 	tcp, err := net.ListenTCP("tcp", net.TCPAddrFromAddrPort(addr))
 	if err != nil {
@@ -81,8 +81,8 @@ func listenError(proto string, addr netip.AddrPort, err error) error {
 	return fmt.Errorf("gossip: %w", err)
 }
 
-// serve reads both sockets until shutdown. packet gets a slice of its own, and
-// neither callback may outlive the transport's context.
+// serve reads both sockets until shutdown. packet gets its own slice. No callback may
+// outlive the transport's context.
 func (t *transport) serve(packet func(b []byte, from net.Addr, at time.Time), stream func(net.Conn)) {
 	t.wg.Go(func() { t.readPackets(packet) })
 	t.wg.Go(func() { t.accept(stream) })
@@ -97,7 +97,7 @@ func (t *transport) readPackets(packet func([]byte, net.Addr, time.Time)) {
 			return
 		}
 		if err != nil || n == 0 {
-			continue // an ICMP error of an earlier packet: not this socket's failure
+			continue // an ICMP error about an earlier packet; the socket still works
 		}
 		t.traffic.received.Add(uint64(n))
 		t.traffic.packetsReceived.Add(1)
@@ -187,8 +187,8 @@ func (t *transport) dial(to string, timeout time.Duration) (net.Conn, error) {
 	return c, nil
 }
 
-// track wraps a connection, or closes it when the transport is shutting down or, for an accepted one, when there are too
-// many; from is invalid for one that was dialled.
+// track wraps a connection. It closes the connection if the transport is shutting down, or if it is accepted and there are too
+// many. from is invalid for a dialled connection.
 func (t *transport) track(conn net.Conn, from netip.Addr) *countedConn {
 	c := &countedConn{Conn: conn, t: t, from: from}
 	t.mu.Lock()
@@ -205,7 +205,7 @@ func (t *transport) track(conn net.Conn, from netip.Addr) *countedConn {
 	return c
 }
 
-// untrackLocked lets go of a connection, once.
+// untrackLocked removes a connection from the list, once.
 func (t *transport) untrackLocked(c *countedConn) {
 	if _, ok := t.conns[c]; !ok {
 		return
@@ -219,8 +219,8 @@ func (t *transport) untrackLocked(c *countedConn) {
 	}
 }
 
-// shutdown closes everything and waits until the readers have ended and
-// whoever holds a connection has let it go.
+// shutdown closes everything. It waits until the readers have ended and all connections
+// are released.
 func (t *transport) shutdown() {
 	t.mu.Lock()
 	t.cancel()
@@ -238,8 +238,8 @@ func (t *transport) shutdown() {
 	t.mu.Unlock()
 }
 
-// countedConn counts a stream's bytes and leaves the transport's list when it
-// is closed.
+// countedConn counts a stream's bytes, and removes itself from the transport's list when
+// it is closed.
 type countedConn struct {
 	net.Conn
 	t    *transport

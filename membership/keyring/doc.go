@@ -1,5 +1,5 @@
-// Package keyring keeps a node's gossip keys: the set in memory, its file, and
-// the ring of the running gossip, which follows every change.
+// Package keyring manages a node's gossip keys: the set in memory, the key file, and the
+// keyring of the running gossip, which is updated with every change.
 //
 // Concurrency: a [Ring] is safe for concurrent use.
 package keyring

@@ -27,11 +27,10 @@ const (
 	maxFile = 64 << 10 // bytes
 )
 
-// A Fingerprint names a key without telling it: the SHA-256 of its bytes.
+// A Fingerprint identifies a key without revealing it: the SHA-256 of its bytes.
 type Fingerprint [sha256.Size]byte
 
-// String returns the first 16 hexadecimal digits, which is what people and
-// `tulle keys` use.
+// String returns the first 16 hexadecimal digits, the ID of the key in `tulle keys`.
 func (f Fingerprint) String() string { return hex.EncodeToString(f[:8]) }
 
 // MarshalText writes the fingerprint as String does.
@@ -48,21 +47,21 @@ type Ring struct {
 	used time.Time // when the primary changed; zero: not in this run
 }
 
-// Live is the ring of the running gossip, which follows every change; memberlist.Keyring is one.
+// Live is the keyring of the running gossip, which is updated with every change. memberlist.Keyring implements it.
 type Live interface {
 	AddKey([]byte) error
 	UseKey([]byte) error
 	RemoveKey([]byte) error
 }
 
-// Generate returns a new random key as a line of a keyring file.
+// Generate returns a new random key as a line for a keyring file.
 func Generate() string {
 	var key [Size]byte
 	rand.Read(key[:])
 	return base64.StdEncoding.EncodeToString(key[:])
 }
 
-// Parse reads one base64 key.
+// Parse parses one base64 key.
 func Parse(s string) ([]byte, error) {
 	key, err := base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(s))
 	if err != nil {
@@ -74,7 +73,7 @@ func Parse(s string) ([]byte, error) {
 	return key, nil
 }
 
-// FingerprintOf returns the name of a key.
+// FingerprintOf returns the fingerprint of a key.
 func FingerprintOf(key []byte) Fingerprint { return sha256.Sum256(key) }
 
 // New returns a keyring in memory. The first key is the primary.
@@ -95,9 +94,9 @@ func New(keys ...[]byte) (*Ring, error) {
 	return k, nil
 }
 
-// Load reads a keyring file: one base64 key per line, the first one the
-// primary; empty lines and lines that begin with # are passed over. The file
-// must be readable by its owner alone.
+// Load reads a keyring file: one base64 key per line; the first one is the primary. Empty
+// lines and lines that begin with # are ignored. Only the owner may have access to the
+// file.
 func Load(path string) (*Ring, error) {
 	f, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -133,7 +132,7 @@ func Load(path string) (*Ring, error) {
 	return k, nil
 }
 
-// parse reads the text of a keyring file. Repeated keys count once.
+// parse parses a keyring file. Duplicate keys count once.
 func parse(text []byte) ([][]byte, error) {
 	if len(text) > maxFile {
 		return nil, fmt.Errorf("is larger than %d bytes", maxFile)
@@ -225,7 +224,7 @@ func (k *Ring) Use(fp Fingerprint) error {
 	return nil
 }
 
-// PrimaryAge returns for how long the primary has been the primary.
+// PrimaryAge returns how long the current key has been the primary.
 func (k *Ring) PrimaryAge() time.Duration {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -235,8 +234,7 @@ func (k *Ring) PrimaryAge() time.Duration {
 	return time.Since(k.used)
 }
 
-// Remove drops a key that is not the primary. A key that is not there counts as
-// removed.
+// Remove removes a key that is not the primary. A missing key is not an error.
 func (k *Ring) Remove(fp Fingerprint) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -256,11 +254,11 @@ func (k *Ring) Remove(fp Fingerprint) error {
 	if k.live == nil {
 		return nil
 	}
-	// memberlist's RemoveKey moves the keys behind the removed one within the
-	// array that its readers hold without a lock. It is harmless for the last
-	// key only, so bring the key there: make every other one the primary for an
-	// instant (the members have them all), the real one last. The order is then
-	// this keyring's again.
+	// memberlist's RemoveKey moves the keys after the removed one within an array
+	// that its readers use without a lock. That is safe only for the last key. So
+	// move the key to the end first: make every other key the primary for a moment
+	// (all members have them), the real primary last. The order is then that of this
+	// keyring again.
 	if !last {
 		for _, key := range slices.Backward(next) {
 			if err := k.live.UseKey(key); err != nil {
@@ -271,8 +269,8 @@ func (k *Ring) Remove(fp Fingerprint) error {
 	return k.live.RemoveKey(gone)
 }
 
-// Attach hands the keys to the live ring and keeps it up to date. build
-// builds that ring out of the present keys.
+// Attach creates the live ring with build from the present keys, and updates it with every
+// change.
 func (k *Ring) Attach(build func(keys [][]byte, primary []byte) (Live, error)) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -291,13 +289,13 @@ func (k *Ring) Copy() (keys [][]byte, primary []byte) {
 	return slices.Clone(k.keys), k.keys[0]
 }
 
-// save writes the file beside the old one and renames it, so that a crash
-// leaves one or the other.
+// save writes a temporary file and renames it, so that a crash leaves either the old or the
+// new file.
 func (k *Ring) save(keys [][]byte) error {
 	if k.path == "" {
 		return nil
 	}
-	// A symbolic link keeps pointing where it did.
+	// Keep a symbolic link: replace its target.
 	path, err := filepath.EvalSymlinks(k.path)
 	if err != nil {
 		return fmt.Errorf("gossip key file %s cannot be rewritten, keys are unchanged: %w", k.path, err)

@@ -282,7 +282,7 @@ func TestSeedProblems(t *testing.T) {
 		})
 	}
 	keyed := []string{"--gossip-key-file", dir + "/a.key"}
-	with("unreachable", append(keyed, "--join", "192.168.1.99"), "seed 192.168.1.99:7946", "no way there", "route")
+	with("unreachable", append(keyed, "--join", "192.168.1.99"), "seed 192.168.1.99:7946", "no route", "route")
 	with("nobody listens", append(keyed, "--join", "192.168.1.11:7000"), "seed 192.168.1.11:7000", "nothing listens there", "start the agent there")
 	with("no name", append(keyed, "--join", "no-such-host.invalid"), "seed no-such-host.invalid:7946", "does not resolve", "--join")
 	with("wrong key", []string{"--join", "192.168.1.11", "--gossip-key-file", write(t, dir+"/b.key", keyB+"\n", 0o600)}, "seed 192.168.1.11:7946", "another gossip key", "--gossip-key-file")

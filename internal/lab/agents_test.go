@@ -111,7 +111,7 @@ func TestAgents(t *testing.T) {
 		if after, _ := l.Host("h2"); after.PID == before.PID {
 			t.Errorf("the same process %d", after.PID)
 		}
-		if err := l.StartAgent(ctx, "h2"); err == nil || !strings.Contains(err.Error(), "runs already") {
+		if err := l.StartAgent(ctx, "h2"); err == nil || !strings.Contains(err.Error(), "running already") {
 			t.Errorf("a second agent on h2: %v", err)
 		}
 		// A lab that another process opens can do the same.

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os/exec"
 	"testing"
 	"time"
 
@@ -281,6 +282,26 @@ func TestICMPFromUnderlay(t *testing.T) {
 		noDrops(t, a, b)
 		if got := a.engine.Stats().ICMPReceived; got == 0 {
 			t.Error("no error counted")
+		}
+	})
+}
+
+// The kernel of this host refuses what is larger than the link: that is a hint too, at once and without any router.
+func TestLinkGetsSmaller(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		a, b := startPair(t, l)
+		host := a.tap(t, "tun0")
+		if out, err := exec.Command("ip", "-n", a.ns, "link", "set", "eth0", "mtu", "1400").CombinedOutput(); err != nil {
+			t.Fatalf("ip: %v: %s", err, out)
+		}
+		host.emit(datagram{src: a.pod(0), dst: b.pod(0), sport: 1, dport: 9, payload: make([]byte, 1380)}.bytes(t))
+		select {
+		case h := <-a.hints:
+			if h.peer != b.ns || h.link != 1400 {
+				t.Errorf("hint %+v, want %s and 1400", h, b.ns)
+			}
+		case <-time.After(patience):
+			t.Errorf("no hint; %+v", a.engine.Stats())
 		}
 	})
 }

@@ -61,6 +61,12 @@ func TestDetectUnderlayCorners(t *testing.T) {
 			route add default src 10.255.0.1 via 10.0.1.6`},
 		{name: "lo: equal-cost default route without a source", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("10.255.0.1", "2001:db8:ff::1"), setup: bgp + `
 			route add default nexthop via 10.0.1.6 dev up1 nexthop via 10.0.2.6 dev up2`},
+		{name: "lo: the same toward seeds", seeds: ips("10.255.0.2", "10.255.0.3", "10.255.0.4", "10.255.0.5"), iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("10.255.0.1", "2001:db8:ff::1"), setup: bgp + `
+			route add default nexthop via 10.0.1.6 dev up1 nexthop via 10.0.2.6 dev up2`},
+		{name: "equal-cost toward seeds over two devices that have addresses", seeds: ips("10.255.0.2", "10.255.0.3", "10.255.0.4", "10.255.0.5"), iface: "up1", uplinks: "up1", mtu: 1500, addrs: ips("10.0.1.5", "2001:db8:1::5"), setup: two + `
+			route add default nexthop via 10.0.2.6 dev up2 nexthop via 10.0.1.6 dev up1`},
+		{name: "IPv6 equal-cost toward seeds", seeds: ips("2001:db8:fe::2", "2001:db8:fe::3"), iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("2001:db8:ff::1", "10.255.0.1"), setup: bgp + `
+			route add default nexthop via 2001:db8:1::6 dev up1 nexthop via 2001:db8:2::6 dev up2`},
 		{name: "lo: a default route without a source", iface: "up1", uplinks: "up1", mtu: 1500, addrs: ips("10.0.1.5", "2001:db8:1::5"), setup: bgp + `
 			route add default via 10.0.1.6`},
 		{name: "lo: by its address", want: "10.255.0.1", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("10.255.0.1"), setup: bgp + `
@@ -198,5 +204,46 @@ func TestDetectUnderlayTentativeAddress(t *testing.T) {
 		if u, err := h.detect(want, nil); !errors.Is(err, ErrNotYet) {
 			t.Errorf("%q: %v, %v; want it to be waited for", want, u.Addrs, err)
 		}
+	}
+}
+
+// How packets leave for each peer, and by what MTU.
+func TestWays(t *testing.T) {
+	h := newHost(t)
+	h.ip(`link add up1 type veth peer up1-far
+		link add up2 type veth peer up2-far
+		link set up1-far up
+		link set up2-far up
+		link set up1 up mtu 1500
+		link set up2 up mtu 1400
+		addr add 10.0.1.5/24 dev up1
+		addr add 10.0.1.6/24 dev up2
+		addr add 2001:db8:1::5/64 dev up1 nodad
+		nexthop add id 1 via 10.0.1.6 dev up1
+		nexthop add id 2 via 10.0.1.7 dev up2
+		nexthop add id 9 group 1/2
+		route add 10.9.0.0/16 nhid 9
+		route add 10.8.0.0/16 nexthop via 10.0.1.9 dev up1 nexthop via 10.0.1.9 dev up2
+		route add 10.7.0.0/16 via 10.0.1.9 dev up1 mtu 1350
+		route add 2001:db8:9::/48 via 2001:db8:1::9 mtu 1300`)
+	w := h.reconciler(Options{}).NewWays(ips("10.0.1.6", "2001:db8:1::5"))
+	for _, c := range []struct {
+		to, devices string
+		mtu         int
+	}{
+		{"10.0.1.77", "up1", 1500}, // the first of two routes to the subnet, though the address is up2's
+		{"10.9.0.1", "up1 up2", 1400},
+		{"10.8.0.1", "up1 up2", 1400},
+		{"10.7.0.1", "up1", 1350},
+		{"2001:db8:1::7", "up1", 1500},
+		{"2001:db8:9::1", "up1", 1300},
+		{"192.0.2.1", "", 0},
+	} {
+		if got := w.To(netip.MustParseAddr(c.to)); strings.Join(got.Devices, " ") != c.devices || got.MTU != c.mtu {
+			t.Errorf("%s: %+v, want %s, %d", c.to, got, c.devices, c.mtu)
+		}
+	}
+	if got := w.Devices("up2-far", "gone"); len(got) != 3 || got["up1"] != 1500 || got["up2"] != 1400 || got["up2-far"] != 1500 {
+		t.Errorf("devices %v", got)
 	}
 }

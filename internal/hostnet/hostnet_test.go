@@ -268,6 +268,7 @@ func dual() State {
 		Own:        pfx("10.244.1.0/24", "fd00:244:0:1::/64"),
 		Masquerade: true,
 		Members:    ips("192.0.2.1", "192.0.2.2", "2001:db8::1"),
+		Uplinks:    map[string]int{"eth0": 1500},
 	}
 }
 

@@ -208,6 +208,13 @@ func (d *detector) routeTo(a netip.Addr) (candidate, error) {
 	if len(routes) == 0 {
 		return candidate{}, notYet{fmt.Errorf("no route to %v", a)}
 	}
+	// An equal-cost route has another source for each destination, if it does not name one.
+	whole, err := netlink.RouteGetWithOptions(a.WithZone("").AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+	if err == nil && len(whole) > 0 && len(hops(&whole[0])) > 1 {
+		if c, ok := d.sourceOf(&whole[0], a.Is4()); ok {
+			return c, nil
+		}
+	}
 	return d.source(addrOf(routes[0].Src), routes[0].LinkIndex), nil
 }
 

@@ -83,6 +83,9 @@ func TestWatchTells(t *testing.T) {
 		{"IPv6 forwarding off", func(h *host) { h.setSysctl("net/ipv6/conf/all/forwarding", "0") }},
 		{"rp_filter", func(h *host) { h.setSysctl("net/ipv4/conf/tun0/rp_filter", "1") }},
 		{"default route", func(h *host) { h.route("0.0.0.0/0", "192.0.2.7", "eth0", 0, unix.RTPROT_STATIC) }},
+		{"an uplink's MTU", func(h *host) { h.check(h.nl.LinkSetMTU(h.link("eth0"), 1400)) }},
+		{"an uplink is gone", func(h *host) { h.check(h.nl.LinkDel(h.link("eth0"))) }},
+		{"the way to a member", func(h *host) { h.route("192.0.2.2/32", "192.0.2.9", "eth0", 0, unix.RTPROT_STATIC) }},
 		{"underlay address", func(h *host) { h.addrs("eth0", "192.0.2.33/24") }},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -2,14 +2,11 @@ package hosts_test
 
 import (
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/testing/hosts"
 )
@@ -20,6 +17,7 @@ func TestAddressOnLoopback(t *testing.T) {
 	for _, c := range []struct{ name, src, underlay string }{
 		{"the route names it", "src 10.255.0.%d", ""},
 		{"the operator names it", "", "10.255.0.%d"},
+		{"nobody names it", "", ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -153,12 +151,10 @@ func TestRouterAdvertisements(t *testing.T) {
 	r.Plug(sw, "eth0", "10.0.1.1/24")
 	agent := a.Agent("--bootstrap", "--underlay", "eth0", "--cluster-cidr", "10.244.0.0/16,fd00:244::/48")
 	agent.Ready(20 * time.Second)
+	r.Advertise("eth0", "fd02::/64", 10*time.Minute)
 	listens := func(device string) {
 		t.Helper()
 		hosts.Within(t, 10*time.Second, "an address and a default route by "+device, func() error {
-			if err := r.Do(func() error { return advertise("eth0", netip.MustParsePrefix("fd02::/64")) }); err != nil {
-				return err
-			}
 			addr, route := a.Run("ip", "-6", "addr", "show", "dev", device), a.Run("ip", "-6", "route", "show", "default")
 			if !strings.Contains(addr, "inet6 fd02:") || !strings.Contains(route, "dev "+device+" proto ra") {
 				return fmt.Errorf("addresses %s, route %q", addr, route)
@@ -178,31 +174,4 @@ func TestRouterAdvertisements(t *testing.T) {
 			t.Errorf("%s is %s after cleanup, want %s", name, got, want)
 		}
 	}
-}
-
-// advertise sends a router advertisement with a default route and a prefix for addresses (RFC 4861 §4.2 and §4.6.2).
-func advertise(device string, prefix netip.Prefix) error {
-	link, err := net.InterfaceByName(device)
-	if err != nil {
-		return err
-	}
-	fd, err := unix.Socket(unix.AF_INET6, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_ICMPV6)
-	if err != nil {
-		return err
-	}
-	defer unix.Close(fd)
-	if err := unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_MULTICAST_HOPS, 255); err != nil {
-		return err
-	}
-	ra := []byte{
-		134, 0, 0, 0, // type, code, and a checksum that the kernel fills in
-		64, 0, 1800 >> 8, 1800 & 0xff, // hop limit, flags, lifetime of the default route in seconds
-		0, 0, 0, 0, 0, 0, 0, 0, // reachable and retransmission time: not told
-		3, 4, byte(prefix.Bits()), 0xc0, // prefix information of 32 bytes; on link, for addresses
-		0, 0, 600 >> 8, 600 & 0xff, 0, 0, 600 >> 8, 600 & 0xff, // valid and preferred for so many seconds
-		0, 0, 0, 0,
-	}
-	ra = append(ra, prefix.Addr().AsSlice()...)
-	all := netip.MustParseAddr("ff02::1").As16()
-	return unix.Sendto(fd, ra, 0, &unix.SockaddrInet6{Addr: all, ZoneId: uint32(link.Index)})
 }

@@ -64,6 +64,15 @@ func TestUnderlayMTUChanges(t *testing.T) {
 	tun(first, 1422)
 	a.IP("route del default")
 	tun(first, 1472)
+	a.IP("route add 10.0.1.12/32 dev eth0 mtu 1350") // that of one peer's route
+	hosts.Within(t, 8*time.Second, "packets of 1322 bytes to b", func() error {
+		if got := first.Status().Peers[0].Path.MTU; got != 1322 {
+			return fmt.Errorf("%d", got)
+		}
+		return nil
+	})
+	tun(first, 1472)
+	a.IP("route del 10.0.1.12/32")
 
 	// Too small for IPv6: that is said, in one line that has all the numbers, and IPv4 goes on.
 	set(1280)

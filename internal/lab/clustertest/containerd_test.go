@@ -1,0 +1,264 @@
+package clustertest
+
+import (
+	"archive/tar"
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
+)
+
+// machine is a host with a real containerd.
+type machine struct {
+	t                 *testing.T
+	h                 lab.Host
+	dir               string
+	networks, plugins string // what it finds in /etc/cni/net.d and /opt/cni/bin
+}
+
+const boxImage = "localhost/box:latest"
+
+// newMachine starts containerd in the host's network namespace. The host's agent publishes its network in networks.
+func newMachine(t *testing.T, h lab.Host, plugins, networks, image string) *machine {
+	t.Helper()
+	// A socket's path has 107 bytes at most, and containerd adds its own to this one.
+	dir, err := os.MkdirTemp("", "ctd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := &machine{t: t, h: h, dir: dir, networks: networks, plugins: plugins}
+	for _, at := range []string{"/etc/cni/net.d", "/opt/cni/bin"} {
+		if err := os.MkdirAll(at, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	conf := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [%q]\n[grpc]\n  address = %q\n",
+		filepath.Join(dir, "root"), filepath.Join(dir, "state"), "io.containerd.grpc.v1.cri", m.socket())
+	if err := os.WriteFile(filepath.Join(dir, "config.toml"), []byte(conf), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	log, err := os.Create(filepath.Join(dir, "log"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	daemon := m.command(log, "containerd", "--config", filepath.Join(dir, "config.toml"))
+	if err := daemon.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = daemon.Process.Signal(syscall.SIGTERM)
+		_ = daemon.Wait()
+		log.Close()
+		if b, err := os.ReadFile(log.Name()); err == nil && t.Failed() {
+			t.Logf("the log of containerd on %s:\n%s", h.Name, b[max(0, len(b)-4000):])
+		}
+		_ = os.RemoveAll(dir)
+	})
+	until(t, "containerd answers", func() error { return m.ctr("version") })
+	if err := m.ctr("image", "import", "--snapshotter", "native", image); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+func (m *machine) socket() string { return filepath.Join(m.dir, "s") }
+
+// command runs in the host's network namespace, with the machine's /sys (cgroups) and mounts of its own.
+func (m *machine) command(out io.Writer, args ...string) *exec.Cmd {
+	const script = `mount --bind "$1" /etc/cni/net.d && mount --bind "$2" /opt/cni/bin && shift 2 && exec "$@"`
+	c := exec.Command("nsenter", append([]string{"--net=" + m.h.Netns, "unshare", "-m", "sh", "-c", script, "sh", m.networks, m.plugins}, args...)...)
+	c.Stdout, c.Stderr = out, out
+	return c
+}
+
+func (m *machine) ctr(args ...string) error {
+	var out bytes.Buffer
+	if err := m.command(&out, append([]string{"ctr", "-a", m.socket()}, args...)...).Run(); err != nil {
+		return fmt.Errorf("ctr %v on %s: %w: %s", args, m.h.Name, err, out.Bytes())
+	}
+	return nil
+}
+
+// container starts one that sleeps, and removes it when the test ends: ctr calls the plugin both times.
+func (m *machine) container(name string) api.Pod {
+	m.t.Helper()
+	var out bytes.Buffer
+	c := m.command(&out, "ctr", "-a", m.socket(), "run", "--rm", "--snapshotter", "native", "--cni", boxImage, name, "/bin/sleep", "600")
+	if err := c.Start(); err != nil {
+		m.t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- c.Wait() }()
+	m.t.Cleanup(func() {
+		if err := m.ctr("task", "kill", "-s", "SIGKILL", name); err != nil {
+			m.t.Error(err)
+			_ = c.Process.Kill()
+		}
+		<-ended // its exit code is that of the killed task
+		if p, err := m.pod(name); err == nil {
+			m.t.Errorf("its container is gone, and there is %+v", p)
+		}
+	})
+	var pod api.Pod
+	until(m.t, "container "+name, func() (err error) {
+		if len(ended) > 0 {
+			m.t.Fatalf("ctr run has ended: %s", out.Bytes())
+		}
+		if pod, err = m.pod(name); err == nil {
+			err = m.ctr("task", "exec", "--exec-id", fmt.Sprint(time.Now().UnixNano()), name, "/bin/true")
+		}
+		return err
+	})
+	return pod
+}
+
+// pod is what the agent knows of a container. containerd gives the plugin a container ID of its own making.
+func (m *machine) pod(name string) (api.Pod, error) {
+	pods, err := api.NewClient(m.h.Socket).Pods(context.Background())
+	for _, p := range pods {
+		if p.Engine == api.EngineCNI && p.State == api.PodUp {
+			return p, nil
+		}
+	}
+	return api.Pod{}, errors.Join(err, fmt.Errorf("%s has no container %s: %+v", m.h.Name, name, pods))
+}
+
+// boxTar is an image with busybox and nothing else, in the form of `docker save`.
+func boxTar(t *testing.T) string {
+	t.Helper()
+	busybox, err := os.ReadFile("/bin/busybox")
+	if err != nil {
+		t.Fatal(err)
+	}
+	pack := func(files map[string][]byte, links ...string) []byte {
+		var b bytes.Buffer
+		w := tar.NewWriter(&b)
+		for name, data := range files {
+			err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))})
+			if err == nil {
+				_, err = w.Write(data)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, l := range links {
+			if err := w.WriteHeader(&tar.Header{Name: l, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := w.Close(); err != nil {
+			t.Fatal(err)
+		}
+		return b.Bytes()
+	}
+	layer := pack(map[string][]byte{"bin/busybox": busybox}, "bin/sleep", "bin/ping", "bin/true")
+	config, err := json.Marshal(map[string]any{
+		"architecture": "amd64", "os": "linux", "config": map[string]any{"Env": []string{"PATH=/bin"}},
+		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	manifest := fmt.Appendf(nil, `[{"Config": "config.json", "RepoTags": [%q], "Layers": ["layer.tar"]}]`, boxImage)
+	path := filepath.Join(t.TempDir(), "box.tar")
+	if err := os.WriteFile(path, pack(map[string][]byte{"config.json": config, "manifest.json": manifest, "layer.tar": layer}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// seenAs connects from one network namespace to an address in another, and returns the source address that was seen there.
+func seenAs(from, at string, to netip.Addr) (netip.Addr, error) {
+	var l net.Listener
+	if err := sys.WithNetns(at, func() (err error) {
+		l, err = net.Listen("tcp", netip.AddrPortFrom(to, 0).String())
+		return err
+	}); err != nil {
+		return netip.Addr{}, err
+	}
+	defer l.Close()
+	if err := sys.WithNetns(from, func() error {
+		c, err := net.DialTimeout("tcp", l.Addr().String(), 10*time.Second)
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	}); err != nil {
+		return netip.Addr{}, err
+	}
+	c, err := l.Accept()
+	if err != nil {
+		return netip.Addr{}, err
+	}
+	defer c.Close()
+	return c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), nil
+}
+
+// TestContainerd: two hosts, each with a containerd that starts a container with the network that the agent publishes. The
+// containers reach each other, their host, the other host and the outside; only the outside sees another address.
+func TestContainerd(t *testing.T) {
+	t.Parallel()
+	plugins, networks := t.TempDir(), filepath.Join(t.TempDir(), "net.d")
+	if err := errors.Join(testbuild.Command("tulle-cni", filepath.Join(plugins, "tulle-cni"), nil), os.Mkdir(networks, 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	l := up(t, "ctd", lab.Options{Nodes: 2, Subnets: 2, Pods: -1, ClusterCIDRs: dualCIDRs})
+	settled(t, l)
+	image := boxTar(t)
+	var pods []api.Pod
+	for _, h := range l.Hosts() {
+		dir := filepath.Join(networks, h.Name)
+		conf := fmt.Sprintf(`{"cniVersion": "1.0.0", "name": "tulle", "plugins": [{"type": "tulle-cni", "socket": %q}]}`, h.Socket)
+		if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "10-tulle.conflist"), []byte(conf), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+		pods = append(pods, newMachine(t, h, plugins, dir, image).container("box-"+h.Name))
+	}
+	h1, h2 := l.Hosts()[0], l.Hosts()[1]
+	own := mustStatus(t, l, h1.Name).Node
+	hostAddrs := append(slices.Clone(own.Underlay), own.Tun.Addresses...)
+	for i, a := range pods[0].Addresses {
+		for _, c := range []struct {
+			what, from, at string
+			to             netip.Addr
+			want           []netip.Addr
+		}{
+			{"container to container", pods[0].Netns, pods[1].Netns, pods[1].Addresses[i], []netip.Addr{a}},
+			{"container to its host", pods[0].Netns, h1.Netns, own.Underlay[i], []netip.Addr{a}},
+			{"container to the other host", pods[0].Netns, h2.Netns, mustStatus(t, l, h2.Name).Node.Tun.Addresses[i], []netip.Addr{a}},
+			{"host to its container", h1.Netns, pods[0].Netns, a, hostAddrs},
+			{"container to the outside", pods[0].Netns, sys.NetnsPath(l.Name() + "-" + lab.Router), routerOf(h2, i), own.Underlay},
+		} {
+			seen, err := seenAs(c.from, c.at, c.to)
+			if err != nil || !slices.Contains(c.want, seen) {
+				t.Errorf("%s, %v: seen as %v (%v), want %v", c.what, c.to, seen, err, c.want)
+			}
+		}
+	}
+}
+
+// routerOf is the router's address in a host's subnet, of the i-th family of the host's underlay.
+func routerOf(h lab.Host, i int) netip.Addr {
+	b := h.Underlay[i].AsSlice()
+	b[len(b)-1] = 1
+	a, _ := netip.AddrFromSlice(b)
+	return a
+}

@@ -96,7 +96,7 @@ func externalCommand() *cobra.Command {
 			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). The agents learn the MAC of a vxlan device from\n" +
 			"its packets, or request it; give --mac if neither is possible.",
 		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip\n" +
-			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan --port 8472 --mac 02:00:5e:10:00:01",
+			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan --mac 02:00:5e:10:00:01",
 		Args: exactly("a prefix", "the address of its endpoint"),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (e api.External, err error) {
 			p, err := prefix(args[0])

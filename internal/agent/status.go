@@ -107,7 +107,7 @@ func (s *session) peer(p *peerView) api.Peer {
 	}
 	for _, name := range s.prefer.Load().names {
 		m, err := encap.ParseMode(name)
-		if err != nil {
+		if err != nil || p.state == api.PeerExternal && m != p.mode { // an external peer has one way only
 			continue
 		}
 		out.Candidates = append(out.Candidates, api.Candidate{Path: s.path(p, m), Active: m == p.mode, Endpoint: s.outer(p, m)})

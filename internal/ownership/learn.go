@@ -10,7 +10,7 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// learn merges what others say and looks after what that means for this node. It returns what has changed.
+// learn merges entries from other nodes and handles the consequences for this node. It returns what has changed.
 func (s *Machine) learn(now time.Time, entries []Entry) []Entry {
 	entries = s.inside(entries)
 	before := s.table.Clone()

@@ -330,8 +330,8 @@ const entriesPerNews = 12
 // maxPassedOn bounds how many entries that a push/pull brought are broadcast: 86 messages.
 const maxPassedOn = 1024
 
-// tell broadcasts entries. What does not fit goes in several messages, and what
-// gets lost comes with the next push/pull.
+// tell broadcasts entries, in several messages if necessary. The next push/pull delivers
+// entries whose broadcast was lost.
 func (s *Machine) tell(entries []Entry) {
 	for chunk := range slices.Chunk(entries, entriesPerNews) {
 		m := message{kind: kindNews, cluster: s.cluster, sender: s.cfg.ID, flags: s.flags(), entries: chunk}

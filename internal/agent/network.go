@@ -51,9 +51,9 @@ type peerView struct {
 	path      path.Info
 	probed    bool
 	host      bool   // it takes packets for its underlay addresses out of the tunnel
-	gone      bool   // gossip and data path agree: packets to it are answered with host unreachable
-	replaced  bool   // another node lives at its address: nothing is sent there for it, nor taken from there as its own
-	why       string // a sentence about the endpoint or the verdict; empty if there is nothing to say
+	gone      bool   // gossip and data path have both lost it: packets to it are answered with host unreachable
+	replaced  bool   // another node has its address: packets for it are not sent there, and packets from there are not its own
+	why       string // reason for the endpoint or the state; may be empty
 }
 
 // holdDown is how long both gossip and the data path must have lost a node before packets to it are refused. It is long
@@ -343,7 +343,7 @@ func (s *session) hostRoutes(p *peerView) (out []hostnet.HostRoute) {
 	return out
 }
 
-// hostState is the view as the host's kernel needs it.
+// hostState converts the view to the desired state of the host.
 func (s *session) hostState(v *view) hostnet.State {
 	h := hostnet.State{
 		Tun: s.cfg.Tun, MTU: int(s.tunMTU()), TunAddrs: v.tun, Own: v.own, Masquerade: s.masquerade.Load(),

@@ -46,9 +46,9 @@ type State struct {
 	Peers []PeerRoute
 	// Hosts are the other members' underlay addresses that pods reach through the tunnel, each once.
 	Hosts []HostRoute
-	// Own is this node's space. It is unreachable, with the highest metric, so
-	// that any real route to the same prefix wins. It is also where masquerading
-	// applies as the source.
+	// Own is this node's space. It gets an unreachable route with the highest metric,
+	// so that any other route to the same prefix wins. Masquerading applies to sources
+	// in Own.
 	Own []netip.Prefix
 	// Masquerade enables source NAT from Own to destinations outside the cluster.
 	Masquerade bool

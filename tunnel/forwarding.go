@@ -24,6 +24,7 @@ type Peer struct {
 	Prefixes    []netip.Prefix // its space, of both families, its tun addresses included
 	TunAddrs    []netip.Addr   // its own addresses inside Prefixes, at most one of each family: where probes go
 	Mode        encap.Mode     // encapsulation of what is sent to it
+	Singles     bool           // trains to it are lost though single packets arrive: send none
 	MTU         mtu.TUN        // largest inner packet that the path to it takes
 	Kernel      bool           // it has no agent but a kernel's tunnel, of which packets may come without their own checksums
 	Unreachable bool           // gossip and data path agree that it is gone: answer ICMP host unreachable
@@ -105,10 +106,14 @@ func newForwarding(local Local, peers []Peer, states func(id string) *peerState)
 			state:       states(p.ID),
 		}
 		if p.Endpoint.IsValid() {
-			t.udp = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, p.UDPPort))
+			dest := underlay.NewDest
+			if p.Singles {
+				dest = underlay.NewSinglesDest
+			}
+			t.udp = dest(netip.AddrPortFrom(p.Endpoint, p.UDPPort))
 			t.raw = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, 0))
 			if p.VXLANPort != 0 {
-				t.vxlan = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, p.VXLANPort))
+				t.vxlan = dest(netip.AddrPortFrom(p.Endpoint, p.VXLANPort))
 			}
 		}
 		for _, a := range p.TunAddrs {

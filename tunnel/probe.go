@@ -41,9 +41,25 @@ func (p *prober) close() {
 	p.closed = true
 }
 
+// ProbePacket is one probe: its payload, and the size in bytes that the inner packet is padded to.
+type ProbePacket struct {
+	Payload []byte
+	Size    int
+}
+
 // Probe sends payload to a peer's tun address in an ordinary inner UDP packet of size bytes (or as few as payload needs),
 // through the given encapsulation, whatever the peer's Mode is. The packet is padded with zeros behind payload.
 func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) error {
+	return e.probe(peer, mode, []ProbePacket{{payload, size}}, false)
+}
+
+// ProbeTrain sends probes of one size, the last of which may be smaller, in one message that the kernel or the network card
+// cuts (UDP_SEGMENT): by udp or vxlan, at most 64 of them and 65,507 bytes. If apart, each is a message of its own.
+func (e *Engine) ProbeTrain(peer string, mode encap.Mode, packets []ProbePacket, apart bool) error {
+	return e.probe(peer, mode, packets, !apart)
+}
+
+func (e *Engine) probe(peer string, mode encap.Mode, packets []ProbePacket, train bool) error {
 	f := e.fwd.Load()
 	t := f.peers[peer]
 	if t == nil {
@@ -59,7 +75,7 @@ func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) e
 	out := &p.out[outer(t.six)]
 	var s *sender
 	var dest *underlay.Dest
-	p.buf = p.buf[:0]
+	var front []byte // between the outer headers and the inner packet
 	switch mode {
 	case encap.UDP:
 		s, dest = out.udp, t.udp
@@ -69,22 +85,46 @@ func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) e
 			return fmt.Errorf("probe %s: %w", peer, ErrNoMAC)
 		}
 		s, dest = out.vxlan, t.vxlan
-		p.buf = header.AppendVXLAN(p.buf, e.cfg.VNI, mac, f.mac, encap.EtherType(dst.Is6()))
+		front = header.AppendVXLAN(nil, e.cfg.VNI, mac, f.mac, encap.EtherType(dst.Is6()))
 	case encap.IPIP:
 		s, dest = out.raw[family(dst)], t.raw
 	}
 	if s == nil || dest == nil || p.closed {
 		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)
 	}
-	p.buf = appendProbe(p.buf, src, dst, payload, size)
-	r, err := s.single(dest, p.buf)
-	if err == nil && r.Dropped > 0 {
-		err = r.LastErr
+	if train {
+		dest = underlay.NewDest(dest.Addr()) // whatever is known of trains there
 	}
-	if err != nil {
-		return fmt.Errorf("probe %s by %s, %d bytes: %w", peer, mode, len(p.buf), err)
+	send := func(segment int) error {
+		r, err := s.single(dest, p.buf, segment)
+		if err == nil && r.Dropped > 0 {
+			err = r.LastErr
+		}
+		if err != nil {
+			return fmt.Errorf("probe %s by %s, %d bytes: %w", peer, mode, len(p.buf), err)
+		}
+		return nil
 	}
-	e.stats.probesSent.Add(1)
+	segment := 0
+	p.buf = p.buf[:0]
+	for _, pkt := range packets {
+		p.buf = appendProbe(append(p.buf, front...), src, dst, pkt.Payload, pkt.Size)
+		if segment == 0 {
+			segment = len(p.buf)
+		}
+		if !train {
+			if err := send(0); err != nil {
+				return err
+			}
+			p.buf = p.buf[:0]
+		}
+	}
+	if train {
+		if err := send(segment); err != nil {
+			return err
+		}
+	}
+	e.stats.probesSent.Add(uint64(len(packets)))
 	return nil
 }
 

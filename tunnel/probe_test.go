@@ -76,6 +76,33 @@ func TestProbe(t *testing.T) {
 	})
 }
 
+// A train of probes arrives packet by packet, also with an odd tail, and also at a peer that gets no other trains.
+func TestProbeTrain(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		a, b := startPair(t, l)
+		singles := b.asPeer(l)
+		singles.Singles = true
+		a.update(singles)
+		for _, m := range []encap.Mode{encap.UDP, encap.VXLAN} {
+			for _, apart := range []bool{false, true} {
+				var packets []ProbePacket
+				for i, size := range []int{300, 300, 300, 300, 211} {
+					packets = append(packets, ProbePacket{fmt.Appendf(nil, "car %d", i), size})
+				}
+				if err := a.engine.ProbeTrain(b.ns, m, packets, apart); err != nil {
+					t.Fatalf("%v, apart %v: %v", m, apart, err)
+				}
+				for _, want := range packets {
+					if got := b.probed(t); got.mode != m || got.size != want.Size || !bytes.HasPrefix(got.body, want.Payload) {
+						t.Errorf("%v, apart %v: %v, %d bytes, %q; want %d, %q", m, apart, got.mode, got.size, got.body[:8], want.Size, want.Payload)
+					}
+				}
+			}
+		}
+		noDrops(t, a, b)
+	})
+}
+
 // A probe is refused where none can be sent.
 func TestProbeRefused(t *testing.T) {
 	l := testLink{mode: encap.UDP}

@@ -127,10 +127,10 @@ func (s *sender) transmit(w *txWorker) {
 	w.e.sent(s.sock, r, err)
 }
 
-// single sends one message at once, for whoever has a sender of its own.
-func (s *sender) single(to *underlay.Dest, msg []byte) (underlay.SendResult, error) {
+// single sends one message at once, for whoever has a sender of its own; a train of packets of segment bytes unless that is 0.
+func (s *sender) single(to *underlay.Dest, msg []byte, segment int) (underlay.SendResult, error) {
 	s.batch.Begin(to, 0)
 	s.batch.Append(msg)
-	s.batch.End(0)
+	s.batch.End(segment)
 	return s.sock.Send(s.batch)
 }

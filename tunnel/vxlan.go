@@ -139,6 +139,6 @@ func (w *rxWorker) answer(to header.MAC, q header.Solicitation) {
 		b = header.AppendNeighborAdvert(header.AppendVXLAN(b, vni, to, mac, header.EtherTypeIPv6), q, mac)
 	}
 	w.reply = b
-	r, err := w.replies.single(w.from.vxlan, b)
+	r, err := w.replies.single(w.from.vxlan, b, 0)
 	w.e.sent(w.replies.sock, r, err)
 }

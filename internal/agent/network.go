@@ -50,6 +50,7 @@ type peerView struct {
 	mtu       mtu.TUN
 	path      path.Info
 	probed    bool
+	trains    path.TrainInfo
 	host      bool   // it takes packets for its underlay addresses out of the tunnel
 	gone      bool   // gossip and data path have both lost it: packets to it are answered with host unreachable
 	replaced  bool   // another node has its address: packets for it are not sent there, and packets from there are not its own
@@ -210,6 +211,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	var answers bool // by whatever way
 	if p.path, p.probed = s.probes.info(id, p.mode); p.probed {
 		answers = s.probes.answering(id)
+		p.trains = s.probes.trains(id)
 		p.mtu = min(limit, path.Base)
 		if p.path.MTU > 0 {
 			p.mtu = min(limit, p.path.MTU)
@@ -301,7 +303,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 		}
 		out[i] = tunnel.Peer{
 			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, VXLANPort: p.vxlanPort, VTEPMAC: p.mac, Prefixes: p.prefixes,
-			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal, Unreachable: p.gone,
+			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal, Unreachable: p.gone, Singles: p.trains.Off,
 		}
 	}
 	return out

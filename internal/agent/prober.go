@@ -19,15 +19,19 @@ import (
 //
 //	 0  magic "TLPR"
 //	 4  version (1)
-//	 5  kind: 1 request, 2 reply
+//	 5  kind: 1 request, 2 reply, 3 packet of a train, 4 question how many of a train have arrived, 5 its answer
 //	 6  zero (2)
-//	 8  nonce (8): the reply repeats the request's
-//	16  size (4): of a reply, the length in bytes of the inner packet that the request was
+//	 8  nonce (8): the reply repeats the request's; of one train, and of the questions about it, all are equal
+//	16  size (4): of a reply, the length in bytes of the inner packet that the request was; of a packet of a train, its place
+//	    (from 0) in the lower byte and its inner length above; of an answer about a train, how many packets have arrived
 const (
 	probeMagic   = 0x544c5052
 	probeVersion = 1
 	probeRequest = 1
 	probeReply   = 2
+	probeCar     = 3
+	probeAsk     = 4
+	probeAnswer  = 5
 	probeLen     = 20
 )
 
@@ -49,6 +53,7 @@ func parseProbe(b []byte) (kind byte, nonce uint64, size int, ok bool) {
 type prober struct {
 	log     *slog.Logger
 	send    func(peer string, mode encap.Mode, payload []byte, size int) error
+	train   func(peer string, mode encap.Mode, packets []tunnel.ProbePacket, apart bool) error
 	traffic func(peer string) tunnel.PeerStats
 	changed func() // a path came up, went down, has another MTU or another one is used; must not block
 
@@ -150,6 +155,15 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 		if err := p.send(peer, mode, appendProbe(nil, probeReply, nonce, size), 0); err != nil {
 			p.log.Debug("probe not answered", "peer", peer, "encapsulation", mode, "error", err)
 		}
+	case kind == probeCar:
+		p.car(peer, mode, nonce, seen, size, payload)
+	case kind == probeAsk:
+		p.askedOfTrain(peer, mode, nonce)
+	case kind == probeAnswer:
+		p.mu.Lock()
+		p.paths.TrainAnswered(time.Now(), peer, nonce, seen)
+		p.mu.Unlock()
+		signal(p.kick)
 	case kind == probeReply:
 		select {
 		case p.answers <- answer{peer, mode, nonce, seen, time.Now()}:
@@ -227,7 +241,7 @@ func (p *prober) sendDue(now time.Time) time.Time {
 	p.mu.Lock()
 	r := p.paths.Look(now)
 	p.mu.Unlock()
-	if len(r.Switches) > 0 && p.changed != nil {
+	if len(r.Switches)+len(r.Trains) > 0 && p.changed != nil {
 		p.changed() // at once: packets are lost until the engine knows
 	}
 	for _, d := range r.Probes {
@@ -235,6 +249,7 @@ func (p *prober) sendDue(now time.Time) time.Time {
 			p.log.Debug("probe not sent", "peer", d.Peer, "encapsulation", d.Mode, "size", d.Size, "error", err)
 		}
 	}
+	p.sendTrains(r)
 	for _, c := range r.Changes {
 		p.tell(c)
 	}

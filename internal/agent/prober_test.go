@@ -26,6 +26,7 @@ func TestProberSchedule(t *testing.T) {
 		sent := map[string]int{}
 		p := newProber(slog.New(slog.DiscardHandler))
 		p.traffic = func(string) tunnel.PeerStats { return tunnel.PeerStats{} }
+		p.train = func(string, encap.Mode, []tunnel.ProbePacket, bool) error { return nil }
 		p.send = func(peer string, mode encap.Mode, payload []byte, size int) error {
 			mu.Lock()
 			sent[peer]++

@@ -160,6 +160,7 @@ func (s *session) openData(a *agent) (err error) {
 	if err := s.checkVXLAN(); err != nil {
 		return err
 	}
+	s.probes.train = s.engine.ProbeTrain
 	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
 	if s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")}); err != nil {
 		return err

@@ -242,6 +242,7 @@ func (s *session) problems(v *view) []api.Problem {
 		}
 	}
 	out = append(out, s.vxlanProblem()...)
+	out = append(out, s.trainProblems(v)...)
 	s.mu.Lock()
 	conflicts, hostErr, cniErr := s.conflicts, s.hostErr, s.cniErr
 	s.mu.Unlock()

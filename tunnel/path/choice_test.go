@@ -22,6 +22,12 @@ type fabric struct {
 	busy   bool                  // packets are exchanged all the time
 	rtt    time.Duration
 
+	train   func(Train) int // how many of a train's packets arrive; nil: all
+	mute    func() bool     // questions about trains that stay unanswered; nil: none
+	arrived map[uint64]int
+	trains  []TrainChange
+	sent    []Train
+
 	flying   []answer
 	packets  uint64
 	traffic  time.Time // when Traffic is told next
@@ -33,7 +39,8 @@ type answer struct {
 	at    time.Time
 	m     encap.Mode
 	nonce uint64
-	size  int
+	size  int // or how many packets of a train have arrived
+	train bool
 }
 
 const far = "far" // the peer
@@ -58,9 +65,10 @@ func (f *fabric) run(d time.Duration) {
 		r := f.s.Look(f.now)
 		for _, p := range r.Probes {
 			if !f.blocks[p.Mode] && (f.lose == nil || !f.lose(p.Mode)) {
-				f.flying = append(f.flying, answer{f.now.Add(f.rtt), p.Mode, p.Nonce, p.Size})
+				f.flying = append(f.flying, answer{f.now.Add(f.rtt), p.Mode, p.Nonce, p.Size, false})
 			}
 		}
+		f.carry(&r)
 		for _, sw := range r.Switches {
 			f.switches, f.at = append(f.switches, sw), append(f.at, f.now)
 		}
@@ -79,13 +87,37 @@ func (f *fabric) run(d time.Duration) {
 		case arrives >= 0:
 			a := f.flying[arrives]
 			f.flying = append(f.flying[:arrives], f.flying[arrives+1:]...)
-			f.s.Answered(f.now, far, a.m, a.nonce, a.size)
+			if a.train {
+				f.s.TrainAnswered(f.now, far, a.nonce, a.size)
+			} else {
+				f.s.Answered(f.now, far, a.m, a.nonce, a.size)
+			}
 		case !f.now.Before(f.traffic):
 			f.traffic = f.now.Add(time.Second)
 			if f.busy {
 				f.packets++
 			}
 			f.s.Traffic(f.now, far, f.packets, f.packets)
+		}
+	}
+}
+
+// carry takes trains, and questions about them, to the peer.
+func (f *fabric) carry(r *Report) {
+	f.trains, f.sent = append(f.trains, r.Trains...), append(f.sent, r.Send...)
+	for _, t := range r.Send {
+		n := len(t.Sizes)
+		if f.train != nil && !f.blocks[t.Mode] {
+			n = f.train(t)
+		}
+		if f.arrived == nil {
+			f.arrived = map[uint64]int{}
+		}
+		f.arrived[t.Nonce] = n
+	}
+	for _, q := range r.Asks {
+		if !f.blocks[q.Mode] && (f.mute == nil || !f.mute()) {
+			f.flying = append(f.flying, answer{f.now.Add(f.rtt), q.Mode, q.Nonce, f.arrived[q.Nonce], true})
 		}
 	}
 }

@@ -44,7 +44,7 @@ type Config struct {
 	Likely    []mtu.TUN     // sizes that a search tries before it halves, largest first: none
 	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2)
 	Raise     time.Duration // until a larger size is tried again: 600 s (RFC 8899 §5.1.1)
-	Confirm   time.Duration // between proofs of the size in use, on a busy path: 1 s
+	Confirm   time.Duration // between proofs of the size in use, on a busy path: 600 ms
 }
 
 func (c *Config) setDefaults() {
@@ -62,7 +62,7 @@ func (c *Config) setDefaults() {
 	def(&c.Silence, 3*time.Second)
 	def(&c.MaxProbes, 3)
 	def(&c.Raise, 600*time.Second)
-	def(&c.Confirm, time.Second)
+	def(&c.Confirm, 600*time.Millisecond)
 }
 
 // limited is c with Max, and with the smaller sizes no larger than that.
@@ -255,11 +255,9 @@ func (s *State) giveUp(now time.Time, p *pending) {
 	p.lost = true
 	if p.forMTU {
 		// Its size is to blame only if something has passed since it was sent.
-		small := s.lastAnswer.After(p.sent)
-		s.pmtu.lost(now, p.nonce, small)
-		if !small {
-			s.soon(s.cfg.Fast)
-		}
+		// The next one goes together with a small one.
+		s.pmtu.lost(now, p.nonce, s.lastAnswer.After(p.sent))
+		s.soon(s.cfg.Fast)
 		return
 	}
 	s.setOutcome(p.seq, lost)

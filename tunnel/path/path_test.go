@@ -181,7 +181,7 @@ func TestProbeRates(t *testing.T) {
 		least, most int // probes in ten minutes, after the first five
 	}{
 		{"idle", false, true, 16, 27},
-		{"busy", true, true, 1150, 1250}, // one a second, and the size in use is confirmed as often
+		{"busy", true, true, 1500, 1700}, // one a second, and the size in use is confirmed each 600 ms
 		{"dead", false, false, 55, 66},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -279,8 +279,8 @@ func TestRTT(t *testing.T) {
 func TestLossOverWindow(t *testing.T) {
 	s := newState(Config{})
 	n := newNetwork(s)
-	k := 0
-	n.lose = func() bool { k++; return k%5 == 0 }
+	coin := rand.New(rand.NewPCG(5, 6))
+	n.lose = func() bool { return coin.IntN(5) == 0 }
 	for range 400 {
 		s.Used(n.now)
 		n.run(t, n.now.Add(time.Second))

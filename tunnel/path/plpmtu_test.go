@@ -335,9 +335,9 @@ func TestBusyPathFindsBlackHoleInSeconds(t *testing.T) {
 		}
 		use(20*time.Second + time.Duration(phase)*time.Millisecond)
 		n.mtu = 1300
-		use(2500 * time.Millisecond)
+		use(1900 * time.Millisecond)
 		if got := s.Snapshot().MTU; got > 1300 || got < 1200 {
-			t.Errorf("phase %d: MTU %d after 2.5 s, want 1200 to 1300", phase, got)
+			t.Errorf("phase %d: MTU %d after 1.9 s, want 1200 to 1300", phase, got)
 		}
 		use(10 * time.Second)
 		if i := s.Snapshot(); i.MTU != 1300 || !i.Up || i.Loss > 0 {

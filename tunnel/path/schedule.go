@@ -35,9 +35,13 @@ type peer struct {
 	wanted [encap.NumModes]Candidate
 	heard  [encap.NumModes]time.Time // when the peer's own probes last arrived
 	seen   [encap.NumModes]Info      // what the last look found
+	trains trains                    // toward it
+	coming [encap.NumModes]coming    // trains of its own
 	misses int                       // of the path in use, at the last look
 	next   time.Time                 // of the next look; zero after an event
 	tx, rx uint64                    // packets, at the last Traffic
+
+	trainsChanged bool // since the last look
 }
 
 // NewSchedule has no peers. Nonces and jitter come from r, see [New].
@@ -224,6 +228,9 @@ type Report struct {
 	Probes   []Due // probes to send
 	Changes  []Change
 	Switches []Switch
+	Send     []Train // trains to send
+	Asks     []Due   // questions to send: how many packets of the train with this nonce have arrived?
+	Trains   []TrainChange
 	Next     time.Time // time of the next look if no event happens before
 }
 
@@ -257,6 +264,13 @@ func (p *peer) look(now time.Time, id string, r *Report) {
 	}
 	p.next = now.Add(lookAgain)
 	if at, ok := p.choice.next(); ok {
+		p.next = earlier(p.next, at)
+	}
+	if p.trainsChanged {
+		p.trainsChanged = false
+		r.Trains = append(r.Trains, TrainChange{id, p.trains.info})
+	}
+	if at, ok := p.trains.look(now, id, p.choice.active, p.paths[p.choice.active], r); ok {
 		p.next = earlier(p.next, at)
 	}
 	for m, st := range p.each {

@@ -14,6 +14,8 @@ type Dest struct {
 	addr netip.AddrPort
 	name []byte // raw sockaddr
 
+	singles bool // trains are sent packet by packet, always
+
 	// retryGSO is the time when trains may be tried again, in nanoseconds since
 	// epoch (a monotonic clock), or 0 while trains are in use. backoff is the delay
 	// after the next refusal.
@@ -39,15 +41,26 @@ func NewDest(addr netip.AddrPort) *Dest {
 	return &Dest{addr: addr, name: sys.AppendSockaddr(nil, addr)}
 }
 
+// NewSinglesDest is NewDest of a peer that trains do not reach, though the kernel
+// takes them: they are sent packet by packet.
+func NewSinglesDest(addr netip.AddrPort) *Dest {
+	d := NewDest(addr)
+	d.singles = true
+	return d
+}
+
 // Addr is the address that NewDest was given.
 func (d *Dest) Addr() netip.AddrPort { return d.addr }
 
 // GSO reports whether trains to this destination are sent as trains. It is false
-// after a refusal, until the kernel accepts a train again.
-func (d *Dest) GSO() bool { return d.retryGSO.Load() == 0 }
+// for a singles destination, and after a refusal, until the kernel accepts a train again.
+func (d *Dest) GSO() bool { return !d.singles && d.retryGSO.Load() == 0 }
 
 // tryGSO reports whether to send the next train as one.
 func (d *Dest) tryGSO() bool {
+	if d.singles {
+		return false
+	}
 	at := d.retryGSO.Load()
 	return at == 0 || int64(time.Since(epoch)) >= at
 }

@@ -212,3 +212,14 @@ func TestTrainOfTooBig(t *testing.T) {
 		collect(t, to, 8)
 	})
 }
+
+// A singles destination gets no trains, and that is no refusal of the kernel.
+func TestSinglesDest(t *testing.T) {
+	eachFamily(t, func(t *testing.T, six bool) {
+		from, to := newLink(t, 1500).udpPair(six)
+		dest := NewSinglesDest(to.Local())
+		if res := sendTrain(t, from, to, dest, 700, 9); res.Messages != 11 || res.GSOFallbacks != 0 || dest.GSO() {
+			t.Errorf("%+v, GSO %v; want 11 messages and no fallback", res, dest.GSO())
+		}
+	})
+}

@@ -52,7 +52,9 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 	for i := 0; i < b.msgs.Messages(); {
 		m := &b.meta[i]
 		if m.segment > 0 && !m.to.tryGSO() {
-			r.GSOFallbacks++
+			if !m.to.singles {
+				r.GSOFallbacks++
+			}
 			if err := s.sendSingles(b, i, &r); err != nil {
 				return r, err
 			}

@@ -21,6 +21,7 @@ func TestMain(m *testing.M) { os.Exit(hosts.Main(m)) }
 
 // stage is two hosts with a router between them, and a pod on each.
 type stage struct {
+	net          *hosts.Net
 	a, b, router *hosts.Host
 	first        *hosts.Agent // of a
 	second       *hosts.Agent // of b
@@ -37,7 +38,7 @@ const (
 func newStage(t *testing.T, paths string, mtuA, mtuB int) *stage {
 	t.Helper()
 	n := hosts.New(t)
-	s := &stage{a: n.Host("a"), b: n.Host("b"), router: n.Host("r")}
+	s := &stage{net: n, a: n.Host("a"), b: n.Host("b"), router: n.Host("r")}
 	s.a.LinkMTU("eth0", addrA+"/24", s.router, "toa", "10.0.1.1/24", mtuA)
 	s.b.LinkMTU("eth0", addrB+"/24", s.router, "tob", "10.0.2.1/24", mtuB)
 	s.router.Sysctl("net.ipv4.ip_forward", "1")

@@ -1,0 +1,62 @@
+package pathtest
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/testing/hosts"
+)
+
+// TestBrokenTrains has a wire that loses all but the first packet of each train toward one of two peers, as some drivers
+// do. The agent finds it within seconds, sends that peer single packets, and names what is wrong; the other peer is not
+// concerned.
+//
+// The sender's kernel cuts the trains (gso_max_segs 1). Their packets have IP IDs 0, 1, 2 and so on, single packets have 0:
+// the router drops what has another one.
+func TestBrokenTrains(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "udp, ipip", 1500, 1500)
+	s.a.IP("link set eth0 gso_max_segs 1")
+	c := s.net.Host("c")
+	c.Link("eth0", "10.0.3.13/24", s.router, "toc", "10.0.3.1/24")
+	c.IP("route add default via 10.0.3.1")
+	third := c.Agent("--join", addrA, "--paths", "udp,ipip")
+	third.Ready(30 * time.Second)
+	cache := third.Pod("cache")
+	hosts.Within(t, 20*time.Second, "pods reach each other", func() error { return s.pod.Ping(cache.IPv4()) })
+	x := s.transfer(t)
+	x.progress(t, 10*time.Second)
+	s.pod.Stream(cache.IPv4(), 10*time.Millisecond) // the third host is busy, too
+	time.Sleep(3 * time.Second)                     // trains to all of them are tried, and arrive
+	if p := s.first.Problems(); p != "" {
+		t.Fatalf("before: %s", p)
+	}
+
+	s.router.Run("nft", "table ip filter { chain forward { type filter hook forward priority 0; ip daddr "+addrB+" udp dport 6080 ip id != 0 counter drop; }; }")
+	took := hosts.Within(t, 15*time.Second, "the trains are off", func() error {
+		if p := s.first.Problems(); !strings.Contains(p, "trains") {
+			return fmt.Errorf("problems: %q", p)
+		}
+		return nil
+	})
+	x.progress(t, 15*time.Second)
+	t.Logf("trains are off after %v, the transfer stood still for %v", took.Round(10*time.Millisecond), x.stop(t).Round(time.Millisecond))
+	var u unix.Utsname
+	if err := unix.Uname(&u); err != nil {
+		t.Fatal(err)
+	}
+	problems := s.first.Problems()
+	contains(t, "the problem", problems, "do not reach b:", unix.ByteSliceToString(u.Release[:]), "eth0", "ethtool -K eth0")
+	if strings.Contains(problems, "reach c:") || s.second.Problems()+third.Problems() != "" {
+		t.Errorf("others are concerned: %s %s %s", problems, s.second.Problems(), third.Problems())
+	}
+	for _, p := range s.first.Status().Peers {
+		if p.Path.Mode != "udp" {
+			t.Errorf("%s is reached by %s: only trains are broken", p.Name, p.Path.Mode)
+		}
+	}
+}

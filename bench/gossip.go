@@ -23,6 +23,7 @@ import (
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/membership/keyring"
+	"github.com/tulle-net/tulle/membership/seed"
 )
 
 // GossipOptions configure one run of [Gossip].
@@ -299,8 +300,12 @@ func startMembers(ctx context.Context, o GossipOptions) (nodes []*member, wait f
 				TunAddrs: []netip.Addr{bulkPrefix(i).Addr().Next()},
 			},
 		}
+		var seeds []string
 		for range min(i, 3) {
-			c.Seeds = append(c.Seeds, addr(rand.IntN(i)).String())
+			seeds = append(seeds, addr(rand.IntN(i)).String())
+		}
+		if c.Seeds, err = seed.New(seeds, uint16(o.Port), nil, nil); err != nil {
+			return nodes, wait, err
 		}
 		if m.Gossip, err = gossip.New(c); err != nil {
 			return nodes, wait, err

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
 	"sync"
 	"time"
@@ -115,21 +116,29 @@ func (c *cluster) Seeds() ownership.Seeds {
 		return ownership.Seeds{}
 	}
 	for _, seed := range c.gossip.Seeds() {
-		switch {
-		case seed.Tried.IsZero():
-			s.Tried = false
-			s.Others++
-		case seed.Self:
-		default:
-			s.Others++
-			if seed.Reason == "" {
-				s.Answered++
-			} else {
-				s.Silent = append(s.Silent, seed.Address)
-			}
-		}
+		s.Tried = s.Tried && seed.Tried
+		s.Others += seed.Others
+		s.Answered += seed.Answered
+		s.Silent = append(s.Silent, silent(seed)...)
 	}
 	return s
+}
+
+// silent names what of a seed has not answered: its name, or the addresses if they are several.
+func silent(s gossip.Seed) []string {
+	if s.Answered == s.Others {
+		return nil
+	}
+	if len(s.Addrs) < 2 {
+		return []string{s.Name}
+	}
+	var out []string
+	for _, a := range s.Addrs {
+		if !a.Self && !a.Answered {
+			out = append(out, fmt.Sprintf("%s at %v", s.Name, a.Addr.Addr()))
+		}
+	}
+	return out
 }
 
 // TunnelAnswers implements ownership.Env.

@@ -58,6 +58,7 @@ type underlay struct {
 	sizes    atomic.Pointer[sizes] // follow link
 	ways     *hostnet.Ways         // how packets leave for each peer; nil before the first look; loop's own
 
+	own       atomic.Pointer[[]netip.Addr] // the addresses of all this host's devices, as of the last check
 	kept      atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
 	lostSince time.Time                    // since when an address of link is missing; loop's own
 }

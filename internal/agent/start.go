@@ -217,8 +217,8 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		}
 	}
 	s.gossip, err = gossip.New(gossip.Config{
-		ID: id, Name: s.cfg.NodeName, Bind: s.link.Addrs[0], Port: int(s.cfg.GossipPort), MTU: s.link.MTU,
-		Seeds: s.cfg.Join, LastPeers: known, Meta: s.meta(), Keyring: s.keys, Handler: handler{s.cluster}, Logger: s.log,
+		ID: id, Name: s.cfg.NodeName, Bind: s.link.Addrs[0], Also: s.link.Addrs[1:], Port: int(s.cfg.GossipPort), MTU: s.link.MTU,
+		Seeds: s.seeds, Own: s.owns, LastPeers: known, Meta: s.meta(), Keyring: s.keys, Handler: handler{s.cluster}, Logger: s.log,
 	})
 	s.cluster.gossip = s.gossip
 	return err

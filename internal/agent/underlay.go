@@ -15,6 +15,7 @@ import (
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/membership/seed"
 )
 
@@ -45,7 +46,9 @@ func (a *agent) awaitUnderlay(ctx context.Context, s *session, state *ipam.State
 		link, err := hostnet.DetectUnderlay(s.sought(a.cfg, last))
 		if err == nil && (link.By == hostnet.ByOperator || allTried(seeds) || time.Since(began) > namesPatience) {
 			s.link = link
-			return nil
+			own, err := hostnet.LocalAddrs()
+			s.own.Store(&own)
+			return err
 		}
 		if err != nil && !errors.Is(err, hostnet.ErrNotYet) {
 			return err
@@ -158,6 +161,8 @@ func (s *session) checkUnderlay(now time.Time) error {
 		return nil
 	}
 	s.resize(kept.Underlay)
+	s.own.Store(&kept.Host)
+	s.listenBeside(kept)
 	if was := s.kept.Swap(&kept); len(kept.Lost) == 0 {
 		s.lostSince = time.Time{}
 		if was != nil && len(was.Lost) > 0 {
@@ -183,6 +188,23 @@ func (s *session) checkUnderlay(now time.Time) error {
 		return &underlayChange{why}
 	}
 	return nil
+}
+
+// owns reports whether an address leads to this host, so that a seed which has it is this node.
+func (s *session) owns(a netip.Addr) bool {
+	own := s.own.Load()
+	return a.IsLoopback() || a.IsUnspecified() || slices.Contains(s.link.Addrs, a) || own != nil && slices.Contains(*own, a)
+}
+
+// listenBeside lets gossip answer at the other addresses of the underlay interface as well: a virtual address is what others may
+// have as their seed.
+func (s *session) listenBeside(k hostnet.Kept) {
+	inPods := func(a netip.Addr) bool {
+		return slices.ContainsFunc(s.podSpace, func(p netip.Prefix) bool { return p.Contains(a) })
+	}
+	if err := s.gossip.Listen(slices.DeleteFunc(k.Beside, inPods)); err != nil && !errors.Is(err, gossip.ErrNotRunning) {
+		s.log.Debug("gossip does not listen at each address of the interface", "error", err)
+	}
 }
 
 // letGo decides whether an underlay in use gives way to the next one: it returns the reason, or "" to keep what works. lost says

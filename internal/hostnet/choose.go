@@ -234,11 +234,15 @@ func LocalAddrs() ([]netip.Addr, error) {
 	if err != nil {
 		return nil, err
 	}
+	return d.allAddrs(), nil
+}
+
+func (d *detector) allAddrs() []netip.Addr {
 	out := make([]netip.Addr, 0, len(d.all))
 	for _, a := range d.all {
 		out = append(out, addrOf(a.IP))
 	}
-	return out, nil
+	return out
 }
 
 // Kept is the current state of an underlay in use.
@@ -246,6 +250,8 @@ type Kept struct {
 	Underlay              // with the device that has its first address now
 	Lost     []netip.Addr // those of its addresses that the host has lost or cannot use
 	More     netip.Addr   // a new address of the other family; invalid if there is none
+	Beside   []netip.Addr // other usable addresses of the device
+	Host     []netip.Addr // the addresses of all devices
 	Down     string       // why its device carries no packets; "" if it does
 }
 
@@ -270,6 +276,12 @@ func KeptUnderlay(u Underlay) (Kept, error) {
 			} else if l.RawFlags&unix.IFF_RUNNING == 0 {
 				k.Down = l.Name + " has no carrier"
 			}
+		}
+	}
+	k.Host = d.allAddrs()
+	for _, h := range d.addrs {
+		if a := addrOf(h.IP); h.LinkIndex == k.Index && !slices.Contains(u.Addrs, a) {
+			k.Beside = append(k.Beside, a)
 		}
 	}
 	if len(u.Addrs) == 1 && len(k.Lost) == 0 && u.By != ByOperator {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/keyring"
+	"github.com/tulle-net/tulle/membership/seed"
 )
 
 // A Handler owns the table. It supplies the state for push/pull and receives the
@@ -44,9 +45,15 @@ type Config struct {
 	Port int        // TCP and UDP port; also the default port of seeds
 	MTU  int        // bytes of the underlay link; 0 means 1500
 
-	// Seeds are HOST[:PORT] of some members. The node's own address is ignored,
-	// so that all hosts can share one list.
-	Seeds []string
+	// Also are further addresses of this host to listen at and to send from, above all one of the other family, so that members of
+	// either family are reached. They belong into Meta.Underlay, too. What cannot be bound is done without.
+	Also []netip.Addr
+
+	// Seeds are any members; nil: none. The node's own addresses among them are passed over, so that all hosts can share one
+	// list. Who has made the list runs it.
+	Seeds *seed.List
+	// Own reports whether an address leads to this host, so that a seed which has it is this node; nil: Bind and Also do.
+	Own func(netip.Addr) bool
 	// LastPeers are the addresses of members from before a restart, from
 	// [Gossip.KnownPeers].
 	LastPeers []netip.AddrPort
@@ -73,6 +80,7 @@ type pace struct {
 	stream                        time.Duration // dial, read and write limit
 	suspicionMult                 int
 	rejoinMin, rejoinMax          time.Duration // alone: backoff
+	newcomer                      time.Duration // in sight of others, but in no cluster
 	heal, healSlow                time.Duration // not alone, but some peers are missing
 	returning                     time.Duration // while peers still have this node's old address
 	presence                      time.Duration // for an answer of whoever has an address
@@ -92,6 +100,7 @@ func (p pace) withDefaults() pace {
 	def(&p.stream, 10*time.Second)
 	def(&p.rejoinMin, time.Second)
 	def(&p.rejoinMax, 30*time.Second)
+	def(&p.newcomer, 2*time.Second)
 	def(&p.heal, 15*time.Second)
 	def(&p.healSlow, time.Minute)
 	def(&p.returning, 3*time.Second)
@@ -134,8 +143,10 @@ const (
 // datagram, with its IP and UDP headers, is larger than the link's MTU.
 func (c *Config) packetSize() int {
 	headers := 20 + 8
-	if c.Bind.Is6() && !c.Bind.Is4In6() {
-		headers = 40 + 8
+	for _, a := range append([]netip.Addr{c.Bind}, c.Also...) {
+		if a.Unmap().Is6() {
+			headers = 40 + 8
+		}
 	}
 	mtu := c.MTU
 	if mtu == 0 {

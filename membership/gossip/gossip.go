@@ -43,6 +43,9 @@ type Gossip struct {
 	count        counters
 	alive        atomic.Int64 // other live members
 
+	attempts sync.WaitGroup // those of rejoin that are under way
+	slots    chan struct{}
+
 	started atomic.Bool
 	life    sync.Mutex // held while memberlist is created, replaced or shut down
 
@@ -56,7 +59,7 @@ type Gossip struct {
 	known     map[netip.AddrPort]time.Time // addresses of members, and when they were last alive
 	guard     guardState
 	problems  problemSet
-	seeds     map[string]*seedState
+	tries     map[netip.AddrPort]*attempt // of seeds' addresses, and of others while one is under way
 	lastDeath time.Time
 	pruned    time.Time
 	keys      keyWaiters
@@ -105,7 +108,8 @@ func New(cfg Config) (*Gossip, error) {
 		bind:         netip.AddrPortFrom(cfg.Bind.Unmap(), uint16(cfg.Port)),
 		peers:        map[membership.NodeID]*peer{},
 		known:        map[netip.AddrPort]time.Time{},
-		seeds:        map[string]*seedState{},
+		tries:        map[netip.AddrPort]*attempt{},
+		slots:        make(chan struct{}, parallelAttempts),
 	}
 	g.queue = &memberlist.TransmitLimitedQueue{
 		NumNodes:       func() int { return int(g.alive.Load()) + 1 },
@@ -188,11 +192,26 @@ func (g *Gossip) fail(err error) {
 
 // open opens the sockets and creates the memberlist instance on top of them.
 func (g *Gossip) open(addr netip.AddrPort) error {
-	tr, err := listen(addr, &g.traffic, g.cfg.allow)
+	tr, err := g.listen(addr)
 	if err != nil {
 		return err
 	}
 	return g.start(tr)
+}
+
+// listen binds the address that the others are told, and that of the other family as far as it can be had.
+func (g *Gossip) listen(addr netip.AddrPort) (*transport, error) {
+	tr, err := listen(addr, &g.traffic, g.cfg.allow)
+	if err != nil {
+		return nil, err
+	}
+	tr.reach = g.reach(tr)
+	for _, a := range g.cfg.Also {
+		if err := tr.add(a.Unmap()); err != nil {
+			g.log.Warn("gossip: not reachable by the other family", "addr", a, "err", err)
+		}
+	}
+	return tr, nil
 }
 
 func (g *Gossip) start(tr *transport) error {
@@ -344,13 +363,13 @@ func (t *packetTransport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 
 func (t *packetTransport) WriteTo(b []byte, addr string) (time.Time, error) { return t.write(b, addr) }
 func (t *packetTransport) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
-	return t.write(b, a.Addr)
+	return t.writeTo(b, a.Name, a.Addr)
 }
 func (t *packetTransport) DialTimeout(addr string, d time.Duration) (net.Conn, error) {
 	return t.dial(addr, d)
 }
 func (t *packetTransport) DialAddressTimeout(a memberlist.Address, d time.Duration) (net.Conn, error) {
-	return t.dial(a.Addr, d)
+	return t.dialTo(a.Name, a.Addr, d)
 }
 func (t *packetTransport) PacketCh() <-chan *memberlist.Packet { return t.packets }
 func (t *packetTransport) StreamCh() <-chan net.Conn           { return t.streams }

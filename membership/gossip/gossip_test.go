@@ -15,6 +15,7 @@ import (
 
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/keyring"
+	"github.com/tulle-net/tulle/membership/seed"
 	"go.uber.org/goleak"
 )
 
@@ -97,9 +98,18 @@ type node struct {
 type option func(*Config)
 
 func seeds(addrs ...netip.Addr) option {
+	var texts []string
+	for _, a := range addrs {
+		texts = append(texts, a.String())
+	}
+	return named(texts...)
+}
+
+func named(texts ...string) option {
 	return func(c *Config) {
-		for _, a := range addrs {
-			c.Seeds = append(c.Seeds, a.String())
+		var err error
+		if c.Seeds, err = seed.New(texts, testPort, nil, nil); err != nil {
+			panic(err)
 		}
 	}
 }
@@ -136,7 +146,11 @@ func launch(t *testing.T, name string, opts ...option) *node {
 	var result error
 	go func() {
 		defer close(n.done)
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = c.Seeds.Run(ctx) })
 		result = g.Run(ctx)
+		cancel()
+		wg.Wait()
 	}()
 	n.stop = func() error {
 		cancel()
@@ -263,8 +277,8 @@ func TestJoinInAnyOrder(t *testing.T) {
 			}
 		}
 		for i, s := range n.Seeds() {
-			if self := addrs[i] == n.addr; s.Self && !self {
-				t.Errorf("%s holds seed %s for itself", n.name, s.Address)
+			if self := addrs[i] == n.addr; s.Self() != self {
+				t.Errorf("%s holds seed %s for itself: %v", n.name, s.Name, s.Self())
 			}
 		}
 	}
@@ -273,12 +287,9 @@ func TestJoinInAnyOrder(t *testing.T) {
 func TestSeedsNotThereYet(t *testing.T) {
 	leakCheck(t)
 	late := testAddr()
-	n := launch(t, "early", seeds(late), func(c *Config) {
-		c.Seeds = append(c.Seeds, "no-such-host.invalid", "[::1]:70000")
-	})
+	n := launch(t, "early", named(late.String(), "no-such-host.invalid"))
 	eventually(t, "the silent seed is explained", func() bool { return n.hasProblem("seed "+late.String(), "nothing listens there") })
 	eventually(t, "the unknown name is explained", func() bool { return n.hasProblem("no-such-host.invalid", "does not resolve", "--join") })
-	eventually(t, "the bad seed is explained", func() bool { return n.hasProblem("[::1]:70000", "HOST[:PORT]") })
 	if !n.Isolated() {
 		t.Error("not isolated")
 	}

@@ -49,7 +49,7 @@ func (s MemberState) MarshalText() ([]byte, error) { return []byte(s.String()), 
 type Member struct {
 	ID    membership.NodeID
 	Name  string
-	Addr  netip.AddrPort // gossip address
+	Addr  netip.AddrPort // gossip address, of a family that this node has too if there is one
 	Meta  membership.Meta
 	State MemberState
 	Since time.Time     // of the state
@@ -76,7 +76,7 @@ func (g *Gossip) Members() []Member {
 	list := make([]Member, 0, len(g.peers))
 	for id, p := range g.peers {
 		if _, foreign := g.guard.foreign[id]; !foreign && !p.ghost(now) {
-			list = append(list, p.Member)
+			list = append(list, g.asSeen(p))
 		}
 	}
 	g.mu.RUnlock()
@@ -92,7 +92,7 @@ func (g *Gossip) Member(id membership.NodeID) (Member, bool) {
 	if _, foreign := g.guard.foreign[id]; p == nil || foreign {
 		return Member{}, false
 	}
-	return p.Member, true
+	return g.asSeen(p), true
 }
 
 // Forget removes a member that is not alive from the list, and from the addresses for
@@ -102,7 +102,7 @@ func (g *Gossip) Forget(id membership.NodeID) {
 	defer g.mu.Unlock()
 	if p := g.peers[id]; p != nil && p.State > StateSuspect {
 		delete(g.peers, id)
-		delete(g.known, p.Addr)
+		delete(g.known, g.near(p))
 	}
 }
 
@@ -146,21 +146,22 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 		state = StateLeft
 	}
 	p.gen = g.gen
-	if p.Addr != n.addr {
-		delete(g.known, p.Addr)
-		p.Addr = n.addr
+	at := g.near(&peer{Member: Member{Addr: n.addr, Meta: p.Meta}})
+	if before := g.near(p); before != at {
+		delete(g.known, before)
 	}
+	p.Addr = n.addr
 	if was != state || p.Since.IsZero() {
 		p.State, p.Since = state, now
 	}
 	switch {
 	case state == StateAlive:
-		g.known[n.addr] = now
+		g.known[at] = now
 		delete(g.guard.foreign, id)
 	case state == StateLeft:
-		delete(g.known, n.addr)
+		delete(g.known, at)
 	default:
-		g.known[n.addr] = now
+		g.known[at] = now
 		g.lastDeath = now
 	}
 	g.alive.Add(g.liveLocked(id) - before)
@@ -280,16 +281,9 @@ func (g *Gossip) Isolated() bool {
 		return false
 	}
 	g.mu.RLock()
-	defer g.mu.RUnlock()
-	if len(g.known) > 0 {
-		return true
-	}
-	for _, s := range g.cfg.Seeds {
-		if st := g.seeds[s]; st == nil || !st.self {
-			return true
-		}
-	}
-	return false
+	known := len(g.known)
+	g.mu.RUnlock()
+	return known > 0 || slices.ContainsFunc(g.Seeds(), func(s Seed) bool { return !s.Self() })
 }
 
 // Alive returns the number of other live members.

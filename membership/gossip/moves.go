@@ -37,12 +37,12 @@ func (g *Gossip) rebind(bind netip.Addr) error {
 	if err != nil {
 		return err
 	}
-	tr, err := listen(netip.AddrPortFrom(bind.Unmap(), uint16(g.cfg.Port)), &g.traffic, g.cfg.allow)
+	tr, err := g.listen(netip.AddrPortFrom(bind.Unmap(), uint16(g.cfg.Port)))
 	if err != nil {
 		return err
 	}
 	old.d.closed.Store(true)
-	old.tr.sendUDP.Store(tr.udp)
+	old.tr.via.Store(tr)
 	if err := old.ml.Leave(g.cfg.pace.leaves); err != nil {
 		g.log.Warn("gossip: not every member may know of the new address yet", "addr", tr.addr, "err", err)
 	}

@@ -70,7 +70,10 @@ func (s *problemSet) expire(now time.Time) {
 // remedy. Events such as a refused foreign cluster stay listed for some minutes
 // after they last happened.
 func (g *Gossip) Problems() []Problem {
-	isolated := g.Isolated()
+	var alone []Problem
+	if g.Isolated() {
+		alone = g.seedProblems()
+	}
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	now := time.Now()
@@ -79,9 +82,7 @@ func (g *Gossip) Problems() []Problem {
 	for _, p := range g.problems.byKey {
 		list = append(list, p.Problem)
 	}
-	if isolated {
-		list = append(list, g.seedProblemsLocked()...)
-	}
+	list = append(list, alone...)
 	slices.SortFunc(list, func(a, b Problem) int { return strings.Compare(a.What, b.What) })
 	return list
 }

@@ -23,7 +23,7 @@ func TestStreamsAreBounded(t *testing.T) {
 		}
 		tr.shutdown()
 	}()
-	to := tr.tcp.Addr().String()
+	to := tr.socks[0].tcp.Addr().String()
 	// open dials n times from one address, and returns how many were taken. The others find themselves closed.
 	open := func(from string, n int) (taken int) {
 		t.Helper()

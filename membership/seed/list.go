@@ -102,8 +102,11 @@ func (l *List) Changed() <-chan struct{} {
 	return l.changed
 }
 
-// Run looks names up until ctx ends. It returns nil.
+// Run looks names up until ctx ends, a nil List none. It returns nil.
 func (l *List) Run(ctx context.Context) error {
+	if l == nil {
+		return nil
+	}
 	var wg sync.WaitGroup
 	for _, e := range l.entries {
 		if e.host != "" {

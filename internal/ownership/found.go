@@ -6,48 +6,49 @@ import (
 	"time"
 )
 
-// Founding a cluster. Several newcomers may hold the word to start it: cloned
-// images with the bootstrap node's name, or --bootstrap on two hosts. At most one
-// of those that can hear of each other may start, so a founder first asks every
-// newcomer that it sees for its word, and starts when it has all of them:
+// Founding a cluster. Several new nodes may be configured to start it: cloned images
+// with the bootstrap node's name, or --bootstrap on two hosts. Of those that can see
+// each other at most one may start. So a founder first asks every new node that it sees
+// for its consent, and starts when it has all consents:
 //
-//	founder                            every other newcomer
+//	founder                            every other new node
 //	   │  found 7                            │
-//	   ├────────────────────────────────────▶│  has given its word to nobody else:
-//	   │                        found-ack 7  │  gives it, for foundLease
+//	   ├────────────────────────────────────▶│  has consented to no other founder:
+//	   │                        found-ack 7  │  consents, for foundLease
 //	   │◀────────────────────────────────────┤
-//	   │  has all words, none older than half the lease: starts
+//	   │  has all consents, none older than half the lease: starts
 //
-// A word binds until its lease ends, or the founder gives it back. Who has given it starts
-// nothing itself. So of two founders that see each other, or see a third node
-// both, only one can have all words.
+// A consent lasts until its lease ends or the founder releases it. A node that has
+// consented starts no cluster itself. So of two founders that see each other, or both see
+// a third node, only one can have all consents.
 //
-// Which one is settled by the lower node ID: a founder gives its word to a lower one, and one that hears
-// from an answer that a lower one wants to start gives all words back and waits for a lease. IDs
-// of newcomers are random, so nothing can be read into who it is.
+// The lower node ID decides which one: a founder consents to a founder with a lower ID.
+// A founder that learns from an answer that a lower one wants to start releases all
+// consents and waits for one lease. IDs of new nodes are random, so the order means
+// nothing else.
 //
-// A node that is in a cluster answers with its state, and the founder joins.
+// A node that is in a cluster answers with its state, and the founder joins it.
 type founding struct {
-	began   time.Time            // of the first question; zero: asks nobody
-	nonce   uint64               // a question's number is this plus the nanoseconds since began
-	sent    time.Time            // of the last round of questions
-	words   map[NodeID]time.Time // who has agreed, and when it was asked
-	word    NodeID               // to whom this node has given its own word
-	until   time.Time            // when that ends
-	rival   NodeID               // the lowest founder that was refused or heard of
+	began   time.Time            // time of the first request; zero: not asking
+	nonce   uint64               // a request's number is this plus the nanoseconds since began
+	sent    time.Time            // time of the last round of requests
+	words   map[NodeID]time.Time // the consents of other nodes, and when each was requested
+	word    NodeID               // the founder that this node has consented to
+	until   time.Time            // end of that consent
+	rival   NodeID               // the lowest other founder that this node has refused or heard of
 	rivalAt time.Time
 }
 
 const (
 	foundLease = 10 * time.Second
-	foundForce = 10 * time.Second // a forced bootstrap waits for silent newcomers this long
+	foundForce = 10 * time.Second // how long a forced bootstrap waits for new nodes that do not answer
 	foundRetry = time.Second
 )
 
-// founder reports whether this node has the word of its operator to start a cluster.
+// founder reports whether this node is configured to start a cluster.
 func (s *Machine) founder() bool { return s.cfg.Bootstrap || s.cfg.ForceBootstrap }
 
-// mayFound asks the newcomers for their word, and says what is missing; "" when this node is to start the cluster.
+// mayFound asks the new nodes for their consent. It returns what is missing, or "" if this node may start the cluster.
 func (s *Machine) mayFound(now time.Time, newcomers []Member) string {
 	f := &s.found
 	if s.plant.foundAlone {

@@ -143,7 +143,8 @@ func TestVXLANPortIsTaken(t *testing.T) {
 	e := &Engine{cfg: Config{VXLANPort: 4790}, tx: make([]*txWorker, 1)}
 	var err error
 	must(t, a.in(func() error { err = e.openVXLAN(a.under); return nil }))
-	if lacks := e.Unavailable(encap.VXLAN); err != nil || !errors.Is(lacks, unix.EADDRINUSE) || !strings.Contains(lacks.Error(), "--vxlan-port") {
+	if lacks := e.Unavailable(encap.VXLAN); err != nil || !errors.Is(lacks, unix.EADDRINUSE) || !strings.Contains(lacks.Error(), "--vxlan-port") ||
+		!strings.Contains(lacks.Error(), "ss -ulnp") {
 		t.Errorf("%v, %v", err, lacks)
 	}
 	if e.Unavailable(encap.UDP) != nil || len(e.rx) != 0 {

@@ -163,6 +163,7 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 	default:
 		g.known[at] = now
 		g.lastDeath = now
+		delete(g.tries, at) // a seed that has answered and is gone may have started a cluster meanwhile: it is tried anew
 	}
 	g.alive.Add(g.liveLocked(id) - before)
 	if now.Sub(g.pruned) > pruneInterval {

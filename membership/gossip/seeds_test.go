@@ -264,3 +264,20 @@ func TestReach(t *testing.T) {
 		}
 	}
 }
+
+// A seed that has answered and is gone has not answered: a node that starts a cluster waits for it.
+func TestSeedThatGoesHasNotAnswered(t *testing.T) {
+	leakCheck(t)
+	a := launch(t, "a")
+	b := launch(t, "b", seeds(a.addr))
+	converge(t, a, b)
+	eventually(t, "the seed has answered", func() bool { return b.Seeds()[0].Answered == 1 })
+	at := netip.AddrPortFrom(a.addr, testPort)
+	a.stop()
+	b.stop() // nothing is tried any more
+	b.tries[at] = &attempt{ended: true}
+	b.memberEvent(sighting{name: a.cfg.ID.String(), addr: at, meta: a.metaWire}, StateDead)
+	if s := b.Seeds()[0]; s.Answered != 0 {
+		t.Errorf("%+v", s)
+	}
+}

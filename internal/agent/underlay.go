@@ -100,7 +100,7 @@ func seedAddrs(seeds []seed.Seed) (known [][]netip.Addr, unknown string) {
 	var names []string
 	for _, e := range seeds {
 		if e.Unresolved() {
-			text := fmt.Sprintf("%s (%s", e.Name, e.Why())
+			text := fmt.Sprintf("seed %s (%s", e.Name, e.Why())
 			if !e.Since.IsZero() {
 				text += ", since " + e.Since.Format(time.TimeOnly)
 			}

@@ -78,7 +78,7 @@ func TestSeedAddrs(t *testing.T) {
 	if len(known) != 1 || !slices.Equal(known[0], addrs("10.0.1.11", "2001:db8::11")) {
 		t.Errorf("known: %v", known)
 	}
-	if want := "node-b:7946 (no such host, since 03:04:05), node-c:7946 (its name server has not answered yet)"; unknown != want {
+	if want := "seed node-b:7946 (no such host, since 03:04:05), seed node-c:7946 (its name server has not answered yet)"; unknown != want {
 		t.Errorf("unknown: %q, want %q", unknown, want)
 	}
 	names, err := seed.New([]string{"node-b"}, 7946, nil, nil)

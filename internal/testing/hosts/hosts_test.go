@@ -3,6 +3,7 @@ package hosts_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"os"
@@ -28,6 +29,14 @@ func TestTwoHosts(t *testing.T) {
 	first.Ready(20 * time.Second)
 	second := b.Agent("--join", "seed")
 	second.Ready(20 * time.Second)
+	for _, agent := range []*hosts.Agent{first, second} { // before that a pod may learn a smaller MTU, and keep it for minutes
+		hosts.Within(t, 20*time.Second, "the path's MTU is proven", func() error {
+			if st := agent.Status(); len(st.Peers) != 1 || st.Peers[0].Path.MTU != st.Node.Tun.MTU {
+				return fmt.Errorf("%+v", st.Peers)
+			}
+			return nil
+		})
+	}
 	web, db := first.Pod("web"), second.Pod("db")
 	for _, to := range db.Addrs {
 		hosts.Within(t, 10*time.Second, "pods reach each other", func() error { return web.Ping(to) })

@@ -128,7 +128,7 @@ func (s *session) run(ctx context.Context) error {
 	if errors.Is(err, context.Canceled) {
 		err = nil
 	}
-	return errors.Join(err, s.close())
+	return errors.Join(err, s.ownership.Flush(time.Now()), s.close())
 }
 
 // outliveOnceListening waits until gossip, the last part to open its sockets, has done so.

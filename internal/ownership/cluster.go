@@ -25,6 +25,17 @@ func (s *Machine) Tick(now time.Time) time.Time {
 	return now.Add(500 * time.Millisecond)
 }
 
+// Flush saves what the disk does not have yet: members' addresses, for instance, which otherwise wait for the next Tick. It is
+// called when the agent stops.
+func (s *Machine) Flush(now time.Time) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !s.dirty || s.cluster.IsZero() {
+		return nil
+	}
+	return s.save(now)
+}
+
 // MembersChanged reports that Env.Members has changed.
 func (s *Machine) MembersChanged(now time.Time) {
 	s.mu.Lock()

@@ -240,6 +240,29 @@ func (s *Machine) from(id NodeID, m message) []byte {
 	return m.encode()
 }
 
+// A member that joined just before the agent stops is on disk, so that the next run finds it without seeds.
+func TestFlushSavesMembers(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	addr := netip.MustParseAddrPort("192.0.2.2:7946")
+	env.members = []Member{{ID: NodeID{2}, Name: "two", Cluster: s.Cluster(), Alive: true, Addr: addr}}
+	s.MembersChanged(simStart)
+	env.fail = errors.New("disk full")
+	if err := s.Flush(simStart); !errors.Is(err, env.fail) {
+		t.Errorf("a full disk: %v", err)
+	}
+	env.fail = nil
+	if err := s.Flush(simStart); err != nil {
+		t.Fatal(err)
+	}
+	if len(env.disk.Peers) != 1 || env.disk.Peers[0].Addr != addr {
+		t.Errorf("peers on disk: %v", env.disk.Peers)
+	}
+	saved := env.disk
+	if err := s.Flush(simStart); err != nil || env.disk != saved {
+		t.Errorf("nothing to save: %v, %p and %p", err, env.disk, saved)
+	}
+}
+
 // TestPromisesEnd: a promise that nobody took back leaves memory and disk with
 // the first change after its end.
 func TestPromisesEnd(t *testing.T) {

@@ -1,0 +1,66 @@
+package cni
+
+import (
+	"slices"
+	"testing"
+
+	"github.com/containernetworking/cni/pkg/skel"
+	"github.com/containernetworking/cni/pkg/types"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+func TestParse(t *testing.T) {
+	for _, c := range []struct {
+		what, conf, args string
+		name             string
+		requested        []string
+		code             uint
+	}{
+		{"nothing", `{}`, "", "0123456789ab", nil, 0},
+		{"kubelet", `{"ipam": {}, "x": [1]}`, "IgnoreUnknown=1;K8S_POD_NAMESPACE=default;K8S_POD_NAME=web;K8S_POD_UID=1", "default/web", nil, 0},
+		{"nomad", `{}`, "NOMAD_JOB_ID=job;NOMAD_GROUP_NAME=g;NOMAD_REGION=x", "job/g", nil, 0},
+		{"two families in CNI_ARGS", `{}`, "IP=10.244.0.9, fd00::9/64", "0123456789ab", []string{"10.244.0.9", "fd00::9"}, 0},
+		{"runtimeConfig wins", `{"runtimeConfig": {"ips": ["10.244.0.8/24"]}, "args": {"cni": {"ips": ["10.244.0.7"]}}}`, "IP=10.244.0.9", "0123456789ab", []string{"10.244.0.8"}, 0},
+		{"args.cni", `{"args": {"cni": {"ips": ["10.244.0.7"]}}}`, "IP=10.244.0.9", "0123456789ab", []string{"10.244.0.7"}, 0},
+		{"no address", `{}`, "IP=10.244.0", "", nil, types.ErrInvalidNetworkConfig},
+		{"no object", `[]`, "", "", nil, types.ErrDecodingFailure},
+		{"odd arguments", `{}`, ";;=;a;=b;c==d", "0123456789ab", nil, 0},
+	} {
+		got, err := parse(&skel.CmdArgs{ContainerID: "0123456789abcdef", IfName: "eth0", Args: c.args, StdinData: []byte(c.conf)})
+		if c.code != 0 {
+			if err == nil || coded(err).Code != c.code {
+				t.Errorf("%s: %v, want code %d", c.what, err, c.code)
+			}
+			continue
+		}
+		if err != nil {
+			t.Errorf("%s: %v", c.what, err)
+			continue
+		}
+		var requested []string
+		for _, a := range got.requested {
+			requested = append(requested, a.String())
+		}
+		if got.name != c.name || !slices.Equal(requested, c.requested) {
+			t.Errorf("%s: name %q, requested %v", c.what, got.name, requested)
+		}
+	}
+}
+
+// What a runtime hands over never panics, and its ID reads back as it was.
+func FuzzParse(f *testing.F) {
+	f.Add(`{"name": "tulle", "cniVersion": "1.1.0", "runtimeConfig": {"ips": ["10.0.0.1/8"]}}`, "IP=fd00::1;K8S_POD_NAME=a", "c0ffee")
+	f.Add(`{"prevResult": {"cniVersion": "1.0.0", "ips": [{"address": "10.0.0.1/32", "interface": 7}]}, "cniVersion": "1.0.0"}`, "", "x")
+	f.Fuzz(func(t *testing.T, conf, cniArgs, container string) {
+		args := &skel.CmdArgs{ContainerID: container, IfName: "eth0", Args: cniArgs, StdinData: []byte(conf)}
+		c, err := parse(args)
+		if err != nil {
+			return
+		}
+		if len(c.name) > api.MaxNameLen {
+			t.Errorf("name of %d bytes", len(c.name))
+		}
+		_, _ = c.previous(args)
+	})
+}

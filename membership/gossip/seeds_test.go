@@ -213,7 +213,7 @@ func TestTally(t *testing.T) {
 		{"4s 4a 6s 6a", 1, 1}, // a name of two hosts
 	} {
 		var list []SeedAddr
-		for _, w := range strings.Fields(c.addrs) {
+		for w := range strings.FieldsSeq(c.addrs) {
 			a := netip.MustParseAddrPort("192.0.2.1:7946")
 			if w[0] == '6' {
 				a = netip.MustParseAddrPort("[2001:db8::1]:7946")

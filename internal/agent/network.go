@@ -180,10 +180,22 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 			p.endpoint, _ = s.endpoint(p.underlay)
 		}
 		s.findWay(&p)
-		p.mtu = min(s.limit(p.mode, &p), path.Base)
+		p.mtu = s.assumedMTU(&p, s.limit(p.mode, &p))
 		p.gone = now.Sub(s.started) > unseenFor && s.engine.PeerStats(p.id).RxPackets == 0
 		v.peers = append(v.peers, p)
 	}
+}
+
+// assumedMTU is the MTU of a peer's routes until the path MTU is known: what an earlier run of the agent left there, else
+// all that the links carry. Less would be safe, but the kernels of pods remember for ten minutes (ip_forward.c and
+// ip6_output.c answer for the route; mtu_expires) how little a path took in its first milliseconds.
+func (s *session) assumedMTU(p *peerView, limit mtu.TUN) mtu.TUN {
+	for _, prefix := range p.prefixes {
+		if m := s.leftMTU[prefix]; m != 0 {
+			limit = min(limit, mtu.TUN(m))
+		}
+	}
+	return limit
 }
 
 func b2i(b bool) int {
@@ -212,9 +224,13 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	if p.path, p.probed = s.probes.info(id, p.mode); p.probed {
 		answers = s.probes.answering(id)
 		p.trains = s.probes.trains(id)
-		p.mtu = min(limit, path.Base)
-		if p.path.MTU > 0 {
+		switch {
+		case p.path.First:
+			p.mtu = max(s.assumedMTU(&p, limit), min(limit, p.path.MTU))
+		case p.path.MTU > 0:
 			p.mtu = min(limit, p.path.MTU)
+		default:
+			p.mtu = min(limit, path.Base)
 		}
 	}
 	// A route is withdrawn only if both gossip and the data path have lost the node for a while: gossip may flap, and probes may be lost.

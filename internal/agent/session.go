@@ -83,6 +83,7 @@ type clusterSide struct {
 // hostSide reconciles the host's routes, addresses and nftables.
 type hostSide struct {
 	host       *hostnet.Reconciler
+	leftMTU    map[netip.Prefix]int // of the routes that an earlier run left, in bytes
 	conflist   *conflist.Publisher
 	pods       *podnet.Host  // source checks and routes of this host's pods
 	disturbed  chan struct{} // another program changed the host's network

@@ -162,6 +162,9 @@ func (s *session) openData(a *agent) (err error) {
 	}
 	s.probes.train = s.engine.ProbeTrain
 	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
+	if s.leftMTU, err = hostnet.RouteMTUs(s.cfg.Tun); err != nil {
+		return err
+	}
 	if s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")}); err != nil {
 		return err
 	}

@@ -1,12 +1,39 @@
 package hostnet
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
 	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
+
+// RouteMTUs returns the MTUs, in bytes, of the routes with our mark that lead into the TUN device, in the calling thread's
+// network namespace: what an earlier run knew of the paths to other nodes. Without the device there are none.
+func RouteMTUs(tun string) (map[netip.Prefix]int, error) {
+	link, err := netlink.LinkByName(tun)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: TUN device %s: %w", tun, err)
+	}
+	routes, err := dump("routes", func() ([]netlink.Route, error) {
+		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return nil, err
+	}
+	out := map[netip.Prefix]int{}
+	for i := range routes {
+		if rt := &routes[i]; ours(rt, link.Attrs().Index) && rt.MTU != 0 {
+			out[prefixOf(rt.Dst)] = rt.MTU
+		}
+	}
+	return out, nil
+}
 
 // PodRoute is one address of this node's own space that is in use: by a pod, or by the host itself on a bridge of pods.
 type PodRoute struct {

@@ -94,6 +94,7 @@ type Info struct {
 	RTTVar time.Duration // its variation
 	Loss   float64       // 0–1, of the last 64 liveness probes that were answered or given up
 	MTU    mtu.TUN       // largest inner packet proven to pass; 0 before the first proof
+	First  bool          // the first search for the MTU has neither ended nor refuted a size: larger packets may well pass
 	Probed int           // probes sent, of both kinds
 	Search string        // what the search for the MTU does: disabled, base, search, complete, error
 }
@@ -397,7 +398,7 @@ func (s *State) Snapshot() Info {
 	return Info{
 		Up: s.up, Since: s.since, Reason: s.reason,
 		RTT: s.srtt, RTTVar: s.rttvar, Loss: s.loss(),
-		MTU: s.pmtu.proven, Probed: s.probed, Search: s.pmtu.state.String(),
+		MTU: s.pmtu.proven, First: !s.pmtu.known, Probed: s.probed, Search: s.pmtu.state.String(),
 	}
 }
 

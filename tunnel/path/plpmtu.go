@@ -59,6 +59,7 @@ type plpmtu struct {
 	epoch  uint32  // answers to probes of an older epoch prove nothing
 	proven mtu.TUN // the PLPMTU; 0: nothing proven
 	hi     mtu.TUN // smallest size that is refuted; Max+1 when none is
+	known  bool    // a search has ended, or a size was refuted: proven is all that passes for certain
 
 	size    mtu.TUN // under test
 	losses  int     // of size
@@ -99,7 +100,7 @@ func (m *plpmtu) enterBase(now time.Time) {
 }
 
 func (m *plpmtu) enterComplete(now time.Time) {
-	m.state = complete
+	m.state, m.known = complete, true
 	m.confirmed = true
 	m.test(now, m.proven)
 	m.confirmAt = now.Add(m.cfg.Confirm)
@@ -239,6 +240,7 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 	if m.losses < m.cfg.MaxProbes {
 		return
 	}
+	m.known = true
 	switch m.state {
 	case searching:
 		m.hi = m.size
@@ -273,7 +275,7 @@ func (m *plpmtu) tooBig(now time.Time, limit mtu.TUN) {
 
 // lower caps everything at limit.
 func (m *plpmtu) lower(now time.Time, limit mtu.TUN) {
-	m.hi = limit + 1
+	m.hi, m.known = limit+1, true
 	shrunk := m.proven > limit
 	m.proven = min(m.proven, limit)
 	switch {

@@ -375,3 +375,26 @@ func TestLikelySizesAreFoundSoon(t *testing.T) {
 		}
 	}
 }
+
+// What a path carries is unknown until a search has ended or has refuted a size; then it stays known, whatever follows.
+func TestFirstSearch(t *testing.T) {
+	s := newState(Config{})
+	if !s.Snapshot().First {
+		t.Error("a new path is known")
+	}
+	n := newNetwork(s)
+	n.mtu = 1300
+	for n.run(t, epoch.Add(10*time.Millisecond)); s.Snapshot().First; n.run(t, n.now.Add(10*time.Millisecond)) {
+		if n.now.Sub(epoch) > 10*time.Second {
+			t.Fatal("a size that never passes is not refuted")
+		}
+	}
+	if i := s.Snapshot(); i.MTU < 1200 || i.MTU > 1300 {
+		t.Errorf("%+v", i)
+	}
+	t.Logf("refuted after %v", n.now.Sub(epoch))
+	n.run(t, epoch.Add(time.Hour))
+	if i := s.Snapshot(); i.First || i.MTU != 1300 {
+		t.Errorf("after the raise timer: %+v", i)
+	}
+}

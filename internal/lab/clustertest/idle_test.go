@@ -42,22 +42,29 @@ func TestIdle(t *testing.T) {
 		}
 		return time.Duration(n(14)+n(15)) * tick, n(24) * pageSize
 	}
-	before := map[string]time.Duration{}
-	for _, h := range l.Hosts() {
-		before[h.Name], _ = usage(h)
-	}
-	end := time.NewTimer(watch)
-	defer end.Stop()
-	<-end.C
-	for _, h := range l.Hosts() {
-		cpu, rss := usage(h)
-		cpu -= before[h.Name]
-		t.Logf("%s: %.1f MB resident, %.2f %% of a core", h.Name, float64(rss)/(1<<20), 100*cpu.Seconds()/watch.Seconds())
-		if rss > mostRSS {
-			t.Errorf("%s: %d bytes are resident, at most %d", h.Name, rss, mostRSS)
+	// Pings of the lab's start make paths busy for some seconds, and other tests share the CPUs: one quiet window is enough.
+	const windows = 3
+	for w := 1; ; w++ {
+		before := map[string]time.Duration{}
+		for _, h := range l.Hosts() {
+			before[h.Name], _ = usage(h)
 		}
-		if cpu > mostCPU {
-			t.Errorf("%s: %v of CPU time in %v, at most %v", h.Name, cpu, watch, mostCPU)
+		end := time.NewTimer(watch)
+		<-end.C
+		busy := false
+		for _, h := range l.Hosts() {
+			cpu, rss := usage(h)
+			cpu -= before[h.Name]
+			t.Logf("%s: %.1f MB resident, %.2f %% of a core", h.Name, float64(rss)/(1<<20), 100*cpu.Seconds()/watch.Seconds())
+			if rss > mostRSS {
+				t.Errorf("%s: %d bytes are resident, at most %d", h.Name, rss, mostRSS)
+			}
+			if busy = busy || cpu > mostCPU; cpu > mostCPU && w == windows {
+				t.Errorf("%s: %v of CPU time in %v, at most %v, in each of %d windows", h.Name, cpu, watch, mostCPU, windows)
+			}
+		}
+		if !busy || w == windows {
+			return
 		}
 	}
 }

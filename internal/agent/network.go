@@ -344,9 +344,9 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 }
 
 // hostRoutes are the underlay addresses of a member that this node's pods reach through the tunnel: while it is alive and
-// the path to it is up. Otherwise they try the underlay, as they would without Tulle.
+// the path to it is not down. Otherwise they try the underlay, as they would without Tulle.
 func (s *session) hostRoutes(p *peerView) (out []hostnet.HostRoute) {
-	if !p.host || !p.lives() || p.replaced || p.gone || !p.path.Up {
+	if down := p.probed && !p.path.Up && p.path.Probed >= 3; !p.host || !p.lives() || p.replaced || p.gone || down {
 		return nil
 	}
 	for _, a := range p.underlay {
@@ -356,6 +356,20 @@ func (s *session) hostRoutes(p *peerView) (out []hostnet.HostRoute) {
 		}
 		if !slices.Contains(s.link.Addrs, a) {
 			out = append(out, hostnet.HostRoute{Addr: a, MTU: m})
+		}
+	}
+	return out
+}
+
+// unseenHosts are the host routes of an earlier run to members that gossip has not seen yet in this one: they stay as long
+// as those members' other routes do.
+func (s *session) unseenHosts(v *view) (out []hostnet.HostRoute) {
+	if time.Since(s.started) > unseenFor {
+		return nil
+	}
+	for _, h := range s.leftHosts {
+		if v.livesAt(h.Addr, s.link.Addrs) == "" {
+			out = append(out, h)
 		}
 	}
 	return out
@@ -383,6 +397,7 @@ func (s *session) hostState(v *view) hostnet.State {
 		}
 		h.Hosts = append(h.Hosts, s.hostRoutes(&p)...)
 	}
+	h.Hosts = append(h.Hosts, s.unseenHosts(v)...)
 	if s.tooSmallFor6(v.status.Params.Families).What != "" {
 		return without6(h)
 	}

@@ -84,6 +84,7 @@ type clusterSide struct {
 type hostSide struct {
 	host       *hostnet.Reconciler
 	leftMTU    map[netip.Prefix]int // of the routes that an earlier run left, in bytes
+	leftHosts  []hostnet.HostRoute  // likewise, of those to members' hosts
 	conflist   *conflist.Publisher
 	pods       *podnet.Host  // source checks and routes of this host's pods
 	disturbed  chan struct{} // another program changed the host's network

@@ -58,6 +58,10 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err != nil && !errors.Is(err, ipam.ErrNoState) {
 		return err
 	}
+	// Also before the wait: an address of this host inside the cluster's space is no underlay address.
+	if err := checkOverlap(a.cfg, state); err != nil {
+		return err
+	}
 	if err := a.awaitUnderlay(ctx, s, state); err != nil {
 		return err
 	}
@@ -163,6 +167,9 @@ func (s *session) openData(a *agent) (err error) {
 	s.probes.train = s.engine.ProbeTrain
 	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
 	if s.leftMTU, err = hostnet.RouteMTUs(s.cfg.Tun); err != nil {
+		return err
+	}
+	if s.leftHosts, err = hostnet.LeftHosts(s.cfg.Tun); err != nil {
 		return err
 	}
 	if s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")}); err != nil {

@@ -27,9 +27,15 @@ func (p *pass) reconcileHosts(link int) error {
 	var errs []error
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		v4 := family == netlink.FAMILY_V4
+		var from []netip.Prefix
+		for _, o := range p.s.Own {
+			if o.Addr().Is4() == v4 {
+				from = append(from, o)
+			}
+		}
 		want := map[netip.Addr]int{}
 		for _, h := range p.s.Hosts {
-			if h.Addr.Is4() != v4 {
+			if h.Addr.Is4() != v4 || len(from) == 0 { // without pods of the family the device may have it switched off
 				continue
 			}
 			m := h.MTU
@@ -38,11 +44,8 @@ func (p *pass) reconcileHosts(link int) error {
 			}
 			want[h.Addr] = min(m, maxRouteMTU)
 		}
-		var from []netip.Prefix
-		for _, o := range p.s.Own {
-			if o.Addr().Is4() == v4 && len(want) > 0 {
-				from = append(from, o)
-			}
+		if len(want) == 0 {
+			from = nil
 		}
 		errs = append(errs, p.hostRoutes(family, link, want), p.hostRules(family, from))
 	}
@@ -157,6 +160,29 @@ func (r *Reconciler) removeHosts() error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// LeftHosts returns the addresses that pods reach through the TUN device by what an earlier run left in the calling
+// thread's network namespace, with the routes' MTUs. Without the device there are none.
+func LeftHosts(tun string) (out []HostRoute, err error) {
+	index, err := linkIndex(tun)
+	if index == 0 || err != nil {
+		return nil, err
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		list, err := dump("routes", func() ([]netlink.Route, error) {
+			return netlink.RouteListFiltered(family, &netlink.Route{Table: HostsTable, Protocol: Protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+		})
+		if err != nil {
+			return nil, err
+		}
+		for i := range list {
+			if p := prefixOf(list[i].Dst); p.IsSingleIP() && list[i].LinkIndex == index {
+				out = append(out, HostRoute{Addr: p.Addr(), MTU: list[i].MTU})
+			}
+		}
+	}
+	return out, nil
 }
 
 // hostRouteList lists our routes in the table.

@@ -13,12 +13,9 @@ import (
 // RouteMTUs returns the MTUs, in bytes, of the routes with our mark that lead into the TUN device, in the calling thread's
 // network namespace: what an earlier run knew of the paths to other nodes. Without the device there are none.
 func RouteMTUs(tun string) (map[netip.Prefix]int, error) {
-	link, err := netlink.LinkByName(tun)
-	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
-		return nil, nil
-	}
-	if err != nil {
-		return nil, fmt.Errorf("hostnet: TUN device %s: %w", tun, err)
+	index, err := linkIndex(tun)
+	if index == 0 || err != nil {
+		return nil, err
 	}
 	routes, err := dump("routes", func() ([]netlink.Route, error) {
 		return netlink.RouteListFiltered(netlink.FAMILY_ALL, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
@@ -28,11 +25,23 @@ func RouteMTUs(tun string) (map[netip.Prefix]int, error) {
 	}
 	out := map[netip.Prefix]int{}
 	for i := range routes {
-		if rt := &routes[i]; ours(rt, link.Attrs().Index) && rt.MTU != 0 {
+		if rt := &routes[i]; ours(rt, index) && rt.MTU != 0 {
 			out[prefixOf(rt.Dst)] = rt.MTU
 		}
 	}
 	return out, nil
+}
+
+// linkIndex is the index of the device in the calling thread's network namespace, 0 if there is none.
+func linkIndex(name string) (int, error) {
+	link, err := netlink.LinkByName(name)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+		return 0, nil
+	}
+	if err != nil {
+		return 0, fmt.Errorf("hostnet: device %s: %w", name, err)
+	}
+	return link.Attrs().Index, nil
 }
 
 // PodRoute is one address of this node's own space that is in use: by a pod, or by the host itself on a bridge of pods.

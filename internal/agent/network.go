@@ -343,10 +343,11 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 	return out
 }
 
-// hostRoutes are the underlay addresses of a member that this node's pods reach through the tunnel: while it is alive and
-// the path to it is not down. Otherwise they try the underlay, as they would without Tulle.
+// hostRoutes are the underlay addresses of a member that this node's pods reach through the tunnel: while gossip or the
+// path says that it is there, and the path is not down. Otherwise they try the underlay, as they would without Tulle.
 func (s *session) hostRoutes(p *peerView) (out []hostnet.HostRoute) {
-	if down := p.probed && !p.path.Up && p.path.Probed >= 3; !p.host || !p.lives() || p.replaced || p.gone || down {
+	down := p.probed && !p.path.Up && p.path.Probed >= 3
+	if !p.host || p.replaced || p.gone || down || !p.lives() && !p.path.Up {
 		return nil
 	}
 	for _, a := range p.underlay {

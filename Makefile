@@ -5,7 +5,7 @@ GO ?= go
 # What the tests use beside Go and the kernel; see docs/development.md for what each is for.
 PACKAGES = tshark ethtool iperf3 sockperf iproute2 nftables debootstrap systemd-container dbus procps containerd busybox-static
 
-.PHONY: build demo test deps lint unit race fuzz simulate bench clean
+.PHONY: build demo test deps lint unit race fuzz simulate interop bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -36,6 +36,11 @@ fuzz:
 # Ten times as many schedules of who owns which address, and of how clusters start, as `unit` runs; takes minutes.
 simulate:
 	TULLE_SIM_RUNS=20000 $(GO) test -timeout 60m -run 'TestSimulation(OfStarts)?$$' -v ./internal/ownership
+
+# Against the tunnels of Debian's kernel, booted by QEMU in software; takes two minutes, and downloads a kernel once.
+interop:
+	.ci/install qemu-system-x86 busybox-static iproute2 nftables
+	kernel=$$(.ci/kernel) && TULLE_INTEROP=$$kernel $(GO) test -count=1 -timeout 10m -v ./internal/lab/interop
 
 # Tulle beside no tunnel, the kernel's VXLAN and wireguard-go; takes minutes, wants a quiet machine.
 bench: build

@@ -51,6 +51,7 @@ var allowed = map[string][]string{
 	"internal/attach":            {"internal/api", "internal/podnet", "internal/sys"},
 	"internal/lab":               {"internal/sys", "internal/api", "internal/podnet"},
 	"internal/lab/clustertest":   {},
+	"internal/lab/interop":       {},
 	"internal/lab/pathtest":      {},
 	"internal/testing/damage":    {},
 	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},

@@ -37,7 +37,7 @@ fuzz:
 simulate:
 	TULLE_SIM_RUNS=20000 $(GO) test -timeout 60m -run 'TestSimulation(OfStarts)?$$' -v ./internal/ownership
 
-# Against the tunnels of Debian's kernel, booted by QEMU in software; takes two minutes, and downloads a kernel once.
+# Against the tunnels of Debian's kernel, booted by QEMU in software; takes a minute, and downloads a kernel once.
 interop:
 	.ci/install qemu-system-x86 busybox-static iproute2 nftables
 	kernel=$$(.ci/kernel) && TULLE_INTEROP=$$kernel $(GO) test -count=1 -timeout 10m -v ./internal/lab/interop

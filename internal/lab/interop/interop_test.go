@@ -2,6 +2,7 @@ package interop
 
 import (
 	"bytes"
+	"crypto/md5"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -19,39 +20,39 @@ func TestMain(m *testing.M) { os.Exit(hosts.Main(m)) }
 
 // way is one kind of tunnel between the agent and the guest's kernel.
 type way struct {
-	name  string
-	args  []string // of `tulle external add`
-	six   bool     // over IPv6
-	small int      // bytes that the agent's encapsulation adds
-	setup []string // commands in the guest, beside the devices
-	four  string   // the guest's device for IPv4 inside, as `ip link add` has it; "" for none
-	sixes string   // the same for IPv6 inside, if that is another device
+	name     string
+	args     []string // of `tulle external add`
+	six      bool     // over IPv6
+	overhead int      // bytes that the agent's encapsulation adds
+	setup    []string // commands in the guest, beside the devices
+	dev4     string   // the guest's device for IPv4 inside, as `ip link add` has it; "" for none
+	dev6     string   // the same for IPv6 inside, if that is another device
 }
 
 // In the commands LOCAL and AGENT are the underlay addresses.
 var ways = []way{
-	{name: "ipip and sit", args: []string{"--encap", "ipip"}, small: 20,
-		four:  "type ipip local LOCAL remote AGENT",
-		sixes: "type sit local LOCAL remote AGENT"},
-	{name: "ip6tnl", args: []string{"--encap", "ipip"}, six: true, small: 40,
-		four: "type ip6tnl mode any encaplimit none local LOCAL remote AGENT"},
-	{name: "gue by ipip and sit", args: []string{"--encap", "udp"}, small: 28,
+	{name: "ipip and sit", args: []string{"--encap", "ipip"}, overhead: 20,
+		dev4: "type ipip local LOCAL remote AGENT",
+		dev6: "type sit local LOCAL remote AGENT"},
+	{name: "ip6tnl", args: []string{"--encap", "ipip"}, six: true, overhead: 40,
+		dev4: "type ip6tnl mode any encaplimit none local LOCAL remote AGENT"},
+	{name: "gue by ipip and sit", args: []string{"--encap", "udp"}, overhead: 28,
 		setup: []string{"ip fou add port 6080 gue"},
-		four:  "type ipip local LOCAL remote AGENT encap gue encap-sport auto encap-dport 6080",
-		sixes: "type sit local LOCAL remote AGENT encap gue encap-sport auto encap-dport 6080"},
-	{name: "gue by ip6tnl", args: []string{"--encap", "udp"}, six: true, small: 48,
+		dev4:  "type ipip local LOCAL remote AGENT encap gue encap-sport auto encap-dport 6080",
+		dev6:  "type sit local LOCAL remote AGENT encap gue encap-sport auto encap-dport 6080"},
+	{name: "gue by ip6tnl", args: []string{"--encap", "udp"}, six: true, overhead: 48,
 		setup: []string{"ip -6 fou add port 6080 gue"},
-		four:  "type ip6tnl mode any encaplimit none local LOCAL remote AGENT encap gue encap-sport auto encap-dport 6080"},
-	{name: "fou by ipip, its own port", args: []string{"--encap", "udp", "--port", "6081"}, small: 28,
+		dev4:  "type ip6tnl mode any encaplimit none local LOCAL remote AGENT encap gue encap-sport auto encap-dport 6080"},
+	{name: "fou by ipip, its own port", args: []string{"--encap", "udp", "--port", "6081"}, overhead: 28,
 		setup: []string{"ip fou add port 6081 ipproto 4"},
-		four:  "type ipip local LOCAL remote AGENT encap fou encap-sport auto encap-dport 6080"},
-	{name: "fou by sit, its own port", args: []string{"--encap", "udp", "--port", "6082"}, small: 28,
+		dev4:  "type ipip local LOCAL remote AGENT encap fou encap-sport auto encap-dport 6080"},
+	{name: "fou by sit, its own port", args: []string{"--encap", "udp", "--port", "6082"}, overhead: 28,
 		setup: []string{"ip fou add port 6082 ipproto 41"},
-		sixes: "type sit local LOCAL remote AGENT encap fou encap-sport auto encap-dport 6080"},
-	{name: "vxlan", args: []string{"--encap", "vxlan"}, small: 50,
-		four: "mtu 1450 type vxlan id 1 dstport 4789 local LOCAL remote AGENT"},
-	{name: "vxlan over IPv6", args: []string{"--encap", "vxlan"}, six: true, small: 70,
-		four: "mtu 1430 type vxlan id 1 dstport 4789 local LOCAL remote AGENT"},
+		dev6:  "type sit local LOCAL remote AGENT encap fou encap-sport auto encap-dport 6080"},
+	{name: "vxlan", args: []string{"--encap", "vxlan"}, overhead: 50,
+		dev4: "mtu 1450 type vxlan id 1 dstport 4789 local LOCAL remote AGENT"},
+	{name: "vxlan over IPv6", args: []string{"--encap", "vxlan"}, six: true, overhead: 70,
+		dev4: "mtu 1430 type vxlan id 1 dstport 4789 local LOCAL remote AGENT"},
 }
 
 // trial is a way at work: a pod here, addresses inside the tunnel there.
@@ -112,20 +113,23 @@ func TestKernel(t *testing.T) {
 func (x *trial) connect(i int, agent *hosts.Agent, tun []netip.Addr) {
 	x.t.Helper()
 	x.agent, x.endpoint = netip.MustParseAddr("10.0.1.11"), netip.MustParseAddr(fmt.Sprintf("10.0.1.%d", 20+i))
+	length := 24 // of the underlay's prefix
 	if x.six {
+		length = 64
 		x.agent, x.endpoint = netip.MustParseAddr("fd00:1::11"), netip.MustParseAddr(fmt.Sprintf("fd00:1::%d", 20+i))
 	}
-	for _, c := range append([]string{fmt.Sprintf("ip addr add %v/%d dev eth0 nodad", x.endpoint, x.endpoint.BitLen()*3/4-x.endpoint.BitLen()/128*32)}, x.setup...) {
+	x.guest.run(fmt.Sprintf("ip addr add %v/%d dev eth0 nodad", x.endpoint, length))
+	for _, c := range x.setup {
 		x.guest.run(c)
 	}
-	devices := [2]string{x.four, x.sixes}
-	if x.four != "" {
+	devices := [2]string{x.dev4, x.dev6}
+	if x.dev4 != "" {
 		x.device[0] = fmt.Sprintf("t%d", i)
 	}
 	switch {
-	case x.sixes != "":
+	case x.dev6 != "":
 		x.device[1] = fmt.Sprintf("u%d", i)
-	case !strings.Contains(x.four, "encap fou"):
+	case !strings.Contains(x.dev4, "encap fou"):
 		x.device[1] = x.device[0]
 	}
 	for f, link := range devices {
@@ -145,7 +149,7 @@ func (x *trial) connect(i int, agent *hosts.Agent, tun []netip.Addr) {
 		}
 		x.guest.run(fmt.Sprintf("ip addr add %v/%d dev %s nodad", x.inner[f], x.inner[f].BitLen(), x.device[f]))
 		via := ""
-		if strings.Contains(x.four, "vxlan") {
+		if strings.Contains(x.dev4, "vxlan") {
 			via = fmt.Sprintf("via %v onlink", tun[f])
 		}
 		x.guest.run(fmt.Sprintf("ip route add %v dev %s %s src %v", x.addr(f), x.device[f], via, x.inner[f]))
@@ -166,7 +170,7 @@ func (x *trial) inspect(f int, to netip.Addr) {
 	// The first large packets may cost an ICMP error: either side's device may have a larger MTU than the other's.
 	hosts.Within(x.t, 10*time.Second, "fragments there and back", func() error { return x.pod.PingSize(to, 4000) })
 	x.guest.run(fmt.Sprintf("ping -c 1 -W 1 -s 4000 %[1]v || ping -c 1 -W 5 -s 4000 %[1]v", x.addr(f)))
-	full := min(x.pod.MTU, 1500-x.small)
+	full := min(x.pod.MTU, 1500-x.overhead)
 	hosts.Within(x.t, 10*time.Second, fmt.Sprintf("packets of %d bytes, whole", full), func() error { return x.pod.PingDF(to, full-header(f)) })
 	x.bulk(f)
 	x.marks(f, to)
@@ -193,7 +197,7 @@ func (x *trial) bulk(f int) {
 	check(x.t, <-ended)
 	x.t.Logf("IPv%d: 2 MiB each way in %.1f s", 4+2*f, time.Since(began).Seconds())
 	for what, b := range map[string][]byte{"/got": ours, "/data": theirs} {
-		if sum, want := x.guest.run("md5sum <"+what), md5sum(b); !strings.HasPrefix(sum, want) {
+		if sum, want := x.guest.run("md5sum <"+what), fmt.Sprintf("%x", md5.Sum(b)); !strings.HasPrefix(sum, want) {
 			x.t.Errorf("IPv%d: %s of the guest has the sum %s, the pod's bytes %s", 4+2*f, what, sum, want)
 		}
 	}
@@ -235,10 +239,10 @@ func (x *trial) narrow() {
 			continue
 		}
 		hosts.Within(x.t, 10*time.Second, "what is larger than 1400 bytes with its headers is refused", func() error {
-			if err := x.pod.PingDF(to, 1400-x.small-header(f)+1); err == nil {
+			if err := x.pod.PingDF(to, 1400-x.overhead-header(f)+1); err == nil {
 				return fmt.Errorf("it has passed")
 			}
-			return x.pod.PingDF(to, 1400-x.small-header(f))
+			return x.pod.PingDF(to, 1400-x.overhead-header(f))
 		})
 		x.bulk(f)
 	}

@@ -1,7 +1,6 @@
 package interop
 
 import (
-	"crypto/md5"
 	"fmt"
 	"net"
 	"net/netip"
@@ -90,5 +89,3 @@ func (x *trial) echoTOS(f int, to netip.Addr, tos byte) (byte, error) {
 		return msg.Data[0], nil
 	}
 }
-
-func md5sum(b []byte) string { return fmt.Sprintf("%x", md5.Sum(b)) }

@@ -269,6 +269,44 @@ func (p *Pool) Release(now time.Time, key string) []Allocation {
 	return out
 }
 
+// Pass gives the addresses of the key from to to.Key: the pod has another name now. Where another address of the family is
+// wanted, it is released; where to.Key has one already, it keeps that one, unless the one of from is wanted. It returns what
+// was, for Restore.
+func (p *Pool) Pass(now time.Time, from string, to Allocation, want []netip.Addr) (was []Allocation) {
+	drop := func(a Allocation) {
+		was = append(was, a)
+		p.Drop(a.Addr)
+	}
+	for _, a := range slices.Clone(p.byKey[from]) {
+		old := p.byAddr[a]
+		if own, ok := p.Lookup(to.Key, a.Is6()); ok && own.Addr != a {
+			if !slices.Contains(want, a) {
+				continue
+			}
+			drop(own)
+			p.Cool(now, own.Addr, now.Add(p.cooldown))
+		}
+		drop(old)
+		if slices.ContainsFunc(want, func(w netip.Addr) bool { return w.Is6() == a.Is6() && w != a }) {
+			p.Cool(now, a, now.Add(p.cooldown))
+			continue
+		}
+		to.Addr, to.Since = a, old.Since
+		p.add(to)
+	}
+	return was
+}
+
+// Restore undoes a Pass.
+func (p *Pool) Restore(was []Allocation) {
+	for _, a := range was {
+		p.Drop(a.Addr)
+	}
+	for _, a := range was {
+		p.add(a)
+	}
+}
+
 // Drop removes an allocation without a cool-down. It undoes an Allocate that could
 // not be saved.
 func (p *Pool) Drop(addr netip.Addr) {

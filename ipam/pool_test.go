@@ -126,6 +126,71 @@ func TestPoolRequestedAddress(t *testing.T) {
 	}
 }
 
+// TestPoolPass: addresses pass to another key without a rest, except where others are wanted, and come back on Restore.
+func TestPoolPass(t *testing.T) {
+	p := NewPool(time.Minute)
+	p.Open(netip.MustParsePrefix("10.0.0.0/24"))
+	p.Open(netip.MustParsePrefix("fd00::/120"))
+	get := func(key string) (four, six netip.Addr) {
+		for _, v6 := range []bool{false, true} {
+			a, err := p.Allocate(t0, Allocation{Key: key}, v6)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if v6 {
+				six = a.Addr
+			} else {
+				four = a.Addr
+			}
+		}
+		return four, six
+	}
+	check := func(what, key string, want ...netip.Addr) {
+		t.Helper()
+		var got []netip.Addr
+		for _, v6 := range []bool{false, true} {
+			if a, ok := p.Lookup(key, v6); ok {
+				got = append(got, a.Addr)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: %s has %v, want %v", what, key, got, want)
+		}
+	}
+	a4, a6 := get("a")
+	was := p.Pass(t0, "a", Allocation{Key: "b", Pod: "web"}, nil)
+	check("passed", "b", a4, a6)
+	check("passed", "a")
+	if b, _ := p.At(a4); b.Pod != "web" || b.Since != t0 {
+		t.Errorf("%+v", b)
+	}
+	p.Restore(was)
+	check("restored", "a", a4, a6)
+	check("restored", "b")
+
+	// Another address is wanted, by the key itself: the old one rests.
+	other := netip.MustParseAddr("10.0.0.99")
+	p.Pass(t0, "a", Allocation{Key: "a"}, []netip.Addr{other})
+	check("another is wanted", "a", a6)
+	if len(p.Cooling(t0)) != 1 {
+		t.Errorf("resting: %v", p.Cooling(t0))
+	}
+	p.Restore(was)
+	check("restored", "a", a4, a6)
+
+	// The new key has addresses: it keeps them, except where one of the old key's is wanted.
+	c4, c6 := get("c")
+	was = p.Pass(t0, "a", Allocation{Key: "c"}, []netip.Addr{a6})
+	check("one is wanted", "c", c4, a6)
+	check("one is wanted", "a", a4)
+	p.Restore(was)
+	check("restored", "c", c4, c6)
+	check("restored", "a", a4, a6)
+	if len(p.Cooling(t0)) != 0 {
+		t.Errorf("resting: %v", p.Cooling(t0))
+	}
+}
+
 // TestPoolAdopted: addresses of pods whose space is lost are never handed out, in
 // whichever order blocks come and go.
 func TestPoolAdopted(t *testing.T) {

@@ -3,7 +3,9 @@ package agent
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"runtime"
 	"sync"
@@ -13,6 +15,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
+	"github.com/tulle-net/tulle/internal/docker"
 	"github.com/tulle-net/tulle/membership/seed"
 )
 
@@ -51,6 +54,12 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	var plugin net.Listener
+	if cfg.DockerSocket != "" {
+		if plugin, err = api.Listen(cfg.DockerSocket); err != nil {
+			return errors.Join(fmt.Errorf("docker_socket: %w", err), listener.Close())
+		}
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
@@ -63,6 +72,10 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 	serve(func(ctx context.Context) error { return api.NewServer(a, log).Serve(ctx, listener) })
 	serve(a.seeds.Run)
+	if plugin != nil {
+		driver := docker.New(cfg.Socket, log)
+		serve(func(ctx context.Context) error { return driver.Run(ctx, plugin) })
+	}
 	if cfg.Metrics != "" {
 		serve(a.serveMetrics)
 	}

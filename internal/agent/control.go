@@ -161,7 +161,7 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 			return api.Allocation{}, err
 		}
 	}
-	r := ownership.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested}
+	r := ownership.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested, From: req.From}
 	list, err := s.ownership.Allocate(time.Now(), r)
 	// More space was asked for: the answer takes a round trip or two.
 	for deadline := time.Now().Add(growthPatience); errors.Is(err, ownership.ErrGrowing) && time.Now().Before(deadline); {

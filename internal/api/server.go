@@ -92,12 +92,19 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 // Serve answers requests on l until ctx ends. It then closes l, and returns nil when the last request has been answered or
 // aborted. It returns an error if it stops before ctx ends.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	err := Serve(ctx, l, s, s.log)
+	s.calls.Wait()
+	return err
+}
+
+// Serve is the Server's Serve for another handler on a socket of its own. It does not wait for requests that it has aborted.
+func Serve(ctx context.Context, l net.Listener, handler http.Handler, log *slog.Logger) error {
 	srv := &http.Server{
-		Handler:           s,
+		Handler:           handler,
 		ReadHeaderTimeout: headerTimeout,
 		ReadTimeout:       2 * headerTimeout,
 		MaxHeaderBytes:    16 << 10,
-		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelWarn),
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 	}
 	stopped := make(chan struct{})
@@ -116,11 +123,10 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	} else {
 		<-stopped
 	}
-	s.calls.Wait()
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
-	return fmt.Errorf("control socket %s: %w", l.Addr(), err)
+	return fmt.Errorf("socket %s: %w", l.Addr(), err)
 }
 
 // ServeHTTP answers one request. A panic in the backend fails only that request; its stack is logged.

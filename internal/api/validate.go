@@ -49,6 +49,9 @@ func (r AllocateRequest) validate() error {
 	if err := checkText("netns", r.Netns, maxPathLen, true); err != nil {
 		return err
 	}
+	if err := checkText("from", r.From, MaxIDLen, true); err != nil {
+		return err
+	}
 	var seen4, seen6 bool
 	for _, a := range r.Requested {
 		seen := &seen6

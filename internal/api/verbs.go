@@ -160,6 +160,7 @@ type AllocateRequest struct {
 	Name      string       `json:"name,omitempty"`      // for people
 	Netns     string       `json:"netns,omitempty"`     // path of the pod's network namespace: `ipam check` looks there
 	Requested []netip.Addr `json:"requested,omitempty"` // at most one per family; must be free and in this node's blocks
+	From      string       `json:"from,omitempty"`      // an ID whose addresses pass to this one, except where others are requested
 }
 
 // MaxIDLen and MaxNameLen are the maximum lengths of a pod's ID and name, in bytes.

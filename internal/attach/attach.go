@@ -28,6 +28,7 @@ type Request struct {
 	Name      string           // for people
 	Netns     string           // path; empty hands the pod's end over (podnet.Config)
 	Requested []netip.Addr     // at most one of each family; empty: any
+	From      string           // an ID that holds the addresses until now (api.AllocateRequest)
 	MAC       net.HardwareAddr // nil: any
 }
 
@@ -53,7 +54,7 @@ func Add(ctx context.Context, r Request) (res Result, err error) {
 		return res, fmt.Errorf("%s of %s is there already (%s): %w", r.ID.Interface, r.ID.Container, podnet.InterfaceName(id), fs.ErrExist)
 	}
 	c := api.NewClient(r.Socket)
-	res.Allocation, err = c.Allocate(ctx, api.AllocateRequest{ID: id, Name: r.Name, Netns: r.Netns, Requested: r.Requested})
+	res.Allocation, err = c.Allocate(ctx, api.AllocateRequest{ID: id, Name: r.Name, Netns: r.Netns, Requested: r.Requested, From: r.From})
 	if err != nil {
 		return res, err
 	}

@@ -54,6 +54,7 @@ type Config struct {
 	Masquerade    bool
 	CNIDir        string // where container engines look for networks; empty: not published
 	CNIBinDir     string // their plugins; empty: not looked at
+	DockerSocket  string // of the driver for Docker; empty: not served
 	StateDir      string
 	Socket        string
 	Metrics       string // HOST:PORT; empty: not served

@@ -16,6 +16,7 @@ type PodRequest struct {
 	Pod   string       // for people
 	Netns string       // path, for Check
 	Want  []netip.Addr // requested addresses, at most one of each family
+	From  string       // a key whose addresses pass to this one, except where Want has others; may be Key itself
 }
 
 // Allocate allocates the addresses of a pod and saves that. Errors wrap ErrNotReady,
@@ -38,14 +39,21 @@ func (s *Machine) Allocate(now time.Time, r PodRequest) ([]ipam.Allocation, erro
 			return nil, errOf(ipam.ErrUnavailable, "two addresses of one family were asked for")
 		}
 	}
-	var out []ipam.Allocation
+	var out, passed []ipam.Allocation
+	if r.From != "" {
+		passed = s.pool.Pass(now, r.From, ipam.Allocation{Key: r.Key, Pod: r.Pod, Netns: r.Netns}, r.Want)
+	}
 	var made []netip.Addr
+	undo := func() {
+		for _, addr := range made {
+			s.pool.Drop(addr)
+		}
+		s.pool.Restore(passed)
+	}
 	for fam := range s.params.Families {
 		a, isNew, err := s.allocate(now, fam, r)
 		if err != nil {
-			for _, addr := range made {
-				s.pool.Drop(addr)
-			}
+			undo()
 			return nil, err
 		}
 		if isNew {
@@ -56,13 +64,11 @@ func (s *Machine) Allocate(now time.Time, r PodRequest) ([]ipam.Allocation, erro
 	if len(out) == 0 {
 		return nil, errOf(ErrNotReady, "%s", s.why)
 	}
-	if len(made) == 0 {
+	if len(made)+len(passed) == 0 {
 		return out, nil
 	}
 	if err := s.save(now); err != nil {
-		for _, addr := range made {
-			s.pool.Drop(addr)
-		}
+		undo()
 		return nil, err
 	}
 	s.driveSpace(now) // opens the next block before this one is full

@@ -140,36 +140,45 @@ func (m *machine) pod(name string) (api.Pod, error) {
 	return api.Pod{}, errors.Join(err, fmt.Errorf("%s has no container %s: %+v", m.h.Name, name, pods))
 }
 
-// boxTar is an image with busybox and nothing else, in the form of `docker save`.
-func boxTar(t *testing.T) string {
+// packTar makes an archive of files, and of links to busybox.
+func packTar(t *testing.T, files map[string][]byte, links ...string) []byte {
+	t.Helper()
+	var b bytes.Buffer
+	w := tar.NewWriter(&b)
+	for name, data := range files {
+		err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))})
+		if err == nil {
+			_, err = w.Write(data)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, l := range links {
+		if err := w.WriteHeader(&tar.Header{Name: l, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := w.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b.Bytes()
+}
+
+// boxLayer is a root file system with busybox and nothing else.
+func boxLayer(t *testing.T) []byte {
 	t.Helper()
 	busybox, err := os.ReadFile("/bin/busybox")
 	if err != nil {
 		t.Fatal(err)
 	}
-	pack := func(files map[string][]byte, links ...string) []byte {
-		var b bytes.Buffer
-		w := tar.NewWriter(&b)
-		for name, data := range files {
-			err := w.WriteHeader(&tar.Header{Name: name, Mode: 0o755, Size: int64(len(data))})
-			if err == nil {
-				_, err = w.Write(data)
-			}
-			if err != nil {
-				t.Fatal(err)
-			}
-		}
-		for _, l := range links {
-			if err := w.WriteHeader(&tar.Header{Name: l, Typeflag: tar.TypeSymlink, Linkname: "busybox", Mode: 0o777}); err != nil {
-				t.Fatal(err)
-			}
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-		return b.Bytes()
-	}
-	layer := pack(map[string][]byte{"bin/busybox": busybox}, "bin/sleep", "bin/ping", "bin/true")
+	return packTar(t, map[string][]byte{"bin/busybox": busybox}, "bin/sleep", "bin/ping", "bin/true")
+}
+
+// boxTar is an image of it, in the form of `docker save`.
+func boxTar(t *testing.T) string {
+	t.Helper()
+	layer := boxLayer(t)
 	config, err := json.Marshal(map[string]any{
 		"architecture": "amd64", "os": "linux", "config": map[string]any{"Env": []string{"PATH=/bin"}},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}},
@@ -179,7 +188,7 @@ func boxTar(t *testing.T) string {
 	}
 	manifest := fmt.Appendf(nil, `[{"Config": "config.json", "RepoTags": [%q], "Layers": ["layer.tar"]}]`, boxImage)
 	path := filepath.Join(t.TempDir(), "box.tar")
-	if err := os.WriteFile(path, pack(map[string][]byte{"config.json": config, "manifest.json": manifest, "layer.tar": layer}), 0o600); err != nil {
+	if err := os.WriteFile(path, packTar(t, map[string][]byte{"config.json": config, "manifest.json": manifest, "layer.tar": layer}), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	return path

@@ -38,7 +38,13 @@ func (d *Driver) requestPool(ctx context.Context, r poolRequest) (pool, error) {
 		if r.Pool != "" && r.Pool != c.String() {
 			return pool{}, fmt.Errorf("--subnet %s: all networks of this driver have the subnet %v", r.Pool, c)
 		}
-		return pool{c.String(), c.String(), map[string]string{gatewayOption: hostPrefix(podnet.Gateway(c.Addr()))}}, nil
+		// The engine looks for another pool, again and again, while the host has routes into the one that it did not choose
+		// by itself; it does not look at this one. It needs one only to check --ip, which it allows with --subnet alone.
+		subnet := netip.PrefixFrom(zero(c.Addr()), 0).String()
+		if r.Pool != "" {
+			subnet = r.Pool
+		}
+		return pool{c.String(), subnet, map[string]string{gatewayOption: hostPrefix(podnet.Gateway(c.Addr()))}}, nil
 	}
 	family := "IPv4, which this version of Docker wants in every network"
 	if r.V6 {
@@ -53,6 +59,13 @@ func (d *Driver) cidrs(ctx context.Context) ([]netip.Prefix, error) {
 		err = api.Errorf(api.CodeUnhealthy, "this node is in no cluster yet").WithRemedy("see `tulle status`")
 	}
 	return st.Cluster.CIDRs, err
+}
+
+func zero(like netip.Addr) netip.Addr {
+	if like.Is4() {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
 }
 
 func hostPrefix(a netip.Addr) string { return netip.PrefixFrom(a, a.BitLen()).String() }

@@ -160,12 +160,12 @@ func TestDocker(t *testing.T) {
 	create := []string{"network", "create", "-d", "tulle", "--ipam-driver", "tulle"}
 	for _, d := range d {
 		d.do(append(create, "--ipv6", "--subnet", dualCIDRs[0].String(), "--subnet", dualCIDRs[1].String(), "both")...)
-		d.do(append(create, "plain")...)
 	}
+	d[1].do(append(create, "plain")...)
 	fixed := fixedAddrs(t, d[1])
-	d[0].do("run", "-d", "--name", "box", "--restart", "always", "--network", "both", "box", "/bin/sleep", "600")
-	d[1].do("run", "-d", "--name", "box", "--network", "both", "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "box", "/bin/sleep", "600")
-	d[1].do("run", "-d", "--name", "four", "--network", "plain", "box", "/bin/sleep", "600")
+	d[0].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--restart", "always", "--network", "both", "box", "/bin/sleep", "600")
+	d[1].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--network", "both", "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "box", "/bin/sleep", "600")
+	d[1].do("run", "-d", "--stop-signal", "KILL", "--name", "four", "--network", "plain", "box", "/bin/sleep", "600")
 	d[1].do("restart", "-t", "0", "box")
 	ns, far := d[1].container("box", "both")
 	if !slices.Equal(far, fixed) {

@@ -335,6 +335,36 @@ func TestNoAnswerBeforeTheDisk(t *testing.T) {
 	}
 }
 
+// TestAllocateFrom: addresses pass to another key, on the disk too; a request that fails leaves them where they were.
+func TestAllocateFrom(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	first, err := s.Allocate(simStart, PodRequest{Key: "a"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	holds := func(key string, addr netip.Addr) {
+		t.Helper()
+		if l := s.Allocations(); len(l) != 1 || l[0].Key != key || l[0].Addr != addr || len(s.Resting(simStart)) != 0 {
+			t.Errorf("%+v, resting %v; want %v of %s alone", l, s.Resting(simStart), addr, key)
+		}
+	}
+	reserved := netip.MustParseAddr("10.244.0.0")
+	if l, err := s.Allocate(simStart, PodRequest{Key: "b", From: "a", Want: []netip.Addr{reserved}}); !errors.Is(err, ipam.ErrUnavailable) {
+		t.Fatalf("%v, %v", l, err)
+	}
+	holds("a", first[0].Addr)
+	env.fail = errors.New("no space left on device")
+	if l, err := s.Allocate(simStart, PodRequest{Key: "b", From: "a"}); err == nil {
+		t.Fatalf("passed on without the disk: %v", l)
+	}
+	holds("a", first[0].Addr)
+	env.fail = nil
+	if l, err := s.Allocate(simStart, PodRequest{Key: "b", From: "a", Pod: "web"}); err != nil || l[0].Pod != "web" {
+		t.Fatal(l, err)
+	}
+	holds("b", first[0].Addr)
+}
+
 func TestFixedBlock(t *testing.T) {
 	w := quiet(t, 4, "10.244.0.0/16")
 	fix := func(i int, p string) { w.hosts[i].cfg.PodCIDRs = []netip.Prefix{netip.MustParsePrefix(p)} }

@@ -79,7 +79,7 @@ func (d *dockerHost) launch() {
 
 func (d *dockerHost) await() {
 	d.t.Helper()
-	until(d.t, "Docker answers", func() error { _, err := d.try("version"); return err })
+	untilWithin(d.t, 2*patience, "Docker answers", func() error { _, err := d.try("version"); return err })
 }
 
 // stop stops the engine, and with it the containers.

@@ -119,7 +119,7 @@ var keys = []key{
 		set:  text(func(c *Config, s string) (err error) { c.Tun, err = parseIfname(s); return }),
 		show: func(c *Config) string { return c.Tun }},
 	{name: "mtu", arg: "BYTES|auto", def: "auto",
-		help: "MTU of the TUN device; auto: the underlay's MTU minus the largest overhead in use",
+		help: "MTU of the TUN device; auto: the underlay's MTU minus the overhead of the first usable path",
 		doc:  "576 to 65535, at least 1280 if the cluster has IPv6. If the path to a peer carries less, the routes to that peer get a smaller MTU.",
 		set:  text(func(c *Config, s string) (err error) { c.MTU, err = parseMTU(s); return }),
 		show: func(c *Config) string { return showAuto(c.MTU) }},

@@ -90,8 +90,15 @@ func (c *cluster) deliverOne(ctx context.Context, o outgoing) {
 	}
 }
 
-// Persist implements ownership.Env.
-func (c *cluster) Persist(st *ipam.State) error { return c.store.Save(st) }
+// Persist implements ownership.Env. It refuses the founding of a cluster when a member of another one has come in meanwhile.
+func (c *cluster) Persist(st *ipam.State) error {
+	if c.gossip != nil {
+		if have, now := c.gossip.Cluster(), membership.ClusterID(st.Cluster); !have.IsZero() && !now.IsZero() && have != now {
+			return fmt.Errorf("gossip is in cluster %v, the state in %v", have, now)
+		}
+	}
+	return c.store.Save(st)
+}
 
 // Members implements ownership.Env.
 func (c *cluster) Members() []ownership.Member {

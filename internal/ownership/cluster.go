@@ -100,6 +100,9 @@ func (s *Machine) isAlive(id NodeID) bool {
 
 // driveWaiting asks members about their cluster, or starts one.
 func (s *Machine) driveWaiting(now time.Time) {
+	// Seeds before members: of a seed that has answered the members are known. The other way round a member of a cluster
+	// that answers in between would count as a seed without one.
+	seeds := s.env.Seeds()
 	var inCluster []Member
 	var newcomers []Member
 	for _, m := range s.env.Members() {
@@ -121,7 +124,7 @@ func (s *Machine) driveWaiting(now time.Time) {
 		s.setPhase(now, Waiting, "a member answers, its cluster's table is on the way")
 		return
 	}
-	why := s.mayBootstrap(now, len(newcomers))
+	why := s.mayBootstrap(now, seeds, len(newcomers))
 	if why == "" {
 		why = s.mayFound(now, newcomers)
 	} else {
@@ -148,8 +151,7 @@ func (s *Machine) driveWaiting(now time.Time) {
 // answered and none is in a cluster; an operator who knows more can force it. Then a
 // second cluster can only start if every seed has lost its disk. A node without other
 // seeds starts a cluster at once.
-func (s *Machine) mayBootstrap(now time.Time, newcomers int) string {
-	seeds := s.env.Seeds()
+func (s *Machine) mayBootstrap(now time.Time, seeds Seeds, newcomers int) string {
 	switch {
 	case !s.cfg.Bootstrap && !s.cfg.ForceBootstrap:
 		return s.mayNot(seeds, newcomers)

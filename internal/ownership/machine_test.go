@@ -240,6 +240,31 @@ func (s *Machine) from(id NodeID, m message) []byte {
 	return m.encode()
 }
 
+// lateEnv is a world in which members appear at the moment that the seeds' answers are read.
+type lateEnv struct {
+	loneEnv
+	late []Member
+}
+
+func (e *lateEnv) Seeds() Seeds {
+	e.members = e.late
+	return e.seeds
+}
+
+// A bootstrap node without its disk, whose seeds answer while it decides, sees that they are in a cluster and starts none.
+func TestSeedAnswersDuringTheDecision(t *testing.T) {
+	env := &lateEnv{late: []Member{{ID: NodeID{2}, Name: "two", Cluster: ClusterID{7}, Alive: true}}}
+	env.seeds = Seeds{Others: 1, Answered: 1, Tried: true}
+	cidr := netip.MustParsePrefix("10.244.0.0/16")
+	s, err := New(simStart, Config{ID: NodeID{1}, Name: "one", Bootstrap: true, CIDRs: []netip.Prefix{cidr}}, nil, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if s.Tick(simStart.Add(time.Minute)); !s.Cluster().IsZero() || env.disk != nil {
+		t.Errorf("started a second cluster: %+v", s.Status(simStart))
+	}
+}
+
 // A member that joined just before the agent stops is on disk, so that the next run finds it without seeds.
 func TestFlushSavesMembers(t *testing.T) {
 	s, env := lone(t, "10.244.0.0/16")

@@ -24,6 +24,8 @@ func TestProberSchedule(t *testing.T) {
 		silent.Store("")
 		var mu sync.Mutex
 		sent := map[string]int{}
+		var replies sync.WaitGroup
+		defer replies.Wait() // last: of what is sent until then
 		p := newProber(slog.New(slog.DiscardHandler))
 		p.traffic = func(string) tunnel.PeerStats { return tunnel.PeerStats{} }
 		p.train = func(string, encap.Mode, []tunnel.ProbePacket, bool) error { return nil }
@@ -32,10 +34,10 @@ func TestProberSchedule(t *testing.T) {
 			sent[peer]++
 			mu.Unlock()
 			if _, nonce, _, ok := parseProbe(payload); ok && peer != silent.Load() && mode.String() != silent.Load() {
-				go func() {
+				replies.Go(func() {
 					time.Sleep(time.Millisecond)
 					p.received(peer, mode, appendProbe(nil, probeReply, nonce, size), 0)
-				}()
+				})
 			}
 			return nil
 		}
@@ -60,7 +62,7 @@ func TestProberSchedule(t *testing.T) {
 			}
 			return n
 		}
-		time.Sleep(2 * time.Second)
+		time.Sleep(5 * time.Second) // of 600 answers at once some are dropped, and asked for again
 		if n := up(); n != 2*peers {
 			t.Fatalf("%d of %d paths are up", n, 2*peers)
 		}

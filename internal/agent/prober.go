@@ -57,8 +57,8 @@ type prober struct {
 	traffic func(peer string) tunnel.PeerStats
 	changed func() // a path came up, went down, has another MTU or another one is used; must not block
 
-	kick    chan struct{}
-	answers chan answer
+	kick    chan struct{} // run the schedule now
+	arrived chan struct{} // run it within gather: answers have arrived
 
 	mu    sync.Mutex
 	rand  *rand.Rand
@@ -86,7 +86,7 @@ func newProber(log *slog.Logger) *prober {
 	return &prober{
 		log:     log,
 		kick:    make(chan struct{}, 1),
-		answers: make(chan answer, 256),
+		arrived: make(chan struct{}, 1),
 		rand:    r,
 		paths:   path.NewSchedule(r),
 		pings:   make(map[uint64]chan answer),
@@ -165,10 +165,8 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 		p.mu.Unlock()
 		signal(p.kick)
 	case kind == probeReply:
-		select {
-		case p.answers <- answer{peer, mode, nonce, seen, time.Now()}:
-		default: // under a flood answers may be dropped, like packets
-		}
+		p.take(answer{peer, mode, nonce, seen, time.Now()})
+		signal(p.arrived)
 	}
 }
 
@@ -191,8 +189,7 @@ func (p *prober) run(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case a := <-p.answers:
-			p.take(a)
+		case <-p.arrived:
 		case <-traffic.C:
 			p.lookAtTraffic(time.Now())
 		case <-p.kick:
@@ -212,7 +209,8 @@ func (p *prober) run(ctx context.Context) error {
 	}
 }
 
-// take passes an answer to the schedule or to a waiting ping.
+// take passes an answer to the schedule or to a waiting ping. There is no queue of answers: peers that are asked at the same
+// time answer at the same time, and none of their answers may be lost.
 func (p *prober) take(a answer) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -62,7 +62,7 @@ func TestProberSchedule(t *testing.T) {
 			}
 			return n
 		}
-		time.Sleep(5 * time.Second) // of 600 answers at once some are dropped, and asked for again
+		time.Sleep(2 * time.Second)
 		if n := up(); n != 2*peers {
 			t.Fatalf("%d of %d paths are up", n, 2*peers)
 		}

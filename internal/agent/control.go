@@ -388,17 +388,18 @@ func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
 
 // reloadable: log level, masquerading and the order of paths change in a running agent; the rest is bound when it starts.
 func reloadable(c config.Change) bool {
-	return c.Live && (c.Key == "log_level" || c.Key == "masquerade" || c.Key == "paths")
+	return c.Live && (c.Key == "log_level" || c.Key == "masquerade" || c.Key == "no_masquerade" || c.Key == "paths")
 }
 
 // apply applies the keys that may change while the agent runs.
 func (a *agent) apply(next config.Config, prefer *preference) {
 	next.LevelVar().Set(next.LogLevel)
 	a.mu.Lock()
-	a.cfg.LogLevel, a.cfg.Masquerade, a.cfg.Paths = next.LogLevel, next.Masquerade, next.Paths
+	a.cfg.LogLevel, a.cfg.Paths = next.LogLevel, next.Paths
+	a.cfg.Masquerade, a.cfg.NoMasquerade = next.Masquerade, next.NoMasquerade
 	a.mu.Unlock()
 	if s := a.session.Load(); s != nil {
-		s.masquerade.Store(next.Masquerade)
+		s.masquerade.Store(&masquerading{next.Masquerade, next.NoMasquerade})
 		s.prefer.Store(prefer)
 		s.kick()
 	}

@@ -378,8 +378,9 @@ func (s *session) unseenHosts(v *view) (out []hostnet.HostRoute) {
 
 // hostState converts the view to the desired state of the host.
 func (s *session) hostState(v *view) hostnet.State {
+	m := s.masquerade.Load()
 	h := hostnet.State{
-		Tun: s.cfg.Tun, MTU: int(s.tunMTU()), TunAddrs: v.tun, Own: v.own, Masquerade: s.masquerade.Load(),
+		Tun: s.cfg.Tun, MTU: int(s.tunMTU()), TunAddrs: v.tun, Own: v.own, Masquerade: m.on, NoMasquerade: m.except,
 		Members:     slices.Clone(s.link.Addrs),
 		Uplinks:     s.ways.Devices(s.sizes.Load().links...),
 		TunnelPorts: []uint16{s.cfg.UDPPort, s.cfg.VXLANPort},

@@ -80,15 +80,21 @@ type clusterSide struct {
 	cluster   *cluster      // joins ownership to gossip
 }
 
+// masquerading is what the configuration says about pods that talk to the outside.
+type masquerading struct {
+	on     bool
+	except []netip.Prefix // destinations that see pods' own addresses
+}
+
 // hostSide reconciles the host's routes, addresses and nftables.
 type hostSide struct {
 	host       *hostnet.Reconciler
 	leftMTU    map[netip.Prefix]int // of the routes that an earlier run left, in bytes
 	leftHosts  []hostnet.HostRoute  // likewise, of those to members' hosts
 	conflist   *conflist.Publisher
-	pods       *podnet.Host  // source checks and routes of this host's pods
-	disturbed  chan struct{} // another program changed the host's network
-	masquerade atomic.Bool   // a reload may change it
+	pods       *podnet.Host                 // source checks and routes of this host's pods
+	disturbed  chan struct{}                // another program changed the host's network
+	masquerade atomic.Pointer[masquerading] // a reload may change it
 
 	mu        sync.Mutex        // guards the fields below, which loop writes and status reads
 	conflicts []hostnet.Problem // of the last reconcile

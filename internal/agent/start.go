@@ -36,7 +36,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist},
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
-	s.masquerade.Store(a.cfg.Masquerade)
+	s.masquerade.Store(&masquerading{a.cfg.Masquerade, a.cfg.NoMasquerade})
 	prefer, err := newPreference(a.cfg.Paths)
 	if err != nil {
 		return nil, err

@@ -52,9 +52,10 @@ type Config struct {
 	MTU           int // of the TUN, bytes; 0: derived from the underlay's
 	Queues        int // of the TUN; 0: by the number of CPUs
 	Masquerade    bool
-	CNIDir        string // where container engines look for networks; empty: not published
-	CNIBinDir     string // their plugins; empty: not looked at
-	DockerSocket  string // of the driver for Docker; empty: not served
+	NoMasquerade  []netip.Prefix // outside networks that see pods' own addresses; sorted, each once
+	CNIDir        string         // where container engines look for networks; empty: not published
+	CNIBinDir     string         // their plugins; empty: not looked at
+	DockerSocket  string         // of the driver for Docker; empty: not served
 	StateDir      string
 	Socket        string
 	Metrics       string // HOST:PORT; empty: not served

@@ -81,6 +81,7 @@ tun: tulle0
 mtu: 1400
 queues: 2
 masquerade: false
+no_masquerade: [198.51.100.0/24, "2001:db8:9::/48", 192.0.2.7/32]
 cni_dir: /etc/cni/net.d
 cni_bin_dir: /opt/cni/bin
 docker_socket: /run/docker/plugins/tulle.sock
@@ -98,7 +99,7 @@ func TestEveryKey(t *testing.T) {
 		"cluster_cidr": "10.32.0.0/12,fd00:10:244::/48", "node_prefix_len": "26,80", "pod_cidr": "10.33.0.0/20", "underlay": "eth1",
 		"gossip_port": "7950", "gossip_key_file": "/etc/tulle/gossip.key", "udp_port": "6081", "vxlan_port": "4790", "vni": "77",
 		"vtep_mac": "02:00:5e:10:00:01",
-		"paths":    "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "cni_dir": "/etc/cni/net.d", "cni_bin_dir": "/opt/cni/bin", "docker_socket": "/run/docker/plugins/tulle.sock", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
+		"paths":    "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "no_masquerade": "192.0.2.7/32,198.51.100.0/24,2001:db8:9::/48", "cni_dir": "/etc/cni/net.d", "cni_bin_dir": "/opt/cni/bin", "docker_socket": "/run/docker/plugins/tulle.sock", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
 		"metrics": "off", "log_level": "debug", "log_format": "json",
 	}
 	for _, k := range keys {
@@ -269,6 +270,9 @@ func TestRefusals(t *testing.T) {
 		{"queues", "", "--queues=0", []string{"--queues", "1 to 64"}},
 		{"mtu of IPv6", "", "--mtu=1000 --cluster-cidr=fd00:1::/48", []string{"1280"}},
 		{"switch", "masquerade: maybe\n", "", []string{f + `1: masquerade "maybe"`, "true or false"}},
+		{"no prefix to keep sources for", "no_masquerade: [198.51.100.0/24, 192.0.2.7]\n", "", []string{f + `1: no_masquerade "192.0.2.7"`, "192.0.2.7/32"}},
+		{"prefix to keep sources for", "", "--no-masquerade=198.51.100.7/24", []string{"--no-masquerade 198.51.100.7/24", "write 198.51.100.0/24"}},
+		{"prefix of everything", "", "--no-masquerade=::/0", []string{"set masquerade to false"}},
 		{"relative", "", "--state-dir=var", []string{"absolute path"}},
 		{"no socket", "", "--socket=", []string{"--socket is empty"}},
 		{"level", "", "--log-level=loud", []string{"debug, info, warn, error"}},

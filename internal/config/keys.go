@@ -132,6 +132,12 @@ var keys = []key{
 		help: "translate the source of pod traffic to the outside into this host's address; traffic between pods and nodes is never translated",
 		set:  text(func(c *Config, s string) (err error) { c.Masquerade, err = parseBool(s); return }),
 		show: func(c *Config) string { return strconv.FormatBool(c.Masquerade) }},
+	{name: "no_masquerade", arg: "PREFIX", list: true, live: true,
+		help: "outside network that has routes to the pods: traffic to it keeps the pod's source address; repeatable",
+		doc: "Any number of prefixes. It is for networks whose routers know the way back, for example because they send the pods' prefixes to these hosts; other " +
+			"networks could not answer. A reload applies to new connections.",
+		set:  func(c *Config, v []string) (err error) { c.NoMasquerade, err = parseNoMasquerade(v); return },
+		show: func(c *Config) string { return join(c.NoMasquerade) }},
 	{name: "cni_dir", arg: "DIR",
 		help: "directory where container engines look for CNI networks, such as /etc/cni/net.d (default: off)",
 		doc: "The agent writes `10-tulle.conflist` there while it is ready, and removes it while it is not. The directory must be there. See " +

@@ -117,6 +117,25 @@ func parsePrefixes(v []string) ([]netip.Prefix, error) {
 	return out, nil
 }
 
+// parseNoMasquerade reads networks outside the cluster, sorted, each once.
+func parseNoMasquerade(v []string) ([]netip.Prefix, error) {
+	var out []netip.Prefix
+	for _, s := range v {
+		p, err := netip.ParsePrefix(s)
+		switch {
+		case err != nil || p.Addr().Is4In6():
+			return nil, fmt.Errorf("%q: not a prefix such as 198.51.100.0/24, or 192.0.2.7/32 for one host", s)
+		case p.Masked() != p:
+			return nil, fmt.Errorf("%s: has bits set behind its length; write %s", s, p.Masked())
+		case p.Bits() == 0:
+			return nil, fmt.Errorf("%s: is every destination; to masquerade nothing, set masquerade to false", s)
+		}
+		out = append(out, p)
+	}
+	slices.SortFunc(out, netip.Prefix.Compare)
+	return slices.Compact(out), nil
+}
+
 // Limits of a block's length. Its first address is the node's own, so a block of one address would serve no pod.
 const (
 	defaultLen4, maxLen4 = 24, 30

@@ -21,6 +21,7 @@ const (
 	setOwn      = "own"
 	setCluster  = "cluster"
 	setMembers  = "members"
+	setKept     = "no_masquerade"
 	setPorts    = "tunnel_ports"
 	chainPre    = "prerouting"
 	chainOut    = "output"
@@ -78,7 +79,7 @@ var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
 //     they would fill the connection table with one entry a source port;
 //   - output (priority filter): no ICMP error goes out about protocols 4 and 41, which
 //     our raw sockets serve beside the kernel, and no redirect into the tunnel;
-//   - postrouting (srcnat), with Masquerade only: from own pods to the outside.
+//   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade.
 func buildTable(s *State) (*nftTable, error) {
 	pre := nftChain{name: chainPre, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw}
 	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
@@ -108,6 +109,7 @@ func buildTable(s *State) (*nftTable, error) {
 		t.sets = append(t.sets,
 			nftSet{name: setOwn + f.suffix, key: f.key, interval: true, elements: intervals(s.Own, f.v4)},
 			nftSet{name: setCluster + f.suffix, key: f.key, interval: true, elements: intervals(s.ClusterCIDRs, f.v4)},
+			nftSet{name: setKept + f.suffix, key: f.key, interval: true, elements: intervals(s.NoMasquerade, f.v4)},
 			nftSet{name: setMembers + f.suffix, key: f.key, elements: hosts(s.Members, f.v4)})
 		isFamily := equal(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, f.proto)
 		isICMP := equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, f.icmp)
@@ -141,6 +143,7 @@ func buildTable(s *State) (*nftTable, error) {
 				in(f.address(f.src), setOwn+f.suffix),
 				notIn(f.address(f.dst), setCluster+f.suffix),
 				notIn(f.address(f.dst), setMembers+f.suffix),
+				notIn(f.address(f.dst), setKept+f.suffix),
 				f.notMulticast(),
 				notEqual(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, ifname(s.Tun)...),
 				[]expr.Any{&expr.Counter{}, &expr.Masq{FullyRandom: true}})...)

@@ -52,6 +52,8 @@ type State struct {
 	Own []netip.Prefix
 	// Masquerade enables source NAT from Own to destinations outside the cluster.
 	Masquerade bool
+	// NoMasquerade are destinations outside the cluster that see the sources as they are.
+	NoMasquerade []netip.Prefix
 	// Members are the underlay addresses of all members and external peers, with this
 	// node's. Packets to them are never masqueraded, and tunnel packets between them are
 	// not tracked.
@@ -123,6 +125,9 @@ func (s State) validate() (State, error) {
 		errs = append(errs, err)
 	}
 	if s.Own, err = canonical("own prefix", s.Own); err != nil {
+		errs = append(errs, err)
+	}
+	if s.NoMasquerade, err = canonical("prefix that is not masqueraded to", s.NoMasquerade); err != nil {
 		errs = append(errs, err)
 	}
 	s.Peers = slices.Clone(s.Peers)

@@ -162,6 +162,39 @@ func TestMasquerade(t *testing.T) {
 	})
 }
 
+// A network outside that knows the pods' routes sees pods' own addresses; its neighbours still see the host's.
+func TestNoMasquerade(t *testing.T) {
+	w := newWorld(t)
+	for _, a := range []string{"198.51.100.1/32", "203.0.113.1/32", "2001:db8:1::1/128", "2001:db8:2::1/128"} {
+		w.outside.addrs("eth0", a)
+		w.outside.echo(net.JoinHostPort(netip.MustParsePrefix(a).Addr().String(), "7000"))
+	}
+	w.host.route("0.0.0.0/0", "192.0.2.2", "eth0", 0, unix.RTPROT_STATIC)
+	w.host.route("::/0", "2001:db8::2", "eth0", 1024, unix.RTPROT_STATIC)
+	w.outside.route("10.244.0.0/16", "192.0.2.1", "eth0", 0, unix.RTPROT_STATIC)
+	w.outside.route("fd00:244::/32", "2001:db8::1", "eth0", 1024, unix.RTPROT_STATIC)
+	want := func(to, seen string) {
+		t.Helper()
+		got, err := w.pod.ask("", net.JoinHostPort(to, "7000"))
+		if err != nil || got != netip.MustParseAddr(seen) {
+			t.Errorf("%s sees %v (%v), want %s", to, got, err, seen)
+		}
+	}
+	want("198.51.100.1", "192.0.2.1")
+	want("2001:db8:1::1", "2001:db8::1")
+	w.s.NoMasquerade = pfx("198.51.100.0/24", "198.51.100.0/25", "2001:db8:1::/48") // one inside another
+	w.host.reconcile(w.r, w.s)
+	w.host.quiet(w.r, w.s)
+	want("198.51.100.1", "10.244.1.5")
+	want("2001:db8:1::1", "fd00:244:0:1::5")
+	want("203.0.113.1", "192.0.2.1")
+	want("2001:db8:2::1", "2001:db8::1")
+	w.s.NoMasquerade = nil
+	w.host.reconcile(w.r, w.s)
+	want("198.51.100.1", "192.0.2.1")
+	want("2001:db8:1::1", "2001:db8::1")
+}
+
 // Own space that nobody has answers at once, to the host and to pods; a real route wins.
 func TestOwnSpaceUnreachable(t *testing.T) {
 	h, pod := newHost(t), newHost(t)

@@ -1,13 +1,10 @@
 package hostnet
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
 	"net/netip"
-	"os"
 	"slices"
-	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -17,8 +14,7 @@ import (
 // packets: chains with policy drop, or with a last rule that drops or rejects everything, and without a rule about the TUN
 // device or the cluster. An accept rule in our own table cannot help, because a packet has to pass all chains.
 //
-// It reads nftables, iptables-nft and firewalld. Rules of iptables-legacy are only visible to its own socket options; for
-// these it only reports that the filter table is in use.
+// It reads nftables, and so iptables-nft and firewalld, and the tables of iptables-legacy.
 func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error) {
 	conn, err := nftables.New(nftables.AsLasting())
 	if err != nil {
@@ -68,18 +64,14 @@ func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error)
 		}
 		if !handled {
 			out = append(out, Problem{
-				What:   fmt.Sprintf("nftables chain %s %s %s on the forward hook %s and names neither %s nor the cluster: pods' packets are dropped", familyName(c.Table.Family), c.Table.Name, c.Name, how, tun),
-				Remedy: forwardRemedy(c, tun),
+				What:    fmt.Sprintf("nftables chain %s %s %s on the forward hook %s and names neither %s nor the cluster: pods' packets are dropped", familyName(c.Table.Family), c.Table.Name, c.Name, how, tun),
+				Remedy:  forwardRemedy(c, tun),
+				Command: forwardRemedy(c, tun),
 			})
 		}
 	}
-	if legacyFilter() {
-		out = append(out, Problem{
-			What:   "the iptables-legacy filter table is in use, whose FORWARD policy Tulle cannot read",
-			Remedy: fmt.Sprintf("if `iptables-legacy -S FORWARD` shows -P FORWARD DROP: iptables-legacy -I FORWARD -i %s -j ACCEPT, and likewise -o %s", tun, tun),
-		})
-	}
-	return out, nil
+	legacy, err := legacyForward(tun, clusterCIDRs)
+	return append(out, legacy...), err
 }
 
 func familyName(f nftables.TableFamily) string {
@@ -160,22 +152,6 @@ func lets(r *nftables.Rule, tun string, clusters []netip.Prefix) bool {
 			// Whole bytes are compared alone, other lengths with the full address after a mask.
 			network := p.Masked().Addr().AsSlice()
 			if bytes.Equal(c.Data, network) || p.Bits()%8 == 0 && bytes.Equal(c.Data, network[:p.Bits()/8]) {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// legacyFilter reports whether an iptables-legacy filter table exists in this namespace.
-func legacyFilter() bool {
-	for _, name := range []string{"/proc/thread-self/net/ip_tables_names", "/proc/thread-self/net/ip6_tables_names"} {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			continue // no such module
-		}
-		for s := bufio.NewScanner(bytes.NewReader(b)); s.Scan(); {
-			if strings.TrimSpace(s.Text()) == "filter" {
 				return true
 			}
 		}

@@ -9,8 +9,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CheckOverlap returns an error of one line if a cluster CIDR overlaps an address or a route of
-// the host, in the calling thread's network namespace. It ignores what carries our mark, the
+// CheckOverlap returns an error of one line if there are [OverlapProblems]: the first of them.
+func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
+	list, err := OverlapProblems(tun, clusterCIDRs, own)
+	if err != nil || len(list) == 0 {
+		return err
+	}
+	return fmt.Errorf("%s: %s", list[0].What, list[0].Remedy)
+}
+
+// OverlapProblems are the addresses and routes of the host that a cluster CIDR overlaps, in the
+// calling thread's network namespace. It ignores what carries our mark, the
 // device tun, and everything inside own: the prefixes that this node has from an earlier run or
 // from its configuration, where the routes and bridges of its pods are. Until the host reboots,
 // our unreachable routes also show these prefixes, so own may be empty.
@@ -18,10 +27,10 @@ import (
 // A route over a gateway to a larger network, such as a default route or a site's 10.0.0.0/8, is
 // no overlap, because the cluster's prefix is longer. A larger network that is directly connected
 // is an overlap, because its hosts would become unreachable.
-func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
+func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, error) {
 	d, err := newDetector()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	tunIndex := 0
 	for index, l := range d.links {
@@ -35,7 +44,7 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 			return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
 		})
 		if err != nil {
-			return err
+			return nil, err
 		}
 		routes = append(routes, list...)
 	}
@@ -46,9 +55,15 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 		}
 	}
 	inOwn := func(p netip.Prefix) bool { return covered(own, p) }
-	refuse := func(c netip.Prefix, what string) error {
-		return fmt.Errorf("cluster CIDR %v overlaps this host's %s: choose another --cluster-cidr, or remove it", c.Masked(), what)
+	var out []Problem
+	refuse := func(c netip.Prefix, what, command string) {
+		out = append(out, Problem{
+			What:    fmt.Sprintf("cluster CIDR %v overlaps this host's %s", c.Masked(), what),
+			Remedy:  "choose another --cluster-cidr, or remove it",
+			Command: command,
+		})
 	}
+	inAddr := map[netip.Prefix]bool{} // the kernel's routes of addresses that are reported
 	for _, c := range clusterCIDRs {
 		for i := range d.all {
 			a := &d.all[i]
@@ -56,7 +71,9 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 			if a.LinkIndex == tunIndex || !c.Contains(ip) || inOwn(netip.PrefixFrom(ip, ip.BitLen())) {
 				continue
 			}
-			return refuse(c, fmt.Sprintf("address %s on %s", addrText(a), d.name(a.LinkIndex)))
+			refuse(c, fmt.Sprintf("address %s on %s", addrText(a), d.name(a.LinkIndex)), fmt.Sprintf("ip address del %s dev %s", addrText(a), d.name(a.LinkIndex)))
+			ones, _ := a.Mask.Size()
+			inAddr[netip.PrefixFrom(ip, ones).Masked()] = true
 		}
 	}
 	for i := range routes {
@@ -65,22 +82,23 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 		if !p.IsValid() || p.Bits() == 0 || ours(rt, tunIndex) || tunIndex != 0 && rt.LinkIndex == tunIndex || inOwn(p) {
 			continue
 		}
-		if rt.Protocol == Protocol {
-			for _, c := range clusterCIDRs {
-				if c.Overlaps(p) {
-					return fmt.Errorf("cluster CIDR %v overlaps this host's route %s, which an agent with --tun %s has made: stop that agent and run `tulle cleanup --tun %[3]s`, or choose another --cluster-cidr",
-						c.Masked(), routeText(rt, d.name), d.name(rt.LinkIndex))
-				}
-			}
+		if rt.Protocol == unix.RTPROT_KERNEL && inAddr[p] {
+			continue
 		}
 		connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST
 		for _, c := range clusterCIDRs {
-			if contains(c.Masked(), p) || connected && contains(p, c) {
-				return refuse(c, "route "+routeText(rt, d.name))
+			switch {
+			case rt.Protocol == Protocol && c.Overlaps(p):
+				out = append(out, Problem{
+					What:   fmt.Sprintf("cluster CIDR %v overlaps this host's route %s, which an agent with --tun %s has made", c.Masked(), routeText(rt, d.name), d.name(rt.LinkIndex)),
+					Remedy: fmt.Sprintf("stop that agent and run `tulle cleanup --tun %s`, or choose another --cluster-cidr", d.name(rt.LinkIndex)),
+				})
+			case contains(c.Masked(), p) || connected && contains(p, c):
+				refuse(c, "route "+routeText(rt, d.name), routeDel(rt, d.name))
 			}
 		}
 	}
-	return nil
+	return out, nil
 }
 
 // covered reports whether prefixes contain all of p, one of them or several together.

@@ -281,7 +281,7 @@ func (p *pass) putRoute(k routeKey, want routeSpec, have *netlink.Route, foreign
 			blocked = true
 		}
 		if !want.unreachable && m <= k.metric {
-			p.conflict(fmt.Sprintf("route %s stands where %s belongs", p.r.routeText(f), is))
+			p.conflict(fmt.Sprintf("route %s stands where %s belongs", p.r.routeText(f), is), f)
 		}
 	}
 	if have != nil && specOf(have) == want {
@@ -296,7 +296,7 @@ func (p *pass) putRoute(k routeKey, want routeSpec, have *netlink.Route, foreign
 	if have == nil {
 		err = p.r.rt.RouteAdd(k.route(want))
 		if errors.Is(err, unix.EEXIST) { // between our dump and now
-			p.conflict(fmt.Sprintf("another route to %v metric %d stands where %s belongs", k.prefix, k.metric, is))
+			p.conflict(fmt.Sprintf("another route to %v metric %d stands where %s belongs", k.prefix, k.metric, is), nil)
 			return nil
 		}
 	} else {
@@ -310,11 +310,13 @@ func (p *pass) putRoute(k routeKey, want routeSpec, have *netlink.Route, foreign
 	return nil
 }
 
-func (p *pass) conflict(what string) {
-	p.rep.Conflicts = append(p.rep.Conflicts, Problem{
-		What:   what + "; it is not Tulle's and was left alone",
-		Remedy: "delete it, or choose another --cluster-cidr",
-	})
+// conflict reports somebody else's route; rt is nil if it is not known in full.
+func (p *pass) conflict(what string, rt *netlink.Route) {
+	c := Problem{What: what + "; it is not Tulle's and was left alone", Remedy: "delete it, or choose another --cluster-cidr"}
+	if rt != nil {
+		c.Command = routeDel(rt, p.r.linkName)
+	}
+	p.rep.Conflicts = append(p.rep.Conflicts, c)
 }
 
 // foreignInside reports other people's routes that take a part of the cluster's space
@@ -338,7 +340,7 @@ func (p *pass) foreignInside(foreign map[netip.Prefix][]*netlink.Route, want map
 		// An exact rival of a peer's route is told by putRoute, if it wins.
 		prefix := prefixOf(rt.Dst)
 		if _, ok := want[routeKey{prefix, metricOf(prefix.Addr().Is4(), false)}]; !ok {
-			p.conflict(fmt.Sprintf("route %s lies inside the cluster CIDR", p.r.routeText(rt)))
+			p.conflict(fmt.Sprintf("route %s lies inside the cluster CIDR", p.r.routeText(rt)), rt)
 		}
 	}
 }
@@ -372,13 +374,22 @@ func (r *Reconciler) removeRoutes(ctx context.Context, tun int) error {
 	return errors.Join(errs...)
 }
 
-func (r *Reconciler) routeText(rt *netlink.Route) string {
-	return routeText(rt, func(index int) string {
-		if l, err := r.rt.LinkByIndex(index); err == nil {
-			return l.Attrs().Name
-		}
-		return ""
-	})
+func (r *Reconciler) routeText(rt *netlink.Route) string { return routeText(rt, r.linkName) }
+
+// linkName is a device's name; empty if it is gone.
+func (r *Reconciler) linkName(index int) string {
+	if l, err := r.rt.LinkByIndex(index); err == nil {
+		return l.Attrs().Name
+	}
+	return ""
+}
+
+// routeDel is the command that deletes a route.
+func routeDel(rt *netlink.Route, name func(index int) string) string {
+	if prefixOf(rt.Dst).Addr().Is6() {
+		return "ip -6 route del " + routeText(rt, name)
+	}
+	return "ip route del " + routeText(rt, name)
 }
 
 // routeText writes a route as `ip route` does.

@@ -26,7 +26,8 @@ func ReversePathProblems(devices []string) ([]Problem, error) {
 		out = append(out, Problem{
 			What: fmt.Sprintf("the reverse path filter of %s is strict (%s=%s, %s=%s; the larger counts): packets that arrive by it are dropped where the way back to their sender is another interface",
 				d, dotted(key("all")), all, dotted(key(d)), own),
-			Remedy: fmt.Sprintf("sysctl -w %s=2, and the same line in a file in /etc/sysctl.d", dotted(key(d))),
+			Remedy:  fmt.Sprintf("sysctl -w %s=2, and the same line in a file in /etc/sysctl.d", dotted(key(d))),
+			Command: fmt.Sprintf("sysctl -w %s=2", dotted(key(d))),
 		})
 	}
 	return out, nil

@@ -92,6 +92,8 @@ func (r *Report) Empty() bool {
 type Problem struct {
 	What   string
 	Remedy string
+	// Command is the shell command that does what Remedy says; empty if an operator has to choose.
+	Command string
 }
 
 func (p Problem) String() string { return p.What + "; " + p.Remedy }

@@ -162,3 +162,15 @@ func RecvErr(fd int, buf []byte) (ErrMsg, error) {
 		return m, nil
 	}
 }
+
+// GetBytes reads a socket option of any layout into b, whose content the kernel may use as the question. It returns the
+// number of bytes that the kernel says it has written.
+func GetBytes(fd, level, opt int, b []byte) (int, error) {
+	size := uint32(len(b))
+	_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), uintptr(level), uintptr(opt),
+		uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(unsafe.Pointer(&size)), 0)
+	if errno != 0 {
+		return 0, fmt.Errorf("getsockopt %d of level %d: %w", opt, level, errno)
+	}
+	return int(size), nil
+}

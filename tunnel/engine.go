@@ -128,7 +128,7 @@ func (e *Engine) openFamily(a netip.Addr) error {
 		e.prober.out[f].raw[i] = &sender{sock: s, batch: underlay.NewSendBatch(1, 1)}
 	}
 	for _, w := range e.tx {
-		o := &outlet{}
+		o := &senderSet{}
 		for range max(minSenders, e.cfg.Senders/len(e.tx)) {
 			s, err := openSender(a)
 			if err != nil {

@@ -69,8 +69,8 @@ type rxWorker struct {
 	lastDst   netip.Addr // an inner destination that is ours
 	lastFrame lastFrame  // VXLAN and Ethernet headers that passed
 
-	in    header.Inner
-	tally tally
+	in     header.Inner
+	counts batchStats
 }
 
 // run receives until Wake is called on the socket.
@@ -127,7 +127,7 @@ func (w *rxWorker) drain() (got int, err error) {
 			w.datagram(w.batch.At(i))
 		}
 		w.flush()
-		w.tally.flush(w.e)
+		w.counts.flush(w.e)
 		if n < w.slots {
 			return got, nil
 		}
@@ -137,7 +137,7 @@ func (w *rxWorker) drain() (got int, err error) {
 
 // datagram handles one receive slot: one packet, or a train that UDP_GRO has joined.
 func (w *rxWorker) datagram(r underlay.Received) {
-	w.tally.receives++
+	w.counts.receives++
 	if src := r.From.Addr(); src != w.lastOuter || w.from == nil {
 		t, ok := w.fwd.sources[src]
 		if !ok {
@@ -200,7 +200,7 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 		w.e.probed(w.from, w.mode, inner, in)
 		return
 	}
-	w.tally.rx(&w.e.stats, w.from, len(inner))
+	w.counts.rx(&w.e.stats, w.from, len(inner))
 	w.deliver(inner)
 }
 
@@ -261,7 +261,7 @@ func (w *rxWorker) deliver(inner []byte) {
 		// network card would have cut it and written that.
 		if h, joined := offload.RawVnetHdr(inner, w.from.mtu); joined {
 			w.flush()
-			w.tally.writes++
+			w.counts.writes++
 			w.tun.write(w.e, h, inner)
 			return
 		}
@@ -271,7 +271,7 @@ func (w *rxWorker) deliver(inner []byte) {
 	}
 	w.flush()
 	if !w.join.Add(inner) {
-		w.tally.writes++
+		w.counts.writes++
 		w.tun.write(w.e, offload.VnetHdr{}, inner)
 	}
 }
@@ -279,7 +279,7 @@ func (w *rxWorker) deliver(inner []byte) {
 // flush writes the joined packets.
 func (w *rxWorker) flush() {
 	if h, parts, ok := w.join.Flush(); ok {
-		w.tally.writes++
+		w.counts.writes++
 		w.tun.writev(w.e, h, parts)
 	}
 }

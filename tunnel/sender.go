@@ -7,16 +7,16 @@ import (
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
-// outlet has the senders of a worker for one outer family. Each UDP sender has its own source port. A flow keeps its port, so
+// senderSet has the senders of a worker for one outer family. Each UDP sender has its own source port. A flow keeps its port, so
 // that ECMP and NIC queues, which hash ports, spread flows and never reorder one.
-type outlet struct {
+type senderSet struct {
 	udp   []*sender
 	raw   [2]*sender // protocols 4 and 41, by the inner family
 	dirty []*sender
 }
 
 // sender returns the sender for a packet; nil if this node cannot send the peer's encapsulation.
-func (o *outlet) sender(t *target, in *header.Inner, pkt []byte) (s *sender, to *underlay.Dest) {
+func (o *senderSet) sender(t *target, in *header.Inner, pkt []byte) (s *sender, to *underlay.Dest) {
 	switch t.mode {
 	case encap.UDP, encap.VXLAN:
 		to = t.udp

@@ -76,15 +76,15 @@ func (e *Engine) PeerStats(id string) PeerStats {
 func (e *Engine) drop(d encap.Drop)            { e.drops[d].Add(1) }
 func (e *Engine) dropN(d encap.Drop, n uint64) { e.drops[d].Add(n) }
 
-// tally has one worker's counters for the current batch, so that the shared counters are updated only once per batch and peer.
-type tally struct {
+// batchStats has one worker's counters for the current batch, so that the shared counters are updated only once per batch and peer.
+type batchStats struct {
 	txTo, rxFrom     *target // the peers of the counters below
 	txPkts, txBytes  uint64
 	rxPkts, rxBytes  uint64
 	receives, writes uint64
 }
 
-func (y *tally) tx(s *stats, t *target, n int) {
+func (y *batchStats) tx(s *stats, t *target, n int) {
 	if y.txTo != t {
 		y.settle(s)
 		y.txTo = t
@@ -93,7 +93,7 @@ func (y *tally) tx(s *stats, t *target, n int) {
 	y.txBytes += uint64(n)
 }
 
-func (y *tally) rx(s *stats, t *target, n int) {
+func (y *batchStats) rx(s *stats, t *target, n int) {
 	if y.rxFrom != t {
 		y.settle(s)
 		y.rxFrom = t
@@ -103,7 +103,7 @@ func (y *tally) rx(s *stats, t *target, n int) {
 }
 
 // settle adds the counters to those of the engine and the peers.
-func (y *tally) settle(s *stats) {
+func (y *batchStats) settle(s *stats) {
 	if y.txPkts > 0 {
 		s.txPackets.Add(y.txPkts)
 		s.txBytes.Add(y.txBytes)
@@ -121,7 +121,7 @@ func (y *tally) settle(s *stats) {
 }
 
 // flush adds everything to the shared counters.
-func (y *tally) flush(e *Engine) {
+func (y *batchStats) flush(e *Engine) {
 	y.settle(&e.stats)
 	if y.receives > 0 {
 		e.stats.rxReceives.Add(y.receives)

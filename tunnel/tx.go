@@ -64,7 +64,7 @@ type txWorker struct {
 	queue tunQueue
 	icmp  *icmpWriter
 	split *offload.Splitter
-	out   [2]*outlet // by the outer family, IPv4 first; nil where this node has no underlay address of it
+	out   [2]*senderSet // by the outer family, IPv4 first; nil where this node has no underlay address of it
 
 	arena []byte
 	used  int // of arena, by packets not yet sent
@@ -78,7 +78,7 @@ type txWorker struct {
 	vnet   offload.VnetHdr
 	in     header.Inner
 	prefix [header.VXLANFrameLen]byte // of the present packet
-	tally  tally
+	counts batchStats
 }
 
 // run reads and sends until Wake is called on the queue.
@@ -197,7 +197,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		}
 		prefix = header.AppendVXLAN(w.prefix[:0], w.e.cfg.VNI, mac, w.fwd.mac, encap.EtherType(in.Version == 6))
 	}
-	w.tally.tx(&w.e.stats, t, len(pkt))
+	w.counts.tx(&w.e.stats, t, len(pkt))
 	if segmented {
 		return w.segments(s, dest, prefix, pkt, h, tos)
 	}
@@ -301,7 +301,7 @@ func (w *txWorker) send() {
 		o.dirty = o.dirty[:0]
 	}
 	w.split.Reset()
-	w.tally.flush(w.e)
+	w.counts.flush(w.e)
 }
 
 // outer is the index of the outer family.

@@ -112,7 +112,7 @@ func newMemRig(mode encap.Mode) *memRig {
 	r.tx = &txWorker{
 		e: e, queue: r.queue, icmp: &icmpWriter{e: e, tun: writer()}, split: offload.NewSplitter(headerArena), arena: make([]byte, arenaSize),
 	}
-	o := &outlet{}
+	o := &senderSet{}
 	for range defaultSenders {
 		o.udp = append(o.udp, &sender{sock: r.sock, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: true})
 	}
@@ -148,7 +148,7 @@ func (r *memRig) receive(slots ...underlay.Received) {
 		r.rx.datagram(s)
 	}
 	r.rx.flush()
-	r.rx.tally.flush(r.e)
+	r.rx.counts.flush(r.e)
 }
 
 // underlayReceived is a datagram from the peer.

@@ -283,7 +283,7 @@ func (a *agent) Forget(ctx context.Context, req api.ForgetRequest) (api.ForgetRe
 		return api.ForgetResult{}, err
 	}
 	s.gossip.Forget(p.node)
-	s.kick()
+	s.rebuild()
 	out := api.ForgetResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
 	for _, prefix := range p.prefixes {
 		out.Transfers = append(out.Transfers, s.transfer(prefix, p.node))
@@ -401,7 +401,7 @@ func (a *agent) apply(next config.Config, prefer *preference) {
 	if s := a.session.Load(); s != nil {
 		s.masquerade.Store(&masquerading{next.Masquerade, next.NoMasquerade})
 		s.prefer.Store(prefer)
-		s.kick()
+		s.rebuild()
 	}
 }
 

@@ -57,7 +57,7 @@ type prober struct {
 	traffic func(peer string) tunnel.PeerStats
 	changed func() // a path came up, went down, has another MTU or another one is used; must not block
 
-	kick    chan struct{} // run the schedule now
+	wake    chan struct{} // run the schedule now
 	arrived chan struct{} // run it within gather: answers have arrived
 
 	mu    sync.Mutex
@@ -85,7 +85,7 @@ func newProber(log *slog.Logger) *prober {
 	r := rand.New(rand.NewChaCha8(seed))
 	return &prober{
 		log:     log,
-		kick:    make(chan struct{}, 1),
+		wake:    make(chan struct{}, 1),
 		arrived: make(chan struct{}, 1),
 		rand:    r,
 		paths:   path.NewSchedule(r),
@@ -98,7 +98,7 @@ func (p *prober) setPeers(now time.Time, want map[string][]path.Candidate) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.paths.SetPeers(now, want)
-	signal(p.kick)
+	signal(p.wake)
 }
 
 // info returns the state of one path; ok is false if it is not probed.
@@ -134,7 +134,7 @@ func (p *prober) poke(now time.Time, id string) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.paths.Poke(now, id)
-	signal(p.kick)
+	signal(p.wake)
 }
 
 // tooBig handles a router's message that link is the largest outer packet toward the peer.
@@ -142,7 +142,7 @@ func (p *prober) tooBig(id string, link mtu.Link) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.paths.TooBig(time.Now(), id, link)
-	signal(p.kick)
+	signal(p.wake)
 }
 
 // received is the engine's Probed hook: it runs on a receiving goroutine.
@@ -163,7 +163,7 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 		p.mu.Lock()
 		p.paths.TrainAnswered(time.Now(), peer, nonce, seen)
 		p.mu.Unlock()
-		signal(p.kick)
+		signal(p.wake)
 	case kind == probeReply:
 		p.take(answer{peer, mode, nonce, seen, time.Now()})
 		signal(p.arrived)
@@ -191,8 +191,8 @@ func (p *prober) run(ctx context.Context) error {
 			return nil
 		case <-p.arrived:
 		case <-traffic.C:
-			p.lookAtTraffic(time.Now())
-		case <-p.kick:
+			p.followTraffic(time.Now())
+		case <-p.wake:
 			wait = 0
 		case <-timer.C:
 			next = p.sendDue(time.Now())
@@ -224,8 +224,8 @@ func (p *prober) take(a answer) {
 	p.paths.Answered(a.at, a.peer, a.mode, a.nonce, a.size)
 }
 
-// lookAtTraffic reports the traffic of all peers to the schedule.
-func (p *prober) lookAtTraffic(now time.Time) {
+// followTraffic reports the traffic of all peers to the schedule.
+func (p *prober) followTraffic(now time.Time) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for id := range p.paths.Peers {

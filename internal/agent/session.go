@@ -169,8 +169,8 @@ func (s *session) close() error {
 	return errors.Join(errs...)
 }
 
-// kick wakes the loop to build a new view. It never blocks.
-func (s *session) kick() { signal(s.wake) }
+// rebuild wakes the loop to build a new view. It never blocks.
+func (s *session) rebuild() { signal(s.wake) }
 
 func signal(c chan struct{}) {
 	select {
@@ -187,7 +187,7 @@ func (s *session) membersMoved() {
 			s.probes.poke(now, m.ID.String())
 		}
 	}
-	s.kick()
+	s.rebuild()
 }
 
 const (

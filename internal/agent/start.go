@@ -165,7 +165,7 @@ func (s *session) openData(a *agent) (err error) {
 		return err
 	}
 	s.probes.train = s.engine.ProbeTrain
-	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.kick
+	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.rebuild
 	if s.leftMTU, err = hostnet.RouteMTUs(s.cfg.Tun); err != nil {
 		return err
 	}

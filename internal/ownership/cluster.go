@@ -190,7 +190,7 @@ func (s *Machine) mayNot(seeds Seeds, newcomers int) string {
 		return fmt.Sprintf("no cluster yet: the configuration says that %s starts it (bootstrap: %[1]s), and neither this node (%s) nor any that answers%s has that name: "+
 			"start that host, or correct `bootstrap` or `node_name`", named, s.cfg.Name, others)
 	case seeds.Others == 0 && !answered:
-		return "no state, no seed to join and no bootstrap word: give --join HOST, or --bootstrap on exactly one node"
+		return "no state, no seed to join and no bootstrap flag: give --join HOST, or --bootstrap on exactly one node"
 	}
 	return "the seeds that answer are in no cluster yet: one node has to be started with --bootstrap"
 }

@@ -29,14 +29,14 @@ import (
 //
 // A node that is in a cluster answers with its state, and the founder joins it.
 type founding struct {
-	began   time.Time            // time of the first request; zero: not asking
-	nonce   uint64               // a request's number is this plus the nanoseconds since began
-	sent    time.Time            // time of the last round of requests
-	words   map[NodeID]time.Time // the consents of other nodes, and when each was requested
-	word    NodeID               // the founder that this node has consented to
-	until   time.Time            // end of that consent
-	rival   NodeID               // the lowest other founder that this node has refused or heard of
-	rivalAt time.Time
+	began     time.Time            // time of the first request; zero: not asking
+	nonce     uint64               // a request's number is this plus the nanoseconds since began
+	sent      time.Time            // time of the last round of requests
+	consents  map[NodeID]time.Time // the consents of other nodes, and when each was requested
+	consented NodeID               // the founder that this node has consented to
+	until     time.Time            // end of that consent
+	rival     NodeID               // the lowest other founder that this node has refused or heard of
+	rivalAt   time.Time
 }
 
 const (
@@ -54,19 +54,19 @@ func (s *Machine) mayFound(now time.Time, newcomers []Member) string {
 	if s.plant.foundAlone {
 		return ""
 	}
-	if !f.word.IsZero() && now.Before(f.until) {
-		return s.nameOf(f.word) + " is about to start the cluster"
+	if !f.consented.IsZero() && now.Before(f.until) {
+		return s.nameOf(f.consented) + " is about to start the cluster"
 	}
-	f.word = NodeID{}
+	f.consented = NodeID{}
 	if !f.rival.IsZero() && now.Sub(f.rivalAt) < foundLease && f.rival.Compare(s.cfg.ID) < 0 {
 		return s.nameOf(f.rival) + " may start the cluster as well, and has the lower ID"
 	}
 	if f.began.IsZero() {
-		f.began, f.nonce, f.words = now, s.rand.Uint64(), make(map[NodeID]time.Time)
+		f.began, f.nonce, f.consents = now, s.rand.Uint64(), make(map[NodeID]time.Time)
 	}
 	var missing []string
 	for _, m := range newcomers {
-		if at, ok := f.words[m.ID]; !ok || now.Sub(at) >= foundLease/2 {
+		if at, ok := f.consents[m.ID]; !ok || now.Sub(at) >= foundLease/2 {
 			missing = append(missing, s.nameOf(m.ID))
 		}
 	}
@@ -102,7 +102,7 @@ func described(m Member) string {
 	return fmt.Sprintf("%s (%s) at %v", m.Name, m.ID.Short(), m.Addr.Addr())
 }
 
-// handleFound gives this newcomer's word to another one, or says who has it.
+// handleFound gives this newcomer's consent to another one, or says who has it.
 func (s *Machine) handleFound(now time.Time, m *message) {
 	f := &s.found
 	ack := message{kind: kindFoundAck, seq: m.seq}
@@ -110,16 +110,16 @@ func (s *Machine) handleFound(now time.Time, m *message) {
 		ack.flags = flagFounder
 		s.noteFounder(now, m.sender)
 	}
-	held := !f.word.IsZero() && now.Before(f.until)
+	held := !f.consented.IsZero() && now.Before(f.until)
 	switch {
-	case held && f.word != m.sender:
-		ack.node = f.word
+	case held && f.consented != m.sender:
+		ack.node = f.consented
 		s.sawRival(now, m.sender)
 	case !held && !f.began.IsZero() && s.cfg.ID.Compare(m.sender) < 0:
-		ack.node = s.cfg.ID // this node asks for words itself, and goes first
+		ack.node = s.cfg.ID // this node asks for consents itself, and goes first
 	default:
 		s.giveWordsBack()
-		f.word, f.until = m.sender, now.Add(foundLease)
+		f.consented, f.until = m.sender, now.Add(foundLease)
 		ack.flags |= flagYes
 		if now.Sub(f.rivalAt) < foundLease && f.rival != m.sender {
 			ack.node = f.rival
@@ -128,7 +128,7 @@ func (s *Machine) handleFound(now time.Time, m *message) {
 	s.send(m.sender, ack)
 }
 
-// sawRival remembers the lowest founder that did not get this node's word.
+// sawRival remembers the lowest founder that did not get this node's consent.
 func (s *Machine) sawRival(now time.Time, id NodeID) {
 	f := &s.found
 	if f.rival.IsZero() || now.Sub(f.rivalAt) >= foundLease || id.Compare(f.rival) <= 0 {
@@ -154,7 +154,7 @@ func (s *Machine) handleFoundAck(now time.Time, m *message) {
 		}
 	}
 	if m.flags&flagYes != 0 {
-		f.words[m.sender] = f.began.Add(asked)
+		f.consents[m.sender] = f.began.Add(asked)
 		s.drive(now)
 	}
 }
@@ -162,20 +162,20 @@ func (s *Machine) handleFoundAck(now time.Time, m *message) {
 // giveWordsBack ends this node's own attempt.
 func (s *Machine) giveWordsBack() {
 	f := &s.found
-	for _, id := range sortedKeys(f.words) {
+	for _, id := range sortedKeys(f.consents) {
 		s.send(id, message{kind: kindUnfound})
 	}
-	f.began, f.words, f.sent = time.Time{}, nil, time.Time{}
+	f.began, f.consents, f.sent = time.Time{}, nil, time.Time{}
 }
 
 func (s *Machine) handleUnfound(m *message) {
-	if s.found.word == m.sender {
-		s.found.word = NodeID{}
+	if s.found.consented == m.sender {
+		s.found.consented = NodeID{}
 	}
 }
 
-// noteFounder tells that two hosts have the word to start the cluster. It stays for a while: the
-// configuration is still so when the cluster has begun.
+// noteFounder reports that two hosts may start the cluster: both have --bootstrap, or the bootstrap node's name. The
+// report stays for a while, because the configuration is still so when the cluster has begun.
 func (s *Machine) noteFounder(now time.Time, id NodeID) {
 	s.foundersAt = now
 	s.note("founder "+id.String(), fmt.Sprintf("two nodes are told to start the cluster: this one (%s) and %s; the one with the lower ID does, the other one joins it", s.cfg.ID.Short(), s.nameOf(id)),

@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// agree gives a founder the words of all members.
+// agree gives a founder the consents of all members.
 func (e *loneEnv) agree(s *Machine, now time.Time) {
 	i := slices.IndexFunc(e.sent, func(m *message) bool { return m.kind == kindFound })
 	if i < 0 {
@@ -65,20 +65,20 @@ func TestFounderNeedsEveryWord(t *testing.T) {
 	env.answer(s, now, NodeID{7}, yes)
 	env.answer(s, now, NodeID{7}, yes)
 	if why := s.Status(now).Why; !s.Cluster().IsZero() || !strings.Contains(why, "host-9 (09000000) at 192.0.2.9") || strings.Contains(why, "host-7") {
-		t.Fatalf("with one of two words: cluster %v, why %q", s.Cluster(), why)
+		t.Fatalf("with one of two consents: cluster %v, why %q", s.Cluster(), why)
 	}
-	// A word is old before its giver forgets it.
+	// A consent expires before its giver forgets it.
 	later := now.Add(foundLease/2 + time.Millisecond)
 	env.answer(s, later, NodeID{9}, yes)
 	if !s.Cluster().IsZero() {
-		t.Fatal("begins with an old word")
+		t.Fatal("begins with an expired consent")
 	}
 	s.Tick(later)
 	yes.seq = env.last(kindFound).seq
 	env.answer(s, later, NodeID{7}, yes)
 	env.answer(s, later, NodeID{9}, yes)
 	if s.Cluster().IsZero() {
-		t.Fatalf("does not begin with all words: %+v", s.Status(later))
+		t.Fatalf("does not begin with all consents: %+v", s.Status(later))
 	}
 }
 
@@ -92,7 +92,7 @@ func TestFounderGivesWay(t *testing.T) {
 	// 9 has heard of a lower founder that this node does not see.
 	env.answer(s, now, NodeID{9}, message{kind: kindFoundAck, seq: seq, flags: flagYes, node: NodeID{2}})
 	if !s.Cluster().IsZero() || env.last(kindUnfound) == nil {
-		t.Fatalf("does not give its words back: cluster %v", s.Cluster())
+		t.Fatalf("does not give its consents back: cluster %v", s.Cluster())
 	}
 	env.sent = nil
 	for at := now; at.Before(now.Add(foundLease)); at = at.Add(500 * time.Millisecond) {
@@ -120,15 +120,15 @@ func TestWordIsGivenOnce(t *testing.T) {
 		t.Fatalf("%+v", a)
 	}
 	if a := found(now, 3); a.flags&flagYes != 0 || a.node != (NodeID{7}) {
-		t.Fatalf("a second word, although to a lower one: %+v", a)
+		t.Fatalf("a second consent, although to a lower one: %+v", a)
 	}
 	if a := found(now, 7); a.flags&flagYes == 0 || a.node != (NodeID{3}) {
-		t.Fatalf("who has the word is not told of the lower one: %+v", a)
+		t.Fatalf("who has the consent is not told of the lower one: %+v", a)
 	}
 	env.sent = nil
 	s.Tick(now.Add(seedPatience))
 	if env.last(kindFound) != nil || !s.Cluster().IsZero() || !strings.Contains(s.Status(now).Why, "host-7 (07000000) at 192.0.2.7 is about to start the cluster") {
-		t.Fatalf("starts although it has given its word: %+v", s.Status(now))
+		t.Fatalf("starts although it has consented to another: %+v", s.Status(now))
 	}
 	env.answer(s, now, NodeID{7}, message{kind: kindUnfound})
 	if a := found(now, 3); a.flags&flagYes == 0 {
@@ -138,10 +138,10 @@ func TestWordIsGivenOnce(t *testing.T) {
 	now = now.Add(foundLease + time.Second)
 	s.Tick(now.Add(foundLease))
 	if a := found(now.Add(foundLease), 9); a.flags&flagYes != 0 || a.node != s.Node() {
-		t.Fatalf("the higher one gets the word: %+v", a)
+		t.Fatalf("the higher one gets the consent: %+v", a)
 	}
 	if a := found(now.Add(foundLease), 3); a.flags&flagYes == 0 {
-		t.Fatalf("the lower one does not get the word: %+v", a)
+		t.Fatalf("the lower one does not get the consent: %+v", a)
 	}
 	problems := fmt.Sprint(s.Status(now).Problems)
 	for _, want := range []string{"two nodes are told to start the cluster", "host-7 (07000000) at 192.0.2.7", "host-3 (03000000) at 192.0.2.3"} {
@@ -197,8 +197,8 @@ func TestSharedBootstrapName(t *testing.T) {
 				}
 			}
 			w.runFor(60 * time.Second)
-			w.law.oneCluster()
-			if n := w.law.seen["shared name reported"]; n != len(at) {
+			w.must.oneCluster()
+			if n := w.must.seen["shared name reported"]; n != len(at) {
 				t.Errorf("%d of %d hosts report the name", n, len(at))
 			}
 		})

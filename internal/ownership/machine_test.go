@@ -17,7 +17,7 @@ import (
 func quiet(t *testing.T, hosts int, cidrs ...string) *world {
 	t.Helper()
 	w := &world{rng: rand.New(rand.NewPCG(1, 2)), now: simStart}
-	w.law.init(w)
+	w.must.init(w)
 	w.params = simParams{hosts: hosts, len4: 24, len6: 64, cooldown: time.Minute}
 	for _, c := range cidrs {
 		w.params.cidrs = append(w.params.cidrs, netip.MustParsePrefix(c))

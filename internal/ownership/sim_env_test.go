@@ -16,7 +16,7 @@ var _ Env = simEnv{}
 
 func (e simEnv) Send(to NodeID, msg []byte) {
 	h, w := e.h, e.h.w
-	w.law.onSend(h, to, msg)
+	w.must.onSend(h, to, msg)
 	for _, o := range w.hosts {
 		if o.id == to && o != h {
 			from := h.id
@@ -25,7 +25,7 @@ func (e simEnv) Send(to NodeID, msg []byte) {
 	}
 	if h.atSend {
 		h.atSend = false
-		w.law.seen["crash after an answer"]++
+		w.must.seen["crash after an answer"]++
 		panic(errCrash)
 	}
 }
@@ -52,7 +52,7 @@ func (e simEnv) Persist(st *ipam.State) error {
 	}
 	w := h.w
 	if fault != "" {
-		w.law.seen["persist: "+fault]++
+		w.must.seen["persist: "+fault]++
 	}
 	switch fault {
 	case "crash before":
@@ -90,7 +90,7 @@ func (h *host) write(st *ipam.State) {
 		}
 	}
 	h.disk, h.witness = st, st
-	h.w.law.onDisk(h)
+	h.w.must.onDisk(h)
 }
 
 // Members is gossip's view: it notices both ends of a failure late.

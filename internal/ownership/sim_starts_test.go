@@ -53,7 +53,7 @@ func (r resolver) String() string {
 // the bootstrap node's name, seed lists with oneself in them, and resolvers that lie.
 func simulateStarts(seed uint64, plant string) *world {
 	w := &world{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x737461)), now: simStart}
-	w.law.init(w)
+	w.must.init(w)
 	w.starts = &starts{plant: plant, oneName: w.rng.IntN(2) == 0}
 	w.params = simParams{hosts: 3 + w.rng.IntN(4), cidrs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/23")}, len4: 28, len6: 122, cooldown: time.Minute, plant: plant}
 	w.starts.seeds = 2 + w.rng.IntN(2)
@@ -87,7 +87,7 @@ func simulateStarts(seed uint64, plant string) *world {
 	}
 	w.heal()
 	if w.fault == "" && !w.over {
-		w.law.oneCluster()
+		w.must.oneCluster()
 	}
 	return w
 }
@@ -98,7 +98,7 @@ func (w *world) startsOp() {
 	switch n := w.rng.IntN(100); {
 	case n < 12:
 		h.resolver = resolver(w.rng.IntN(4))
-		w.law.seen["resolver: "+h.resolver.String()]++
+		w.must.seen["resolver: "+h.resolver.String()]++
 		w.logf("the resolver of host %d is %v", h.index, h.resolver)
 	case n < 18:
 		w.partition()
@@ -130,13 +130,13 @@ func (h *host) move() {
 	for _, o := range w.hosts {
 		if o != h && o.sp == nil && w.rng.IntN(2) == 0 {
 			h.addr, o.addr = o.addr, h.addr
-			w.law.seen["addresses swapped"]++
+			w.must.seen["addresses swapped"]++
 			w.logf("hosts %d and %d have swapped addresses", h.index, o.index)
 			return
 		}
 	}
 	h.addr = 100 + w.rng.IntN(1000)
-	w.law.seen["address changed"]++
+	w.must.seen["address changed"]++
 	w.logf("host %d has address %d now", h.index, h.addr)
 }
 
@@ -226,11 +226,11 @@ func (h *host) seeds() Seeds {
 	return s
 }
 
-// began is the law of starts: nobody begins a cluster while there is one of the same configuration, unless none of its
+// began is the invariant of starts: nobody begins a cluster while there is one of the same configuration, unless none of its
 // members is a seed, or has been in reach for long enough to be met. That exception is a founder that is no seed and that dies, or is
 // cut off, before anybody has joined it: the seeds cannot tell, and the schedule ends. The same holds
 // for a seed that is down, while a resolver gives an address for it at which another host lives now.
-func (l *law) began(h *host, sp *Machine) {
+func (l *invariants) began(h *host, sp *Machine) {
 	w := l.w
 	others := slices.DeleteFunc(slices.Clone(w.hosts), func(o *host) bool { return o == h })
 	if slices.ContainsFunc(others, func(o *host) bool { return o.clusterOnDisk() == sp.cluster }) {
@@ -262,7 +262,7 @@ func (h *host) clusterOnDisk() (c ClusterID) {
 }
 
 // oneCluster: once all is healed, everybody is in the cluster, and shared names are reported by all who have them.
-func (l *law) oneCluster() {
+func (l *invariants) oneCluster() {
 	w := l.w
 	first := w.hosts[0].clusterOf()
 	for _, h := range w.hosts {
@@ -314,7 +314,7 @@ func TestSimulationOfStarts(t *testing.T) {
 			t.Fatal(w.report())
 		}
 		steps += w.steps
-		for what, n := range w.law.seen {
+		for what, n := range w.must.seen {
 			seen[what] += n
 		}
 	}
@@ -323,7 +323,7 @@ func TestSimulationOfStarts(t *testing.T) {
 		t.Logf("%8d × %s", seen[what], what)
 	}
 	for _, what := range []string{
-		"cluster begun", "another founder heard of", "word refused to a founder", "wiped", "address changed", "addresses swapped", "shared name reported",
+		"cluster begun", "another founder heard of", "consent refused to a founder", "wiped", "address changed", "addresses swapped", "shared name reported",
 		"resolver: silent", "resolver: outdated", "resolver: loopback",
 	} {
 		if seen[what] < runs/50 {
@@ -338,7 +338,7 @@ func TestSimulationOfStarts(t *testing.T) {
 // TestSimulationOfStartsCatches plants the rules that would start a second cluster.
 func TestSimulationOfStartsCatches(t *testing.T) {
 	for _, bug := range []string{
-		"no word of other newcomers",
+		"newcomers do not ask each other",
 		"a seed name with an own address is oneself",
 	} {
 		t.Run(bug, func(t *testing.T) {

@@ -24,7 +24,7 @@ func envUint(name string) uint64 {
 	return v
 }
 
-// TestSimulation runs random schedules and stops at the first that breaks a law.
+// TestSimulation runs random schedules and stops at the first that breaks an invariant.
 func TestSimulation(t *testing.T) {
 	if *simSeed != 0 {
 		w := simulate(*simSeed, "")
@@ -49,10 +49,10 @@ func TestSimulation(t *testing.T) {
 		}
 		steps += w.steps
 		largest = max(largest, len(w.hosts))
-		for what, n := range w.law.seen {
+		for what, n := range w.must.seen {
 			seen[what] += n
 		}
-		seen["collision under the forget exception"] += w.law.excused
+		seen["collision under the forget exception"] += w.must.excused
 	}
 	t.Logf("%d schedules, %d steps, up to %d hosts", runs, steps, largest)
 	for _, what := range sortedStrings(seen) {
@@ -60,7 +60,7 @@ func TestSimulation(t *testing.T) {
 	}
 	for _, what := range []string{
 		"donation", "further block", "address handed out", "address used again", "takeover", "left",
-		"ready at the end", "exhausted at the end", "confirmed after a rollback", "lost word learned again",
+		"ready at the end", "exhausted at the end", "confirmed after a rollback", "lost change learned again",
 		"persist: crash before", "persist: crash after", "persist: fail", "persist: fail late", "crash after an answer",
 	} {
 		if seen[what] < runs/200 {
@@ -115,7 +115,7 @@ func TestSimulationReplays(t *testing.T) {
 // simulate runs one schedule: trouble first, then healing and rest.
 func simulate(seed uint64, plant string) *world {
 	w := &world{seed: seed, rng: rand.New(rand.NewPCG(seed, 0x7469)), now: simStart}
-	w.law.init(w)
+	w.must.init(w)
 	w.draw(plant)
 	for _, h := range w.hosts[:min(3, len(w.hosts))] { // the seeds: the first start needs them all
 		h.start(false)
@@ -261,7 +261,7 @@ func (h *host) newPods(n int) {
 				return
 			}
 			for _, a := range list {
-				w.law.handedOut(h, key, a.Addr)
+				w.must.handedOut(h, key, a.Addr)
 				h.pods[key] = append(h.pods[key], a.Addr)
 			}
 		})
@@ -280,7 +280,7 @@ func (h *host) endPods() {
 			// The pod is gone before its addresses are released.
 			delete(h.pods, key)
 			for _, a := range addrs {
-				w.law.takenBack(h, key, a, true)
+				w.must.takenBack(h, key, a, true)
 			}
 			if _, err := sp.Release(w.now, key); err != nil {
 				w.logf("%s: release of %s: %v", h.name, key, err)
@@ -302,7 +302,7 @@ func (w *world) sweep(h *host) {
 }
 
 // rollBack puts an older disk into a host that is down, when the condition of
-// the proof can be met: somebody else knows of every word that is lost.
+// the proof can be met: somebody else knows of every change that is lost.
 func (h *host) rollBack() {
 	w := h.w
 	if len(h.older) == 0 {
@@ -313,7 +313,7 @@ func (h *host) rollBack() {
 	if ClusterID(old.Cluster).IsZero() || len(old.Peers) == 0 && len(table.Owned(h.id)) == table.Len() {
 		return // it would join anew, or be confirmed by itself
 	}
-	lost := slices.Concat(h.lostWord, w.law.lost(h, table))
+	lost := slices.Concat(h.lostChange, w.must.lost(h, table))
 	for _, e := range lost {
 		known := false
 		for _, o := range w.hosts {
@@ -324,8 +324,8 @@ func (h *host) rollBack() {
 		}
 	}
 	w.logf("%s: the disk is rolled back to generation %d of %d, lost %v", h.name, old.Generation, h.disk.Generation, lost)
-	w.law.rolledBack(h)
-	h.disk, h.lostWord, h.unsure = old, lost, true
+	w.must.rolledBack(h)
+	h.disk, h.lostChange, h.unsure = old, lost, true
 	h.start(true)
 }
 
@@ -337,12 +337,12 @@ func (h *host) wipe() {
 	}) {
 		return // when every seed has lost its disk nobody can tell that there is a cluster
 	}
-	w.law.seen["wiped"]++
+	w.must.seen["wiped"]++
 	w.logf("%s (%s) is wiped", h.name, h.id.Short())
 	h.endOfPods()
-	h.disk, h.older, h.unsure, h.lostWord = nil, nil, false, nil
-	delete(w.law.facts, h)
-	delete(w.law.words, h)
+	h.disk, h.older, h.unsure, h.lostChange = nil, nil, false, nil
+	delete(w.must.facts, h)
+	delete(w.must.changes, h)
 	h.id = w.newID()
 	h.start(false)
 }
@@ -350,7 +350,7 @@ func (h *host) wipe() {
 func (h *host) endOfPods() {
 	for _, key := range sortedStrings(h.pods) {
 		for _, a := range h.pods[key] {
-			h.w.law.takenBack(h, key, a, false)
+			h.w.must.takenBack(h, key, a, false)
 		}
 	}
 	clear(h.pods)
@@ -461,7 +461,7 @@ func (w *world) heal() {
 	if w.fault != "" || w.over {
 		return
 	}
-	w.law.atRest()
+	w.must.atRest()
 	for _, h := range w.hosts {
 		h.newPods(2)
 	}

@@ -34,7 +34,7 @@ type world struct {
 
 	starts *starts // nil: everybody knows everybody
 
-	law   law
+	must  invariants
 	trace []string
 	steps int
 	fault string // the first violation
@@ -58,19 +58,19 @@ type host struct {
 	id    NodeID
 	cfg   Config
 
-	sp       *Machine // nil: the agent does not run
-	run      int      // counts starts
-	upAt     time.Time
-	downAt   time.Time
-	group    int // hosts of one group reach each other
-	retired  bool
-	disk     *ipam.State
-	older    []*ipam.State
-	witness  *ipam.State // what was saved last, as ipam.Store.Fresh finds out
-	pods     map[string][]netip.Addr
-	podSeq   int
-	lostWord []Entry // what a rolled back disk does not know of, until confirmed
-	unsure   bool    // runs from a rolled back disk and is not confirmed yet
+	sp         *Machine // nil: the agent does not run
+	run        int      // counts starts
+	upAt       time.Time
+	downAt     time.Time
+	group      int // hosts of one group reach each other
+	retired    bool
+	disk       *ipam.State
+	older      []*ipam.State
+	witness    *ipam.State // what was saved last, as ipam.Store.Fresh finds out
+	pods       map[string][]netip.Addr
+	podSeq     int
+	lostChange []Entry // what a rolled back disk does not know of, until confirmed
+	unsure     bool    // runs from a rolled back disk and is not confirmed yet
 
 	addr     int // in a world of starts: its address, its circle of acquaintances, its name server
 	circle   int
@@ -148,7 +148,7 @@ var simStart = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
 var errCrash = errors.New("simulated crash")
 
-// step runs one call into a host's machine: it may crash halfway, and the laws
+// step runs one call into a host's machine: it may crash halfway, and the invariants
 // are checked when it has returned.
 func (w *world) step(h *host, what string, do func(sp *Machine)) {
 	if h.sp == nil || w.fault != "" || w.over {
@@ -176,10 +176,10 @@ func (w *world) step(h *host, what string, do func(sp *Machine)) {
 	h.unwritten = nil
 	if was.IsZero() && !sp.cluster.IsZero() && w.starts != nil {
 		h.joinedAt = w.now
-		w.law.began(h, sp)
+		w.must.began(h, sp)
 	}
 	if !w.over {
-		w.law.afterStep(h, sp, before)
+		w.must.afterStep(h, sp, before)
 	}
 }
 
@@ -273,7 +273,7 @@ func (h *host) pushPull(run int) {
 }
 
 // reaches reports whether packets from h get to o now. A host that runs from a
-// rolled back disk is cut off unless the condition of the proof holds: every word
+// rolled back disk is cut off unless the condition of the proof holds: every change
 // that its disk has lost is known to somebody whom it reaches (see confirmation).
 func (h *host) reaches(o *host) bool {
 	if h.sp == nil || o.sp == nil || h.group != o.group {
@@ -283,7 +283,7 @@ func (h *host) reaches(o *host) bool {
 }
 
 func (h *host) witnessed() bool {
-	for _, e := range h.lostWord {
+	for _, e := range h.lostChange {
 		known := false
 		for _, o := range h.w.hosts {
 			// A witness that is itself unsure may be cut off; one that has just
@@ -344,7 +344,7 @@ func (w *world) planted() (p plants) {
 		p.merge = mergeLower
 	case "bootstrap with a live seed":
 		p.bootstrapLive = true
-	case "no word of other newcomers":
+	case "newcomers do not ask each other":
 		p.foundAlone = true
 	case "forget of a live node":
 		p.forgetLive = true

@@ -164,7 +164,7 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	return out
 }
 
-// sharedNames reports names that several live hosts have. Nothing but people, and the word to start the cluster, goes by
+// sharedNames reports names that several live hosts have. Nothing but people, and the right to start the cluster, goes by
 // a name; but hosts that share one are clones, or nobody knows which one is meant.
 func (s *Machine) sharedNames() (out []Problem) {
 	by := map[string][]Member{}

@@ -32,7 +32,7 @@ type Gossip struct {
 	log          *slog.Logger
 	ready        chan struct{}
 	fatal        chan error
-	kick         chan struct{} // wakes the rejoin loop
+	rejoinNow    chan struct{} // wakes the rejoin loop
 	dirty        chan struct{} // signals that the metadata has changed and must be announced
 	keyReqs      chan envelope
 	presenceReqs chan envelope
@@ -100,7 +100,7 @@ func New(cfg Config) (*Gossip, error) {
 		cfg: cfg, log: log,
 		ready:        make(chan struct{}),
 		fatal:        make(chan error, 1),
-		kick:         make(chan struct{}, 1),
+		rejoinNow:    make(chan struct{}, 1),
 		dirty:        make(chan struct{}, 1),
 		keyReqs:      make(chan envelope, 64),
 		presenceReqs: make(chan envelope, 64),

@@ -432,4 +432,4 @@ func signal(ch chan struct{}) {
 	}
 }
 
-func (g *Gossip) wake() { signal(g.kick) }
+func (g *Gossip) wake() { signal(g.rejoinNow) }

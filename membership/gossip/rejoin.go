@@ -68,7 +68,7 @@ func (g *Gossip) rejoin(ctx context.Context) {
 		case <-t.C:
 		case <-seeds:
 			seeds, backoff = g.cfg.Seeds.Changed(), p.rejoinMin
-		case <-g.kick:
+		case <-g.rejoinNow:
 			// Events arrive in bursts: wait until they settle, and never spin.
 			select {
 			case <-ctx.Done():

@@ -246,7 +246,7 @@ func (g *Gossip) seedAddrLocked(a netip.AddrPort, own bool) SeedAddr {
 
 // judge draws the sum of a seed's addresses.
 func (s *Seed) judge(known seed.Seed) {
-	s.Others, s.Answered = tally(s.Addrs)
+	s.Others, s.Answered = countHosts(s.Addrs)
 	for _, a := range s.Addrs {
 		s.Tried = s.Tried && (a.Self || a.Tried || a.Answered || !a.reachable)
 	}
@@ -262,10 +262,10 @@ func (s *Seed) judge(known seed.Seed) {
 	}
 }
 
-// tally counts the hosts behind the addresses of one name, without this one, and those that have answered. Several addresses of one
+// countHosts counts the hosts behind the addresses of one name, without this one, and those that have answered. Several addresses of one
 // family are several hosts; one of each family may be one host, so the family with more of them counts. A family that this
 // host cannot reach counts only if there is no other.
-func tally(addrs []SeedAddr) (others, answered int) {
+func countHosts(addrs []SeedAddr) (others, answered int) {
 	type count struct{ others, answered int }
 	var reached, rest [2]count
 	for _, a := range addrs {

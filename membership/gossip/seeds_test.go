@@ -220,7 +220,7 @@ func TestTally(t *testing.T) {
 			}
 			list = append(list, SeedAddr{Addr: a, Self: strings.Contains(w, "s"), Answered: strings.Contains(w, "a"), reachable: !strings.Contains(w, "n")})
 		}
-		if others, answered := tally(list); others != c.others || answered != c.answered {
+		if others, answered := countHosts(list); others != c.others || answered != c.answered {
 			t.Errorf("%q: %d of %d have answered, want %d of %d", c.addrs, answered, others, c.answered, c.others)
 		}
 	}

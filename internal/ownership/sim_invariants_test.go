@@ -9,7 +9,7 @@ import (
 	"github.com/tulle-net/tulle/membership"
 )
 
-// law is what must hold, and the bookkeeping to see whether it does. It looks at
+// invariants is what must hold, and the bookkeeping to see whether it does. It looks at
 // the hosts from outside: which pod has which address, what was answered, what is
 // on which disk.
 //
@@ -18,12 +18,12 @@ import (
 // taker did not hear of) may collide with the taker, and with those who have the
 // space from the taker. lineage says who has which space by way of a takeover: two
 // holders may collide only when exactly one of them is in it.
-type law struct {
+type invariants struct {
 	w        *world
 	holders  map[netip.Addr][]holder
 	released map[netip.Addr]release
 	facts    map[*host][]Entry // donations that a host has answered
-	words    map[*host][]Entry // all changes that a host made to its own space
+	changes  map[*host][]Entry // all changes that a host made to its own space
 	lineage  map[NodeID][]inherited
 	taken    []netip.Prefix
 	excused  int
@@ -48,12 +48,12 @@ type release struct {
 	at time.Time
 }
 
-func (l *law) init(w *world) {
+func (l *invariants) init(w *world) {
 	l.w = w
 	l.holders = make(map[netip.Addr][]holder)
 	l.released = make(map[netip.Addr]release)
 	l.facts = make(map[*host][]Entry)
-	l.words = make(map[*host][]Entry)
+	l.changes = make(map[*host][]Entry)
 	l.seen = make(map[string]int)
 	l.lineage = make(map[NodeID][]inherited)
 }
@@ -67,7 +67,7 @@ func tableOf(st *ipam.State) *membership.Table {
 }
 
 // excuse reports whether a collision over p falls under the exception.
-func (l *law) excuse(a, b NodeID, p netip.Prefix) bool {
+func (l *invariants) excuse(a, b NodeID, p netip.Prefix) bool {
 	has := func(id NodeID) map[*takeover]bool {
 		out := make(map[*takeover]bool)
 		for _, i := range l.lineage[id] {
@@ -94,7 +94,7 @@ func (l *law) excuse(a, b NodeID, p netip.Prefix) bool {
 }
 
 // onSend notes what is answered.
-func (l *law) onSend(h *host, to NodeID, msg []byte) {
+func (l *invariants) onSend(h *host, to NodeID, msg []byte) {
 	m, err := decode(msg)
 	if err != nil {
 		l.w.fail("%s sends what does not decode: %v", h.name, err)
@@ -109,7 +109,7 @@ func (l *law) onSend(h *host, to NodeID, msg []byte) {
 			l.seen["another founder heard of"]++
 		}
 		if m.flags&flagYes == 0 {
-			l.seen["word refused to a founder"]++
+			l.seen["consent refused to a founder"]++
 		}
 	}
 	if m.kind == kindGrant || m.kind == kindGive {
@@ -126,14 +126,14 @@ func (l *law) onSend(h *host, to NodeID, msg []byte) {
 	}
 }
 
-func (l *law) inherit(id NodeID, i inherited) {
+func (l *invariants) inherit(id NodeID, i inherited) {
 	if !slices.Contains(l.lineage[id], i) {
 		l.lineage[id] = append(l.lineage[id], i)
 	}
 }
 
 // onDisk is S3: a donation that was answered stays on the giver's disk.
-func (l *law) onDisk(h *host) {
+func (l *invariants) onDisk(h *host) {
 	if h.unsure {
 		return
 	}
@@ -145,10 +145,10 @@ func (l *law) onDisk(h *host) {
 	}
 }
 
-func (l *law) afterStep(h *host, sp *Machine, before *membership.Table) {
+func (l *invariants) afterStep(h *host, sp *Machine, before *membership.Table) {
 	changed := !sp.table.Equal(before)
 	if changed {
-		l.seeWords(h, sp, before)
+		l.seeChanges(h, sp, before)
 	}
 	if h.victim != nil {
 		l.seeForget(h, sp, before)
@@ -158,16 +158,16 @@ func (l *law) afterStep(h *host, sp *Machine, before *membership.Table) {
 		return
 	}
 	if h.unsure && sp.confirm.done {
-		for _, e := range h.lostWord {
+		for _, e := range h.lostChange {
 			if !knows(sp.table, e) {
-				l.w.fail("%s is confirmed, but does not know of its own word %v", h.name, e)
+				l.w.fail("%s is confirmed, but does not know of its own change %v", h.name, e)
 			}
 		}
 		l.seen["confirmed after a rollback"]++
-		if len(h.lostWord) > 0 {
-			l.seen["lost word learned again"]++
+		if len(h.lostChange) > 0 {
+			l.seen["lost change learned again"]++
 		}
-		h.unsure, h.lostWord = false, nil
+		h.unsure, h.lostChange = false, nil
 	}
 	if changed {
 		l.seeTable(h, sp)
@@ -175,22 +175,22 @@ func (l *law) afterStep(h *host, sp *Machine, before *membership.Table) {
 	l.seeBlocks(h, sp)
 }
 
-// seeWords notes what a host has done to its own space.
-func (l *law) seeWords(h *host, sp *Machine, before *membership.Table) {
+// seeChanges notes what a host has done to its own space.
+func (l *invariants) seeChanges(h *host, sp *Machine, before *membership.Table) {
 	for _, e := range before.Owned(h.id) {
 		for _, now := range sp.table.Within(e.Prefix) {
 			if now.Version > e.Version {
-				l.words[h] = append(l.words[h], now)
+				l.changes[h] = append(l.changes[h], now)
 			}
 		}
 	}
 }
 
-// lost returns the words that a host's present disk knows, or that it has
+// lost returns the changes that a host's present disk knows, or that it has
 // answered with, and an older disk does not.
-func (l *law) lost(h *host, old *membership.Table) (out []Entry) {
+func (l *invariants) lost(h *host, old *membership.Table) (out []Entry) {
 	disk := tableOf(h.disk)
-	for _, e := range l.words[h] {
+	for _, e := range l.changes[h] {
 		if knows(disk, e) && !knows(old, e) {
 			out = append(out, e)
 		}
@@ -204,7 +204,7 @@ func (l *law) lost(h *host, old *membership.Table) (out []Entry) {
 }
 
 // seeForget notes what a takeover took, and looks at its guard.
-func (l *law) seeForget(h *host, sp *Machine, before *membership.Table) {
+func (l *invariants) seeForget(h *host, sp *Machine, before *membership.Table) {
 	v := h.victim
 	done := false
 	if h.forgetting != nil {
@@ -245,7 +245,7 @@ func (l *law) seeForget(h *host, sp *Machine, before *membership.Table) {
 
 // seeTable checks that nothing of the cluster's space is missing, and that there
 // is one cluster.
-func (l *law) seeTable(h *host, sp *Machine) {
+func (l *invariants) seeTable(h *host, sp *Machine) {
 	var list []netip.Prefix
 	for _, e := range sp.table.Entries() {
 		list = append(list, e.Prefix)
@@ -268,7 +268,7 @@ func (h *host) serves() bool {
 }
 
 // seeBlocks checks that no two hosts have opened the same space.
-func (l *law) seeBlocks(h *host, sp *Machine) {
+func (l *invariants) seeBlocks(h *host, sp *Machine) {
 	blocks := sp.pool.Prefixes()
 	if slices.Equal(blocks, h.blocks) || !h.serves() {
 		return
@@ -299,7 +299,7 @@ func (l *law) seeBlocks(h *host, sp *Machine) {
 }
 
 // handedOut is S1: no address is handed out twice, and none before its rest is over.
-func (l *law) handedOut(h *host, key string, a netip.Addr) {
+func (l *invariants) handedOut(h *host, key string, a netip.Addr) {
 	p := netip.PrefixFrom(a, a.BitLen())
 	for _, o := range l.holders[a] {
 		if o.h == h || !l.excuse(h.id, o.h.id, p) {
@@ -316,7 +316,7 @@ func (l *law) handedOut(h *host, key string, a netip.Addr) {
 	l.holders[a] = append(l.holders[a], holder{h, key})
 }
 
-func (l *law) takenBack(h *host, key string, a netip.Addr, rests bool) {
+func (l *invariants) takenBack(h *host, key string, a netip.Addr, rests bool) {
 	l.holders[a] = slices.DeleteFunc(l.holders[a], func(o holder) bool { return o.h == h && o.key == key })
 	if rests {
 		l.released[a] = release{h, l.w.now}
@@ -327,7 +327,7 @@ func (l *law) takenBack(h *host, key string, a netip.Addr, rests bool) {
 
 // rolledBack takes out what a host cannot remember any more: it may not know of
 // the rests of addresses that it has forgotten it ever gave, or was left.
-func (l *law) rolledBack(h *host) {
+func (l *invariants) rolledBack(h *host) {
 	for _, c := range h.disk.Cooling {
 		delete(l.released, c.Addr)
 	}
@@ -339,7 +339,7 @@ func (l *law) rolledBack(h *host) {
 }
 
 // atRest is S2 and L1, checked when all is healed and has come to rest.
-func (l *law) atRest() {
+func (l *invariants) atRest() {
 	w := l.w
 	var first *host
 	for _, h := range w.hosts {
@@ -369,7 +369,7 @@ func (l *law) atRest() {
 	}
 }
 
-func (l *law) hasSpaceOrError(h *host) {
+func (l *invariants) hasSpaceOrError(h *host) {
 	w, sp := l.w, h.sp
 	switch sp.phase {
 	case Ready:

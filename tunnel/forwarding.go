@@ -57,13 +57,25 @@ type target struct {
 	state       *peerState
 }
 
-// peerState is what outlives the tables of one peer: its totals, inner packets and bytes, and what was learned of its VTEP.
+// peerState is what outlives the tables of one peer: its totals, inner packets and bytes, and what was learned of its VTEP and
+// of trains to it.
 type peerState struct {
 	txPackets, txBytes, rxPackets, rxBytes atomic.Uint64
 
 	mac       atomic.Pointer[header.MAC] // where its frames come from
 	asked     atomic.Int64               // when it was last asked for its MAC, in nanoseconds of Unix time
 	questions atomic.Int64               // how often it was asked
+
+	dests [encap.NumModes]*underlay.Dest // the last ones; only for Engine.Update
+}
+
+// dest returns the destination of an encapsulation at addr. As long as that is the same, what is known of trains to it stays.
+func (s *peerState) dest(m encap.Mode, addr netip.AddrPort, singles bool) *underlay.Dest {
+	if s.dests[m] == nil || s.dests[m].Addr() != addr {
+		s.dests[m] = underlay.NewDest(addr)
+	}
+	s.dests[m] = s.dests[m].WithSingles(singles)
+	return s.dests[m]
 }
 
 // forwarding is everything that the packet loops look up. It is never changed after newForwarding, only replaced.
@@ -106,14 +118,10 @@ func newForwarding(local Local, peers []Peer, states func(id string) *peerState)
 			state:       states(p.ID),
 		}
 		if p.Endpoint.IsValid() {
-			dest := underlay.NewDest
-			if p.Singles {
-				dest = underlay.NewSinglesDest
-			}
-			t.udp = dest(netip.AddrPortFrom(p.Endpoint, p.UDPPort))
-			t.raw = underlay.NewDest(netip.AddrPortFrom(p.Endpoint, 0))
+			t.udp = t.state.dest(encap.UDP, netip.AddrPortFrom(p.Endpoint, p.UDPPort), p.Singles)
+			t.raw = t.state.dest(encap.IPIP, netip.AddrPortFrom(p.Endpoint, 0), false)
 			if p.VXLANPort != 0 {
-				t.vxlan = dest(netip.AddrPortFrom(p.Endpoint, p.VXLANPort))
+				t.vxlan = t.state.dest(encap.VXLAN, netip.AddrPortFrom(p.Endpoint, p.VXLANPort), p.Singles)
 			}
 		}
 		for _, a := range p.TunAddrs {

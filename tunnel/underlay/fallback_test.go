@@ -79,19 +79,19 @@ func TestGSORefused(t *testing.T) {
 			if dest.GSO() {
 				t.Error("trains are still on")
 			}
-			first := dest.retryGSO.Load()
-			if res := sendTrain(t, from, to, dest, 1000, 20); res.GSOFallbacks != 1 || dest.retryGSO.Load() != first {
-				t.Errorf("while off: %+v, retry %d then %d", res, first, dest.retryGSO.Load())
+			first := dest.gso.retry.Load()
+			if res := sendTrain(t, from, to, dest, 1000, 20); res.GSOFallbacks != 1 || dest.gso.retry.Load() != first {
+				t.Errorf("while off: %+v, retry %d then %d", res, first, dest.gso.retry.Load())
 			}
-			dest.retryGSO.Store(1) // the time has come; still refused
-			if res := sendTrain(t, from, to, dest, 1000, 20); res.GSOFallbacks != 1 || dest.retryGSO.Load() <= 1 {
-				t.Errorf("retry: %+v, next at %d", res, dest.retryGSO.Load())
+			dest.gso.retry.Store(1) // the time has come; still refused
+			if res := sendTrain(t, from, to, dest, 1000, 20); res.GSOFallbacks != 1 || dest.gso.retry.Load() <= 1 {
+				t.Errorf("retry: %+v, next at %d", res, dest.gso.retry.Load())
 			}
-			if dest.backoff.Load() != 4*int64(minGSORetry) {
-				t.Errorf("backoff %d after two refusals", dest.backoff.Load())
+			if dest.gso.backoff.Load() != 4*int64(minGSORetry) {
+				t.Errorf("backoff %d after two refusals", dest.gso.backoff.Load())
 			}
 			noCheck(0)
-			dest.retryGSO.Store(1)
+			dest.gso.retry.Store(1)
 			if res := sendTrain(t, from, to, dest, 1000, 20); res.GSOFallbacks != 0 || !dest.GSO() || res.Messages != 3 {
 				t.Errorf("when taken again: %+v, GSO %v", res, dest.GSO())
 			}
@@ -217,7 +217,7 @@ func TestTrainOfTooBig(t *testing.T) {
 func TestSinglesDest(t *testing.T) {
 	eachFamily(t, func(t *testing.T, six bool) {
 		from, to := newLink(t, 1500).udpPair(six)
-		dest := NewSinglesDest(to.Local())
+		dest := NewDest(to.Local()).WithSingles(true)
 		if res := sendTrain(t, from, to, dest, 700, 9); res.Messages != 11 || res.GSOFallbacks != 0 || dest.GSO() {
 			t.Errorf("%+v, GSO %v; want 11 messages and no fallback", res, dest.GSO())
 		}

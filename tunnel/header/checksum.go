@@ -51,8 +51,8 @@ func add32(a, b uint32) uint32 {
 }
 
 // sumGo is sum in plain Go: the fastest there is without vector instructions, and the
-// oracle of what has them. One's-complement addition does not care for byte order (RFC 1071
-// §2B), so it adds little-endian 64-bit words and swaps bytes at the end. A run of Add64
+// reference that tests compare the others with. One's-complement addition does not depend on byte order
+// (RFC 1071 §2B), so it adds little-endian 64-bit words and swaps bytes at the end. A run of Add64
 // becomes one chain of add-with-carry. (acc += c cannot wrap: a carry out of an
 // addition leaves all ones only when a carry came in too, and the first has none.)
 func sumGo(b []byte) uint16 {

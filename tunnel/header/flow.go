@@ -16,7 +16,7 @@ const (
 // every fragment addresses and protocol only, so that all fragments of a packet
 // travel together. The two directions of a flow hash differently. b has to be the
 // packet that in was parsed from. The same packet hashes alike on every host; it
-// is no defence against a sender who wants collisions.
+// does not protect against a sender that provokes collisions.
 func FlowHash(b []byte, in *Inner) uint32 {
 	last := uint64(in.fragProto) << 32
 	if !in.Fragment {

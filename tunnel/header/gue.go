@@ -63,7 +63,7 @@ func (g GUE) Proto() uint8 {
 	return g[gueProto]
 }
 
-// HeaderLen is what precedes the inner packet, in bytes: 0 for variant 1, 4 for variant 0.
+// HeaderLen is the length in bytes of the header before the inner packet: 0 for variant 1, 4 for variant 0.
 func (g GUE) HeaderLen() int {
 	if g.Variant() == 1 {
 		return 0

@@ -16,7 +16,7 @@ package header
 
 import "errors"
 
-// IP protocol numbers (IANA "Assigned Internet Protocol Numbers") that are told apart here.
+// IP protocol numbers (IANA "Assigned Internet Protocol Numbers") that Tulle distinguishes.
 const (
 	ProtoHopByHop = 0   // IPv6 Hop-by-Hop Options, RFC 8200 §4.3
 	ProtoICMP     = 1   // ICMP for IPv4, RFC 792
@@ -47,7 +47,7 @@ const (
 	ECNCE     = 0b11
 )
 
-// What can be wrong with a header. Parse functions return one of these unwrapped,
+// Errors of the Parse functions. They return them unwrapped,
 // so that a bad packet costs no allocation.
 var (
 	ErrTruncated  = errors.New("header: truncated")

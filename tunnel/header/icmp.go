@@ -5,7 +5,7 @@ import (
 	"net/netip"
 )
 
-// ICMP types and codes (RFC 792, 1191, 1812) that are told apart here.
+// ICMP types and codes (RFC 792, 1191, 1812) that Tulle distinguishes.
 const (
 	ICMPv4EchoReply       = 0
 	ICMPv4DstUnreachable  = 3

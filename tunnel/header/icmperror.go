@@ -42,10 +42,10 @@ const ICMPErrorMaxLen = IPv6MinMTU
 
 // AppendICMPError appends a complete IP packet: the ICMP error kind from src to the
 // source of orig, quoting the start of orig (IPv4: up to 548 bytes, RFC 1812
-// §4.3.2.3; IPv6: so much that the packet has at most 1,280, RFC 4443 §2.4). mtu, in
-// bytes, is told by TooBig only (RFC 1191 §4, RFC 4443 §3.2) and never below the
-// family's minimum. dst comes back as it was when orig is no IP packet or src of
-// another family. Whether an answer is allowed at all is for [MayAnswer] to say.
+// §4.3.2.3; IPv6: as much as keeps the packet within 1,280 bytes, RFC 4443 §2.4). mtu, in
+// bytes, is used by TooBig only (RFC 1191 §4, RFC 4443 §3.2) and never below the
+// family's minimum. It returns dst unchanged when orig is not an IP packet or src is of
+// the other family. The caller checks with [MayAnswer] whether an error may be sent at all.
 func AppendICMPError(dst []byte, orig []byte, src netip.Addr, kind ICMPKind, mtu int) []byte {
 	var in Inner
 	if ParseInner(orig, &in) != nil {
@@ -113,7 +113,7 @@ func appendICMPv6Error(dst, orig []byte, src, to netip.Addr, kind ICMPKind, mtu 
 }
 
 // AppendRelayedError is AppendICMPError about a packet of which only the beginning is known: as much as a router quoted of it
-// (RFC 2003 §4). dst comes back as it was when no answer is allowed, as [MayAnswer] has it.
+// (RFC 2003 §4). It returns dst unchanged when [MayAnswer] allows no answer.
 func AppendRelayedError(dst, quote []byte, src netip.Addr, kind ICMPKind) []byte {
 	var in Inner
 	if ParseQuote(quote, &in) != nil || !mayAnswer(quote, &in) {
@@ -122,8 +122,8 @@ func AppendRelayedError(dst, quote []byte, src netip.Addr, kind ICMPKind) []byte
 	return appendICMPError(dst, quote[:in.Length], &in, src, kind, 0)
 }
 
-// ParseQuote is [ParseInner] of the beginning of a packet, of which it looks at no more than IPv6's least MTU. in.Length is what
-// there is of the packet.
+// ParseQuote is [ParseInner] of the beginning of a packet, of which it looks at no more than IPv6's least MTU. in.Length is the number of bytes
+// that are there.
 func ParseQuote(quote []byte, in *Inner) error {
 	var room [IPv6MinMTU]byte
 	b := room[:copy(room[:], quote)]

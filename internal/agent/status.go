@@ -11,7 +11,6 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
-	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
@@ -141,6 +140,7 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 		return out
 	}
 	out.RTTUS, out.Loss, out.MTU, out.Since, out.Reason = i.RTT.Microseconds(), i.Loss, int(i.MTU), i.Since, i.Words
+	out.MTULimit, out.Heard = int(s.limit(m, p)), i.Heard
 	switch {
 	case i.Up:
 		out.State = api.PathUp
@@ -209,60 +209,6 @@ func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {
 	return out
 }
 
-// problems collects the problems of all parts.
-func (s *session) problems(v *view) []api.Problem {
-	var out []api.Problem
-	for _, p := range v.status.Problems {
-		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
-	}
-	for _, p := range s.gossip.Problems() {
-		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Since: p.Since})
-	}
-	for i := range v.peers {
-		if p := &v.peers[i]; p.state == api.PeerAlive && p.probed && !p.path.Up && p.path.Probed >= 3 {
-			out = append(out, api.Problem{
-				What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, s.path(p, p.mode).Reason),
-				Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p, p.mode), s.link.Addrs[0], p.endpoint), Since: p.path.Since,
-			})
-		} else if p.state == api.PeerDead && p.probed && p.path.Up {
-			out = append(out, api.Problem{
-				What:   p.name + " is lost for gossip, but answers through the tunnel: its routes stay",
-				Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.link.Addrs[0], p.endpoint), Since: p.since,
-			})
-		} else if p.replaced && p.node.IsZero() {
-			out = append(out, api.Problem{What: "external peer " + p.name + ": " + p.why, Remedy: "see tulle external list; tulle external remove PREFIX"})
-		} else if p.replaced {
-			out = append(out, api.Problem{What: v.label(p) + " is gone, and its space with it: " + p.why,
-				Remedy: "if its disk is lost: tulle forget " + v.argument(p) + "; if it has moved: start its agent", Since: p.since})
-		} else if p.state == api.PeerDead && p.gone {
-			out = append(out, api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
-				Remedy: "start its agent; if it is gone for good: tulle forget " + v.argument(p), Since: p.since})
-		} else if !p.endpoint.IsValid() && p.why != "" && (p.lives() || p.node.IsZero()) {
-			out = append(out, api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay"})
-		}
-	}
-	out = append(out, s.vxlanProblem()...)
-	out = append(out, s.trainProblems(v)...)
-	s.mu.Lock()
-	conflicts, hostErr, cniErr := s.conflicts, s.hostErr, s.cniErr
-	s.mu.Unlock()
-	for _, p := range conflicts {
-		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
-	}
-	if hostErr != nil {
-		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(), Remedy: "fix what it names; the agent tries again by itself"})
-	}
-	out = append(out, s.underlayProblems()...)
-	out = append(out, s.sizeProblems(v.status.Params.Families)...)
-	if cniErr != nil {
-		out = append(out, api.Problem{What: cniErr.Error(), Remedy: "mend what it names (see docs/kubernetes.md); the agent tries again by itself"})
-	}
-	for _, p := range s.hostProblems(v) {
-		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy})
-	}
-	return out
-}
-
 // outerText names what a firewall sees of packets to a peer.
 func outerText(p *peerView, m encap.Mode) string {
 	switch m {
@@ -272,54 +218,6 @@ func outerText(p *peerView, m encap.Mode) string {
 		return fmt.Sprintf("UDP port %d", p.vxlanPort)
 	}
 	return "IP protocol 4 or 41"
-}
-
-// hostProblems returns settings of the host that drop packets.
-func (s *session) hostProblems(v *view) []hostnet.Problem {
-	var cidrs []netip.Prefix
-	for _, f := range v.status.Params.Families {
-		cidrs = append(cidrs, f.CIDR)
-	}
-	out, err := hostnet.ForwardProblems(s.cfg.Tun, cidrs)
-	if err != nil {
-		s.log.Debug("firewall not looked at", "error", err)
-	}
-	var members []netip.Addr
-	for i := range v.peers {
-		members = append(members, v.peers[i].underlay...)
-	}
-	more, err := hostnet.CheckMembers(s.cfg.Tun, members)
-	if err != nil {
-		s.log.Debug("routes to members not looked at", "error", err)
-	}
-	out = append(out, more...)
-	if v4 := func(a netip.Addr) bool { return a.Is4() }; slices.ContainsFunc(s.link.Addrs, v4) && slices.ContainsFunc(v.tun, v4) {
-		if more, err = hostnet.ReversePathProblems(s.asymmetric(v)); err != nil {
-			s.log.Debug("reverse path filter not looked at", "error", err)
-		}
-		out = append(out, more...)
-	}
-	return out
-}
-
-// asymmetric are the devices by which packets may arrive to whose senders packets leave by another one: the underlay
-// address's own device, if packets to a living member leave elsewhere; and all devices toward the members, if pods of one of
-// them (an agent of an older version) reach this host by the bare underlay.
-func (s *session) asymmetric(v *view) (out []string) {
-	for i := range v.peers {
-		p := &v.peers[i]
-		if !p.lives() {
-			continue
-		}
-		if !p.host {
-			out = append(append(out, s.sizes.Load().links...), p.leaves...)
-		}
-		if len(p.leaves) > 0 && !slices.Contains(p.leaves, s.link.Iface) {
-			out = append(out, s.link.Iface)
-		}
-	}
-	slices.Sort(out)
-	return slices.Compact(out)
 }
 
 // route answers `tulle route get`.

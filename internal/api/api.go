@@ -130,11 +130,15 @@ type Peer struct {
 
 // Path is a path to a peer: an encapsulation and its state.
 type Path struct {
-	Mode   string    `json:"mode"`   // direct, udp, ipip, vxlan; empty if there is none
-	State  string    `json:"state"`  // PathUp and so on
-	RTTUS  int64     `json:"rtt_us"` // smoothed, microseconds; 0 if none was measured
-	Loss   float64   `json:"loss"`   // fraction of the last probes without answer, 0 to 1
-	MTU    int       `json:"mtu"`    // largest inner packet proven, bytes
+	Mode  string  `json:"mode"`   // direct, udp, ipip, vxlan; empty if there is none
+	State string  `json:"state"`  // PathUp and so on
+	RTTUS int64   `json:"rtt_us"` // smoothed, microseconds; 0 if none was measured
+	Loss  float64 `json:"loss"`   // fraction of the last probes without answer, 0 to 1
+	MTU   int     `json:"mtu"`    // largest inner packet proven, bytes
+	// MTULimit is the largest inner packet that this host's links toward the peer carry, bytes; 0 if the path is not probed.
+	MTULimit int `json:"mtu_limit,omitempty"`
+	// Heard is when the last probe of the peer arrived by this encapsulation: its packets get here, whether or not it answers.
+	Heard  time.Time `json:"heard,omitzero"`
 	Since  time.Time `json:"since"`
 	Reason string    `json:"reason"`
 }
@@ -148,9 +152,13 @@ type Candidate struct {
 
 // Problem is a fault and its remedy.
 type Problem struct {
-	What   string    `json:"what"`
-	Remedy string    `json:"remedy"`
-	Since  time.Time `json:"since,omitzero"`
+	What   string `json:"what"`
+	Remedy string `json:"remedy"`
+	// Command is the shell command that does what Remedy says; empty if an operator has to choose. Check is the check of
+	// `tulle doctor` that the problem belongs to.
+	Command string    `json:"command,omitempty"`
+	Check   string    `json:"check,omitempty"`
+	Since   time.Time `json:"since,omitzero"`
 }
 
 // Counters are totals since the agent started. Tx is from pods to the underlay, Rx the other direction. Both count inner packets.

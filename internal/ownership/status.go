@@ -129,28 +129,28 @@ func (s *Machine) Status(now time.Time) Status {
 	return st
 }
 
-// problems lists the current problems in a stable order.
+// problems lists the current problems in a stable order. Of a note, the topic is the first word of its key.
 func (s *Machine) problems(now time.Time) (out []Problem) {
 	switch {
 	case s.phase == Waiting || s.phase == Joining:
-		out = append(out, Problem{"this node has no pod addresses: " + s.why, "the reason says what to do; the agent goes on by itself as soon as it can"})
+		out = append(out, Problem{"this node has no pod addresses: " + s.why, "the reason says what to do; the agent goes on by itself as soon as it can", "phase"})
 	case s.phase == Confirming:
 		out = append(out, Problem{"the table is not confirmed: " + s.why,
-			"start the other nodes; a node that is gone for good: tulle forget NODE (--force when nobody else is left)"})
+			"start the other nodes; a node that is gone for good: tulle forget NODE (--force when nobody else is left)", "phase"})
 	case s.phase == Left:
-		out = append(out, Problem{"this node has left the cluster", "stop the agent; to join again, remove the state directory first"})
+		out = append(out, Problem{"this node has left the cluster", "stop the agent; to join again, remove the state directory first", "phase"})
 	}
 	for fam, f := range s.params.Families {
 		if full := s.asks[fam].full; full != "" && s.phase == Ready && s.pool.Spare(now, f.CIDR.Addr().Is6(), 1) == 0 {
-			out = append(out, Problem{"the blocks of this node are full: " + full, "the reason says what to do; pods that have addresses keep them"})
+			out = append(out, Problem{"the blocks of this node are full: " + full, "the reason says what to do; pods that have addresses keep them", "full"})
 		}
 	}
 	if s.saveErr != nil {
-		out = append(out, Problem{fmt.Sprintf("the state cannot be saved: %v", s.saveErr), "no pod gets an address, and no space is given, until it can be"})
+		out = append(out, Problem{fmt.Sprintf("the state cannot be saved: %v", s.saveErr), "no pod gets an address, and no space is given, until it can be", "save"})
 	}
 	if n := len(s.stranded()); n > 0 {
 		out = append(out, Problem{fmt.Sprintf("%d pods of this node have addresses that belong to others now", n),
-			"restart them: they get addresses of this node's present space (tulle ipam check lists them)"})
+			"restart them: they get addresses of this node's present space (tulle ipam check lists them)", "stranded"})
 	}
 	out = append(out, s.sharedNames()...)
 	keys := make([]string, 0, len(s.notes))
@@ -159,7 +159,9 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	}
 	slices.Sort(keys)
 	for _, k := range keys {
-		out = append(out, s.notes[k])
+		p := s.notes[k]
+		p.Topic, _, _ = strings.Cut(k, " ")
+		out = append(out, p)
 	}
 	return out
 }
@@ -192,7 +194,7 @@ func (s *Machine) sharedNames() (out []Problem) {
 			who = append(who, strings.TrimPrefix(described(m), name+" "))
 		}
 		out = append(out, Problem{fmt.Sprintf("%d live hosts have the node name %s%s", len(list), name, listed(": ", who)),
-			"give each host a name of its own (its host name, or --node-name) and restart its agent; where one is a clone of the other, look after its machine ID and SSH keys, too"})
+			"give each host a name of its own (its host name, or --node-name) and restart its agent; where one is a clone of the other, look after its machine ID and SSH keys, too", "name"})
 	}
 	return out
 }

@@ -135,6 +135,7 @@ const (
 type Problem struct {
 	What   string `json:"what"`
 	Remedy string `json:"remedy"`
+	Topic  string `json:"topic"` // a word for what it is about, see problems
 }
 
 // Params are the parameters of the cluster, fixed at bootstrap.

@@ -11,6 +11,7 @@ type Problem struct {
 	What   string    `json:"what"`
 	Remedy string    `json:"remedy"`
 	Since  time.Time `json:"since"`
+	Topic  string    `json:"topic"` // a word for what it is about: clone, conflict, foreign, undecryptable, udp, seed or alone
 }
 
 // String returns problem and remedy in one line.
@@ -49,7 +50,8 @@ func (s *problemSet) note(key, what, remedy string) bool {
 		if s.expire(now); p == nil && len(s.byKey) >= maxProblems {
 			return false
 		}
-		p = &timedProblem{Problem: Problem{Since: now}}
+		topic, _, _ := strings.Cut(key, " ")
+		p = &timedProblem{Problem: Problem{Since: now, Topic: topic}}
 		s.byKey[key] = p
 	}
 	p.What, p.Remedy, p.until = what, remedy, now.Add(problemExpiry)

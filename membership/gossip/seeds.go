@@ -313,7 +313,7 @@ func (g *Gossip) seedProblems() []Problem {
 	list := []Problem{}
 	for _, s := range g.Seeds() {
 		if len(s.Addrs) == 0 {
-			list = append(list, Problem{What: fmt.Sprintf("seed %s: %s", s.Name, s.Reason), Remedy: s.Remedy, Since: s.Since})
+			list = append(list, Problem{What: fmt.Sprintf("seed %s: %s", s.Name, s.Reason), Remedy: s.Remedy, Since: s.Since, Topic: "seed"})
 		}
 		n := 0
 		for _, a := range s.Addrs {
@@ -325,7 +325,7 @@ func (g *Gossip) seedProblems() []Problem {
 			if len(s.Addrs) > 1 {
 				name += " at " + a.Addr.String()
 			}
-			list = append(list, Problem{What: fmt.Sprintf("seed %s: %s", name, a.Reason), Remedy: a.Remedy, Since: a.Since})
+			list = append(list, Problem{What: fmt.Sprintf("seed %s: %s", name, a.Reason), Remedy: a.Remedy, Since: a.Since, Topic: "seed"})
 		}
 	}
 	g.mu.RLock()
@@ -333,7 +333,7 @@ func (g *Gossip) seedProblems() []Problem {
 	if len(list) == 0 && len(g.known) > 0 {
 		list = append(list, Problem{
 			What:   fmt.Sprintf("none of the %d last known members answers", len(g.known)),
-			Remedy: "check this host's underlay network; the node keeps trying", Since: g.lastDeath,
+			Remedy: "check this host's underlay network; the node keeps trying", Since: g.lastDeath, Topic: "alone",
 		})
 	}
 	return list

@@ -13,7 +13,8 @@ type Status struct {
 	Mode   encap.Mode
 	Active bool // packets to the peer go this way
 	Info
-	Words string // why it is in this state, and why it is or is not in use
+	Words string    // why it is in this state, and why it is or is not in use
+	Heard time.Time // when a probe of the peer arrived last; zero if none did
 }
 
 // Chosen is how packets to a peer go; ok is false for a peer that is not probed.
@@ -44,7 +45,7 @@ func (s *Schedule) Status(now time.Time, id string, m encap.Mode) (st Status, ok
 	if p == nil || p.paths[m] == nil {
 		return Status{}, false
 	}
-	return Status{Mode: m, Active: m == p.choice.active, Info: p.paths[m].Snapshot(), Words: p.words(now, m)}, true
+	return Status{Mode: m, Active: m == p.choice.active, Info: p.paths[m].Snapshot(), Words: p.words(now, m), Heard: p.heard[m]}, true
 }
 
 // answering are the candidates that are up, best first.
@@ -96,7 +97,11 @@ func (p *peer) silent(now time.Time, m encap.Mode) string {
 	}
 	up := p.answering()
 	if len(up) == 0 {
-		return fmt.Sprintf("%s (%d probes)", text, st.probed)
+		text = fmt.Sprintf("%s (%d probes)", text, st.probed)
+		if p.oneWay(now, m) {
+			text += ", but its own probes arrive: what is lost is on the way from here to there"
+		}
+		return text
 	}
 	works := up[0]
 	if p.paths[p.choice.active].up {
@@ -107,11 +112,16 @@ func (p *peer) silent(now time.Time, m encap.Mode) string {
 		return text
 	}
 	text += fmt.Sprintf(": %s is filtered on the way", p.wanted[m].Needs)
-	// The peer's own probes arrive, ours or their answers do not.
-	if h := p.heard[m]; h.After(st.lastAnswer) && now.Sub(h) <= 2*st.cfg.MaxRetry {
+	if p.oneWay(now, m) {
 		text += " from here to there"
 	}
 	return text
+}
+
+// oneWay reports that the peer's own probes arrive by m, while ours or our answers to it do not.
+func (p *peer) oneWay(now time.Time, m encap.Mode) bool {
+	st, h := p.paths[m], p.heard[m]
+	return st.misses >= failAfter && h.After(st.lastAnswer) && now.Sub(h) <= 2*st.cfg.MaxRetry
 }
 
 // clock is the time of day, with the date if that is not of the last 24 hours.

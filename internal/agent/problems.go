@@ -1,0 +1,143 @@
+package agent
+
+import (
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
+)
+
+// checkOf maps what ownership and gossip name as the topics of their problems to the checks of the doctor.
+var checkOf = map[string]string{
+	"phase": api.CheckSpace, "full": api.CheckSpace, "fixed": api.CheckSpace, "tie": api.CheckSpace, "lost": api.CheckSpace,
+	"twice": api.CheckSpace, "stranded": api.CheckSpace, "save": api.CheckState, "name": api.CheckIdentity,
+	"block": api.CheckConfig, "params": api.CheckConfig, "founder": api.CheckCluster, "cluster": api.CheckCluster, "adopt": api.CheckVersions,
+	"clone": api.CheckIdentity, "conflict": api.CheckIdentity, "foreign": api.CheckCluster,
+	"undecryptable": api.CheckGossip, "udp": api.CheckGossip, "seed": api.CheckGossip, "alone": api.CheckGossip,
+}
+
+// problems collects the problems of all parts.
+func (s *session) problems(v *view) []api.Problem {
+	var out []api.Problem
+	for _, p := range v.status.Problems {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Check: checkOf[p.Topic]})
+	}
+	for _, p := range s.gossip.Problems() {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Since: p.Since, Check: checkOf[p.Topic]})
+	}
+	for i := range v.peers {
+		if p, found := s.peerProblem(v, &v.peers[i]); found {
+			out = append(out, p)
+		}
+	}
+	out = append(out, of(api.CheckTunnels, s.vxlanProblem()...)...)
+	out = append(out, of(api.CheckTrains, s.trainProblems(v)...)...)
+	s.mu.Lock()
+	conflicts, hostErr, cniErr := s.conflicts, s.hostErr, s.cniErr
+	s.mu.Unlock()
+	out = append(out, found(api.CheckRoutes, conflicts)...)
+	if hostErr != nil {
+		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(),
+			Remedy: "fix what it names; the agent tries again by itself", Check: api.CheckForwarding})
+	}
+	out = append(out, of(api.CheckUnderlay, s.underlayProblems()...)...)
+	out = append(out, of(api.CheckMTU, s.sizeProblems(v.status.Params.Families)...)...)
+	if cniErr != nil {
+		out = append(out, api.Problem{What: cniErr.Error(), Remedy: "mend what it names (see docs/kubernetes.md); the agent tries again by itself", Check: api.CheckCNI})
+	}
+	return append(out, s.hostProblems(v)...)
+}
+
+// of says of problems which check of the doctor they belong to.
+func of(check string, list ...api.Problem) []api.Problem {
+	for i := range list {
+		list[i].Check = check
+	}
+	return list
+}
+
+// found converts problems of the host.
+func found(check string, list []hostnet.Problem) (out []api.Problem) {
+	for _, p := range list {
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Command: p.Command, Check: check})
+	}
+	return out
+}
+
+// peerProblem is what is wrong with a peer or the path to it.
+func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
+	switch {
+	case p.state == api.PeerAlive && p.probed && !p.path.Up && p.path.Probed >= 3:
+		return api.Problem{
+			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, s.path(p, p.mode).Reason),
+			Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p, p.mode), s.link.Addrs[0], p.endpoint),
+			Since:  p.path.Since, Check: api.CheckPaths,
+		}, true
+	case p.state == api.PeerDead && p.probed && p.path.Up:
+		return api.Problem{
+			What:   p.name + " is lost for gossip, but answers through the tunnel: its routes stay",
+			Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.link.Addrs[0], p.endpoint),
+			Since:  p.since, Check: api.CheckGossip,
+		}, true
+	case p.replaced && p.node.IsZero():
+		return api.Problem{What: "external peer " + p.name + ": " + p.why, Remedy: "see tulle external list; tulle external remove PREFIX", Check: api.CheckOwners}, true
+	case p.replaced:
+		return api.Problem{What: v.label(p) + " is gone, and its space with it: " + p.why,
+			Remedy: "if its disk is lost: tulle forget " + v.argument(p) + "; if it has moved: start its agent", Since: p.since, Check: api.CheckOwners}, true
+	case p.state == api.PeerDead && p.gone:
+		return api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
+			Remedy: "start its agent; if it is gone for good: tulle forget " + v.argument(p), Since: p.since, Check: api.CheckOwners}, true
+	case !p.endpoint.IsValid() && p.why != "" && (p.lives() || p.node.IsZero()):
+		return api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay", Check: api.CheckUnderlay}, true
+	}
+	return api.Problem{}, false
+}
+
+// hostProblems returns settings of the host that drop packets.
+func (s *session) hostProblems(v *view) (out []api.Problem) {
+	var cidrs []netip.Prefix
+	for _, f := range v.status.Params.Families {
+		cidrs = append(cidrs, f.CIDR)
+	}
+	add := func(check, what string, list []hostnet.Problem, err error) {
+		if err != nil {
+			s.log.Debug(what+" not looked at", "error", err)
+		}
+		out = append(out, found(check, list)...)
+	}
+	list, err := hostnet.ForwardProblems(s.cfg.Tun, cidrs)
+	add(api.CheckFirewall, "firewall", list, err)
+	var members []netip.Addr
+	for i := range v.peers {
+		members = append(members, v.peers[i].underlay...)
+	}
+	list, err = hostnet.CheckMembers(s.cfg.Tun, members)
+	add(api.CheckRoutes, "routes to members", list, err)
+	if v4 := func(a netip.Addr) bool { return a.Is4() }; slices.ContainsFunc(s.link.Addrs, v4) && slices.ContainsFunc(v.tun, v4) {
+		list, err = hostnet.ReversePathProblems(s.asymmetric(v))
+		add(api.CheckRPFilter, "reverse path filter", list, err)
+	}
+	return out
+}
+
+// asymmetric are the devices by which packets may arrive to whose senders packets leave by another one: the underlay
+// address's own device, if packets to a living member leave elsewhere; and all devices toward the members, if pods of one of
+// them (an agent of an older version) reach this host by the bare underlay.
+func (s *session) asymmetric(v *view) (out []string) {
+	for i := range v.peers {
+		p := &v.peers[i]
+		if !p.lives() {
+			continue
+		}
+		if !p.host {
+			out = append(append(out, s.sizes.Load().links...), p.leaves...)
+		}
+		if len(p.leaves) > 0 && !slices.Contains(p.leaves, s.link.Iface) {
+			out = append(out, s.link.Iface)
+		}
+	}
+	slices.Sort(out)
+	return slices.Compact(out)
+}

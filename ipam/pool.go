@@ -130,12 +130,30 @@ func (p *Pool) TunAddr(v6 bool) (netip.Addr, bool) {
 	return netip.Addr{}, false
 }
 
-// reserved reports whether a is never allocated to pods: the TUN device's address,
+// ProbeAddr returns the address to which other nodes' probes of the direct path go: the
+// last address of the first open block of the family, which no pod gets. A block of
+// fewer than four IPv4 addresses or 256 IPv6 addresses has none.
+func (p *Pool) ProbeAddr(v6 bool) (netip.Addr, bool) {
+	for _, b := range p.blocks {
+		if b.prefix.Addr().Is6() != v6 {
+			continue
+		}
+		host := b.prefix.Addr().BitLen() - b.prefix.Bits()
+		return b.end, host >= 8 || !v6 && host >= 2
+	}
+	return netip.Addr{}, false
+}
+
+// reserved reports whether a is never allocated to pods: the TUN device's address and
+// that for probes,
 // the first and last address of an IPv4 block (network and broadcast address to
 // IPv4 tools), and IPv6's subnet-router anycast address (RFC 4291 §2.6.1). In an
 // IPv4 block of one or two addresses only the TUN device's is reserved (RFC 3021).
 func (p *Pool) reserved(b *block, a netip.Addr) bool {
 	if tun, ok := p.TunAddr(a.Is6()); ok && a == tun {
+		return true
+	}
+	if probe, ok := p.ProbeAddr(a.Is6()); ok && a == probe {
 		return true
 	}
 	if a.Is6() {

@@ -10,9 +10,10 @@ import (
 // Limits of the metadata. Their sum stays below memberlist's limit of 512 bytes
 // (memberlist.MetaMaxSize), above which it panics.
 const (
-	MaxMeta      = 512 // bytes, encoded
-	MaxName      = 128 // bytes
-	MaxMetaAddrs = 8   // of each kind
+	MaxMeta       = 512 // bytes, encoded
+	MaxName       = 128 // bytes
+	MaxMetaAddrs  = 8   // of each kind
+	MaxProbeAddrs = 2   // one per family
 )
 
 // Meta is the metadata that every member has of every other member. It is part of
@@ -23,6 +24,7 @@ type Meta struct {
 	Name         string
 	Underlay     []netip.Addr // at most 8, best first
 	TunAddrs     []netip.Addr // at most 8: addresses of the TUN device
+	ProbeAddrs   []netip.Addr // at most 2, one per family: where probes of the direct path go; none in older versions
 	UDPPort      uint16       // of the UDP encapsulation
 	VXLANPort    uint16
 	Capabilities uint32 // bits Cap…
@@ -48,6 +50,7 @@ const CapHostByTunnel uint32 = 1 << 0
 //	56  name: length (1), bytes
 //	 …  underlay: count (1), each: length 4 or 16 (1), bytes
 //	 …  TUN addresses: the same
+//	 …  probe addresses: the same
 const (
 	metaVersion   = 1
 	metaFixed     = 56
@@ -70,6 +73,8 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%d underlay addresses, the limit is %d: name the interface or address with --underlay", len(m.Underlay), MaxMetaAddrs)
 	case len(m.TunAddrs) > MaxMetaAddrs:
 		return nil, fmt.Errorf("%d TUN addresses, the limit is %d", len(m.TunAddrs), MaxMetaAddrs)
+	case len(m.ProbeAddrs) > MaxProbeAddrs:
+		return nil, fmt.Errorf("%d probe addresses, the limit is %d", len(m.ProbeAddrs), MaxProbeAddrs)
 	}
 	start := len(b)
 	var flags byte
@@ -86,7 +91,7 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 	b = binary.BigEndian.AppendUint64(b, uint64(m.Started))
 	b = append(b, byte(len(m.Name)))
 	b = append(b, m.Name...)
-	for _, list := range [][]netip.Addr{m.Underlay, m.TunAddrs} {
+	for _, list := range [][]netip.Addr{m.Underlay, m.TunAddrs, m.ProbeAddrs} {
 		b = append(b, byte(len(list)))
 		for _, a := range list {
 			if !a.IsValid() || a.Zone() != "" {
@@ -141,19 +146,24 @@ func DecodeMeta(b []byte) (Meta, error) {
 	}
 	m.Name = string(name)
 	for _, list := range []*[]netip.Addr{&m.Underlay, &m.TunAddrs} {
-		if *list, b, err = decodeAddrs(b); err != nil {
+		if *list, b, err = decodeAddrs(b, MaxMetaAddrs); err != nil {
+			return Meta{}, err
+		}
+	}
+	if len(b) > 0 { // an older version ends here
+		if m.ProbeAddrs, _, err = decodeAddrs(b, MaxProbeAddrs); err != nil {
 			return Meta{}, err
 		}
 	}
 	return m, nil
 }
 
-func decodeAddrs(b []byte) ([]netip.Addr, []byte, error) {
+func decodeAddrs(b []byte, limit int) ([]netip.Addr, []byte, error) {
 	if len(b) < 1 {
 		return nil, nil, errMetaShort
 	}
 	n := int(b[0])
-	if n > MaxMetaAddrs {
+	if n > limit {
 		return nil, nil, fmt.Errorf("metadata with %d addresses", n)
 	}
 	b = b[1:]

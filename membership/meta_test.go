@@ -13,9 +13,10 @@ import (
 func sampleMeta() Meta {
 	return Meta{
 		ID: NodeID{1, 2, 3}, Cluster: ClusterID{4, 5, 6}, Name: "node-a",
-		Underlay: []netip.Addr{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::7")},
-		TunAddrs: []netip.Addr{netip.MustParseAddr("10.244.3.1")},
-		UDPPort:  6080, VXLANPort: 4789, Capabilities: 0xdeadbeef, VTEPMAC: [6]byte{2, 0, 0, 0, 0, 9},
+		Underlay:   []netip.Addr{netip.MustParseAddr("192.0.2.7"), netip.MustParseAddr("2001:db8::7")},
+		TunAddrs:   []netip.Addr{netip.MustParseAddr("10.244.3.1")},
+		ProbeAddrs: []netip.Addr{netip.MustParseAddr("10.244.3.255")},
+		UDPPort:    6080, VXLANPort: 4789, Capabilities: 0xdeadbeef, VTEPMAC: [6]byte{2, 0, 0, 0, 0, 9},
 		Started: 1_700_000_000, Leaving: true,
 	}
 }
@@ -31,6 +32,7 @@ func TestMetaRoundTrip(t *testing.T) {
 		m.Name = string(rapid.SliceOfN(rapid.Byte(), 0, MaxName).Draw(t, "name"))
 		m.Underlay = rapid.SliceOfN(addr, 1, MaxMetaAddrs).Draw(t, "underlay")
 		m.TunAddrs = rapid.SliceOfN(addr, 1, MaxMetaAddrs).Draw(t, "tun")
+		m.ProbeAddrs = rapid.SliceOfN(addr, 1, MaxProbeAddrs).Draw(t, "probe")
 		m.Leaving = rapid.Bool().Draw(t, "leaving")
 		m.Capabilities = rapid.Uint32().Draw(t, "capabilities")
 		b, err := m.Encode(nil)
@@ -54,11 +56,12 @@ func TestMetaRoundTrip(t *testing.T) {
 func TestMetaLimits(t *testing.T) {
 	a := netip.MustParseAddr("2001:db8::1")
 	for name, spoil := range map[string]func(*Meta){
-		"name":          func(m *Meta) { m.Name = strings.Repeat("n", MaxName+1) },
-		"underlay":      func(m *Meta) { m.Underlay = make([]netip.Addr, MaxMetaAddrs+1) },
-		"tun addresses": func(m *Meta) { m.TunAddrs = make([]netip.Addr, MaxMetaAddrs+1) },
-		"zone":          func(m *Meta) { m.Underlay = []netip.Addr{a.WithZone("eth0")} },
-		"no address":    func(m *Meta) { m.TunAddrs = []netip.Addr{{}} },
+		"name":            func(m *Meta) { m.Name = strings.Repeat("n", MaxName+1) },
+		"underlay":        func(m *Meta) { m.Underlay = make([]netip.Addr, MaxMetaAddrs+1) },
+		"tun addresses":   func(m *Meta) { m.TunAddrs = make([]netip.Addr, MaxMetaAddrs+1) },
+		"probe addresses": func(m *Meta) { m.ProbeAddrs = make([]netip.Addr, MaxProbeAddrs+1) },
+		"zone":            func(m *Meta) { m.Underlay = []netip.Addr{a.WithZone("eth0")} },
+		"no address":      func(m *Meta) { m.TunAddrs = []netip.Addr{{}} },
 	} {
 		m := sampleMeta()
 		spoil(&m)

@@ -13,7 +13,7 @@ import (
 
 // ProbePort is the inner UDP source and destination port of probes between tun addresses. The engine intercepts such packets;
 // no process on the host receives them.
-const ProbePort = 6080
+const ProbePort = encap.ProbePort
 
 // Errors of Probe.
 var (
@@ -108,7 +108,7 @@ func (e *Engine) probe(peer string, mode encap.Mode, packets []ProbePacket, trai
 	segment := 0
 	p.buf = p.buf[:0]
 	for _, pkt := range packets {
-		p.buf = appendProbe(append(p.buf, front...), src, dst, pkt.Payload, pkt.Size)
+		p.buf = encap.AppendProbe(append(p.buf, front...), src, dst, pkt.Payload, pkt.Size)
 		if segment == 0 {
 			segment = len(p.buf)
 		}
@@ -136,26 +136,6 @@ func (f *forwarding) probeAddrs(t *target) (src, dst netip.Addr, ok bool) {
 		}
 	}
 	return src, dst, false
-}
-
-// appendProbe writes the inner packet.
-func appendProbe(b []byte, src, dst netip.Addr, payload []byte, size int) []byte {
-	ipLen := header.IPv4MinLen
-	if src.Is6() {
-		ipLen = header.IPv6Len
-	}
-	body := make([]byte, max(len(payload), min(size, 65535)-ipLen-header.UDPLen))
-	copy(body, payload)
-	if src.Is4() {
-		b = header.AppendIPv4(b, header.IPv4Fields{
-			Src: src, Dst: dst, PayloadLen: header.UDPLen + len(body), FlagsFrag: header.IPv4FlagDF, TTL: 64, Proto: header.ProtoUDP,
-		})
-	} else {
-		b = header.AppendIPv6(b, header.IPv6Fields{
-			Src: src, Dst: dst, PayloadLen: header.UDPLen + len(body), HopLimit: 64, NextHeader: header.ProtoUDP,
-		})
-	}
-	return header.AppendUDP(b, netip.AddrPortFrom(src, ProbePort), netip.AddrPortFrom(dst, ProbePort), body)
 }
 
 // probed hands a probe from a peer to the agent.

@@ -68,6 +68,20 @@ func (s *Machine) TunAddrs() []netip.Addr {
 	return out
 }
 
+// ProbeAddrs returns the addresses to which probes of the direct path go, IPv4 first, at
+// most one per family: the last address of the first open block.
+func (s *Machine) ProbeAddrs() []netip.Addr {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []netip.Addr
+	for _, v6 := range []bool{false, true} {
+		if a, ok := s.pool.ProbeAddr(v6); ok {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
 // Routes yields every prefix of the table with its destination, in order. It works on a
 // snapshot.
 func (s *Machine) Routes() iter.Seq2[netip.Prefix, Route] {

@@ -21,21 +21,24 @@ import (
 // members.
 type Mode uint8
 
-// The modes. Direct means no encapsulation, but the host's own route.
+// The modes. Direct and Direct6 mean no encapsulation, but the host's own route, for
+// IPv4 and for IPv6 packets: what the network lets through may differ. Both are called
+// "direct"; the encapsulations carry both families.
 const (
 	Direct Mode = iota
 	UDP
 	IPIP
 	VXLAN
+	Direct6
 )
 
 // NumModes is the number of modes; they count from 0.
-const NumModes = 4
+const NumModes = 5
 
 // String is the mode's name in flags, configuration and output.
 func (m Mode) String() string {
 	switch m {
-	case Direct:
+	case Direct, Direct6:
 		return "direct"
 	case UDP:
 		return "udp"
@@ -47,7 +50,10 @@ func (m Mode) String() string {
 	return fmt.Sprintf("mode(%d)", uint8(m))
 }
 
-// ParseMode is the inverse of [Mode.String].
+// IsDirect reports whether m is the host's own route.
+func (m Mode) IsDirect() bool { return m == Direct || m == Direct6 }
+
+// ParseMode is the inverse of [Mode.String]; "direct" gives Direct.
 func ParseMode(s string) (Mode, error) {
 	for m := range Mode(NumModes) {
 		if m.String() == s {

@@ -17,7 +17,9 @@ const (
 	leaveAfter = 3 * time.Second // a candidate that is not in the order any more is left, answers or not
 )
 
-// choice is which of a peer's candidates carries its packets.
+// choice is which of a peer's candidates carries its packets. A peer has one among the
+// encapsulations, and one for each family between the direct path and these: while that
+// one has chosen any encapsulation, packets go by what the first one has chosen.
 //
 //	                   fails, and another one answers:
 //	                   the best of those that do
@@ -37,11 +39,15 @@ const (
 // Hysteresis: a better candidate has to answer trial probes in a row, and the trial
 // doubles each time that the candidate fails in use, up to trialMost. It is short again
 // for one that has been up for as long as forgive.
+//
+// The direct path is used only once it is proven, also at the start, unless it was in
+// use before: an earlier run of the agent had proven it.
 type choice struct {
 	order  []encap.Mode // best first
 	active encap.Mode   // one of order, but for a moment after that has changed
 	since  time.Time    // of active
-	why    string       // active was chosen; empty if it is the first of order from the start
+	why    string       // active was chosen; empty if it is so from the start
+	misses int          // of active, at the last look
 
 	reordered time.Time           // of the last change of order; zero after leaveAfter
 	trials    [encap.NumModes]int // answers in a row that the candidate needs after it has failed in use; 0: it never did
@@ -54,12 +60,22 @@ func (c *choice) setOrder(now time.Time, order []encap.Mode) bool {
 	case slices.Equal(order, c.order):
 		return false
 	case c.order == nil:
-		c.active, c.since = order[0], now
+		c.active, c.since = start(order), now
 	default:
 		c.reordered = now
 	}
 	c.order = slices.Clone(order)
 	return true
+}
+
+// start is what is used before anything is known: the best encapsulation.
+func start(order []encap.Mode) encap.Mode {
+	for _, m := range order {
+		if !m.IsDirect() {
+			return m
+		}
+	}
+	return order[0]
 }
 
 // has reports that m is a candidate.

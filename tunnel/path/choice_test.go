@@ -122,13 +122,6 @@ func (f *fabric) carry(r *Report) {
 	}
 }
 
-func later(a, b time.Time) time.Time {
-	if a.Before(b) {
-		return b
-	}
-	return a
-}
-
 func (f *fabric) inUse() encap.Mode {
 	m, _ := f.s.Chosen(far)
 	return m

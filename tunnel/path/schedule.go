@@ -2,6 +2,7 @@ package path
 
 import (
 	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -30,14 +31,14 @@ type Schedule struct {
 
 // peer is one peer's paths.
 type peer struct {
-	choice choice
+	choice choice                 // among the encapsulations
+	direct [2]choice              // of IPv4 and IPv6, between the direct path and those; without order where it is no candidate
 	paths  [encap.NumModes]*State // nil where the encapsulation is no candidate
 	wanted [encap.NumModes]Candidate
 	heard  [encap.NumModes]time.Time // when the peer's own probes last arrived
 	seen   [encap.NumModes]Info      // what the last look found
 	trains trains                    // toward it
 	coming [encap.NumModes]coming    // trains of its own
-	misses int                       // of the path in use, at the last look
 	next   time.Time                 // of the next look; zero after an event
 	tx, rx uint64                    // packets, at the last Traffic
 
@@ -55,6 +56,27 @@ type Candidate struct {
 	Max    mtu.TUN // largest inner packet that this host's underlay allows, in bytes
 	Outer6 bool    // the outer packets are IPv6
 	Needs  string  // what the network must let through, for messages: "UDP port 6080"
+
+	// Of the direct path only.
+	Hop  string // next hop and device: by another one nothing is proven yet
+	Left bool   // an earlier run had proven it, and its route is in use
+}
+
+// Pace of the direct path's probes. The agent does not see the traffic of its route, and so always probes it like a busy
+// path. It leaves the route within a second of failing: Busy + 3 × Fast.
+const (
+	directBusy    = 400 * time.Millisecond
+	directFast    = 200 * time.Millisecond
+	directConfirm = 2 * time.Second
+)
+
+// config is the configuration of the candidate's path.
+func (c *Candidate) config() Config {
+	cfg := Config{Max: c.Max, Base: Base, Likely: likely(*c)}
+	if c.Mode.IsDirect() {
+		cfg.Busy, cfg.Fast, cfg.Confirm = directBusy, directFast, directConfirm
+	}
+	return cfg
 }
 
 // SetPeers sets the peers to probe and their candidates, at least one, the preferred one
@@ -82,29 +104,95 @@ func (p *peer) set(now time.Time, r *rand.Rand, candidates []Candidate) {
 	var order []encap.Mode
 	for _, c := range candidates {
 		order = append(order, c.Mode)
+		was := p.wanted[c.Mode]
 		p.wanted[c.Mode] = c
 		switch st := p.paths[c.Mode]; {
-		case st == nil:
-			p.paths[c.Mode] = New(Config{Max: c.Max, Base: Base, Likely: likely(c)}, now, r)
+		case st == nil || was.Hop != c.Hop:
+			p.paths[c.Mode], p.seen[c.Mode] = New(c.config(), now, r), Info{}
+			if f, ok := family(c.Mode); ok {
+				p.direct[f] = choice{}
+			}
 			p.event()
 		case st.want.Max != c.Max:
 			st.SetMax(now, c.Max)
 			p.event()
 		}
 	}
-	if p.choice.setOrder(now, order) {
+	if p.setOrders(now, order) {
 		p.poke(now)
 	}
 	p.forgetOthers()
 }
 
+// family is the index of a direct path's family, IPv4 first.
+func family(m encap.Mode) (f int, ok bool) {
+	switch m {
+	case encap.Direct:
+		return 0, true
+	case encap.Direct6:
+		return 1, true
+	}
+	return 0, false
+}
+
+// directs are the direct paths by family.
+var directs = [2]encap.Mode{encap.Direct, encap.Direct6}
+
+// setOrders tells each choice its part of the order, and reports whether one has changed.
+func (p *peer) setOrders(now time.Time, order []encap.Mode) (changed bool) {
+	without := func(drop ...encap.Mode) []encap.Mode {
+		return slices.DeleteFunc(slices.Clone(order), func(m encap.Mode) bool { return slices.Contains(drop, m) })
+	}
+	tunnels := without(directs[:]...)
+	if len(tunnels) == 0 { // nothing is sent through the tunnel
+		tunnels = order[:1]
+	}
+	changed = p.choice.setOrder(now, tunnels)
+	for f, m := range directs {
+		c := &p.direct[f]
+		if !slices.Contains(order, m) {
+			*c = choice{}
+			continue
+		}
+		first := c.order == nil
+		changed = c.setOrder(now, without(directs[1-f])) || changed
+		if first && p.wanted[m].Left {
+			c.active = m
+		}
+	}
+	return changed
+}
+
 // forgetOthers drops what is neither a candidate nor in use.
 func (p *peer) forgetOthers() {
 	for i := range p.paths {
-		if m := encap.Mode(i); m != p.choice.active && !p.choice.has(m) {
+		m := encap.Mode(i)
+		keep := p.choice.active == m || p.choice.has(m)
+		for c := range p.choices {
+			keep = keep || c.has(m) || c.order != nil && c.active == m
+		}
+		if !keep {
 			p.paths[m], p.seen[m] = nil, Info{}
 		}
 	}
+}
+
+// choices yields those of the peer that have candidates.
+func (p *peer) choices(yield func(*choice) bool) {
+	for _, c := range []*choice{&p.choice, &p.direct[0], &p.direct[1]} {
+		if c.order != nil && !yield(c) {
+			return
+		}
+	}
+}
+
+// watched reports that m is better than what is in use, or is the direct path in use: it is watched like a busy path.
+func (p *peer) watched(m encap.Mode) bool {
+	if f, ok := family(m); ok {
+		c := &p.direct[f]
+		return c.order != nil && (c.active == m || c.climbs(m))
+	}
+	return p.choice.climbs(m)
 }
 
 // likely are the packet sizes that pass where some link on the way has an MTU that many
@@ -250,21 +338,12 @@ func (p *peer) look(now time.Time, id string, r *Report) {
 	for _, st := range p.each {
 		st.expire(now)
 	}
-	inUse := p.paths[p.choice.active]
-	if inUse.misses > p.misses { // are the others better? Ask now
-		p.poke(now)
-	}
-	p.misses = inUse.misses
-	if from := p.choice.active; p.choice.decide(now, &p.paths) {
-		to := p.choice.active
-		r.Switches = append(r.Switches, Switch{id, from, to, p.choice.why})
-		p.paths[to].lastUsed = inUse.lastUsed
-		p.misses = p.paths[to].misses
-		p.forgetOthers()
-	}
 	p.next = now.Add(lookAgain)
-	if at, ok := p.choice.next(); ok {
-		p.next = earlier(p.next, at)
+	for c := range p.choices {
+		p.decide(now, id, c, r)
+		if at, ok := c.next(); ok {
+			p.next = earlier(p.next, at)
+		}
 	}
 	if p.trainsChanged {
 		p.trainsChanged = false
@@ -274,7 +353,7 @@ func (p *peer) look(now time.Time, id string, r *Report) {
 		p.next = earlier(p.next, at)
 	}
 	for m, st := range p.each {
-		if st.up && p.choice.climbs(m) {
+		if st.up && p.watched(m) {
 			st.Used(now)
 		}
 		for pr, ok := st.Due(now); ok; pr, ok = st.Due(now) {
@@ -287,6 +366,33 @@ func (p *peer) look(now time.Time, id string, r *Report) {
 		}
 		p.seen[m] = is
 	}
+}
+
+// decide lets one choice look at the paths.
+func (p *peer) decide(now time.Time, id string, c *choice, r *Report) {
+	inUse := p.paths[c.active]
+	if inUse.misses > c.misses { // are the others better? Ask now
+		p.poke(now)
+	}
+	c.misses = inUse.misses
+	from := c.active
+	if !c.decide(now, &p.paths) {
+		return
+	}
+	to := c.active
+	if c == &p.choice || from.IsDirect() || to.IsDirect() {
+		r.Switches = append(r.Switches, Switch{id, from, to, c.why})
+	}
+	p.paths[to].lastUsed = later(p.paths[to].lastUsed, inUse.lastUsed)
+	c.misses = p.paths[to].misses
+	p.forgetOthers()
+}
+
+func later(a, b time.Time) time.Time {
+	if b.After(a) {
+		return b
+	}
+	return a
 }
 
 func earlier(a, b time.Time) time.Time {

@@ -17,7 +17,29 @@ type Status struct {
 	Heard time.Time // when a probe of the peer arrived last; zero if none did
 }
 
-// Chosen is how packets to a peer go; ok is false for a peer that is not probed.
+// Direct reports whether the peer's packets of a family take the direct path: it is
+// proven, or an earlier run has left it in use, and the choice is for it.
+func (s *Schedule) Direct(id string, six bool) bool {
+	p := s.peers[id]
+	return p != nil && p.goesDirect(b2i(six))
+}
+
+func b2i(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// goesDirect reports that packets of a family take the direct path.
+func (p *peer) goesDirect(f int) bool {
+	m := directs[f]
+	c := &p.direct[f]
+	return c.order != nil && c.active == m && (p.wanted[m].Left || !p.paths[m].lastAnswer.IsZero())
+}
+
+// Chosen is the encapsulation of packets to a peer, as far as these do not take the
+// direct path; ok is false for a peer that is not probed.
 func (s *Schedule) Chosen(id string) (m encap.Mode, ok bool) {
 	if p := s.peers[id]; p != nil {
 		return p.choice.active, true
@@ -36,7 +58,15 @@ func (s *Schedule) Info(id string, m encap.Mode) (i Info, ok bool) {
 // Answering reports whether any path to the peer is up.
 func (s *Schedule) Answering(id string) bool {
 	p := s.peers[id]
-	return p != nil && len(p.answering()) > 0
+	if p == nil {
+		return false
+	}
+	for _, st := range p.each {
+		if st.up {
+			return true
+		}
+	}
+	return false
 }
 
 // Status is what is known of one candidate; ok is false for one that is not probed.
@@ -45,10 +75,18 @@ func (s *Schedule) Status(now time.Time, id string, m encap.Mode) (st Status, ok
 	if p == nil || p.paths[m] == nil {
 		return Status{}, false
 	}
-	return Status{Mode: m, Active: m == p.choice.active, Info: p.paths[m].Snapshot(), Words: p.words(now, m), Heard: p.heard[m]}, true
+	return Status{Mode: m, Active: m == p.choiceOf(m).active, Info: p.paths[m].Snapshot(), Words: p.words(now, m), Heard: p.heard[m]}, true
 }
 
-// answering are the candidates that are up, best first.
+// choiceOf is the choice that a candidate takes part in: of the encapsulations, the one among these.
+func (p *peer) choiceOf(m encap.Mode) *choice {
+	if f, ok := family(m); ok && p.direct[f].order != nil {
+		return &p.direct[f]
+	}
+	return &p.choice
+}
+
+// answering are the encapsulations that are up, best first.
 func (p *peer) answering() (up []encap.Mode) {
 	for _, m := range p.choice.order {
 		if p.paths[m].up {
@@ -60,11 +98,12 @@ func (p *peer) answering() (up []encap.Mode) {
 
 // words explains a candidate.
 func (p *peer) words(now time.Time, m encap.Mode) string {
-	st, active := p.paths[m], p.choice.active
+	st, c := p.paths[m], p.choiceOf(m)
+	active := c.active
 	switch {
 	case m != active && !st.up:
 		return p.silent(now, m)
-	case m != active && p.choice.climbs(m):
+	case m != active && c.climbs(m):
 		return p.onTrial(now, m)
 	case m != active:
 		return fmt.Sprintf("answers; %s is preferred", active)
@@ -72,7 +111,14 @@ func (p *peer) words(now time.Time, m encap.Mode) string {
 		return p.silent(now, m)
 	}
 	text := []string{"answers"}
-	for _, better := range p.choice.order[:p.choice.rank(m)] {
+	for _, d := range directs {
+		if f, _ := family(d); m != d && p.goesDirect(f) {
+			text = append(text, fmt.Sprintf("%s packets go %s", [2]string{"IPv4", "IPv6"}[f], d))
+		} else if c := &p.direct[f]; m != d && c.order != nil && c.rank(d) < c.rank(m) && !p.paths[d].up {
+			text = append(text, fmt.Sprintf("%s: %s", d, p.silent(now, d)))
+		}
+	}
+	for _, better := range c.order[:c.rank(m)] {
 		if p.paths[better].up {
 			text = append(text, fmt.Sprintf("%s %s", better, p.onTrial(now, better)))
 		} else {
@@ -85,7 +131,7 @@ func (p *peer) words(now time.Time, m encap.Mode) string {
 // onTrial explains a better candidate that answers and is not used yet.
 func (p *peer) onTrial(now time.Time, m encap.Mode) string {
 	st := p.paths[m]
-	return fmt.Sprintf("answers since %s: it is used after %d answers in a row, now %d", clock(now, st.since), p.choice.need(now, m, st), st.streak())
+	return fmt.Sprintf("answers since %s: it is used after %d answers in a row, now %d", clock(now, st.since), p.choiceOf(m).need(now, m, st), st.streak())
 }
 
 // silent explains a candidate that does not answer, by what the others do.
@@ -111,7 +157,11 @@ func (p *peer) silent(now time.Time, m encap.Mode) string {
 	if st.misses < failAfter {
 		return text
 	}
-	text += fmt.Sprintf(": %s is filtered on the way", p.wanted[m].Needs)
+	if m.IsDirect() {
+		text += ": packets with pod addresses are dropped on the way"
+	} else {
+		text += fmt.Sprintf(": %s is filtered on the way", p.wanted[m].Needs)
+	}
 	if p.oneWay(now, m) {
 		text += " from here to there"
 	}

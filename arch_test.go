@@ -32,6 +32,7 @@ var allowed = map[string][]string{
 	"tunnel/underlay":            {"internal/sys"},
 	"tunnel/path":                {"tunnel/mtu", "tunnel/encap"},
 	"tunnel/route":               {},
+	"tunnel/direct":              {"internal/sys", "tunnel/device", "tunnel/encap", "tunnel/header"},
 	"membership":                 {},
 	"membership/keyring":         {},
 	"membership/gossip":          {"membership", "membership/keyring", "membership/seed"},

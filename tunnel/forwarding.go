@@ -36,6 +36,7 @@ type Local struct {
 	Prefixes []netip.Prefix // space that is this node's
 	Underlay []netip.Addr   // this node's underlay addresses
 	VTEPMAC  header.MAC     // of this node's VTEP
+	Probes   []netip.Addr   // where direct probes to this node go: none comes out of the tunnel
 }
 
 // target is what a lookup ends in: a peer, ready to be sent to, or this node itself.
@@ -84,6 +85,7 @@ type forwarding struct {
 	sources  map[netip.Addr]*target // by the underlay address of an outer source
 	peers    map[string]*target
 	own      []netip.Addr            // this node's underlay addresses
+	probes   []netip.Addr            // Local.Probes
 	underlay map[netip.Addr]struct{} // of members and of this node: where a nested tunnel packet would go
 	tun      [2]netip.Addr           // our own addresses: IPv4, IPv6; invalid if there is none
 	mac      header.MAC              // of our VTEP
@@ -94,6 +96,7 @@ func newForwarding(local Local, peers []Peer, states func(id string) *peerState)
 	f := &forwarding{
 		mac:      local.VTEPMAC,
 		own:      local.Underlay,
+		probes:   local.Probes,
 		sources:  make(map[netip.Addr]*target, len(peers)),
 		peers:    make(map[string]*target, len(peers)),
 		underlay: make(map[netip.Addr]struct{}, len(peers)+len(local.Underlay)),

@@ -246,6 +246,9 @@ func (w *rxWorker) Accepts(dst netip.Addr) bool {
 	if dst == w.lastDst {
 		return true
 	}
+	if slices.Contains(w.fwd.probes, dst) {
+		return false
+	}
 	if !w.fwd.isOwn(dst) {
 		return slices.Contains(w.fwd.own, dst) && !slices.Contains(w.from.underlay, w.in.Src)
 	}

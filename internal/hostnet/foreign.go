@@ -58,7 +58,7 @@ func SettingProblems(tun string, v4, v6 bool) ([]Problem, error) {
 	_, err := netlink.LinkByName(tun)
 	there := err == nil
 	var out []Problem
-	for _, c := range sysctlsFor(tun, v4, v6) {
+	for _, c := range sysctlsFor(tun, "", v4, v6) {
 		ofTun := !isGlobal(c.name)
 		if ofTun && !there {
 			continue
@@ -87,7 +87,7 @@ func MendSettings(tun string, v4, v6 bool) ([]string, error) {
 	_, err := netlink.LinkByName(tun)
 	there := err == nil
 	var done []string
-	for _, c := range sysctlsFor(tun, v4, v6) {
+	for _, c := range sysctlsFor(tun, "", v4, v6) {
 		is, err := readSysctl(c.name)
 		if err != nil || is == c.value || c.name == allForwarding6 || !isGlobal(c.name) && !there {
 			continue

@@ -16,11 +16,15 @@ import (
 // host's own packets, the tunnel's among them, have other sources and never meet the table.
 const HostsTable = 8484
 
-// HostRoute is a member's underlay address that pods reach through the tunnel.
+// HostRoute is a member's underlay address that pods reach through the tunnel, or directly.
 type HostRoute struct {
-	Addr netip.Addr
-	MTU  int // largest packet in bytes; 0 is the device's MTU
+	Addr   netip.Addr
+	MTU    int    // largest packet in bytes; 0 is the device's MTU
+	Device string // of the underlay, on whose link the address is, if pods reach it directly; empty: through the tunnel
 }
+
+// hostSpec is how an address is reached.
+type hostSpec struct{ mtu, link int }
 
 // reconcileHosts brings table and rules to the state. Where nothing is wanted there are neither.
 func (p *pass) reconcileHosts(link int) error {
@@ -33,27 +37,31 @@ func (p *pass) reconcileHosts(link int) error {
 				from = append(from, o)
 			}
 		}
-		want := map[netip.Addr]int{}
+		want := map[netip.Addr]hostSpec{}
 		for _, h := range p.s.Hosts {
 			if h.Addr.Is4() != v4 || len(from) == 0 { // without pods of the family the device may have it switched off
 				continue
 			}
 			m := h.MTU
+			if l := p.device(h.Device); l != 0 {
+				want[h.Addr] = hostSpec{min(m, maxRouteMTU), l}
+				continue
+			}
 			if p.s.MTU != 0 && (m == 0 || m > p.s.MTU) {
 				m = p.s.MTU
 			}
-			want[h.Addr] = min(m, maxRouteMTU)
+			want[h.Addr] = hostSpec{min(m, maxRouteMTU), link}
 		}
 		if len(want) == 0 {
 			from = nil
 		}
-		errs = append(errs, p.hostRoutes(family, link, want), p.hostRules(family, from))
+		errs = append(errs, p.hostRoutes(family, want), p.hostRules(family, from))
 	}
 	return errors.Join(errs...)
 }
 
-// hostRoutes brings the table's routes to want, which gives each address the MTU of its route.
-func (p *pass) hostRoutes(family, link int, want map[netip.Addr]int) error {
+// hostRoutes brings the table's routes to want. A route changes in one step.
+func (p *pass) hostRoutes(family int, want map[netip.Addr]hostSpec) error {
 	list, err := p.r.hostRouteList(family)
 	if err != nil {
 		return err
@@ -63,7 +71,7 @@ func (p *pass) hostRoutes(family, link int, want map[netip.Addr]int) error {
 	for i := range list {
 		rt := &list[i]
 		dst := prefixOf(rt.Dst)
-		if _, ok := want[dst.Addr()]; ok && dst.IsSingleIP() && rt.LinkIndex == link && have[dst.Addr()] == nil {
+		if _, ok := want[dst.Addr()]; ok && dst.IsSingleIP() && have[dst.Addr()] == nil {
 			have[dst.Addr()] = rt
 			continue
 		}
@@ -71,24 +79,24 @@ func (p *pass) hostRoutes(family, link int, want map[netip.Addr]int) error {
 			errs = append(errs, err)
 			continue
 		}
-		p.rep.Removed = append(p.rep.Removed, hostRouteText(dst.Addr(), p.s.Tun, rt.MTU))
+		p.rep.Removed = append(p.rep.Removed, p.hostText(dst.Addr(), hostSpec{rt.MTU, rt.LinkIndex}))
 	}
 	for _, h := range p.s.Hosts {
-		mtu, ok := want[h.Addr]
+		spec, ok := want[h.Addr]
 		if !ok {
 			continue
 		}
-		is, was := hostRouteText(h.Addr, p.s.Tun, mtu), ""
+		is, was := p.hostText(h.Addr, spec), ""
 		if rt := have[h.Addr]; rt != nil {
-			if rt.MTU == mtu {
+			if (hostSpec{rt.MTU, rt.LinkIndex}) == spec {
 				p.keep("host "+h.Addr.String(), is)
 				continue
 			}
-			was = hostRouteText(h.Addr, p.s.Tun, rt.MTU)
+			was = p.hostText(h.Addr, hostSpec{rt.MTU, rt.LinkIndex})
 		}
 		bits := h.Addr.BitLen()
-		rt := &netlink.Route{Dst: &net.IPNet{IP: h.Addr.AsSlice(), Mask: net.CIDRMask(bits, bits)}, LinkIndex: link, Table: HostsTable,
-			Protocol: Protocol, MTU: mtu, Type: unix.RTN_UNICAST}
+		rt := &netlink.Route{Dst: &net.IPNet{IP: h.Addr.AsSlice(), Mask: net.CIDRMask(bits, bits)}, LinkIndex: spec.link, Table: HostsTable,
+			Protocol: Protocol, MTU: spec.mtu, Type: unix.RTN_UNICAST}
 		if h.Addr.Is4() {
 			rt.Scope = netlink.SCOPE_LINK
 		}
@@ -162,7 +170,7 @@ func (r *Reconciler) removeHosts() error {
 	return errors.Join(errs...)
 }
 
-// LeftHosts returns the addresses that pods reach through the TUN device by what an earlier run left in the calling
+// LeftHosts returns the addresses that pods reach through the TUN device or directly by what an earlier run left in the calling
 // thread's network namespace, with the routes' MTUs. Without the device there are none.
 func LeftHosts(tun string) (out []HostRoute, err error) {
 	index, err := linkIndex(tun)
@@ -177,9 +185,19 @@ func LeftHosts(tun string) (out []HostRoute, err error) {
 			return nil, err
 		}
 		for i := range list {
-			if p := prefixOf(list[i].Dst); p.IsSingleIP() && list[i].LinkIndex == index {
-				out = append(out, HostRoute{Addr: p.Addr(), MTU: list[i].MTU})
+			p := prefixOf(list[i].Dst)
+			if !p.IsSingleIP() {
+				continue
 			}
+			h := HostRoute{Addr: p.Addr(), MTU: list[i].MTU}
+			if list[i].LinkIndex != index {
+				l, err := netlink.LinkByIndex(list[i].LinkIndex)
+				if err != nil {
+					continue // it has just gone
+				}
+				h.Device = l.Attrs().Name
+			}
+			out = append(out, h)
 		}
 	}
 	return out, nil
@@ -203,10 +221,14 @@ func (r *Reconciler) hostRuleList(family int) ([]netlink.Rule, error) {
 	return list, err
 }
 
-func hostRouteText(a netip.Addr, tun string, mtu int) string {
-	s := fmt.Sprintf("route %v dev %s table %d", a, tun, HostsTable)
-	if mtu != 0 {
-		s += fmt.Sprintf(" mtu %d", mtu)
+func (p *pass) hostText(a netip.Addr, spec hostSpec) string {
+	device := p.s.Tun
+	if spec.link != p.link {
+		device = p.r.deviceName(spec.link)
+	}
+	s := fmt.Sprintf("route %v dev %s table %d", a, device, HostsTable)
+	if spec.mtu != 0 {
+		s += fmt.Sprintf(" mtu %d", spec.mtu)
 	}
 	return s
 }

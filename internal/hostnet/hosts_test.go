@@ -46,7 +46,7 @@ func TestHostsThroughTheTunnel(t *testing.T) {
 	r := h.reconciler(Options{})
 	s := dual()
 	s.Members = ips("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2")
-	s.Hosts = []HostRoute{{netip.MustParseAddr("192.0.2.2"), 1400}, {netip.MustParseAddr("2001:db8::2"), 1380}}
+	s.Hosts = []HostRoute{{netip.MustParseAddr("192.0.2.2"), 1400, ""}, {netip.MustParseAddr("2001:db8::2"), 1380, ""}}
 	h.reconcile(r, s)
 	h.quiet(r, s)
 	h.quiet(h.reconciler(Options{}), s)

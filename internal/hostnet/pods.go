@@ -25,7 +25,7 @@ func RouteMTUs(tun string) (map[netip.Prefix]int, error) {
 	}
 	out := map[netip.Prefix]int{}
 	for i := range routes {
-		if rt := &routes[i]; ours(rt, index) && rt.MTU != 0 {
+		if rt := &routes[i]; ours(rt, index) && rt.Gw == nil && rt.MTU != 0 {
 			out[prefixOf(rt.Dst)] = rt.MTU
 		}
 	}

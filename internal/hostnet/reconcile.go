@@ -106,11 +106,20 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 		return rep, fmt.Errorf("hostnet: TUN device %s: %w", s.Tun, err)
 	}
 	index := link.Attrs().Index
-	routes, skipped := s.routes(index)
+	devices := map[string]int{}
+	device := func(name string) int {
+		i, ok := devices[name]
+		if !ok {
+			i = r.deviceIndex(name)
+			devices[name] = i
+		}
+		return i
+	}
+	routes, skipped := s.routes(index, device)
 	rep.Conflicts = append(rep.Conflicts, skipped...)
 	r.setWanted(&s, index, routes)
 
-	p := &pass{r: r, s: &s, rep: &rep, next: map[string]string{}}
+	p := &pass{r: r, s: &s, rep: &rep, link: index, probe: device(s.Direct), device: device, next: map[string]string{}}
 	// The MTU comes first: below 1,280 bytes a device has no IPv6 (addrconf.c, addrconf_notify), nor its
 	// sysctls. Those of the device decide what the kernel does when it goes up. Addresses precede the routes that name them as source, and stale
 	// ones go last, because the kernel deletes routes along with their source.
@@ -118,9 +127,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 		func(context.Context) error { return p.reconcileMTU(link) },
 		p.reconcileSysctls,
 		func(context.Context) error { return p.reconcileUp(link) },
+		func(context.Context) error { return p.probeUp() },
 		func(context.Context) error { return p.addAddrs(link) },
 		func(ctx context.Context) error { return p.reconcileRoutes(ctx, index, routes) },
 		func(context.Context) error { return p.reconcileHosts(index) },
+		func(context.Context) error { return p.reconcileNextHops() },
 		func(context.Context) error { return p.removeStaleAddrs(link) },
 		func(context.Context) error { return p.reconcileNFT() },
 	}
@@ -165,7 +176,7 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	case !errors.As(err, &gone):
 		errs = append(errs, fmt.Errorf("hostnet: TUN device %s: %w", tun, err))
 	}
-	errs = append(errs, r.removeRoutes(ctx, index), r.removeHosts())
+	errs = append(errs, r.removeRoutes(ctx, index), r.removeHosts(), r.removeNextHops())
 	if err := r.nft.remove(); err != nil {
 		errs = append(errs, r.nft.reopen(r.ns, err))
 	}
@@ -184,6 +195,9 @@ type pass struct {
 	s    *State
 	rep  *Report
 	next map[string]string // becomes Reconciler.applied
+
+	link, probe int                   // numbers of the TUN device and of State.Direct; 0: there is none
+	device      func(name string) int // any other's
 }
 
 // put enters what was done about one object: was is the object's text as found on the host,

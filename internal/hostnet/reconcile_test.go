@@ -311,7 +311,7 @@ func TestLeftovers(t *testing.T) {
 func (h *host) snapshot() string {
 	var b strings.Builder
 	fmt.Fprintln(&b, h.routes(), h.addrsOf("lo"), h.tables())
-	for _, c := range sysctlsFor("eth0", true, true) {
+	for _, c := range sysctlsFor("eth0", "", true, true) {
 		fmt.Fprintln(&b, c.name, h.sysctl(c.name))
 	}
 	return b.String()

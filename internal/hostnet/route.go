@@ -40,6 +40,7 @@ type routeSpec struct {
 	link        int
 	mtu         int
 	src         netip.Addr
+	via         netip.Addr // invalid: on the link
 }
 
 func compareKeys(a, b routeKey) int {
@@ -60,29 +61,40 @@ func metricOf(v4, unreachable bool) uint32 {
 // routes are the routes of the state, and the prefixes that must not be routed
 // because a member's underlay address lies inside: the tunnel's own packets would
 // enter the tunnel.
-func (s *State) routes(link int) (map[routeKey]routeSpec, []Problem) {
+func (s *State) routes(link int, index func(device string) int) (map[routeKey]routeSpec, []Problem) {
 	out := make(map[routeKey]routeSpec, len(s.Peers)+len(s.ClusterCIDRs)+len(s.Own))
 	var problems []Problem
-	tunnel := func(what string, p netip.Prefix, mtu int) {
+	tunnel := func(what string, p netip.Prefix, mtu int, direct PeerRoute) {
 		if a, ok := firstInside(s.Members, p); ok {
 			problems = append(problems, inTunnel(what, p, a, s.Tun))
 			return
 		}
+		v4 := p.Addr().Is4()
+		if direct.Via.IsValid() {
+			if l := index(direct.Device); l != 0 {
+				out[routeKey{p, metricOf(v4, false)}] = routeSpec{link: l, mtu: min(mtu, maxRouteMTU), src: s.tunAddr(v4), via: direct.Via}
+				return
+			}
+		}
 		if s.MTU != 0 && (mtu == 0 || mtu > s.MTU) {
 			mtu = s.MTU
 		}
-		v4 := p.Addr().Is4()
 		out[routeKey{p, metricOf(v4, false)}] = routeSpec{link: link, mtu: min(mtu, maxRouteMTU), src: s.tunAddr(v4)}
 	}
 	for _, c := range s.ClusterCIDRs {
 		// Where the whole of it is ours, nothing is left for the tunnel, and our
 		// space must answer unreachable.
 		if !slices.ContainsFunc(s.Own, func(o netip.Prefix) bool { return contains(o, c) }) {
-			tunnel("cluster CIDR", c, 0)
+			tunnel("cluster CIDR", c, 0, PeerRoute{})
 		}
 	}
 	for _, p := range s.Peers {
-		tunnel("peer prefix", p.Prefix, p.MTU)
+		tunnel("peer prefix", p.Prefix, p.MTU, p)
+	}
+	if l := index(s.Direct); l != 0 {
+		for _, a := range s.ProbeAddrs {
+			out[routeKey{netip.PrefixFrom(a, a.BitLen()), metricOf(a.Is4(), false)}] = routeSpec{link: l}
+		}
 	}
 	for _, o := range s.Own {
 		out[routeKey{o, metricOf(o.Addr().Is4(), true)}] = routeSpec{unreachable: true}
@@ -109,8 +121,9 @@ func firstInside(addrs []netip.Addr, p netip.Prefix) (netip.Addr, bool) {
 // contains reports whether all of b is in a.
 func contains(a, b netip.Prefix) bool { return a.Bits() <= b.Bits() && a.Contains(b.Addr()) }
 
-// ours reports whether a route of the main table carries our mark.
-func ours(rt *netlink.Route, link int) bool {
+// ours reports whether a route of the main table carries our mark: into one of our
+// devices, over a gateway with a preferred source (the direct path), or unreachable.
+func ours(rt *netlink.Route, links ...int) bool {
 	if rt.Protocol != Protocol || rt.Tos != 0 {
 		return false
 	}
@@ -118,7 +131,7 @@ func ours(rt *netlink.Route, link int) bool {
 	case unix.RTN_UNREACHABLE:
 		return true
 	case unix.RTN_UNICAST:
-		return link != 0 && rt.LinkIndex == link && rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0
+		return len(rt.MultiPath) == 0 && rt.Via == nil && rt.LinkIndex != 0 && (rt.Gw != nil && rt.Src != nil || rt.Gw == nil && slices.Contains(links, rt.LinkIndex))
 	}
 	return false
 }
@@ -139,7 +152,7 @@ func specOf(rt *netlink.Route) routeSpec {
 	if rt.Type == unix.RTN_UNREACHABLE {
 		return routeSpec{unreachable: true} // IPv6 shows lo as its device
 	}
-	return routeSpec{link: rt.LinkIndex, mtu: rt.MTU, src: addrOf(rt.Src)}
+	return routeSpec{link: rt.LinkIndex, mtu: rt.MTU, src: addrOf(rt.Src), via: addrOf(rt.Gw)}
 }
 
 func (k routeKey) route(spec routeSpec) *netlink.Route {
@@ -156,7 +169,9 @@ func (k routeKey) route(spec routeSpec) *netlink.Route {
 		return rt
 	}
 	rt.LinkIndex, rt.MTU = spec.link, spec.mtu
-	if ip.Is4() {
+	if spec.via.IsValid() {
+		rt.Gw = spec.via.AsSlice()
+	} else if ip.Is4() {
 		rt.Scope = netlink.SCOPE_LINK
 	}
 	if spec.src.IsValid() {
@@ -165,11 +180,15 @@ func (k routeKey) route(spec routeSpec) *netlink.Route {
 	return rt
 }
 
-func (k routeKey) text(spec routeSpec, tun string) string {
+func (k routeKey) text(spec routeSpec, device string) string {
 	if spec.unreachable {
 		return fmt.Sprintf("route unreachable %v metric %d", k.prefix, k.metric)
 	}
-	s := fmt.Sprintf("route %v dev %s", k.prefix, tun)
+	s := fmt.Sprintf("route %v", k.prefix)
+	if spec.via.IsValid() {
+		s += " via " + spec.via.String()
+	}
+	s += " dev " + device
 	if spec.src.IsValid() {
 		s += " src " + spec.src.String()
 	}
@@ -212,7 +231,7 @@ func (p *pass) reconcileRoutes(ctx context.Context, link int, want map[routeKey]
 	for i := range all {
 		rt := &all[i]
 		switch k := keyOf(rt); {
-		case !ours(rt, link):
+		case !ours(rt, link, p.probe):
 			foreign[k.prefix] = append(foreign[k.prefix], rt)
 		case have[k] != nil && want[k] == specOf(rt):
 			stale = append(stale, have[k])
@@ -256,7 +275,7 @@ func (p *pass) reconcileRoutes(ctx context.Context, link int, want map[routeKey]
 			fail(err)
 			continue
 		}
-		p.rep.Removed = append(p.rep.Removed, keyOf(rt).text(specOf(rt), p.s.Tun))
+		p.rep.Removed = append(p.rep.Removed, p.text(keyOf(rt), specOf(rt)))
 	}
 	if failed > maxErrors {
 		errs = append(errs, fmt.Errorf("hostnet: and %d more routes failed", failed-maxErrors))
@@ -270,7 +289,7 @@ func (p *pass) putRoute(k routeKey, want routeSpec, have *netlink.Route, foreign
 	if want.unreachable {
 		object = "unreachable " + k.prefix.String()
 	}
-	is := k.text(want, p.s.Tun)
+	is := p.text(k, want)
 	blocked := false
 	for _, f := range foreign {
 		if f.Tos != 0 {
@@ -300,14 +319,56 @@ func (p *pass) putRoute(k routeKey, want routeSpec, have *netlink.Route, foreign
 			return nil
 		}
 	} else {
-		was = k.text(specOf(have), p.s.Tun)
+		was = p.text(k, specOf(have))
 		err = p.r.rt.RouteReplace(k.route(want))
+	}
+	if err != nil && want.via.IsValid() { // the link is down, say; its probes will tell
+		p.notDirect(k, have)
+		return nil
 	}
 	if err != nil {
 		return fmt.Errorf("hostnet: %s: %w", is, err)
 	}
 	p.put(object, was, is)
 	return nil
+}
+
+// notDirect routes into the tunnel what cannot be routed directly.
+func (p *pass) notDirect(k routeKey, have *netlink.Route) {
+	tunnel := routeSpec{link: p.link, src: p.s.tunAddr(k.prefix.Addr().Is4()), mtu: min(p.s.MTU, maxRouteMTU)}
+	if have != nil && have.LinkIndex == p.link || p.r.rt.RouteReplace(k.route(tunnel)) == nil {
+		p.keep("route "+k.prefix.String(), p.text(k, tunnel))
+	}
+}
+
+// text is a route as messages have it.
+func (p *pass) text(k routeKey, spec routeSpec) string {
+	switch spec.link {
+	case 0, p.link:
+		return k.text(spec, p.s.Tun)
+	case p.probe:
+		return k.text(spec, p.s.Direct)
+	}
+	return k.text(spec, p.r.deviceName(spec.link))
+}
+
+// deviceName is the name of a device, or its number if it is gone.
+func (r *Reconciler) deviceName(index int) string {
+	if l, err := r.rt.LinkByIndex(index); err == nil {
+		return l.Attrs().Name
+	}
+	return fmt.Sprintf("if%d", index)
+}
+
+// deviceIndex is the number of a device; 0 if there is none of that name.
+func (r *Reconciler) deviceIndex(name string) int {
+	if name == "" {
+		return 0
+	}
+	if l, err := r.rt.LinkByName(name); err == nil {
+		return l.Attrs().Index
+	}
+	return 0
 }
 
 // conflict reports somebody else's route; rt is nil if it is not known in full.
@@ -360,8 +421,9 @@ func (r *Reconciler) removeRoutes(ctx context.Context, tun int) error {
 		return err
 	}
 	var errs []error
+	probe := r.deviceIndex(DirectDevice)
 	for i := range all {
-		if !ours(&all[i], tun) {
+		if !ours(&all[i], tun, probe) {
 			continue
 		}
 		if err := ctx.Err(); err != nil {

@@ -28,6 +28,10 @@ type PeerRoute struct {
 	// MTU is the proven path MTU to the peer, in bytes of the inner packet. With it
 	// the kernel itself answers packets that are too large. 0 means the device's MTU.
 	MTU int
+	// Via and Device are the next hop and the underlay device of a prefix that is routed directly, without the tunnel. The
+	// zero Addr: into the TUN device.
+	Via    netip.Addr
+	Device string
 }
 
 // State is the desired state of the host's network. The zero value of a field means
@@ -46,6 +50,11 @@ type State struct {
 	Peers []PeerRoute
 	// Hosts are the other members' underlay addresses that pods reach through the tunnel, each once.
 	Hosts []HostRoute
+	// Direct is the device of the probes for direct paths; empty means none, and without one the next two fields have no
+	// effect. ProbeAddrs are routed into it, at most one per family. What comes from it goes to NextHops only.
+	Direct     string
+	ProbeAddrs []netip.Addr
+	NextHops   []NextHop
 	// Own is this node's space. It gets an unreachable route with the highest metric,
 	// so that any other route to the same prefix wins. Masquerading applies to sources
 	// in Own.

@@ -26,7 +26,7 @@ type sysctl struct {
 }
 
 // sysctlsFor lists the wanted settings in the order in which they must be written.
-func sysctlsFor(tun string, v4, v6 bool) []sysctl {
+func sysctlsFor(tun, direct string, v4, v6 bool) []sysctl {
 	var list []sysctl
 	if v4 {
 		dev := "net/ipv4/conf/" + tun + "/"
@@ -52,6 +52,7 @@ func sysctlsFor(tun string, v4, v6 bool) []sysctl {
 			sysctl{name: dev + "accept_redirects", value: "0"},
 		)
 	}
+	list = append(list, probeSysctls(direct, v4, v6)...)
 	dev := "net/ipv6/conf/" + tun + "/"
 	if !v6 {
 		// Without IPv6 in the cluster none on the device: no router solicitations
@@ -74,6 +75,30 @@ func sysctlsFor(tun string, v4, v6 bool) []sysctl {
 	)
 }
 
+// probeSysctls are those of the device for direct probes, which goes with the agent. Its packets have this node's own
+// address (accept_local), and the way back there is no reason to drop them.
+func probeSysctls(direct string, v4, v6 bool) (list []sysctl) {
+	if direct == "" {
+		return nil
+	}
+	add := func(family, name, value string) {
+		list = append(list, sysctl{name: "net/" + family + "/conf/" + direct + "/" + name, value: value, optional: true})
+	}
+	if v4 {
+		for _, kv := range [][2]string{{"forwarding", "1"}, {"rp_filter", "2"}, {"accept_local", "1"}, {"send_redirects", "0"}, {"accept_redirects", "0"}} {
+			add("ipv4", kv[0], kv[1])
+		}
+	}
+	if !v6 {
+		add("ipv6", "disable_ipv6", "1")
+		return list
+	}
+	for _, kv := range [][2]string{{"addr_gen_mode", "1"}, {"accept_dad", "0"}, {"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"}, {"accept_redirects", "0"}, {"forwarding", "1"}} {
+		add("ipv6", kv[0], kv[1])
+	}
+	return list
+}
+
 // reconcileSysctls writes the settings that differ.
 func (p *pass) reconcileSysctls(context.Context) error {
 	v4, v6 := p.s.uses(true), p.s.uses(false)
@@ -93,7 +118,7 @@ func (p *pass) reconcileSysctls(context.Context) error {
 			}
 		}
 		var errs []error
-		for _, c := range append(list, sysctlsFor(p.s.Tun, v4, v6)...) {
+		for _, c := range append(list, sysctlsFor(p.s.Tun, p.s.Direct, v4, v6)...) {
 			if err := p.putSysctl(c); err != nil {
 				errs = append(errs, err)
 			}

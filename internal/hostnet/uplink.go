@@ -117,8 +117,9 @@ func hops(rt *netlink.Route) []int {
 
 // Way is the path of packets to an address by the host's routes.
 type Way struct {
-	Devices []string // sorted names of the devices by which packets leave; several for an equal-cost route
-	MTU     int      // bytes, the smallest MTU of the devices and the route; 0 without a route
+	Devices []string   // sorted names of the devices by which packets leave; several for an equal-cost route
+	MTU     int        // bytes, the smallest MTU of the devices and the route; 0 without a route
+	Router  netip.Addr // the next hop; invalid if the address is on a link of this host
 }
 
 // Ways looks up and caches the paths to addresses. Create a new one when routes or devices may have changed. It belongs to
@@ -169,6 +170,9 @@ func (w *Ways) ask(to netip.Addr) (way Way) {
 			}
 		}
 		way.narrow(routes[i].MTU)
+		if r := routerOf(&routes[i]); r.IsValid() {
+			way.Router = r
+		}
 	}
 	slices.Sort(way.Devices)
 	way.Devices = slices.Compact(way.Devices)

@@ -230,6 +230,8 @@ func (w *wanted) routeEvent(isNew bool, b []byte) bool {
 			dst, _ = netip.AddrFromSlice(v)
 		case t == unix.RTA_PREFSRC:
 			spec.src, _ = netip.AddrFromSlice(v)
+		case t == unix.RTA_GATEWAY:
+			spec.via, _ = netip.AddrFromSlice(v)
 		case t == unix.RTA_METRICS:
 			eachAttr(v, func(t uint16, v []byte) {
 				if t == unix.RTAX_MTU && len(v) == 4 {

@@ -1,11 +1,16 @@
 package bench
 
 import (
+	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
 )
 
 // Ends are the two ends of a measurement, each with an address. Traffic goes from From to To. They are pods of a lab, but
@@ -17,41 +22,13 @@ type Ends struct {
 	Do func(place string, fn func() error) error
 }
 
-// socketBuffer is the buffer size of each socket of the generator, in bytes. It is large enough that the generator itself
-// loses no packets while it waits for a CPU.
-const socketBuffer = 8 << 20
-
-// readTimeout ends a blocking read, so that its loop can check whether to stop.
-const readTimeout = 50 * time.Millisecond
-
 // socket creates a blocking socket at a place, bound to a port that the kernel chooses.
 func (e *Ends) socket(place string, addr netip.Addr, typ int) (fd int, err error) {
-	fd = -1
 	err = e.Do(place, func() error {
-		family := unix.AF_INET
-		if addr.Is6() {
-			family = unix.AF_INET6
-		}
-		if fd, err = unix.Socket(family, typ|unix.SOCK_CLOEXEC, 0); err != nil {
-			return err
-		}
-		wait := unix.NsecToTimeval(int64(readTimeout))
-		if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
-			return err
-		}
-		if typ == unix.SOCK_DGRAM {
-			for _, opt := range []int{unix.SO_RCVBUFFORCE, unix.SO_SNDBUFFORCE} {
-				if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, opt, socketBuffer); err != nil {
-					return fmt.Errorf("socket buffer of %d bytes: %w", socketBuffer, err)
-				}
-			}
-		}
-		return unix.Bind(fd, sockaddr(netip.AddrPortFrom(addr, 0)))
+		fd, _, err = traffic.Socket(netip.AddrPortFrom(addr, 0), typ)
+		return err
 	})
 	if err != nil {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
 		return -1, fmt.Errorf("socket in %s: %w", place, err)
 	}
 	return fd, nil
@@ -80,18 +57,39 @@ func (e *Ends) udpPair() (from, to int, err error) {
 	return from, to, nil
 }
 
-func sockaddr(a netip.AddrPort) unix.Sockaddr {
-	if a.Addr().Is4() {
-		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+// udpTrial sends datagrams of payload bytes at a rate for d, and counts those that arrive. Sender and receiver run on their
+// own threads.
+func udpTrial(ctx context.Context, e *Ends, payload int, rate float64, d time.Duration) (result.Trial, error) {
+	from, to, err := e.udpPair()
+	if err != nil {
+		return result.Trial{}, err
 	}
-	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
-}
-
-// passing reports whether an error of a connected socket is transient: a timeout, a signal, an earlier ICMP error.
-func passing(err error) bool {
-	switch err {
-	case unix.EAGAIN, unix.EINTR, unix.ECONNREFUSED, unix.EHOSTUNREACH, unix.ENETUNREACH, unix.ENOBUFS:
-		return true
+	source, err := traffic.PacketConn(from)
+	if err != nil {
+		unix.Close(to)
+		return result.Trial{}, err
 	}
-	return false
+	defer source.Close()
+	in, err := traffic.PacketConn(to)
+	if err != nil {
+		return result.Trial{}, err
+	}
+	t := result.Trial{Offered: rate}
+	var sink traffic.Sink
+	ended, sent := make(chan error, 1), make(chan error, 1)
+	go func() { ended <- sink.Run(in) }() // ends when in is closed
+	go func() { sent <- traffic.UDPSource(ctx, source, payload, d, &t) }()
+	err = <-sent
+	for last, _, _ := sink.Count(); err == nil; {
+		err = traffic.Sleep(ctx, traffic.Silence)
+		now, _, _ := sink.Count()
+		if now == last {
+			break
+		}
+		last = now
+	}
+	in.Close()
+	err = errors.Join(err, <-ended)
+	t.Received, t.Reordered, t.Arriving = sink.Count()
+	return t, err
 }

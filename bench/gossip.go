@@ -20,6 +20,7 @@ import (
 
 	"github.com/gaissmai/bart"
 
+	"github.com/tulle-net/tulle/bench/traffic"
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/membership/keyring"
@@ -369,7 +370,7 @@ func unhurried(ctx context.Context) error {
 	const period = 200 * time.Millisecond
 	for {
 		cpu, start := cpuTime(), time.Now()
-		if err := sleep(ctx, period); err != nil {
+		if err := traffic.Sleep(ctx, period); err != nil {
 			return fmt.Errorf("gossip: nodes are joining: %w", err)
 		}
 		if (cpuTime()-cpu)*2 < time.Since(start)*time.Duration(runtime.NumCPU()) {
@@ -415,7 +416,7 @@ func settled(ctx context.Context, o GossipOptions, nodes []*member) error {
 	const atRest = 3 // packets per second and node
 	for ticks := 1; ; ticks++ {
 		before := packets()
-		if err := sleep(ctx, time.Second); err != nil {
+		if err := traffic.Sleep(ctx, time.Second); err != nil {
 			return fmt.Errorf("gossip: joins are still spreading: %w", err)
 		}
 		rate := float64(packets()-before) / float64(len(nodes))

@@ -2,45 +2,28 @@ package bench
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/HdrHistogram/hdrhistogram-go"
 	"golang.org/x/sys/unix"
-)
 
-// Latency is half of the round-trip time of UDP datagrams, in microseconds. Each datagram is sent after the previous one
-// was answered.
-type Latency struct {
-	Payload int     `json:"payload"` // bytes of UDP payload
-	Pinned  bool    `json:"pinned"`  // each side had its own CPUs
-	Answers int64   `json:"answers"`
-	Lost    int64   `json:"lost"` // not answered within 50 ms
-	Min     float64 `json:"min_us"`
-	Mean    float64 `json:"mean_us"`
-	P50     float64 `json:"p50_us"`
-	P99     float64 `json:"p99_us"`
-	P999    float64 `json:"p99_9_us"`
-	Max     float64 `json:"max_us"`
-}
-
-// Round trips between these bounds are recorded with three significant digits.
-const (
-	shortestTrip = 100 * time.Nanosecond
-	longestTrip  = 10 * time.Second
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
 )
 
 // RoundTrips measures the latency of 64-byte datagrams between the ends for the time d, with each end on its own CPUs.
 // pids are the tunnel's processes, first From's, then To's; each shares the CPUs of its side. Call it within [StartAwake].
-func RoundTrips(ctx context.Context, e *Ends, pids []int, d time.Duration) (Latency, error) {
+func RoundTrips(ctx context.Context, e *Ends, pids []int, d time.Duration) (*result.Latency, error) {
 	defer manyProcessors()()
-	return placedLatency(ctx, e, pids, 64, d/3, d, true)
+	return placed(pids, true, func(cpus Sides) (*result.Latency, error) {
+		return overUDP(e, cpus, func(fd int) (*result.Latency, error) { return traffic.PingPong(ctx, fd, 64, d/3, d) })
+	})
 }
 
 // manyProcessors raises GOMAXPROCS until undo is called, so that threads that return from system calls need not wait for a
@@ -50,12 +33,12 @@ func manyProcessors() (undo func()) {
 	return func() { runtime.GOMAXPROCS(was) }
 }
 
-// placedLatency calls measureLatency while this program and the tunnel's processes have priority over others and, if
-// pinned, each side has its own CPUs.
-func placedLatency(ctx context.Context, e *Ends, pids []int, payload int, warm, d time.Duration, pinned bool) (l Latency, err error) {
+// placed calls measure while this program and the tunnel's processes have priority over others and, if pinned, each side
+// has its own CPUs.
+func placed(pids []int, pinned bool, measure func(cpus Sides) (*result.Latency, error)) (l *result.Latency, err error) {
 	all, err := allCPUs()
 	if err != nil {
-		return Latency{}, err
+		return nil, err
 	}
 	cpus := all
 	if pinned {
@@ -64,124 +47,115 @@ func placedLatency(ctx context.Context, e *Ends, pids []int, payload int, warm, 
 	self := os.Getpid()
 	before, _, err := autogroup(self)
 	if err != nil {
-		return Latency{}, err
+		return nil, err
 	}
 	defer func() {
 		err = errors.Join(err, placeTunnel(pids, all, niceNormal), setAutogroup(self, before))
 	}()
 	if err := errors.Join(placeTunnel(pids, cpus, niceFirst), setAutogroup(self, niceFirst)); err != nil {
-		return Latency{}, err
+		return nil, err
 	}
-	return measureLatency(ctx, e, payload, warm, d, cpus)
+	l, err = measure(cpus)
+	if err == nil {
+		l.Pinned = cpus.From != cpus.To
+	}
+	return l, err
 }
 
-// measureLatency runs a ping-pong for warm, and then counts the round trips of the time d. Both ends are blocking sockets
-// on their own threads, each on its side's CPUs.
-func measureLatency(ctx context.Context, e *Ends, payload int, warm, d time.Duration, cpus Sides) (Latency, error) {
+// onThread runs fn on a thread of its own, on a side's CPUs and with priority.
+func onThread(cpus *unix.CPUSet, fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+		err := placeThread(0, cpus, niceFirst)
+		if err == nil {
+			err = fn()
+		}
+		done <- err
+	}()
+	return <-done
+}
+
+// overUDP measures with a socket of From that is connected to an echo in To. Both ends are blocking sockets on their own
+// threads, each on its side's CPUs.
+func overUDP(e *Ends, cpus Sides, measure func(fd int) (*result.Latency, error)) (l *result.Latency, err error) {
 	from, to, err := e.udpPair()
 	if err != nil {
-		return Latency{}, err
+		return nil, err
 	}
 	defer unix.Close(from)
 	var stop atomic.Bool
 	var served sync.WaitGroup
 	served.Go(func() {
 		defer unix.Close(to)
-		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
-		if err := placeThread(0, &cpus.To, niceFirst); err == nil {
-			echo(to, &stop)
-		}
+		_ = onThread(&cpus.To, func() error { traffic.Echo(to, &stop); return nil }) // without echo nothing is answered
 	})
 	defer served.Wait()
 	defer stop.Store(true)
-
-	type outcome struct {
-		h    *hdrhistogram.Histogram
-		lost int64
-		err  error
+	err = onThread(&cpus.From, func() error {
+		l, err = measure(from)
+		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	done := make(chan outcome, 1)
-	go func() { // on its own thread, which ends with the goroutine
-		runtime.LockOSThread()
-		var o outcome
-		o.h = hdrhistogram.New(int64(shortestTrip), int64(longestTrip), 3)
-		if o.err = placeThread(0, &cpus.From, niceFirst); o.err == nil {
-			o.lost, o.err = pingPong(ctx, from, payload, warm, d, o.h)
-		}
-		done <- o
-	}()
-	o := <-done
-	if o.err != nil {
-		return Latency{}, o.err
+	if l.Answers == 0 {
+		return nil, fmt.Errorf("no datagram of %d bytes from %s was answered by %s", l.Payload, e.From, e.To)
 	}
-	if o.h.TotalCount() == 0 {
-		return Latency{}, fmt.Errorf("no datagram of %d bytes from %s was answered by %s", payload, e.From, e.To)
-	}
-	half := func(ns float64) float64 { return ns / 2 / 1e3 }
-	at := func(percent float64) float64 { return half(float64(o.h.ValueAtQuantile(percent))) }
-	return Latency{
-		Payload: payload, Pinned: cpus.From != cpus.To, Answers: o.h.TotalCount(), Lost: o.lost, Min: half(float64(o.h.Min())), Mean: half(o.h.Mean()),
-		P50: at(50), P99: at(99), P999: at(99.9), Max: half(float64(o.h.Max())),
-	}, nil
+	return l, nil
 }
 
-// echo returns every datagram to its sender, until stop.
-func echo(fd int, stop *atomic.Bool) {
-	buf := make([]byte, 1<<16)
-	for !stop.Load() {
-		n, err := unix.Read(fd, buf)
-		if err == nil {
-			_, err = unix.Write(fd, buf[:n]) // the other end counts lost answers
-		}
-		if err != nil && !passing(err) {
-			return
-		}
+// overTCP measures transactions over TCP. RR uses one connection, and CRR one for each transaction.
+func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time.Duration) (l *result.Latency, err error) {
+	ln, at, err := e.listen()
+	if err != nil {
+		return nil, err
 	}
-}
-
-// pingPong records the round trips over a connected socket.
-func pingPong(ctx context.Context, fd, payload int, warm, d time.Duration, h *hdrhistogram.Histogram) (lost int64, err error) {
-	out, in := make([]byte, max(payload, 8)), make([]byte, 1<<16)
-	begin := time.Now()
-	for seq := uint64(1); ; seq++ {
-		if seq%256 == 0 && ctx.Err() != nil {
-			return lost, ctx.Err()
-		}
-		binary.BigEndian.PutUint64(out, seq)
-		start := time.Now()
-		if _, err := unix.Write(fd, out); err != nil && !passing(err) {
-			return lost, fmt.Errorf("send: %w", err)
-		}
-		answered, err := awaitAnswer(fd, in, seq)
+	var stop atomic.Bool
+	var served sync.WaitGroup
+	served.Go(func() {
+		defer unix.Close(ln)
+		_ = onThread(&cpus.To, func() error { respondAll(ln, &stop); return nil })
+	})
+	defer served.Wait()
+	defer stop.Store(true)
+	request, buf := make([]byte, traffic.Request), make([]byte, traffic.Request)
+	one := func() error {
+		fd, err := traffic.Dial(netip.AddrPortFrom(e.FromAddr, 0), at)
 		if err != nil {
-			return lost, err
+			return fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
 		}
-		end := time.Now()
-		if start.Sub(begin) >= warm {
-			if answered {
-				_ = h.RecordValue(int64(min(end.Sub(start), longestTrip)))
-			} else {
-				lost++
-			}
-		}
-		if end.Sub(begin) >= warm+d {
-			return lost, nil
-		}
+		return errors.Join(traffic.Exchange(ctx, fd, request, buf), traffic.Reset(fd), unix.Close(fd))
 	}
+	err = onThread(&cpus.From, func() error {
+		return e.Do(e.From, func() error { // on a thread in the namespace, so that connecting needs no other
+			if err := placeThread(0, &cpus.From, niceFirst); err != nil {
+				return err
+			}
+			if kind == result.RR {
+				fd, err := traffic.Dial(netip.AddrPortFrom(e.FromAddr, 0), at)
+				if err != nil {
+					return fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
+				}
+				defer unix.Close(fd)
+				one = func() error { return traffic.Exchange(ctx, fd, request, buf) }
+			}
+			l, err = traffic.Transactions(ctx, kind, warm, d, one)
+			return err
+		})
+	})
+	return l, err
 }
 
-// awaitAnswer reads until the answer with that number arrives or the read times out. It skips late answers to earlier datagrams.
-func awaitAnswer(fd int, in []byte, seq uint64) (bool, error) {
-	for {
-		n, err := unix.Read(fd, in)
-		switch {
-		case err == unix.EINTR:
-		case err != nil && passing(err):
-			return false, nil
-		case err != nil:
-			return false, fmt.Errorf("receive: %w", err)
-		case n >= 8 && binary.BigEndian.Uint64(in) == seq:
-			return true, nil
+// respondAll answers the requests of one connection after another, until stop.
+func respondAll(ln int, stop *atomic.Bool) {
+	for !stop.Load() {
+		fd, err := acceptRetry(ln)
+		if err == nil {
+			traffic.Respond(fd, stop)
+			unix.Close(fd)
+		} else if !traffic.Passing(err) {
+			return
 		}
 	}
 }

@@ -88,10 +88,17 @@ func setupVXLAN(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error)
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		err = lackError("this kernel has no VXLAN device (CONFIG_VXLAN)")
 	}
-	return &tunnel{mtu: l.Options().MTU - 50}, err
+	overhead := 50
+	if !l.Options().Underlay.V4 {
+		overhead = 70
+	}
+	return &tunnel{mtu: l.Options().MTU - overhead}, err
 }
 
-func setupKernelIPIP(_ context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
+func setupKernelIPIP(_ context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error) {
+	if o.Six {
+		return nil, lackError("the kernel's ipip device carries IPv4 only")
+	}
 	t := &tunnel{mtu: l.Options().MTU - 20}
 	for i, h := range l.Hosts() {
 		peer := l.Hosts()[1-i]
@@ -153,7 +160,7 @@ func podsOf(l *lab.Lab, host string) []netip.Prefix {
 	var out []netip.Prefix
 	for _, p := range l.Pods() {
 		if p.Host == host {
-			a := p.Addr(false)
+			a := p.Addr(!l.Options().Overlay.V4)
 			out = append(out, netip.PrefixFrom(a, a.BitLen()))
 		}
 	}
@@ -189,10 +196,18 @@ type stand struct {
 	ends   Ends
 }
 
+// families are those of underlay and pods: one, so that each mode carries the same.
+func (o *AllOptions) families() lab.Families {
+	if o.Six {
+		return lab.IPv6Only
+	}
+	return lab.IPv4Only
+}
+
 // lab is the lab of a mode: the least that a packet can cross between two hosts in two subnets.
 func (o *AllOptions) lab(name string) lab.Options {
 	return lab.Options{
-		Name: name, Nodes: 2, Subnets: 2, Pods: 1, Straight: true, Wire: o.Wire, MTU: o.MTU, Underlay: lab.IPv4Only, Overlay: lab.IPv4Only,
+		Name: name, Nodes: 2, Subnets: 2, Pods: 1, Straight: true, Wire: o.Wire, MTU: o.MTU, Underlay: o.families(), Overlay: o.families(),
 		Binary: o.Binary, Replace: true, Timeout: o.Timeout,
 	}
 }
@@ -224,8 +239,8 @@ func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, er
 // reach fills in the ends, and pings in both directions.
 func (s *stand) reach(ctx context.Context) error {
 	pods := s.lab.Pods()
-	a, b := pods[0], pods[1]
-	s.ends = Ends{From: a.Name, To: b.Name, FromAddr: a.Addr(false), ToAddr: b.Addr(false), Do: s.lab.Do}
+	a, b, six := pods[0], pods[1], !s.lab.Options().Overlay.V4
+	s.ends = Ends{From: a.Name, To: b.Name, FromAddr: a.Addr(six), ToAddr: b.Addr(six), Do: s.lab.Do}
 	var last error
 	for range 5 { // the first packet waits for neighbours, or for a handshake
 		there, back := s.lab.Ping(ctx, a.Name, b.Name, s.ends.ToAddr), s.lab.Ping(ctx, b.Name, a.Name, s.ends.FromAddr)

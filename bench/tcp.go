@@ -4,26 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/bench/machine"
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
 )
-
-// TCP is the result for TCP streams from one end to the other, counted by the receivers.
-type TCP struct {
-	Streams     int     `json:"streams"`
-	Bytes       int64   `json:"bytes"` // in the counted time
-	Seconds     float64 `json:"seconds"`
-	Gbps        float64 `json:"gbps"`        // 10^9 bits of payload per second
-	Retransmits uint32  `json:"retransmits"` // segments, over the whole lifetime of the streams
-	CPU         CPUUse  `json:"cpu"`         // of the whole machine in the counted time
-}
-
-// tcpBuffer is the size of one read or write, in bytes.
-const tcpBuffer = 256 << 10
 
 // counter is a counter in its own cache line.
 type counter struct {
@@ -33,7 +23,7 @@ type counter struct {
 
 // measureTCP runs streams for warm, and then counts the bytes that arrive in the time d. Each end of each stream is a
 // blocking socket on its own thread. The CPU time of the processes pids is counted separately.
-func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration, pids []int) (TCP, error) {
+func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration, pids []int) (result.TCP, error) {
 	var ends sync.WaitGroup
 	var stop atomic.Bool
 	got := make([]counter, streams)
@@ -44,20 +34,18 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 		if err != nil {
 			stop.Store(true)
 			ends.Wait()
-			return TCP{}, err
+			return result.TCP{}, err
 		}
 		ends.Go(func() {
 			defer unix.Close(from)
-			if err := tcpSource(from, &stop); err != nil {
+			n, err := traffic.TCPSource(from, &stop)
+			if retransmits[i] = n; err != nil {
 				errs <- fmt.Errorf("sender in %s: %w", e.From, err)
-			}
-			if info, err := unix.GetsockoptTCPInfo(from, unix.SOL_TCP, unix.TCP_INFO); err == nil {
-				retransmits[i] = info.Total_retrans
 			}
 		})
 		ends.Go(func() {
 			defer unix.Close(to)
-			if err := tcpSink(to, &got[i].Int64, &stop); err != nil {
+			if err := traffic.TCPSink(to, &got[i].Int64, &stop); err != nil {
 				errs <- fmt.Errorf("receiver in %s: %w", e.To, err)
 			}
 		})
@@ -68,17 +56,17 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 		}
 		return n
 	}
-	r := TCP{Streams: streams}
-	err := sleep(ctx, warm)
+	r := result.TCP{Streams: streams}
+	err := traffic.Sleep(ctx, warm)
 	if err == nil {
-		var cpu cpuMeter
+		var cpu machine.Meter
 		before := total()
 		begin := time.Now()
-		cpu, err = startCPU(pids)
-		err = errors.Join(err, sleep(ctx, d))
+		cpu, err = machine.Start(pids)
+		err = errors.Join(err, traffic.Sleep(ctx, d))
 		r.Bytes, r.Seconds = total()-before, time.Since(begin).Seconds()
 		var cerr error
-		r.CPU, cerr = cpu.stop()
+		r.CPU, cerr = cpu.Stop()
 		err = errors.Join(err, cerr)
 	}
 	stop.Store(true)
@@ -99,95 +87,58 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 
 // tcpPair opens a connection from one end to the other.
 func (e *Ends) tcpPair() (from, to int, err error) {
-	ln, err := e.socket(e.To, e.ToAddr, unix.SOCK_STREAM)
+	ln, at, err := e.listen()
 	if err != nil {
 		return -1, -1, err
 	}
 	defer unix.Close(ln)
-	if err := unix.Listen(ln, 1); err != nil {
-		return -1, -1, fmt.Errorf("listen in %s: %w", e.To, err)
+	if from, err = e.dial(at); err != nil {
+		return -1, -1, err
 	}
-	at, err := unix.Getsockname(ln)
+	if to, err = acceptRetry(ln); err != nil {
+		unix.Close(from)
+		return -1, -1, fmt.Errorf("accept in %s: %w", e.To, err)
+	}
+	return from, to, nil
+}
+
+// listen opens a listening socket in To.
+func (e *Ends) listen() (ln int, at unix.Sockaddr, err error) {
+	if ln, err = e.socket(e.To, e.ToAddr, unix.SOCK_STREAM); err != nil {
+		return -1, nil, err
+	}
+	if err = unix.Listen(ln, 64); err == nil {
+		at, err = unix.Getsockname(ln)
+	}
 	if err != nil {
-		return -1, -1, err
+		unix.Close(ln)
+		return -1, nil, fmt.Errorf("listen in %s: %w", e.To, err)
 	}
+	return ln, at, nil
+}
+
+// dial connects From to a listening socket.
+func (e *Ends) dial(at unix.Sockaddr) (from int, err error) {
 	if from, err = e.socket(e.From, e.FromAddr, unix.SOCK_STREAM); err != nil {
-		return -1, -1, err
+		return -1, err
 	}
-	patience := unix.NsecToTimeval(int64(5 * time.Second)) // timeout of connect and write
-	if err = unix.SetsockoptTimeval(from, unix.SOL_SOCKET, unix.SO_SNDTIMEO, &patience); err == nil {
-		if err = unix.Connect(from, at); err == nil {
-			if to, err = acceptRetry(ln); err == nil {
-				wait := unix.NsecToTimeval(int64(readTimeout))
-				if err = unix.SetsockoptTimeval(to, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err == nil {
-					return from, to, nil
-				}
-				unix.Close(to)
-			}
-		}
+	if err = traffic.Connect(from, at); err != nil {
+		unix.Close(from)
+		return -1, fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
 	}
-	unix.Close(from)
-	return -1, -1, fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
+	return from, nil
 }
 
 // acceptRetry accepts the connection whose handshake is already done at the other end.
 func acceptRetry(ln int) (fd int, err error) {
 	for range 100 {
 		if fd, _, err = unix.Accept4(ln, unix.SOCK_CLOEXEC); err != unix.EAGAIN && err != unix.EINTR {
-			return fd, err
+			break
 		}
 	}
-	return -1, err
-}
-
-// tcpSource writes until stop, then ends the stream.
-func tcpSource(fd int, stop *atomic.Bool) error {
-	runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
-	buf := make([]byte, tcpBuffer)
-	for !stop.Load() {
-		if _, err := unix.Write(fd, buf); err != nil && err != unix.EINTR {
-			if stop.Load() {
-				break
-			}
-			return err
-		}
+	if err != nil {
+		return -1, err
 	}
-	// Data in the socket's buffer need not be delivered. A reset discards it, so that it cannot disturb the next measure.
-	return unix.SetsockoptLinger(fd, unix.SOL_SOCKET, unix.SO_LINGER, &unix.Linger{Onoff: 1})
-}
-
-// tcpSink reads until the stream ends, or until stop is set and no more data arrives.
-func tcpSink(fd int, got *atomic.Int64, stop *atomic.Bool) error {
-	runtime.LockOSThread()
-	buf := make([]byte, tcpBuffer)
-	for {
-		n, err := unix.Read(fd, buf)
-		switch {
-		case err == unix.EINTR:
-		case err == unix.EAGAIN:
-			if stop.Load() {
-				return nil
-			}
-		case err == unix.ECONNRESET && stop.Load():
-			return nil
-		case err != nil:
-			return err
-		case n == 0:
-			return nil
-		default:
-			got.Add(int64(n))
-		}
-	}
-}
-
-// sleep waits for d, or until ctx ends.
-func sleep(ctx context.Context, d time.Duration) error {
-	t := time.NewTimer(d)
-	defer t.Stop()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-t.C:
-		return nil
-	}
+	wait := unix.NsecToTimeval(int64(traffic.ReadTimeout))
+	return fd, errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait), unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_NODELAY, 1))
 }

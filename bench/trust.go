@@ -3,6 +3,7 @@ package bench
 import (
 	"fmt"
 
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
@@ -22,31 +23,31 @@ const (
 )
 
 // warnings are the reasons not to trust figures, those of whole modes first.
-func (r *AllResult) warnings() []string {
+func warnings(r *result.Run) []string {
 	var out []string
 	warn := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
 	for i := range r.Modes {
 		m := &r.Modes[i]
-		c := m.crossing()
+		c := m.Crossing()
 		switch frame := float64(r.MTU + 14); {
 		case c.Cut() > cutAllowed:
 			warn("%s: the router sent %.1f frames on for each that came. What it carries is cut on the way, so its figures are too low, and ratios to it too high.", m.Name, c.Cut())
-		case r.Wire == lab.WireCut && c.FrameBytes() > frame:
+		case r.Wire == string(lab.WireCut) && c.FrameBytes() > frame:
 			warn("%s: frames of %.0f bytes crossed a wire of MTU %d. Its figures are too high.", m.Name, c.FrameBytes(), r.MTU)
 		}
 	}
-	if s, ok := r.ratio(KernelVXLAN, NoTunnel, "tcp1_gbps"); ok && s.Median < vxlanLeast {
+	if s, ok := r.Ratio(KernelVXLAN, NoTunnel, "tcp1_gbps"); ok && s.Median < vxlanLeast {
 		warn("%s carries %.2f of %s in one TCP stream; where nothing else is in its way, at least %g. It is slower than it must be, so ratios to it flatter.",
 			KernelVXLAN, s.Median, NoTunnel, vxlanLeast)
 	}
 	for _, m := range r.Modes {
-		if s, ok := r.ratio(m.Name, NoTunnel, "tcp1_gbps"); ok && s.Median > 1/bareLeast {
+		if s, ok := r.Ratio(m.Name, NoTunnel, "tcp1_gbps"); ok && s.Median > 1/bareLeast {
 			warn("%s carries %.2f of %s in one TCP stream: no tunnel is slower than it must be.", m.Name, s.Median, NoTunnel)
 		}
 	}
 	for _, m := range r.Modes {
 		if s, ok := m.Summary["tcp1_gbps"]; ok && s.Max > roundsAllowed*s.Min {
-			warn("%s: one TCP stream carried %s Gb/s in one round and %s in another.", m.Name, digits(s.Min), digits(s.Max))
+			warn("%s: one TCP stream carried %s Gb/s in one round and %s in another.", m.Name, result.Digits(s.Min), result.Digits(s.Max))
 		}
 	}
 	if r.Others.Max > othersAllowed {
@@ -56,12 +57,4 @@ func (r *AllResult) warnings() []string {
 		warn("The hypervisor took up to %.0f %% of the machine away while TCP was measured.", 100*r.Steal.Max)
 	}
 	return out
-}
-
-// crossing is what went through the mode's router in all rounds of TCP.
-func (m *ModeResult) crossing() (c lab.Crossing) {
-	for _, d := range m.Detail {
-		c = c.Plus(d.Crossing)
-	}
-	return c
 }

@@ -6,46 +6,47 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
 // oneRound is what one round may have found: TCP with one stream, and frames that came to the router and left it.
-func oneRound(gbps float64, in, out, bytes uint64) Detail {
-	return Detail{
-		TCP:      []TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: gbps, CPU: CPUUse{Busy: 2}}},
-		Crossing: lab.Crossing{InFrames: in, InBytes: bytes, OutFrames: out, OutBytes: bytes},
+func oneRound(gbps float64, in, out, bytes uint64) result.Round {
+	return result.Round{
+		TCP:      []result.TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: gbps, CPU: result.CPUUse{Busy: 2}}},
+		Crossing: result.Crossing{InFrames: in, InBytes: bytes, OutFrames: out, OutBytes: bytes},
 	}
 }
 
 func TestWarnings(t *testing.T) {
 	good := oneRound(6, 1000, 1001, 1000*1500)
 	for name, tc := range map[string]struct {
-		change func(r *AllResult)
+		change func(r *result.Run)
 		want   string // "" for none
 	}{
-		"nothing wrong":          {func(*AllResult) {}, ""},
-		"whole wire":             {func(r *AllResult) { r.Wire, r.Modes[2].Detail[0].Crossing.InBytes = lab.WireWhole, 1000*50000 }, ""},
-		"the router cuts":        {func(r *AllResult) { r.Modes[1].Detail[0].Crossing.OutFrames = 40_331 }, "kernel-vxlan: the router sent 40.3 frames on for each"},
-		"the wire does not":      {func(r *AllResult) { r.Modes[2].Detail[0].Crossing.InBytes = 1000 * 50000 }, "tulle-udp: frames of 50000 bytes"},
-		"kernel VXLAN is slow":   {func(r *AllResult) { r.Modes[1].Detail[0].TCP[0].Gbps = 2.9 }, "kernel-vxlan carries 0.48 of no-tunnel"},
-		"no tunnel is slow":      {func(r *AllResult) { r.Modes[0].Detail[0].TCP[0].Gbps = 4 }, "no tunnel is slower"},
-		"rounds disagree":        {func(r *AllResult) { r.Modes[2].Detail = append(r.Modes[2].Detail, oneRound(2, 1, 1, 1500)) }, "6.00 in another"},
-		"others are busy":        {func(r *AllResult) { r.Others.Max = 0.4 }, "40 % of the machine"},
-		"the hypervisor is busy": {func(r *AllResult) { r.Steal.Max = 0.1 }, "10 % of the machine away"},
+		"nothing wrong":          {func(*result.Run) {}, ""},
+		"whole wire":             {func(r *result.Run) { r.Wire, r.Modes[2].Rounds[0].Crossing.InBytes = string(lab.WireWhole), 1000*50000 }, ""},
+		"the router cuts":        {func(r *result.Run) { r.Modes[1].Rounds[0].Crossing.OutFrames = 40_331 }, "kernel-vxlan: the router sent 40.3 frames on for each"},
+		"the wire does not":      {func(r *result.Run) { r.Modes[2].Rounds[0].Crossing.InBytes = 1000 * 50000 }, "tulle-udp: frames of 50000 bytes"},
+		"kernel VXLAN is slow":   {func(r *result.Run) { r.Modes[1].Rounds[0].TCP[0].Gbps = 2.9 }, "kernel-vxlan carries 0.48 of no-tunnel"},
+		"no tunnel is slow":      {func(r *result.Run) { r.Modes[0].Rounds[0].TCP[0].Gbps = 4 }, "no tunnel is slower"},
+		"rounds disagree":        {func(r *result.Run) { r.Modes[2].Rounds = append(r.Modes[2].Rounds, oneRound(2, 1, 1, 1500)) }, "6.00 in another"},
+		"others are busy":        {func(r *result.Run) { r.Others.Max = 0.4 }, "40 % of the machine"},
+		"the hypervisor is busy": {func(r *result.Run) { r.Steal.Max = 0.1 }, "10 % of the machine away"},
 	} {
-		r := &AllResult{MTU: 1500, Wire: lab.WireCut, Rounds: 1, Modes: []ModeResult{
-			{Name: NoTunnel, Detail: []Detail{good}}, {Name: KernelVXLAN, Detail: []Detail{oneRound(5, 1000, 1001, 1000*1500)}}, {Name: TulleUDP, Detail: []Detail{good}},
+		r := &result.Run{MTU: 1500, References: references, Wire: string(lab.WireCut), Rounds: 1, Modes: []result.Mode{
+			{Name: NoTunnel, Rounds: []result.Round{good}}, {Name: KernelVXLAN, Rounds: []result.Round{oneRound(5, 1000, 1001, 1000*1500)}}, {Name: TulleUDP, Rounds: []result.Round{good}},
 			{Name: KernelIPIP, Missing: "this kernel has none", Lacking: true},
 		}}
 		for i := range r.Modes { // changes are to this case's own
-			r.Modes[i].Detail = slices.Clone(r.Modes[i].Detail)
-			for j := range r.Modes[i].Detail {
-				r.Modes[i].Detail[j].TCP = slices.Clone(r.Modes[i].Detail[j].TCP)
+			r.Modes[i].Rounds = slices.Clone(r.Modes[i].Rounds)
+			for j := range r.Modes[i].Rounds {
+				r.Modes[i].Rounds[j].TCP = slices.Clone(r.Modes[i].Rounds[j].TCP)
 			}
 		}
 		tc.change(r)
-		r.summarise()
-		r.Warnings = r.warnings()
+		r.Summarise()
+		r.Warnings = warnings(r)
 		if tc.want == "" && len(r.Warnings) > 0 || tc.want != "" && !strings.Contains(strings.Join(r.Warnings, "\n"), tc.want) {
 			t.Errorf("%s: %q, want %q", name, r.Warnings, tc.want)
 		}
@@ -59,29 +60,42 @@ func TestWarnings(t *testing.T) {
 	}
 }
 
-func TestAtAGlance(t *testing.T) {
-	r := &AllResult{MTU: 1500, Wire: lab.WireCut, Rounds: 2, Modes: []ModeResult{
-		{Name: KernelVXLAN, Detail: []Detail{oneRound(5, 1, 1, 1500), oneRound(4, 1, 1, 1500)}}, {Name: TulleUDP, Detail: []Detail{oneRound(6, 1, 1, 1500), oneRound(5, 1, 1, 1500)}},
-	}}
-	r.summarise()
-	var table, csv bytes.Buffer
-	if err := r.Print(&table, false); err != nil {
-		t.Fatal(err)
+// A result of three rounds, made by hand, and what follows from it.
+func TestFloors(t *testing.T) {
+	tcp := func(gbps ...float64) (out []result.Round) {
+		for _, g := range gbps {
+			out = append(out, result.Round{TCP: []result.TCP{{Streams: 1, Bytes: 2e9, Seconds: 1, Gbps: g, CPU: result.CPUUse{Busy: g, Agents: 1}}}})
+		}
+		return out
 	}
-	for _, want := range []string{
-		"tulle-udp carries 1.23 × kernel-vxlan in one TCP stream, takes 1.00 × its CPU.\n", "kernel-vxlan  4.50         –     –            –  2.00 ",
-	} {
-		if !strings.Contains(table.String(), want) {
-			t.Errorf("lacks %q:\n%s", want, table.String())
+	r := &result.Run{References: references, Targets: slices.Clone(targets), Modes: []result.Mode{
+		{Name: "kernel-vxlan", Rounds: tcp(4, 4, 4)},
+		{Name: "no-tunnel", Rounds: tcp(8, 8, 5)},
+		{Name: "tulle-udp", Rounds: tcp(6, 2, 5)},
+	}}
+	r.Summarise()
+	if got, want := r.Modes[0].Summary["cpu_s_per_gb"], (result.Spread{N: 3, Median: 2, Min: 2, Max: 2}); got != want {
+		t.Errorf("CPU seconds per GB %+v, want %+v", got, want)
+	}
+	for _, f := range r.Targets {
+		if f.Mode == "tulle-ipip" && (f.Measured || f.Met) {
+			t.Errorf("a floor of a mode that was not measured: %+v", f)
+		}
+		if f.Mode != "tulle-udp" || f.Metric != "tcp1_gbps" {
+			continue
+		}
+		want := map[string]result.Spread{KernelVXLAN: {N: 3, Median: 1.25, Min: 0.5, Max: 1.5}, NoTunnel: {N: 3, Median: 0.75, Min: 0.25, Max: 1}}[f.To]
+		if !f.Measured || f.Ratio != want || f.Met != (f.To == "kernel-vxlan") {
+			t.Errorf("floor against %s: %+v, want ratio %+v", f.To, f, want)
 		}
 	}
-	if n := strings.Count(table.String(), "\n"); n > 10 {
-		t.Errorf("%d lines are no glance:\n%s", n, table.String())
-	}
-	if err := r.WriteCSV(&csv); err != nil {
+	var out bytes.Buffer
+	if err := r.Print(&out, true); err != nil {
 		t.Fatal(err)
 	}
-	if got := csv.String(); !strings.HasPrefix(got, "mode,metric,unit,round,value\nkernel-vxlan,tcp1_gbps,Gb/s,1,5\nkernel-vxlan,tcp1_gbps,Gb/s,2,4\n") {
-		t.Errorf("CSV:\n%s", got)
+	for _, want := range []string{"1.25 (0.50–1.50)  met\n", "0.75 (0.25–1.00)  not met\n", "not measured"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("the table lacks %q:\n%s", want, out.String())
+		}
 	}
 }

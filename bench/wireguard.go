@@ -97,7 +97,11 @@ func forwardInto(dev string, routes []netip.Prefix) error {
 
 // setupWireguardGo runs wireguard-go on both hosts of a bare lab.
 func setupWireguardGo(ctx context.Context, l *lab.Lab, helper []string) (*tunnel, error) {
+	six := !l.Options().Underlay.V4
 	t := &tunnel{mtu: l.Options().MTU - wireguardOverhead}
+	if six {
+		t.mtu -= 20 // an IPv6 header is that much longer
+	}
 	var keys [2]*ecdh.PrivateKey
 	for i := range keys {
 		var err error
@@ -111,7 +115,7 @@ func setupWireguardGo(ctx context.Context, l *lab.Lab, helper []string) (*tunnel
 		var uapi strings.Builder
 		fmt.Fprintf(&uapi, "private_key=%s\nlisten_port=%d\nreplace_peers=true\n", hex.EncodeToString(keys[i].Bytes()), wireguardPort)
 		fmt.Fprintf(&uapi, "public_key=%s\nendpoint=%s\n", hex.EncodeToString(keys[1-i].PublicKey().Bytes()),
-			netip.AddrPortFrom(peer.Addr(false), wireguardPort))
+			netip.AddrPortFrom(peer.Addr(six), wireguardPort))
 		for _, p := range c.Routes {
 			fmt.Fprintf(&uapi, "allowed_ip=%s\n", p)
 		}

@@ -1,37 +1,53 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"os"
-	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/bench"
+	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
 const benchAllLong = `Compares the ways to connect two pods: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle with udp, vxlan and ipip. Each mode
 has its own lab (two hosts in two subnets, a router, one pod per host). Modes are measured in interleaved rounds. The output
 begins with the result in one sentence, reasons not to trust it if there are any, and one table of medians and ratios. -v shows
-everything. A mode that this kernel does not support is listed with the reason. Needs root, and no other programs.`
+everything. A mode that this kernel does not support is listed with the reason. Ctrl-C ends the run after what it is measuring; the
+complete rounds are kept. Needs root, and no other programs.`
 
 func benchAll() *cobra.Command {
-	o := bench.AllOptions{}
-	output, wire, verbose := "table", "", false
+	return benchLab("all", "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
+		"  tulle bench all\n"+
+			"  tulle bench all --rounds 9 -o json > result.json\n"+
+			"  tulle bench all --modes kernel-vxlan,tulle-udp --rounds 1 --profile /tmp/profile")
+}
+
+func benchLatency() *cobra.Command {
+	return benchLab("latency", "The same for latency alone: datagrams one by one and at a fixed rate, TCP requests and connections",
+		"  tulle bench latency --modes no-tunnel,tulle-udp --sizes 64,1400 --rounds 5", bench.Delay)
+}
+
+func benchThroughput() *cobra.Command {
+	return benchLab("throughput", "The same for TCP throughput with one and four streams, and its CPU time, alone",
+		"  tulle bench throughput --six --rounds 5", bench.Throughput)
+}
+
+// benchLab makes a command that measures modes in labs. Without measures it takes all.
+func benchLab(use, short, example string, measures ...string) *cobra.Command {
+	o := bench.AllOptions{Measures: measures, Version: api.Version()}
+	out, wire := benchOutput{form: "table"}, ""
 	cmd := &cobra.Command{
-		Use:   "all",
-		Short: "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
-		Long:  benchAllLong,
-		Example: "  tulle bench all\n" +
-			"  tulle bench all --rounds 9 -o json > result.json\n" +
-			"  tulle bench all --modes kernel-vxlan,tulle-udp --rounds 1 --profile /tmp/profile",
-		Args: exactly(),
+		Use:     use,
+		Short:   short,
+		Long:    benchAllLong,
+		Example: example,
+		Args:    exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if !slices.Contains([]string{"table", "json", "csv"}, output) {
-				return usagef("--output %q: want table, json or csv", output)
+			if err := out.check(); err != nil {
+				return err
 			}
 			o.Wire = lab.Wire(wire)
 			if o.Rounds < 1 {
@@ -52,22 +68,8 @@ func benchAll() *cobra.Command {
 			if err != nil {
 				return details(cmd, err)
 			}
-			switch output {
-			case "json":
-				enc := json.NewEncoder(cmd.OutOrStdout())
-				enc.SetIndent("", "  ")
-				enc.SetEscapeHTML(false)
-				err = enc.Encode(r)
-			case "csv":
-				err = r.WriteCSV(cmd.OutOrStdout())
-			default:
-				fmt.Fprintln(cmd.ErrOrStderr())
-				err = r.Print(cmd.OutOrStdout(), verbose)
-			}
-			if err == nil && r.Failed() {
-				return errUnhealthy
-			}
-			return err
+			fmt.Fprintln(cmd.ErrOrStderr())
+			return out.write(cmd, r)
 		},
 	}
 	f := cmd.Flags()
@@ -75,13 +77,18 @@ func benchAll() *cobra.Command {
 	f.IntVar(&o.Rounds, "rounds", 5, "number of rounds: how often each measure is taken for each mode")
 	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "counted time of each measure, after a warm-up of a third of it")
 	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all): "+strings.Join(bench.Modes(), ", "))
+	if use != "throughput" {
+		f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1400}, "payloads of the datagrams whose latency is measured, in `BYTES`")
+	}
+	f.BoolVar(&o.Six, "six", false, "IPv6, for pods and hosts")
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay, in `BYTES`")
 	addWire(cmd, &wire)
-	f.StringVar(&o.Profile, "profile", "", "after the rounds, record a CPU profile of each mode into `DIR` with perf")
+	if use == "all" {
+		f.StringVar(&o.Profile, "profile", "", "after the rounds, record a CPU profile of each mode into `DIR` with perf")
+	}
 	f.StringVar(&o.Name, "name", "bench", "`NAME`: the prefix of the labs' names")
 	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long to wait until agents are ready (default 1m0s)")
-	f.StringVarP(&output, "output", "o", output, "`FORM` of the output: table, json, or csv with every value of every round")
-	f.BoolVarP(&verbose, "verbose", "v", false, "show all measures with their spread, and how it was measured")
+	out.flags(cmd)
 	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(bench.Modes(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }

@@ -164,9 +164,9 @@ func (d *demo) latency(ctx context.Context) error {
 			return fmt.Errorf("latency, %s: %w", name, err)
 		}
 		if base == 0 {
-			base, pinned = r.P50, r.Pinned
+			base, pinned = r.At(50), r.Pinned
 		}
-		t.row(name, whole(r.P50), whole(r.P99), fmt.Sprint(r.Lost), fmt.Sprintf("%.1f", r.P50/base))
+		t.row(name, whole(r.At(50)), whole(r.At(99)), fmt.Sprint(r.Lost), fmt.Sprintf("%.1f", r.At(50)/base))
 		return nil
 	}
 	for _, b := range []struct {

@@ -1,7 +1,8 @@
-package bench
+package machine
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -10,25 +11,17 @@ import (
 	"strconv"
 	"strings"
 	"time"
-)
 
-// CPUUse is the CPU time of a period, in seconds. Busy is the CPU time of the whole machine, with interrupts and softirqs,
-// without the time of unrelated processes. It is computed as elapsed time × CPUs − idle time: the kernel counts idle time to
-// the nanosecond if its tick stops on idle CPUs, while the other values of /proc/stat are sampled.
-type CPUUse struct {
-	Busy   float64 `json:"busy_s"`
-	Others float64 `json:"others_s"` // of processes other than this one and the tunnel's; not part of Busy
-	Steal  float64 `json:"steal_s"`  // taken by the hypervisor; not part of Busy
-	Agents float64 `json:"agents_s"` // part of Busy: the tunnel's own processes
-}
+	"github.com/tulle-net/tulle/bench/result"
+)
 
 // clockTick is the unit of times in /proc, USER_HZ: 100 a second on every architecture that Go runs on (time(7)).
 const clockTick = 10 * time.Millisecond
 
 // cpuStat is the first line of /proc/stat, in seconds, and the number of online CPUs (proc(5)).
 type cpuStat struct {
-	idle, steal float64
-	cpus        int
+	idle, steal, softirq float64
+	cpus                 int
 }
 
 func parseStat(b []byte) (cpuStat, error) {
@@ -46,8 +39,8 @@ func parseStat(b []byte) (cpuStat, error) {
 		if len(f) < 9 { // user nice system idle iowait irq softirq steal: since Linux 2.6.11
 			return s, fmt.Errorf("/proc/stat: %d fields in %q", len(f), line)
 		}
-		var ticks [3]uint64
-		for i, field := range []int{4, 5, 8} {
+		var ticks [4]uint64
+		for i, field := range []int{4, 5, 8, 7} {
 			var err error
 			if ticks[i], err = strconv.ParseUint(f[field], 10, 64); err != nil {
 				return s, fmt.Errorf("/proc/stat: %w", err)
@@ -55,6 +48,7 @@ func parseStat(b []byte) (cpuStat, error) {
 		}
 		s.idle = float64(ticks[0]+ticks[1]) * clockTick.Seconds()
 		s.steal = float64(ticks[2]) * clockTick.Seconds()
+		s.softirq = float64(ticks[3]) * clockTick.Seconds()
 		found = true
 	}
 	if !found || s.cpus == 0 {
@@ -71,8 +65,9 @@ func readStat() (cpuStat, error) {
 	return parseStat(b)
 }
 
-// cpuMeter measures from startCPU to stop.
-type cpuMeter struct {
+// Meter measures CPU time from Start to Stop. The time of the machine is elapsed time × CPUs − idle time: the kernel
+// counts idle time to the nanosecond if its tick stops on idle CPUs, while the other values of /proc/stat are sampled.
+type Meter struct {
 	begin  time.Time
 	stat   cpuStat
 	pids   []int
@@ -80,7 +75,8 @@ type cpuMeter struct {
 	others float64
 }
 
-func startCPU(pids []int) (m cpuMeter, err error) {
+// Start begins to measure. The CPU time of the processes pids is counted separately.
+func Start(pids []int) (m Meter, err error) {
 	m.pids = pids
 	if m.agents, m.others, err = m.processes(); err != nil {
 		return m, err
@@ -90,21 +86,22 @@ func startCPU(pids []int) (m cpuMeter, err error) {
 	return m, err
 }
 
-func (m *cpuMeter) stop() (CPUUse, error) {
+// Stop returns the use since Start.
+func (m *Meter) Stop() (result.CPUUse, error) {
 	passed := time.Since(m.begin).Seconds()
 	now, err := readStat()
 	if err != nil {
-		return CPUUse{}, err
+		return result.CPUUse{}, err
 	}
 	agents, others, err := m.processes()
 	if err != nil {
-		return CPUUse{}, err
+		return result.CPUUse{}, err
 	}
 	return m.use(passed, now, agents, others), nil
 }
 
-func (m *cpuMeter) use(passed float64, now cpuStat, agents, others float64) CPUUse {
-	u := CPUUse{Steal: now.steal - m.stat.steal, Agents: agents - m.agents, Others: max(others-m.others, 0)}
+func (m *Meter) use(passed float64, now cpuStat, agents, others float64) result.CPUUse {
+	u := result.CPUUse{Steal: now.steal - m.stat.steal, SoftIRQ: now.softirq - m.stat.softirq, Agents: agents - m.agents, Others: max(others-m.others, 0)}
 	u.Busy = max(passed*float64(now.cpus)-(now.idle-m.stat.idle)-u.Steal-u.Others, 0)
 	return u
 }
@@ -112,7 +109,7 @@ func (m *cpuMeter) use(passed float64, now cpuStat, agents, others float64) CPUU
 // processes returns the CPU time so far of the tunnel's processes (agents) and of unrelated processes (others). The time
 // of ended children counts for their parents, so that nothing is lost when a child ends. Kernel threads count for neither:
 // their work, such as softirqs, may belong to the tunnel.
-func (m *cpuMeter) processes() (agents, others float64, err error) {
+func (m *Meter) processes() (agents, others float64, err error) {
 	dirs, err := filepath.Glob("/proc/[0-9]*")
 	if err != nil {
 		return 0, 0, err
@@ -175,8 +172,8 @@ func parseProcess(b []byte) (process, error) {
 	return process{own: t[0] + t[1], children: t[2] + t[3], kernel: word&kernelThread != 0}, nil
 }
 
-// residentMemory is the largest resident set among processes, in bytes.
-func residentMemory(pids []int) (largest uint64, err error) {
+// ResidentMemory is the largest resident set among processes, in bytes.
+func ResidentMemory(pids []int) (largest uint64, err error) {
 	for _, pid := range pids {
 		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		if err != nil {
@@ -199,4 +196,25 @@ func parseResident(status string) (uint64, error) {
 		}
 	}
 	return 0, errors.New("no VmRSS: the process has ended")
+}
+
+// OthersShare measures the share of the machine's CPU time that is used while this program sleeps for a moment.
+func OthersShare(ctx context.Context) (float64, error) {
+	m, err := Start(nil)
+	if err != nil {
+		return 0, err
+	}
+	select {
+	case <-ctx.Done():
+		return 0, ctx.Err()
+	case <-time.After(300 * time.Millisecond):
+	}
+	u, err := m.Stop()
+	return (u.Busy + u.Others) / (time.Since(m.begin).Seconds() * float64(m.stat.cpus)), err
+}
+
+// IdleSeconds is the time that all CPUs have been idle since boot, in CPU seconds.
+func IdleSeconds() (float64, error) {
+	s, err := readStat()
+	return s.idle, err
 }

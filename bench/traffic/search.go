@@ -1,13 +1,15 @@
-package bench
+package traffic
 
 import (
 	"math"
 	"slices"
+
+	"github.com/tulle-net/tulle/bench/result"
 )
 
 // Limits of the search for the highest rate without loss.
 const (
-	lossAllowed  = 0.001 // maximum share of lost datagrams in a trial that holds
+	LossAllowed  = 0.001 // maximum share of lost datagrams in a trial that holds
 	precision    = 1.03  // end of the search: ratio of the lowest rate that failed to the highest that held
 	maxTrials    = 12    // of the search, with repetitions, without the confirming trials
 	lossHopeless = 0.02  // a trial that loses more is not repeated
@@ -16,33 +18,26 @@ const (
 	confirmDown  = 0.05  // share by which the first such step lowers the rate; each step doubles it
 )
 
-// RateSearch is the outcome of a search. Best.Received is 0 if no rate held.
-type RateSearch struct {
-	Payload int     `json:"payload"` // bytes of UDP payload
-	Best    Trial   `json:"best"`    // the median of the trials that confirmed the rate
-	Trials  []Trial `json:"trials"`
-}
+func holds(t *result.Trial) bool { return t.Received > 0 && t.Loss() <= LossAllowed }
 
-func (t *Trial) holds() bool { return t.Received > 0 && t.Loss() <= lossAllowed }
-
-// searchRate finds the highest rate at which a trial loses at most lossAllowed, and then confirms it: of three trials at that
+// SearchRate finds the highest rate at which a trial loses at most LossAllowed, and then confirms it: of three trials at that
 // rate, or slightly below it, two must hold; the result is the median of those that held. So every tunnel has the same
 // chance of a lucky trial.
-func searchRate(payload int, trial func(rate float64) (Trial, error)) (RateSearch, error) {
-	s := RateSearch{Payload: payload}
-	run := func(rate float64) (Trial, error) {
+func SearchRate(payload int, trial func(rate float64) (result.Trial, error)) (result.RateSearch, error) {
+	s := result.RateSearch{Payload: payload}
+	run := func(rate float64) (result.Trial, error) {
 		t, err := trial(rate)
 		if err == nil {
 			s.Trials = append(s.Trials, t)
 		}
 		return t, err
 	}
-	rate, err := s.highest(run)
+	rate, err := highest(&s, run)
 	if err != nil || rate < 0 {
 		return s, err
 	}
 	for step := range confirmSteps {
-		var held []Trial
+		var held []result.Trial
 		fastest := 0.0
 		for range 3 {
 			t, err := run(rate)
@@ -50,12 +45,12 @@ func searchRate(payload int, trial func(rate float64) (Trial, error)) (RateSearc
 				return s, err
 			}
 			fastest = max(fastest, t.SentRate())
-			if t.holds() {
+			if holds(&t) {
 				held = append(held, t)
 			}
 		}
 		if len(held) >= 2 {
-			slices.SortFunc(held, func(a, b Trial) int { return int(a.Rate() - b.Rate()) })
+			slices.SortFunc(held, func(a, b result.Trial) int { return int(a.Rate() - b.Rate()) })
 			s.Best = held[(len(held)-1)/2]
 			return s, nil
 		}
@@ -71,11 +66,11 @@ func searchRate(payload int, trial func(rate float64) (Trial, error)) (RateSearc
 // trial is unpaced: if it holds, the sender is the limit. Otherwise a bisection on a logarithmic scale starts near the rate that
 // arrived. A trial with a small loss is repeated once, because on a shared machine another process may have used
 // the CPU.
-func (s *RateSearch) highest(trial func(rate float64) (Trial, error)) (float64, error) {
-	holds := func(rate float64) (bool, error) {
+func highest(s *result.RateSearch, trial func(rate float64) (result.Trial, error)) (float64, error) {
+	steady := func(rate float64) (bool, error) {
 		for range 2 {
 			t, err := trial(rate)
-			if err != nil || t.holds() {
+			if err != nil || holds(&t) {
 				return err == nil, err
 			}
 			if t.Loss() > lossHopeless || len(s.Trials) >= maxTrials {
@@ -84,14 +79,14 @@ func (s *RateSearch) highest(trial func(rate float64) (Trial, error)) (float64, 
 		}
 		return false, nil
 	}
-	if ok, err := holds(0); ok || err != nil {
+	if ok, err := steady(0); ok || err != nil {
 		return 0, err
 	}
 	flood := s.Trials[0]
 	low, high, rate := -1.0, flood.SentRate(), 0.95*flood.Rate()
 	for len(s.Trials) < maxTrials && high > floorRate && (low < 0 || high/low > precision) {
 		rate = math.Max(rate, floorRate)
-		ok, err := holds(rate)
+		ok, err := steady(rate)
 		if err != nil {
 			return 0, err
 		}

@@ -1,0 +1,173 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/tulle-net/tulle/bench/machine"
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
+)
+
+// The groups of measures of [AllOptions.Measures].
+const (
+	Throughput = "throughput" // TCP with one and four streams, CPU
+	Rate       = "rate"       // UDP datagrams a second without loss
+	Delay      = "latency"    // ping-pong and fixed rate, TCP transactions
+	Memory     = "memory"
+)
+
+// Measures lists the groups of measures.
+func Measures() []string { return []string{Throughput, Delay, Rate, Memory} }
+
+// measure is one measure of a round. take fills in a part of the round.
+type measure struct {
+	group, what string
+	awake       bool
+	take        func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error
+}
+
+// openRate is the rate of the open loop, in datagrams per second: what every mode carries, so that none is overloaded.
+const openRate = 1000
+
+// measures are those that the options ask for, in the order of a round.
+func (o *AllOptions) measures() []measure {
+	out := []measure{
+		{Throughput, "TCP, one stream", false, takeTCP(1)},
+		{Throughput, "TCP, four streams", false, takeTCP(4)},
+	}
+	for _, n := range o.Sizes {
+		out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes", n), true, takeLatency(result.PingPong, n, false)})
+		if n == o.Sizes[0] {
+			out = append(out,
+				measure{Delay, fmt.Sprintf("latency at %d bytes, pinned", n), true, takeLatency(result.PingPong, n, true)},
+				measure{Delay, fmt.Sprintf("latency at %d bytes, fixed rate", n), true, takeLatency(result.OpenLoop, n, true)},
+			)
+		}
+	}
+	out = append(out,
+		measure{Delay, "TCP requests on one connection", true, takeLatency(result.RR, 0, false)},
+		measure{Delay, "TCP connections with a request", true, takeLatency(result.CRR, 0, false)},
+		measure{Rate, "UDP rate at 64 bytes", false, takeUDP(64)},
+		measure{Rate, "UDP rate at 1,300 bytes", false, takeUDP(1300)},
+		measure{Memory, "memory", false, takeMemory},
+	)
+	if len(o.Measures) == 0 {
+		return out
+	}
+	picked := out[:0]
+	for _, m := range out {
+		for _, name := range o.Measures {
+			if m.group == name {
+				picked = append(picked, m)
+				break
+			}
+		}
+	}
+	return picked
+}
+
+func takeTCP(streams int) func(context.Context, *AllOptions, *stand, *result.Round) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
+		before, err := s.crossed()
+		if err != nil {
+			return err
+		}
+		t, err := measureTCP(ctx, &s.ends, streams, o.warm(), o.Duration, s.tunnel.pids)
+		if err != nil {
+			return err
+		}
+		d.TCP = append(d.TCP, t)
+		after, err := s.crossed()
+		d.Crossing = d.Crossing.Plus(result.Crossing(after.Minus(before)))
+		return err
+	}
+}
+
+func takeLatency(kind string, payload int, pinned bool) func(context.Context, *AllOptions, *stand, *result.Round) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
+		l, err := placed(s.tunnel.pids, pinned, func(cpus Sides) (*result.Latency, error) {
+			switch kind {
+			case result.PingPong:
+				return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {
+					return traffic.PingPong(ctx, fd, payload, o.warm(), o.Duration)
+				})
+			case result.OpenLoop:
+				return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {
+					return traffic.Paced(ctx, fd, payload, openRate, o.warm(), o.Duration)
+				})
+			}
+			return overTCP(ctx, &s.ends, kind, cpus, o.warm(), o.Duration)
+		})
+		if err == nil {
+			d.Latency = append(d.Latency, *l)
+		}
+		return err
+	}
+}
+
+func takeUDP(payload int) func(context.Context, *AllOptions, *stand, *result.Round) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
+		found, err := traffic.SearchRate(payload, func(rate float64) (result.Trial, error) {
+			return udpTrial(ctx, &s.ends, payload, rate, o.Duration/4)
+		})
+		if err == nil {
+			d.UDP = append(d.UDP, found)
+		}
+		return err
+	}
+}
+
+func takeMemory(_ context.Context, _ *AllOptions, s *stand, d *result.Round) (err error) {
+	d.RSS, err = machine.ResidentMemory(s.tunnel.pids)
+	return err
+}
+
+// round takes each measure for each mode. Round n begins with mode n, so that none is always the first.
+func (run *allRun) round(ctx context.Context, n int) error {
+	others, err := machine.OthersShare(ctx)
+	if err != nil {
+		return err
+	}
+	details := make([]result.Round, len(run.stands))
+	for _, m := range run.o.measures() {
+		run.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, run.o.Rounds, m.what))
+		sleepers := func() {}
+		if m.awake {
+			if sleepers, err = StartAwake(ctx, run.o.Helper); err != nil {
+				return err
+			}
+		}
+		for k := range run.stands {
+			i := (k + n) % len(run.stands)
+			details[i].Order = k
+			if err := m.take(ctx, &run.o, run.stands[i], &details[i]); err != nil && ctx.Err() == nil {
+				res := &run.r.Modes[run.result[i]]
+				res.Errors = append(res.Errors, fmt.Sprintf("round %d, %s: %v", n+1, m.what, err))
+			}
+		}
+		sleepers()
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+	}
+	run.others = append(run.others, others)
+	for i, d := range details {
+		res := &run.r.Modes[run.result[i]]
+		res.Rounds = append(res.Rounds, d)
+		for _, t := range d.TCP {
+			run.steal = append(run.steal, t.CPU.Steal/t.Seconds/float64(run.r.Machines[0].CPUs))
+		}
+	}
+	return nil
+}
+
+// sumUp computes everything that follows from the rounds.
+func (run *allRun) sumUp() {
+	r := run.r
+	r.Seconds = time.Since(r.Started).Seconds()
+	r.Others, r.Steal = result.SpreadOf(run.others), result.SpreadOf(run.steal)
+	r.Summarise()
+	r.Notes, r.Warnings = notes(&run.o), warnings(r)
+}

@@ -1,0 +1,84 @@
+package result
+
+import (
+	"encoding/csv"
+	"fmt"
+	"io"
+	"strconv"
+	"strings"
+)
+
+// WriteCSV writes every value of every round, one a line.
+func (r *Run) WriteCSV(w io.Writer) error {
+	c := csv.NewWriter(w)
+	_ = c.Write([]string{"mode", "metric", "unit", "round", "value"}) // Flush and Error tell
+	for _, m := range r.Modes {
+		for _, metric := range r.Metrics {
+			for i, round := range m.Rounds {
+				if v, ok := round.Values[metric.Key]; ok {
+					_ = c.Write([]string{m.Name, metric.Key, metric.Unit, strconv.Itoa(i + 1), strconv.FormatFloat(v, 'g', -1, 64)})
+				}
+			}
+		}
+	}
+	c.Flush()
+	return c.Error()
+}
+
+// WriteMarkdown writes the table for a README: medians, with the ratio to the reference and its interval.
+func (r *Run) WriteMarkdown(w io.Writer) error {
+	var b strings.Builder
+	to := r.Reference()
+	var columns []Metric
+	for _, g := range glance {
+		if r.has(g.key) {
+			columns = append(columns, r.Metric(g.key))
+		}
+	}
+	if len(columns) == 0 {
+		return fmt.Errorf("the run has none of the measures of the table")
+	}
+	b.WriteString("| mode |")
+	for _, m := range columns {
+		fmt.Fprintf(&b, " %s, %s |", m.Title, m.Unit)
+	}
+	b.WriteString("\n|---|" + strings.Repeat("---|", len(columns)) + "\n")
+	for _, m := range r.Modes {
+		if m.Missing != "" {
+			continue
+		}
+		fmt.Fprintf(&b, "| `%s` |", m.Name)
+		for _, c := range columns {
+			s, ok := m.Summary[c.Key]
+			if !ok {
+				b.WriteString(" " + nothing + " |")
+				continue
+			}
+			fmt.Fprintf(&b, " %s", Digits(s.Median))
+			if ratio, ok := r.Ratio(m.Name, to, c.Key); ok {
+				fmt.Fprintf(&b, "; %s×", ratio.interval(true))
+			}
+			b.WriteString(" |")
+		}
+		b.WriteString("\n")
+	}
+	fmt.Fprintf(&b, "\nMedians of %d rounds", r.measuredRounds())
+	if to != "" {
+		fmt.Fprintf(&b, "; × is the ratio to `%s` within a round, with its 95 %% interval", to)
+	}
+	if len(r.Machines) > 0 {
+		m := r.Machines[0]
+		fmt.Fprintf(&b, ". Linux %s, %d × %s, %s", m.Kernel, m.CPUs, m.CPU, r.Started.Format("2006-01-02"))
+	}
+	b.WriteString(".\n")
+	for _, warning := range r.Warnings {
+		fmt.Fprintf(&b, "\n**Not to be trusted:** %s\n", warning)
+	}
+	for _, m := range r.Modes {
+		if m.Missing != "" {
+			fmt.Fprintf(&b, "\nNot measured: `%s`: %s\n", m.Name, oneLine(m.Missing))
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}

@@ -1,0 +1,400 @@
+package result
+
+import (
+	"fmt"
+	"io"
+	"strings"
+	"text/tabwriter"
+	"time"
+)
+
+// glance are the metrics of the one table that is read first, for a lab.
+var glance = []struct{ key, title string }{
+	{"tcp1_gbps", "TCP 1, Gb/s"}, {"tcp4_gbps", "TCP 4, Gb/s"}, {"cpu_s_per_gb", "CPU, s/GB"},
+	{"rtt64_pinned_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
+}
+
+// nothing is printed where there is no value.
+const nothing = "–"
+
+// Print writes the run for people: what it comes to and one table, or if verbose everything.
+func (r *Run) Print(w io.Writer, verbose bool) error {
+	p := &tables{w: w}
+	p.paragraph(r.Verdict(), "  ")
+	for _, w := range r.Warnings {
+		p.paragraph("! "+w, "  ")
+	}
+	p.line("")
+	if r.Kind == Pair {
+		p.pair(r)
+	} else {
+		p.lab(r)
+	}
+	if verbose {
+		p.everything(r)
+	} else {
+		p.line("-v shows all measures with their spread, and how it was measured.")
+	}
+	for i := range r.Modes {
+		for _, e := range r.Modes[i].Errors {
+			p.line("%s failed: %s", r.Modes[i].Name, e)
+		}
+	}
+	return p.err
+}
+
+// Verdict says in a sentence what the run comes to.
+func (r *Run) Verdict() string {
+	text := r.comparison()
+	if r.Kind == Pair {
+		text = r.path()
+	}
+	if r.Interrupted {
+		text = fmt.Sprintf("INTERRUPTED after %d of %d rounds: %s", r.measuredRounds(), r.Rounds, text)
+	}
+	if n := len(r.Warnings); n > 0 {
+		text = fmt.Sprintf("NOT TO BE TRUSTED, for %s below: %s", map[bool]string{true: "the reason", false: "the reasons"}[n == 1], text)
+	}
+	return text
+}
+
+func (r *Run) measuredRounds() (n int) {
+	for _, m := range r.Modes {
+		n = max(n, len(m.Rounds))
+	}
+	return n
+}
+
+// comparison says how the modes of Tulle fare.
+func (r *Run) comparison() string {
+	to := r.Reference()
+	var said []string
+	for _, m := range r.Modes {
+		if !strings.HasPrefix(m.Name, "tulle-") {
+			continue
+		}
+		var parts []string
+		for _, p := range []struct{ key, does, what string }{
+			{"tcp1_gbps", "carries", to + " in one TCP stream"}, {"cpu_s_per_gb", "takes", "its CPU"}, {"rtt64_pinned_p50_us", "has", "its latency"},
+		} {
+			if s, ok := r.Ratio(m.Name, to, p.key); ok {
+				parts = append(parts, fmt.Sprintf("%s %s × %s", p.does, Digits(s.Median), p.what))
+			}
+		}
+		if len(parts) > 0 {
+			said = append(said, m.Name+" "+strings.Join(parts, ", "))
+		}
+	}
+	if len(said) == 0 {
+		return "Nothing of Tulle was measured beside a reference."
+	}
+	return strings.Join(said, "; ") + "."
+}
+
+// path says what one path between two ends can do.
+func (r *Run) path() string {
+	if len(r.Modes) != 1 {
+		return "Nothing was measured."
+	}
+	m := &r.Modes[0]
+	var parts []string
+	for _, p := range []struct{ key, text string }{
+		{"tcp1_gbps", "%s Gb/s in one TCP stream"}, {"rtt64_p50_us", "half a round trip of %s µs"}, {"rr_per_s", "%s TCP requests a second"},
+		{"udp64_kpps", "%s thousand small datagrams a second without loss"},
+	} {
+		if s, ok := m.Summary[p.key]; ok {
+			parts = append(parts, fmt.Sprintf(p.text, Digits(s.Median)))
+		}
+	}
+	return fmt.Sprintf("%s: %s; path MTU %d.", m.Name, strings.Join(parts, ", "), r.MTU)
+}
+
+func (p *tables) lab(r *Run) {
+	to := r.Reference()
+	columns := glance[:0:0]
+	for _, g := range glance {
+		if r.has(g.key) {
+			columns = append(columns, g)
+		}
+	}
+	if len(columns) == 0 { // a run of other measures
+		for _, m := range r.Metrics {
+			if strings.HasSuffix(m.Key, "_p50_us") || strings.HasSuffix(m.Key, "bps") {
+				columns = append(columns, struct{ key, title string }{m.Key, m.Title + ", " + m.Unit})
+			}
+		}
+	}
+	head := []string{"MODE"}
+	for _, g := range columns {
+		head = append(head, g.title, "×")
+	}
+	rows := [][]string{head}
+	var missing []string
+	for _, m := range r.Modes {
+		if m.Missing != "" {
+			missing = append(missing, m.Name+": "+oneLine(m.Missing))
+			continue
+		}
+		row := []string{m.Name}
+		for _, g := range columns {
+			value, ratio := nothing, nothing
+			if s, ok := m.Summary[g.key]; ok {
+				value = Digits(s.Median)
+			}
+			if s, ok := r.Ratio(m.Name, to, g.key); ok {
+				ratio = Digits(s.Median)
+			}
+			row = append(row, value, ratio)
+		}
+		rows = append(rows, row)
+	}
+	p.table(rows)
+	p.line("")
+	for _, m := range missing {
+		p.paragraph("Not measured: "+m, "  ")
+	}
+	medians := fmt.Sprintf("Medians of %d rounds", r.Rounds)
+	if r.Rounds == 1 {
+		medians = "One round"
+	}
+	p.paragraph(fmt.Sprintf("%s; × is the ratio to %s within a round. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
+		medians, to, r.Wire), "")
+}
+
+func (r *Run) has(key string) bool {
+	for _, m := range r.Metrics {
+		if m.Key == key {
+			return true
+		}
+	}
+	return false
+}
+
+// pair is the one table of a path.
+func (p *tables) pair(r *Run) {
+	if len(r.Modes) != 1 {
+		return
+	}
+	rows := [][]string{{"MEASURE", "MEDIAN", "95 % INTERVAL", "UNIT"}}
+	for _, m := range r.Metrics {
+		s := r.Modes[0].Summary[m.Key]
+		interval := nothing
+		if s.Certain() {
+			interval = Digits(s.Low) + "–" + Digits(s.High)
+		}
+		rows = append(rows, []string{m.Title, Digits(s.Median), interval, m.Unit})
+	}
+	p.table(rows)
+	p.line("")
+	p.paragraph(fmt.Sprintf("Medians of %d rounds. Half RTT is half of a UDP datagram's round trip. CPU is that of both ends, sender and receiver.", r.measuredRounds()), "")
+}
+
+func (p *tables) everything(r *Run) {
+	p.line("")
+	p.line("%d rounds of %s each measure, in %v, begun %s", r.Rounds,
+		time.Duration(r.Duration*float64(time.Second)), (time.Duration(r.Seconds) * time.Second).String(), r.Started.Format(time.RFC3339))
+	for _, m := range r.Machines {
+		p.paragraph("- "+m.String(), "  ")
+	}
+	p.line("tulle %s; MTU %d; %s; wire %s", r.Tulle, r.MTU, r.Family, map[bool]string{true: "real", false: r.Wire}[r.Wire == ""])
+	for _, n := range r.Notes {
+		p.paragraph("- "+n, "  ")
+	}
+	p.line("")
+	p.modes(r)
+	for _, g := range r.Groups() {
+		p.line("")
+		p.group(r, g)
+	}
+	for _, to := range r.References {
+		p.ratios(r, to)
+	}
+	if len(r.Targets) > 0 {
+		p.floors(r)
+	}
+}
+
+// String is one line about the machine.
+func (m Machine) String() string {
+	s := fmt.Sprintf("Linux %s %s, %d × %s; %s", m.Kernel, m.Arch, m.CPUs, m.CPU, m.Go)
+	if m.End != "" {
+		s = m.End + ": " + s
+	}
+	if m.Usable != 0 && m.Usable != m.CPUs {
+		s += fmt.Sprintf("; %d CPUs usable", m.Usable)
+	}
+	if m.Quota > 0 {
+		s += fmt.Sprintf("; quota of %s CPUs", Digits(m.Quota))
+	}
+	if m.Interface != "" {
+		s += fmt.Sprintf("; %s with MTU %d, offloads %s", m.Interface, m.LinkMTU, strings.Join(m.Offloads, " "))
+	}
+	for _, extra := range []string{m.Congestion, m.Affinity, m.Awake} {
+		if extra != "" {
+			s += "; " + extra
+		}
+	}
+	return s
+}
+
+// tables writes to w until the first error.
+type tables struct {
+	w   io.Writer
+	err error
+}
+
+func (p *tables) line(format string, args ...any) {
+	if p.err == nil {
+		_, p.err = fmt.Fprintf(p.w, format+"\n", args...)
+	}
+}
+
+// paragraph breaks text into lines of at most 118 columns.
+func (p *tables) paragraph(text, indent string) {
+	line := ""
+	for word := range strings.FieldsSeq(text) {
+		if line != "" && len([]rune(line))+1+len([]rune(word)) > 118 {
+			p.line("%s", line)
+			line = indent + word
+			continue
+		}
+		if line != "" {
+			line += " "
+		}
+		line += word
+	}
+	p.line("%s", line)
+}
+
+// table writes rows with aligned columns.
+func (p *tables) table(rows [][]string) {
+	if p.err != nil {
+		return
+	}
+	t := tabwriter.NewWriter(p.w, 0, 0, 2, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintln(t, strings.Join(r, "\t"))
+	}
+	p.err = t.Flush()
+}
+
+func (p *tables) modes(r *Run) {
+	rows := [][]string{{"MODE", "MTU", "FRAME", "WHAT"}}
+	for _, m := range r.Modes {
+		mtu, frame, what := fmt.Sprint(m.MTU), Digits(m.Crossing().FrameBytes()), m.What
+		if m.Missing != "" {
+			mtu, frame, what = nothing, nothing, "not measured: "+oneLine(m.Missing)
+		}
+		rows = append(rows, []string{m.Name, mtu, frame, what})
+	}
+	p.table(rows)
+}
+
+func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+
+func (p *tables) group(r *Run, metrics []Metric) {
+	head := []string{"MODE"}
+	for _, m := range metrics {
+		head = append(head, m.Title+", "+m.Unit)
+	}
+	rows := [][]string{head}
+	for _, m := range r.Modes {
+		row := []string{m.Name}
+		for _, k := range metrics {
+			s, ok := m.Summary[k.Key]
+			row = append(row, s.cell(ok))
+		}
+		if m.Missing == "" {
+			rows = append(rows, row)
+		}
+	}
+	p.table(rows)
+}
+
+// cell is the median and, if there were several rounds, the extremes.
+func (s Spread) cell(ok bool) string {
+	switch {
+	case !ok:
+		return nothing
+	case s.N == 1:
+		return Digits(s.Median)
+	}
+	return fmt.Sprintf("%s (%s–%s)", Digits(s.Median), Digits(s.Min), Digits(s.Max))
+}
+
+// interval is the median and its interval, or the median alone if there were too few rounds.
+func (s Spread) interval(ok bool) string {
+	if !ok || !s.Certain() {
+		return s.cell(ok)
+	}
+	return fmt.Sprintf("%s (%s–%s)", Digits(s.Median), Digits(s.Low), Digits(s.High))
+}
+
+// Digits writes three significant digits, and all of those before the point.
+func Digits(v float64) string {
+	switch a := max(v, -v); {
+	case v == 0:
+		return "0"
+	case a >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case a >= 10:
+		return fmt.Sprintf("%.1f", v)
+	case a >= 0.1:
+		return fmt.Sprintf("%.2f", v)
+	}
+	return fmt.Sprintf("%.2g", v)
+}
+
+// Compared reports whether ratios of a metric are printed: medians and totals, not the tails.
+func (m Metric) Compared() bool {
+	return !strings.HasSuffix(m.Unit, "%") && m.Key != "rss_mb" && m.Group != "CPU per packet" &&
+		(m.Unit != "µs" || strings.HasSuffix(m.Key, "_p50_us")) && (m.Group != "CPU" || m.Key == "cpu_s_per_gb")
+}
+
+func (p *tables) ratios(r *Run, to string) {
+	head := []string{"× " + to}
+	var compared []Metric
+	for _, m := range r.Metrics {
+		if m.Compared() {
+			compared = append(compared, m)
+			head = append(head, m.Title)
+		}
+	}
+	rows := [][]string{head}
+	for _, m := range r.Modes {
+		row, some := []string{m.Name}, false
+		for _, k := range compared {
+			s, ok := r.Ratio(m.Name, to, k.Key)
+			some = some || ok
+			row = append(row, s.interval(ok))
+		}
+		if some {
+			rows = append(rows, row)
+		}
+	}
+	if len(rows) > 1 {
+		p.line("")
+		p.table(rows)
+	}
+}
+
+func (p *tables) floors(r *Run) {
+	p.line("")
+	rows := [][]string{{"FLOOR", "RATIO", ""}}
+	for _, f := range r.Targets {
+		sign, verdict := "≤", "not met"
+		if f.AtLeast {
+			sign = "≥"
+		}
+		switch {
+		case !f.Measured:
+			verdict = "not measured"
+		case f.Met:
+			verdict = "met"
+		}
+		rows = append(rows, []string{
+			fmt.Sprintf("%s %s %s %g × %s", f.Mode, r.Metric(f.Metric).Title, sign, f.Bound, f.To), f.Ratio.cell(f.Measured), verdict,
+		})
+	}
+	p.table(rows)
+}

@@ -1,0 +1,271 @@
+package result
+
+import (
+	"bytes"
+	"math"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestSpread(t *testing.T) {
+	for _, tc := range []struct {
+		in   []float64
+		want Spread
+	}{
+		{nil, Spread{}},
+		{[]float64{7}, Spread{N: 1, Median: 7, Min: 7, Max: 7}},
+		{[]float64{3, 1}, Spread{N: 2, Median: 2, Min: 1, Max: 3}},
+		{[]float64{9, 1, 2}, Spread{N: 3, Median: 2, Min: 1, Max: 9}},
+		{[]float64{4, 1, 3, 100}, Spread{N: 4, Median: 3.5, Min: 1, Max: 100}},
+	} {
+		before := slices.Clone(tc.in)
+		if got := SpreadOf(tc.in); got != tc.want {
+			t.Errorf("%v: got %+v, want %+v", tc.in, got, tc.want)
+		}
+		if !slices.Equal(before, tc.in) {
+			t.Errorf("%v was sorted in place: the order of rounds is lost", before)
+		}
+	}
+}
+
+// Ratios pair the values of a round; the ratio of the medians would be another.
+func TestRatiosArePaired(t *testing.T) {
+	rounds := func(values ...map[string]float64) (out []Round) {
+		for _, v := range values {
+			out = append(out, Round{Values: v})
+		}
+		return out
+	}
+	type m = map[string]float64
+	a := rounds(m{"x": 10}, m{"x": 2}, m{}, m{"x": 6}, m{"x": 5})
+	b := rounds(m{"x": 5}, m{"x": 4}, m{"x": 1}, m{"y": 1}, m{"x": 0})
+	if got := Ratios(a, b, "x"); !slices.Equal(got, []float64{2, 0.5}) {
+		t.Errorf("got %v", got)
+	}
+}
+
+func TestDigits(t *testing.T) {
+	for v, want := range map[float64]string{0: "0", 0.0123: "0.012", 0.5: "0.50", 9.876: "9.88", 12.34: "12.3", 187654: "187654", -3: "-3.00"} {
+		if got := Digits(v); got != want {
+			t.Errorf("%v: got %q, want %q", v, got, want)
+		}
+	}
+}
+
+// What a long queue still held when the sender stopped arrives later, and is no faster for it.
+func TestTrialRate(t *testing.T) {
+	tr := Trial{Sent: 1000, Received: 900, Seconds: 1, Arriving: 1.5}
+	if tr.Rate() != 600 || tr.SentRate() != 1000 || math.Abs(tr.Loss()-0.1) > 1e-9 {
+		t.Errorf("got %v, %v, %v", tr.Rate(), tr.SentRate(), tr.Loss())
+	}
+	tr.Arriving = 0.001 // everything came at once, at the end
+	if tr.Rate() != 900 {
+		t.Errorf("got %v", tr.Rate())
+	}
+}
+
+// oneRound is what one round may have found of TCP with one stream.
+func oneRound(gbps float64) Round {
+	return Round{TCP: []TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: gbps, CPU: CPUUse{Busy: 2}}}}
+}
+
+func TestAtAGlance(t *testing.T) {
+	r := &Run{MTU: 1500, References: []string{"kernel-vxlan"}, Wire: "cut", Rounds: 2, Modes: []Mode{
+		{Name: "kernel-vxlan", Rounds: []Round{oneRound(5), oneRound(4)}}, {Name: "tulle-udp", Rounds: []Round{oneRound(6), oneRound(5)}},
+	}}
+	r.Summarise()
+	var table, csv bytes.Buffer
+	if err := r.Print(&table, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{
+		"tulle-udp carries 1.23 × kernel-vxlan in one TCP stream, takes 1.00 × its CPU.\n", "kernel-vxlan  4.50         –     2.00       –\n", "tulle-udp     5.50         1.23  2.00       1.00\n",
+	} {
+		if !strings.Contains(table.String(), want) {
+			t.Errorf("lacks %q:\n%s", want, table.String())
+		}
+	}
+	if n := strings.Count(table.String(), "\n"); n > 10 {
+		t.Errorf("%d lines are no glance:\n%s", n, table.String())
+	}
+	if err := r.WriteCSV(&csv); err != nil {
+		t.Fatal(err)
+	}
+	if got := csv.String(); !strings.HasPrefix(got, "mode,metric,unit,round,value\nkernel-vxlan,tcp1_gbps,Gb/s,1,5\nkernel-vxlan,tcp1_gbps,Gb/s,2,4\n") {
+		t.Errorf("CSV:\n%s", got)
+	}
+}
+
+// Intervals of the median cover the median of the distribution as often as they say, and ratios of equals cover 1.
+func TestIntervalsCover(t *testing.T) {
+	rng := rand.New(rand.NewPCG(7, 7))
+	for _, n := range []int{5, 7, 9, 15} {
+		for name, draw := range map[string]func() float64{
+			"normal":      func() float64 { return 10 + rng.NormFloat64() },
+			"log-normal":  func() float64 { return 10 * math.Exp(rng.NormFloat64()/2) },
+			"uniform":     func() float64 { return 5 + 10*rng.Float64() },
+			"exponential": func() float64 { return 10 / math.Ln2 * rng.ExpFloat64() },
+		} {
+			const runs = 300
+			covered, one := 0, 0
+			for range runs {
+				var a, b []Round
+				for range n {
+					common := math.Exp(rng.NormFloat64()) // the machine's mood in this round affects both
+					a = append(a, Round{Values: map[string]float64{"x": common * draw()}})
+					b = append(b, Round{Values: map[string]float64{"x": common * draw()}})
+				}
+				var plain []float64
+				for range n {
+					plain = append(plain, draw())
+				}
+				if SpreadOf(plain).Covers(10) {
+					covered++
+				}
+				if SpreadOf(Ratios(a, b, "x")).Covers(1) {
+					one++
+				}
+			}
+			// 94 % at five rounds, and never less; 300 runs leave a standard error of 1.4 %.
+			if covered < runs*90/100 || one < runs*90/100 {
+				t.Errorf("%s, %d rounds: the interval of the median covers it in %d of %d runs, that of a ratio of equals 1 in %d", name, n, covered, runs, one)
+			}
+		}
+	}
+	if s := SpreadOf([]float64{1, 2, 3, 4}); s.Certain() || s.Covers(2) || s.Low != 0 {
+		t.Errorf("four rounds have an interval: %+v", s)
+	}
+	wide, narrow := SpreadOf([]float64{1, 2, 3, 4, 5, 6, 7, 8, 9}), SpreadOf([]float64{4.8, 4.9, 5, 5.1, 5.2, 5, 5, 5, 5})
+	if wide.High-wide.Low <= narrow.High-narrow.Low || wide.Low < wide.Min || wide.High > wide.Max {
+		t.Errorf("%+v is not wider than %+v", wide, narrow)
+	}
+}
+
+// tcpRun is a run of n rounds of two modes around given rates, in Gb/s, which vary by a few per cent.
+func tcpRun(rng *rand.Rand, n int, udp, vxlan float64) *Run {
+	r := &Run{Format: Format, Version: Version, Kind: Lab, References: []string{"kernel-vxlan"}, Modes: []Mode{{Name: "kernel-vxlan"}, {Name: "tulle-udp"}}}
+	for range n {
+		for i, base := range []float64{vxlan, udp} {
+			r.Modes[i].Rounds = append(r.Modes[i].Rounds, oneRound(base*(1+0.02*rng.NormFloat64())))
+		}
+	}
+	r.Rounds = n
+	r.Summarise()
+	return r
+}
+
+func TestCompare(t *testing.T) {
+	rng := rand.New(rand.NewPCG(3, 3))
+	for _, tc := range []struct {
+		name             string
+		udp              float64 // of the second run
+		better, worse    bool
+		rounds, quantity int
+	}{
+		{"nothing", 5, false, false, 9, 0}, {"slower", 4, false, true, 9, 1}, {"faster", 6, true, false, 9, 1}, {"five rounds", 4, false, true, 5, 1},
+	} {
+		d, err := Compare(tcpRun(rng, tc.rounds, 5, 5), tcpRun(rng, tc.rounds, tc.udp, 5), 0.03)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range d.Changes {
+			if c.Metric.Key != "tcp1_gbps" {
+				continue
+			}
+			want := c.Mode == "tulle-udp" && (tc.better || tc.worse)
+			if c.Beyond != want || want && c.Worse != tc.worse {
+				t.Errorf("%s: %+v", tc.name, c)
+			}
+		}
+		if d.Regressed() != tc.worse {
+			t.Errorf("%s: regressed %v", tc.name, d.Regressed())
+		}
+		var out bytes.Buffer
+		if err := d.Print(&out, false); err != nil || strings.Contains(out.String(), "WORSE") != tc.worse {
+			t.Errorf("%s: %v\n%s", tc.name, err, out.String())
+		}
+	}
+	a, b := tcpRun(rng, 5, 5, 5), tcpRun(rng, 4, 5, 5)
+	if _, err := Compare(a, b, 0.03); err == nil || !strings.Contains(err.Error(), "the second run has 4 rounds: noise can be told from change with 5") {
+		t.Errorf("four rounds: %v", err)
+	}
+}
+
+// Of runs that differ by nothing but noise, few are told apart.
+func TestCompareNoise(t *testing.T) {
+	rng := rand.New(rand.NewPCG(5, 5))
+	alarms := 0
+	for range 40 {
+		d, err := Compare(tcpRun(rng, 5, 5, 5), tcpRun(rng, 5, 5, 5), 0.03)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d.Regressed() {
+			alarms++
+		}
+	}
+	if alarms > 2 {
+		t.Errorf("%d of 40 pairs of equal runs are regressions", alarms)
+	}
+}
+
+func TestStored(t *testing.T) {
+	r := tcpRun(rand.New(rand.NewPCG(1, 1)), 5, 5, 4)
+	l := Latency{Kind: PingPong, Payload: 64, Seconds: 1, Times: NewHistogram()}
+	for i := range 1000 {
+		l.Times.Record(time.Duration(i) * time.Microsecond)
+		l.Answers++
+	}
+	r.Modes[1].Rounds[0].Latency = []Latency{l}
+	r.Summarise()
+	var stored bytes.Buffer
+	if err := r.WriteJSON(&stored); err != nil {
+		t.Fatal(err)
+	}
+	text := stored.String()
+	back, err := Read(strings.NewReader(text))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var again bytes.Buffer
+	if err := back.WriteJSON(&again); err != nil || again.String() != text {
+		t.Errorf("a stored run changes when it is read (%v)", err)
+	}
+	if got := back.Modes[1].Summary["rtt64_p50_us"].Median; math.Abs(got-249.75) > 1 {
+		t.Errorf("half of 499.5 µs is %v", got)
+	}
+	for name, tc := range map[string]struct{ from, to, want string }{
+		"no JSON":    {text, "hello", "no JSON result"},
+		"other JSON": {text, "{}", `format "": want "tulle-bench"`},
+		"newer":      {`"version": 1`, `"version": 2`, "version 2 of the format: this program reads version 1"},
+		"histogram":  {`"times": "H`, `"times": "X`, "histogram"},
+	} {
+		if _, err := Read(strings.NewReader(strings.Replace(text, tc.from, tc.to, 1))); err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: got %v, want something about %q", name, err, tc.want)
+		}
+	}
+}
+
+// Whatever is damaged in a stored histogram is an error or another histogram, not a panic.
+func TestDamagedHistogram(t *testing.T) {
+	h := NewHistogram()
+	for i := range 100 {
+		h.Record(time.Duration(i*i) * time.Microsecond)
+	}
+	b, err := h.MarshalJSON()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := 1; i < len(b)-1; i++ {
+		for _, c := range []byte{'A', '/', '='} {
+			bad := slices.Clone(b)
+			bad[i] = c
+			var got Histogram
+			_ = got.UnmarshalJSON(bad)
+			_ = got.UnmarshalJSON(append(bad[:i:i], '"'))
+		}
+	}
+}

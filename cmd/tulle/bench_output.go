@@ -1,0 +1,146 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/bench/result"
+)
+
+// benchForms are the forms of a benchmark's output.
+var benchForms = []string{"table", "json", "csv", "markdown"}
+
+// benchOutput are the flags that say what is done with a result.
+type benchOutput struct {
+	form    string
+	verbose bool
+}
+
+func (o *benchOutput) flags(cmd *cobra.Command) {
+	f := cmd.Flags()
+	f.StringVarP(&o.form, "output", "o", o.form, "`FORM` of the output: table; json, which has everything; csv with every value of every round; markdown for a README")
+	f.BoolVarP(&o.verbose, "verbose", "v", false, "show all measures with their spread, and how it was measured")
+}
+
+func (o *benchOutput) check() error {
+	if !slices.Contains(benchForms, o.form) {
+		return usagef("--output %q: want table, json, csv or markdown", o.form)
+	}
+	return nil
+}
+
+// write prints a result. Measures that failed are an exit code.
+func (o *benchOutput) write(cmd *cobra.Command, r *result.Run) (err error) {
+	out := cmd.OutOrStdout()
+	switch o.form {
+	case "json":
+		err = r.WriteJSON(out)
+	case "csv":
+		err = r.WriteCSV(out)
+	case "markdown":
+		err = r.WriteMarkdown(out)
+	default:
+		err = r.Print(out, o.verbose)
+	}
+	if err != nil {
+		return fmt.Errorf("write the result: %w", err)
+	}
+	if r.Failed() || r.Interrupted {
+		return errUnhealthy
+	}
+	return nil
+}
+
+// storedRun reads a result that was written with -o json.
+func storedRun(name string) (*result.Run, error) {
+	f, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	r, err := result.Read(f)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return r, nil
+}
+
+func benchShow() *cobra.Command {
+	out := benchOutput{form: "table"}
+	cmd := &cobra.Command{
+		Use:     "show FILE",
+		Short:   "Show a result that was stored with -o json",
+		Example: "  tulle bench show result.json -v\n  tulle bench show result.json -o markdown",
+		Args:    exactly("FILE"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := out.check(); err != nil {
+				return err
+			}
+			r, err := storedRun(args[0])
+			if err != nil {
+				return err
+			}
+			return out.write(cmd, r)
+		},
+	}
+	out.flags(cmd)
+	return cmd
+}
+
+const benchDiffLong = `Compares two results that were stored with -o json, and prints what changed beyond noise. Both need at least five rounds. A change
+counts if the interval of the ratio of the medians excludes 1, for all measures together with 95 % confidence, and if it is at least
+the threshold. The exit code is 1 if something got worse, and 2 if the results cannot be compared.`
+
+func benchDiff() *cobra.Command {
+	threshold, verbose, form := 0.03, false, "table"
+	cmd := &cobra.Command{
+		Use:     "diff A.json B.json",
+		Short:   "Say what changed beyond noise from one result to another; exit code 1 if something got worse",
+		Long:    benchDiffLong,
+		Example: "  tulle bench diff before.json after.json\n  tulle bench diff flannel.json cilium.json -v",
+		Args:    exactly("A.json", "B.json"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if form != "table" && form != "json" {
+				return usagef("--output %q: want table or json", form)
+			}
+			if threshold < 0 || threshold >= 1 {
+				return usagef("--threshold %v: want a share from 0 to less than 1", threshold)
+			}
+			a, err := storedRun(args[0])
+			if err != nil {
+				return usageError{err}
+			}
+			b, err := storedRun(args[1])
+			if err != nil {
+				return usageError{err}
+			}
+			d, err := result.Compare(a, b, threshold)
+			if err != nil {
+				return usageError{err}
+			}
+			if form == "json" {
+				enc := json.NewEncoder(cmd.OutOrStdout())
+				enc.SetIndent("", "  ")
+				err = enc.Encode(d)
+			} else {
+				err = d.Print(cmd.OutOrStdout(), verbose)
+			}
+			if err != nil {
+				return fmt.Errorf("write the comparison: %w", err)
+			}
+			if d.Regressed() {
+				return errUnhealthy
+			}
+			return nil
+		},
+	}
+	f := cmd.Flags()
+	f.Float64Var(&threshold, "threshold", threshold, "`SHARE`: smaller changes of a median never count")
+	f.StringVarP(&form, "output", "o", form, "`FORM` of the output: table or json")
+	f.BoolVarP(&verbose, "verbose", "v", false, "show all measures, also those within noise")
+	return cmd
+}

@@ -69,12 +69,14 @@ type Engine struct {
 	prober prober
 	relays relays // of the error queues
 
+	sending chan struct{} // has a value where something was sent since the error queues were looked into
+
 	noVXLAN error // why there is no socket for vxlan
 }
 
 // New opens the sockets. On an error it closes them; the caller then still owns the device.
 func New(cfg Config) (*Engine, error) {
-	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, states: make(map[string]*peerState)}
+	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, states: make(map[string]*peerState), sending: make(chan struct{}, 1)}
 	if cfg.Senders <= 0 {
 		e.cfg.Senders = defaultSenders
 	}
@@ -333,6 +335,7 @@ func (e *Engine) Update(local Local, peers []Peer) {
 // sent accounts for one batch. err is about the socket itself.
 func (e *Engine) sent(s outSocket, r underlay.SendResult, err error) {
 	e.stats.txSends.Add(uint64(r.Messages))
+	e.sends()
 	if r.GSOFallbacks > 0 {
 		e.stats.gsoFallbacks.Add(uint64(r.GSOFallbacks))
 	}

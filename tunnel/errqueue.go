@@ -12,22 +12,50 @@ import (
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
-// errorsEvery is how often the error queues of sockets that only send are looked into.
-const errorsEvery = time.Second
+const (
+	errorsEvery = time.Second // between looks into the error queues of sockets that only send
+	errorsFor   = 10          // such looks after the last packet: a router's answer may be late
+)
 
-// watchErrors drains the error queues of the sending sockets, where ICMP errors about what they sent arrive.
+// watchErrors drains the error queues of the sending sockets, where ICMP errors about what they sent arrive. An idle engine
+// does not look: there are dozens of sockets.
 func (e *Engine) watchErrors(ctx context.Context) {
-	tick := time.NewTicker(errorsEvery)
-	defer tick.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
-			for _, s := range e.out {
-				e.drainErrors(s)
-			}
+		case <-e.sending:
 		}
+		e.watchErrorsWhile(ctx)
+	}
+}
+
+// watchErrorsWhile does so until nothing has been sent for a while.
+func (e *Engine) watchErrorsWhile(ctx context.Context) {
+	tick := time.NewTicker(errorsEvery)
+	defer tick.Stop()
+	for left := errorsFor; left > 0; left-- {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		for _, s := range e.out {
+			e.drainErrors(s)
+		}
+		select {
+		case <-e.sending:
+			left = errorsFor
+		default:
+		}
+	}
+}
+
+// sends wakes watchErrors.
+func (e *Engine) sends() {
+	select {
+	case e.sending <- struct{}{}:
+	default:
 	}
 }
 

@@ -44,6 +44,7 @@ var allowed = map[string][]string{
 	"bench/traffic":              {"bench/result"},
 	"internal/agent":             {"internal/config", "internal/ownership", "tunnel/...", "membership/...", "ipam", "internal/hostnet", "internal/podnet", "internal/cni/conflist", "internal/docker", "internal/api", "internal/sys"},
 	"internal/config":            {},
+	"internal/doctor":            {"internal/hostnet", "internal/api", "internal/cni/conflist", "internal/sys", "membership/seed", "tunnel/underlay"},
 	"internal/ownership":         {"membership", "ipam"},
 	"internal/api":               {},
 	"internal/hostnet":           {"internal/sys"},

@@ -84,7 +84,7 @@ func rootCommand() *cobra.Command {
 			root.AddCommand(c)
 		}
 	}
-	add("look", statusCommand(), peersCommand(), routeCommand(), pingCommand(), ipamCommand(), versionCommand())
+	add("look", statusCommand(), doctorCommand(), peersCommand(), routeCommand(), pingCommand(), ipamCommand(), versionCommand())
 	add("change", keysCommand(), externalCommand(), podCommand(), forgetCommand(), leaveCommand(), reloadCommand(), cleanupCommand())
 	add("run", agentCommand(), labCommand(), benchCommand())
 	argsAreUsage(root)

@@ -67,11 +67,14 @@ type Node struct {
 	Interface      string `json:"interface,omitempty"`
 	UnderlayReason string `json:"underlay_reason,omitempty"`
 	// Links are the interfaces by which packets from Underlay leave. LinkMTU is their smallest MTU, in bytes.
-	Links    []string       `json:"links,omitempty"`
-	LinkMTU  int            `json:"link_mtu,omitempty"`
-	Tun      Tun            `json:"tun"`
-	Prefixes []netip.Prefix `json:"prefixes"` // the space this node owns
-	Blocks   []Block        `json:"blocks"`   // the part of it from which pods get addresses
+	Links   []string `json:"links,omitempty"`
+	LinkMTU int      `json:"link_mtu,omitempty"`
+	// UDPPort and VXLANPort are the UDP ports on which it receives these encapsulations.
+	UDPPort   uint16         `json:"udp_port,omitempty"`
+	VXLANPort uint16         `json:"vxlan_port,omitempty"`
+	Tun       Tun            `json:"tun"`
+	Prefixes  []netip.Prefix `json:"prefixes"` // the space this node owns
+	Blocks    []Block        `json:"blocks"`   // the part of it from which pods get addresses
 }
 
 // Tun describes the TUN device. Host processes use Addresses as their source toward remote pods.

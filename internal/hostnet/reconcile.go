@@ -42,6 +42,8 @@ type Reconciler struct {
 
 	wantMu sync.Mutex
 	want   wanted // what Watch compares events with
+
+	lostCarrier map[string]bool // uplinks without a carrier, as Watch has heard
 }
 
 // New opens the netlink sockets in the calling thread's network namespace. It
@@ -54,7 +56,7 @@ func New(o Options) (*Reconciler, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &Reconciler{opts: o, ns: ns, applied: map[string]string{}}
+	r := &Reconciler{opts: o, ns: ns, applied: map[string]string{}, lostCarrier: map[string]bool{}}
 	r.want.tun = o.Tun
 	err = ns.do(func() error {
 		if r.rt, err = netlink.NewHandle(unix.NETLINK_ROUTE); err != nil {

@@ -148,7 +148,8 @@ func (r *Reconciler) routeEvent(m nl.Message) bool {
 	}
 	switch t := uint16(m.Header.Type); t {
 	case unix.RTM_NEWLINK, unix.RTM_DELLINK:
-		return w.linkEvent(t == unix.RTM_NEWLINK, m.Data)
+		carrier := r.carrierEvent(&w, m.Data)
+		return w.linkEvent(t == unix.RTM_NEWLINK, m.Data) || carrier
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		return w.addrEvent(t == unix.RTM_NEWADDR, m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
@@ -157,6 +158,27 @@ func (r *Reconciler) routeEvent(m nl.Message) bool {
 		return w.netconfEvent(m.Data)
 	}
 	return false
+}
+
+// carrierEvent reports that an uplink has lost its carrier or got it back, which changes no route.
+func (r *Reconciler) carrierEvent(w *wanted, b []byte) bool {
+	if len(b) < unix.SizeofIfInfomsg {
+		return false
+	}
+	lost := native.Uint32(b[8:])&unix.IFF_RUNNING == 0
+	name := ""
+	eachAttr(b[unix.SizeofIfInfomsg:], func(t uint16, v []byte) {
+		if t == unix.IFLA_IFNAME {
+			name = cString(v)
+		}
+	})
+	r.wantMu.Lock()
+	defer r.wantMu.Unlock()
+	if _, uplink := w.uplinks[name]; !uplink || r.lostCarrier[name] == lost {
+		return false
+	}
+	r.lostCarrier[name] = lost
+	return true
 }
 
 func (w *wanted) linkEvent(isNew bool, b []byte) bool {

@@ -97,6 +97,17 @@ func TestWatchTells(t *testing.T) {
 	}
 }
 
+// A carrier that comes back changes no route, and its loss was reported to an operator.
+func TestWatchTellsOfCarriers(t *testing.T) {
+	h, _, calls := watched(t)
+	for _, set := range []func(netlink.Link) error{h.nl.LinkSetDown, h.nl.LinkSetUp, h.nl.LinkSetDown, h.nl.LinkSetUp} {
+		h.settle(calls)
+		before := calls.Load()
+		h.check(set(h.link("eth0-far")))
+		eventually(t, "a callback", func() bool { return calls.Load() > before })
+	}
+}
+
 func TestWatchIsSilent(t *testing.T) {
 	h, r, calls := watched(t)
 	quiet := func(what string, f func()) {

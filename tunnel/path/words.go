@@ -146,6 +146,8 @@ func (p *peer) silent(now time.Time, m encap.Mode) string {
 		text = fmt.Sprintf("%s (%d probes)", text, st.probed)
 		if p.oneWay(now, m) {
 			text += ", but its own probes arrive: what is lost is on the way from here to there"
+		} else if st.misses >= failAfter && now.Sub(p.heard[m]) > 2*st.cfg.MaxRetry {
+			text += ", and none of its own probes arrives: what is lost is on the way from there to here, or both ways"
 		}
 		return text
 	}

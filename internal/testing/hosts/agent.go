@@ -163,6 +163,9 @@ func problems(st *api.Status) string {
 	return strings.Join(all, "; ")
 }
 
+// Socket is the path of the agent's control socket.
+func (a *Agent) Socket() string { return a.socket }
+
 // Log is what the agent has logged since it was started.
 func (a *Agent) Log() string {
 	b, err := os.ReadFile(a.log)

@@ -77,6 +77,9 @@ func New(t testing.TB) *Net {
 	return n
 }
 
+// Program is the path of the program that agents run.
+func (n *Net) Program() string { return n.program }
+
 // check ends the test if something that cannot fail did.
 func (n *Net) check(err error) {
 	n.t.Helper()

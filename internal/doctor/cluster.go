@@ -1,0 +1,219 @@
+package doctor
+
+import (
+	"context"
+	"fmt"
+	"strings"
+
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+const noAgent = "no agent answers, and only it knows"
+
+// judgeTold makes a check of what the agent finds wrong by itself; evidence is for when it answers.
+func judgeTold(name string, st State, evidence func(*api.Status) string) func(*snapshot) Result {
+	return func(s *snapshot) Result {
+		if s.status == nil {
+			return skip(noAgent)
+		}
+		return result(evidence(s.status), s.told(name, st)...)
+	}
+}
+
+func seenUnderlay(st *api.Status) string {
+	return fmt.Sprintf("%s on %s, MTU %d: %s", join(st.Node.Underlay, ", "), st.Node.Interface, st.Node.LinkMTU, st.Node.UnderlayReason)
+}
+
+func seenGossip(st *api.Status) string {
+	text := fmt.Sprintf("%d of %d members alive, health score %d (0 is best)", st.Cluster.Alive, st.Cluster.Members, st.Gossip.Health)
+	if st.Cluster.Isolated {
+		text += ", ISOLATED"
+	}
+	return text
+}
+
+func seenIdentity(st *api.Status) string { return fmt.Sprintf("%s, ID %s", st.Node.Name, st.Node.ID) }
+
+func seenCluster(st *api.Status) string {
+	if st.Cluster.ID == "" {
+		return "in no cluster yet"
+	}
+	return fmt.Sprintf("%s, %d hosts were refused", st.Cluster.ID, st.Gossip.Rejected)
+}
+
+func seenOwners(st *api.Status) string {
+	owners := 0
+	for _, p := range st.Peers {
+		if len(p.Prefixes) > 0 {
+			owners++
+		}
+	}
+	return fmt.Sprintf("%d other owners", owners)
+}
+
+func seenState(*api.Status) string { return "the agent's last change was saved" }
+
+// silentPeer reports whether some living peer does not answer by the encapsulation in use.
+func (s *snapshot) silentPeer() bool {
+	if s.status == nil {
+		return false
+	}
+	for _, p := range s.status.Peers {
+		if p.State == api.PeerDead || p.State == api.PeerAlive && p.Path.State == api.PathDown {
+			return true
+		}
+	}
+	return false
+}
+
+// judgePaths names what is blocked. Of each path the reason says in which direction packets are lost, as far as this side knows
+// it: the peer's probes that arrive here tell.
+func judgePaths(s *snapshot) Result {
+	if s.status == nil {
+		return skip(noAgent)
+	}
+	out := s.told(api.CheckPaths, Failed)
+	var text []string
+	for _, p := range s.status.Peers {
+		if p.State == api.PeerExternal || p.State == api.PeerLeft {
+			continue
+		}
+		text = append(text, fmt.Sprintf("%s by %s %s", p.Name, p.Path.Mode, p.Path.State))
+		for _, c := range p.Candidates {
+			if c.Active {
+				break // what follows is not preferred
+			}
+			if c.State == api.PathDown && p.Path.State == api.PathUp {
+				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is preferred toward %s, and blocked: %s", c.Mode, p.Name, c.Reason),
+					Remedy: fmt.Sprintf("let %s pass between %s and %s, or leave %s out of `paths`; run `tulle doctor ports` on both hosts", outer(c), join(s.status.Node.Underlay, ", "), join(p.Underlay, ", "), c.Mode)})
+			}
+		}
+	}
+	if text == nil {
+		return skip("no peers")
+	}
+	for i, f := range out {
+		if f.State == Failed {
+			out[i].Remedy += "; run `tulle doctor ports` on both hosts"
+		}
+	}
+	return result(strings.Join(text, ", "), out...)
+}
+
+// outer names what a firewall sees.
+func outer(c api.Candidate) string {
+	if c.Endpoint.Port() == 0 {
+		return "IP protocols 4 and 41"
+	}
+	return fmt.Sprintf("UDP port %d", c.Endpoint.Port())
+}
+
+// judgeMTU compares what probes have proven with what this host's links carry.
+func judgeMTU(s *snapshot) Result {
+	if s.status == nil {
+		return skip(noAgent)
+	}
+	n := s.status.Node
+	out := s.told(api.CheckMTU, Failed)
+	var text []string
+	for _, p := range s.status.Peers {
+		a := p.Path
+		if a.State != api.PathUp || a.MTULimit == 0 {
+			continue
+		}
+		text = append(text, fmt.Sprintf("%s %d of %d", p.Name, a.MTU, a.MTULimit))
+		less := a.MTULimit - a.MTU
+		if less <= 0 {
+			continue
+		}
+		f := Finding{State: Warning,
+			What:   fmt.Sprintf("the path to %s carries %d bytes less than this host's links: inner packets of %d, where %s (MTU %d) would carry %d by %s", p.Name, less, a.MTU, strings.Join(n.Links, ", "), n.LinkMTU, a.MTULimit, a.Mode),
+			Remedy: "raise the MTU of the link on the way; if it stays, set this host's link or `mtu` to it, so that new pods begin with the size that passes"}
+		if len(n.Links) == 1 && len(p.Leaves) == 0 {
+			f.Command = fmt.Sprintf("ip link set %s mtu %d", n.Links[0], n.LinkMTU-less)
+		}
+		out = append(out, f)
+	}
+	if text == nil && out == nil {
+		return skip("no path is up")
+	}
+	return result("inner packets: "+strings.Join(text, ", "), out...)
+}
+
+func judgeTrains(s *snapshot) Result {
+	if s.status == nil {
+		return skip(noAgent)
+	}
+	o := s.status.Offload
+	text := fmt.Sprintf("UDP_SEGMENT %v, TSO %v, USO %v, %d trains refused by the kernel", o.UDPGSO, o.TunTSO, o.TunUSO, s.status.Counters.GSOFallbacks)
+	if o.Reason != "" {
+		text += ": " + o.Reason
+	}
+	return result(text, s.told(api.CheckTrains, Warning)...) // nothing is lost
+}
+
+func judgeSpace(s *snapshot) Result {
+	if s.status == nil {
+		return skip(noAgent)
+	}
+	st := s.status
+	out := s.told(api.CheckSpace, Failed)
+	if n := st.Cluster.Table.Conflicts; n > 0 && len(out) == 0 {
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%d prefixes were claimed by two owners: a node was forgotten while it was alive", n),
+			Remedy: "look for pods with addresses that others have", Command: "tulle ipam check"})
+	}
+	text := fmt.Sprintf("%s of %s; %d entries, digest %.8s", join(st.Node.Prefixes, " "), join(st.Cluster.CIDRs, " "), st.Cluster.Table.Entries, st.Cluster.Table.Digest)
+	return result(text, out...)
+}
+
+func gatherAddresses(ctx context.Context, s *snapshot) {
+	if s.leaks = nil; s.status == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(ctx, agentPatience)
+	defer cancel()
+	if c, err := api.NewClient(s.Socket).IPAMCheck(ctx); err == nil {
+		s.leaks = &c
+	}
+}
+
+func judgeAddresses(s *snapshot) Result {
+	switch {
+	case s.status == nil:
+		return skip(noAgent)
+	case s.leaks == nil:
+		return skip("the agent is in no cluster yet")
+	}
+	var out []Finding
+	for _, l := range s.leaks.Leaked {
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%v is allocated to %s, which is gone: %s", l.Address, l.ID, l.Reason),
+			Remedy: "release it", Command: fmt.Sprintf("tulle ipam release %v --socket %s", l.Address, s.Socket)})
+	}
+	for _, u := range s.leaks.Unknown {
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%v is in use at %s, and was never allocated", u.Address, u.Where), Remedy: "give that pod another address, or remove it"})
+	}
+	return result(fmt.Sprintf("%d allocations", s.leaks.Checked), out...)
+}
+
+func judgeVersions(s *snapshot) Result {
+	if s.status == nil {
+		return skip(noAgent)
+	}
+	text := []string{"agent " + s.status.Version}
+	var out []Finding
+	if own := api.Version(); own != s.status.Version {
+		text = append(text, "this program "+own)
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("the agent runs version %s, and the program on disk is %s", s.status.Version, own),
+			Remedy: "restart the agent", Command: "systemctl restart tulle"})
+	}
+	for _, p := range s.status.Peers {
+		if p.Version == "" {
+			continue
+		}
+		if text = append(text, p.Name+" "+p.Version); p.Version != s.status.Version && p.State == api.PeerAlive {
+			out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s runs version %s, this node %s", p.Name, p.Version, s.status.Version),
+				Remedy: "upgrade the older one"})
+		}
+	}
+	return result(strings.Join(text, ", "), append(s.told(api.CheckVersions, Failed), out...)...)
+}

@@ -1,0 +1,190 @@
+package doctor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/tunnel/underlay"
+)
+
+func pfx(texts ...string) (out []netip.Prefix) {
+	for _, t := range texts {
+		out = append(out, netip.MustParsePrefix(t))
+	}
+	return out
+}
+
+// What cannot be broken for one namespace alone is judged here: the machine's clock, its buffers, its table of connections. And
+// the other judgements in all their states.
+func TestJudge(t *testing.T) {
+	agent := func(change func(*api.Status)) *api.Status {
+		st := &api.Status{Version: api.Version(), Ready: true, Cluster: api.Cluster{ID: "c", CIDRs: pfx("10.244.0.0/16")}}
+		change(st)
+		return st
+	}
+	peer := func(change func(*api.Peer)) *api.Status {
+		p := api.Peer{Name: "b", State: api.PeerAlive, Prefixes: pfx("10.244.1.0/24"), Path: api.Path{Mode: "udp", State: api.PathUp, MTU: 1472, MTULimit: 1472}}
+		change(&p)
+		return agent(func(st *api.Status) {
+			st.Peers = []api.Peer{p}
+			st.Node.Links = []string{"eth0"}
+			st.Node.LinkMTU = 1500
+		})
+	}
+	for _, c := range []struct {
+		name, check string
+		s           snapshot
+		want        State
+		words       string // in what it found, with remedy and command
+	}{
+		{"the clock follows NTP", "clock", snapshot{kernel: kernel{synced: true}}, OK, ""},
+		{"the clock runs free", "clock", snapshot{}, Warning, "timedatectl set-ntp true"},
+		{"the clock cannot be read", "clock", snapshot{kernel: kernel{clockErr: unix.EPERM}}, Warning, "not looked at"},
+		{"large buffers", "buffers", snapshot{kernel: kernel{buffer: 2 * underlay.DefaultBuffer}}, OK, ""},
+		{"small buffers", "buffers", snapshot{kernel: kernel{buffer: 425984, rmemMax: 212992}}, Warning, fmt.Sprintf("sysctl -w net.core.rmem_max=%d", underlay.DefaultBuffer)},
+		{"overflows", "buffers", snapshot{kernel: kernel{buffer: 2 * underlay.DefaultBuffer}, status: agent(func(st *api.Status) { st.Counters.SocketOverflows = 5000; st.Counters.RxPackets = 1e5 })}, Warning, "5000 of 105000 packets"},
+		{"no connection tracking", "conntrack", snapshot{kernel: kernel{conntrack: -1, conntrackMax: -1}}, Skipped, ""},
+		{"few connections", "conntrack", snapshot{kernel: kernel{conntrack: 749, conntrackMax: 1000}}, OK, ""},
+		{"many connections", "conntrack", snapshot{kernel: kernel{conntrack: 750, conntrackMax: 1000}}, Warning, "sysctl -w net.netfilter.nf_conntrack_max=2000"},
+		{"too many connections", "conntrack", snapshot{kernel: kernel{conntrack: 950, conntrackMax: 1000}}, Failed, "950 of 1000"},
+
+		{"no driver", "tun", snapshot{tun: tunDevice{node: unix.ENODEV}}, Failed, "modprobe tun"},
+		{"no permission", "tun", snapshot{tun: tunDevice{node: unix.EPERM}}, Failed, "DeviceAllow"},
+		{"the device is gone", "tun", snapshot{status: agent(func(*api.Status) {})}, Failed, "systemctl restart tulle"},
+		{"all capabilities", "capabilities", snapshot{caps: 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW}, OK, ""},
+		{"no capability", "capabilities", snapshot{}, Failed, "CAP_NET_ADMIN and CAP_NET_RAW"},
+		{"another agent", "agent", snapshot{agentErr: api.Errorf(api.CodeNoAgent, "no agent"), alone: errors.New("another agent runs")}, Failed, "another agent runs"},
+		{"not ready", "agent", snapshot{status: agent(func(st *api.Status) { st.Ready = false })}, Failed, "not ready"},
+		{"a problem of no other check", "agent", snapshot{status: agent(func(st *api.Status) { st.Problems = []api.Problem{{What: "odd"}} })}, Failed, "odd"},
+
+		{"networkd manages it", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "configured", routesKept: true}}, Failed, "networkctl reload"},
+		{"networkd leaves it alone", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true}}, OK, ""},
+		{"networkd removes routes", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged"}}, Warning, "ManageForeignRoutes=no"},
+		{"NetworkManager manages it", "managers", snapshot{Options: Options{Tun: "tun7"}, managers: managers{nm: true, nmManaged: "true"}}, Failed, "nmcli device set tun7 managed no"},
+		{"NetworkManager leaves it alone", "managers", snapshot{managers: managers{nm: true, nmManaged: "false"}}, OK, ""},
+
+		{"space is used up", "space", snapshot{status: agent(func(st *api.Status) {
+			st.Problems = []api.Problem{{What: "the blocks of this node are full", Check: api.CheckSpace}}
+		})}, Failed, "full"},
+		{"space claimed twice", "space", snapshot{status: agent(func(st *api.Status) { st.Cluster.Table.Conflicts = 2 })}, Warning, "claimed by two owners"},
+		{"a leak", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Leaked: []api.LeakedAddr{{Address: netip.MustParseAddr("10.244.0.7"), ID: "x"}}}}, Warning, "tulle ipam release 10.244.0.7"},
+		{"an unknown pod", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Unknown: []api.UnknownAddr{{Address: netip.MustParseAddr("10.244.0.7"), Where: "veth1"}}}}, Warning, "never allocated"},
+		{"a foreign cluster", "cluster", snapshot{status: agent(func(st *api.Status) {
+			st.Problems = []api.Problem{{What: "belongs to cluster X", Check: api.CheckCluster}}
+		})}, Failed, "cluster X"},
+		{"another version there", "versions", snapshot{status: peer(func(p *api.Peer) { p.Version = "v0.0.1" })}, Warning, "b runs version v0.0.1"},
+		{"one version", "versions", snapshot{status: peer(func(p *api.Peer) { p.Version = api.Version() })}, OK, ""},
+
+		{"the whole MTU", "mtu", snapshot{status: peer(func(*api.Peer) {})}, OK, ""},
+		{"a smaller MTU", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.MTU = 1372 })}, Warning, "ip link set eth0 mtu 1400"},
+		{"a smaller MTU by another link", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.MTU = 1372; p.Leaves = []string{"eth1"} })}, Warning, "100 bytes less"},
+		{"no path", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.State = api.PathDown })}, Skipped, ""},
+		{"no peers", "paths", snapshot{status: agent(func(*api.Status) {})}, Skipped, ""},
+		{"what is not preferred is blocked", "paths", snapshot{status: peer(func(p *api.Peer) {
+			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}, {Path: api.Path{Mode: "ipip", State: api.PathDown}}}
+		})}, OK, ""},
+		{"no agent", "paths", snapshot{}, Skipped, ""},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var r Result
+			for _, k := range checks() {
+				if k.name == c.check {
+					r = k.judge(&c.s)
+				}
+			}
+			text := ""
+			for _, f := range r.Findings {
+				text += f.What + " → " + f.Remedy + " $ " + f.Command + "\n"
+				if f.What == "" || f.State != Warning && f.State != Failed {
+					t.Errorf("finding %+v", f)
+				}
+			}
+			if r.State != c.want || !strings.Contains(text, c.words) || (text == "") != (r.State == OK || r.State == Skipped) {
+				t.Errorf("%+v, want %s and %q", r, c.want, c.words)
+			}
+		})
+	}
+}
+
+// The files of network managers and of other networks, as these programs write them.
+func TestFiles(t *testing.T) {
+	root := t.TempDir()
+	write := func(name, text string) {
+		t.Helper()
+		path := filepath.Join(root, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := &snapshot{Options: Options{Root: root, Tun: "no such device", ClusterCIDRs: pfx("10.244.0.0/16"), CNIDir: "/etc/cni/net.d"}}
+	gatherManagers(context.Background(), s)
+	if s.managers != (managers{}) {
+		t.Errorf("nothing there: %+v", s.managers)
+	}
+	// No device: its state is looked up under index 0.
+	write("run/systemd/netif/links/2", "# This is private data. Do not parse.\nADMIN_STATE=configured\nOPER_STATE=routable\n")
+	write("run/systemd/netif/links/0", "ADMIN_STATE=unmanaged\nOPER_STATE=carrier\n")
+	write("run/NetworkManager/devices/3", "[device]\nmanaged=true\n")
+	gatherManagers(context.Background(), s)
+	if want := (managers{networkd: true, linkState: "unmanaged", nm: true}); s.managers != want {
+		t.Errorf("managers %+v, want %+v", s.managers, want)
+	}
+	for _, step := range []struct {
+		file, text string
+		kept       bool
+	}{
+		{"usr/lib/systemd/networkd.conf.d/90-tulle.conf", "[Network]\nManageForeignRoutes=no\n", true},
+		{"etc/systemd/networkd.conf.d/95-site.conf", "[Network]\nManageForeignRoutes = yes\n", false},
+		{"etc/systemd/networkd.conf.d/99-last.conf", "[Network]\nManageForeignRoutes=false\n", true},
+		{"run/systemd/networkd.conf.d/99-last.conf", "[Network]\nManageForeignRoutes=yes\n", true}, // /etc wins
+	} {
+		if write(step.file, step.text); s.routesKept() != step.kept {
+			t.Errorf("with %s: routes kept is %v", step.file, !step.kept)
+		}
+	}
+
+	write("etc/cni/net.d/10-tulle.conflist", `{"name":"tulle"}`)
+	write("etc/cni/net.d/05-bridge.conf", `{"name":"br","ipam":{"type":"host-local","subnet":"10.88.0.0/16","routes":[{"dst":"10.0.0.0/8"}]}}`)
+	write("etc/cni/net.d/87-podman.conflist", `{"name":"podman","plugins":[{"ipam":{"ranges":[[{"subnet":"10.244.9.0/24"}]]}}]}`)
+	write("etc/cni/net.d/README", `10.244.0.0/16`)
+	write("etc/cni/net.d/99-broken.conf", `{`)
+	write("etc/docker/daemon.json", `{"bip":"10.244.100.1/24","default-address-pools":[{"base":"172.20.0.0/14","size":24}]}`)
+	write("run/flannel/subnet.env", "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1450\n")
+	gatherNetworks(context.Background(), s)
+	r := judgeNetworks(s)
+	var got []string
+	for _, f := range r.Findings {
+		got = append(got, f.What)
+	}
+	want := []string{
+		"/etc/cni/net.d/05-bridge.conf comes before 10-tulle.conflist: engines that take the first network in /etc/cni/net.d do not take Tulle's",
+		"/etc/cni/net.d/87-podman.conflist gives containers addresses of 10.244.9.0/24, which overlaps the cluster's 10.244.0.0/16",
+		"/etc/docker/daemon.json gives containers addresses of 10.244.100.0/24, which overlaps the cluster's 10.244.0.0/16",
+		"/run/flannel/subnet.env gives containers addresses of 10.244.0.0/16, which overlaps the cluster's 10.244.0.0/16",
+	}
+	if strings.Join(got, "\n") != strings.Join(want, "\n") {
+		t.Errorf("findings:\n%s\nwant:\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func TestUnknownCheck(t *testing.T) {
+	if _, err := Run(t.Context(), Options{Checks: []string{"tun", "nonsense"}}); err == nil || !strings.Contains(err.Error(), `no check "nonsense"`) {
+		t.Errorf("%v", err)
+	}
+	seen := map[string]bool{}
+	for _, n := range Names() {
+		if seen[n[0]] || n[1] == "" {
+			t.Errorf("check %q", n)
+		}
+		seen[n[0]] = true
+	}
+}

@@ -115,7 +115,7 @@ func TestCommandsAreDocumented(t *testing.T) {
 		known[c] = commands(t, binary, c)
 	}
 	// And the other way: the pages name no command that does not exist.
-	called := regexp.MustCompile("(?:`|# |^ {4}|\\| )tulle ([a-z]+)(?: ([a-z]+))?")
+	called := regexp.MustCompile("(?:`|# |^ {4}|\\| )tulle ([a-z-]+)(?: ([a-z]+))?")
 	for _, name := range pages(t) {
 		for n, line := range strings.Split(page(t, name), "\n") {
 			for _, m := range called.FindAllStringSubmatch(line, -1) {

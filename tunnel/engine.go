@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/tulle-net/tulle/tunnel/capture"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
@@ -58,6 +59,7 @@ type Engine struct {
 	states map[string]*peerState
 
 	drops    [encap.NumDrops]atomic.Uint64
+	tap      capture.Tap
 	stats    stats
 	stopping atomic.Bool
 	closing  sync.Once

@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"bytes"
 	"errors"
 	"net/netip"
 	"slices"
@@ -143,6 +144,10 @@ func (w *rxWorker) datagram(r underlay.Received) {
 		if !ok {
 			// Nothing is ever answered to a non-member, and each of its packets counts.
 			w.e.dropN(encap.DropNotMember, segments(len(r.Data), r.SegmentSize))
+			if w.e.tap.On() {
+				w.from, w.lastOuter = nil, netip.Addr{}
+				w.tapReceived(r.From, r.TOS, r.Data, nil, encap.DropNotMember)
+			}
 			return
 		}
 		w.lastOuter, w.from = src, t
@@ -150,15 +155,18 @@ func (w *rxWorker) datagram(r underlay.Received) {
 	}
 	if r.Truncated {
 		w.e.drop(encap.DropMalformed)
+		if w.e.tap.On() {
+			w.tapReceived(r.From, r.TOS, r.Data, nil, encap.DropMalformed)
+		}
 		return
 	}
 	if r.SegmentSize <= 0 {
-		w.packet(r.Data, r.TOS)
+		w.packet(r.Data, r.From, r.TOS)
 		return
 	}
 	for data := r.Data; len(data) > 0; {
 		n := min(r.SegmentSize, len(data))
-		w.packet(data[:n:n], r.TOS)
+		w.packet(data[:n:n], r.From, r.TOS)
 		data = data[n:]
 	}
 }
@@ -172,8 +180,11 @@ func segments(n, size int) uint64 {
 }
 
 // packet decapsulates and checks one outer payload, in the order of docs/wire.md, and delivers its inner packet.
-func (w *rxWorker) packet(payload []byte, tos byte) {
-	inner, d := payload, encap.DropNone
+func (w *rxWorker) packet(payload []byte, from netip.AddrPort, tos byte) {
+	inner, d, arrived, outerTOS := payload, encap.DropNone, []byte(nil), tos
+	if w.e.tap.On() {
+		arrived = bytes.Clone(payload) // decapsulation writes to it
+	}
 	switch w.carrier {
 	case overUDP:
 		inner, d = encap.UnwrapUDP(payload)
@@ -189,7 +200,13 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 		inner, d = encap.UnwrapRaw6(payload, w.proto)
 	}
 	if d == encap.DropNone {
-		inner, d = encap.Validate(inner, &w.in, tos, w)
+		packet := inner
+		if inner, d = encap.Validate(inner, &w.in, tos, w); d != encap.DropNone && arrived != nil {
+			inner = packet // for the capture
+		}
+	}
+	if arrived != nil {
+		w.tapReceived(from, outerTOS, arrived, inner, d)
 	}
 	if d != encap.DropNone {
 		w.e.drop(d)
@@ -201,6 +218,9 @@ func (w *rxWorker) packet(payload []byte, tos byte) {
 		return
 	}
 	w.counts.rx(&w.e.stats, w.from, len(inner))
+	if arrived != nil {
+		w.tapDelivered(inner)
+	}
 	w.deliver(inner)
 }
 

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/tunnel/capture"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
@@ -145,7 +146,7 @@ func (w *txWorker) drain() (got int, err error) {
 // part of the head room.
 func (w *txWorker) read(buf []byte) {
 	if w.vnet.Decode(buf[spare:]) != nil {
-		w.e.drop(encap.DropTxMalformed)
+		w.drop(nil, nil, encap.DropTxMalformed)
 		return
 	}
 	if w.packet(buf, w.vnet) {
@@ -158,14 +159,14 @@ func (w *txWorker) read(buf []byte) {
 func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 	pkt := buf[headRoom:]
 	if err := header.ParseInner(pkt, &w.in); err != nil {
-		w.e.drop(encap.DropTxMalformed)
+		w.drop(pkt, nil, encap.DropTxMalformed)
 		return false
 	}
 	in := &w.in
 	pkt = pkt[:in.Length]
 	t, d := w.lookup(in)
 	if d != encap.DropNone {
-		w.refuse(pkt, d)
+		w.refuse(pkt, t, d)
 		return false
 	}
 	size, segmented := len(pkt), h.GSOType != offload.GSONone
@@ -173,19 +174,19 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		size = min(size, segmentLen(pkt, in, h))
 	}
 	if size > t.mtu {
-		w.e.drop(encap.DropTooBig)
+		w.drop(pkt, t, encap.DropTooBig)
 		w.icmp.answer(w.fwd, pkt, header.TooBig, t.mtu)
 		return false
 	}
 	o := w.out[outer(t.six)]
 	if o == nil {
-		w.refuse(pkt, encap.DropNoEncapSocket)
+		w.refuse(pkt, t, encap.DropNoEncapSocket)
 		return false
 	}
 	tos := encap.OuterTOS(in.TOS, w.e.copyDSCP)
 	s, dest := o.sender(t, in, pkt)
 	if s == nil {
-		w.refuse(pkt, encap.DropNoPath)
+		w.refuse(pkt, t, encap.DropNoPath)
 		return false
 	}
 	var prefix []byte // what the encapsulation puts between the kernel's headers and the packet
@@ -198,14 +199,21 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		prefix = header.AppendVXLAN(w.prefix[:0], w.e.cfg.VNI, mac, w.fwd.mac, encap.EtherType(in.Version == 6))
 	}
 	w.counts.tx(&w.e.stats, t, len(pkt))
+	tap := w.e.tap.On()
+	if tap {
+		w.e.tap.Offer(tapped(capture.FromPods, t, encap.DropNone, pkt))
+	}
 	if segmented {
-		return w.segments(s, dest, prefix, pkt, h, tos)
+		return w.segments(t, s, dest, prefix, pkt, h, tos)
 	}
 	if err := offload.CompleteChecksum(pkt, h); err != nil {
-		w.e.drop(encap.DropTxMalformed)
+		w.drop(pkt, t, encap.DropTxMalformed)
 		return false
 	}
 	header.ClampMSS(pkt, in, t.mtu)
+	if tap {
+		w.tapSegments(t, s, dest, tos, prefix, pkt, nil)
+	}
 	front := headRoom - len(prefix)
 	copy(buf[front:], prefix)
 	s.packet(w, dest, buf[front:headRoom+len(pkt)], tos)
@@ -213,7 +221,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 }
 
 // segments sends the segments of a super-packet, each with prefix in front.
-func (w *txWorker) segments(s *sender, to *underlay.Dest, prefix, pkt []byte, h offload.VnetHdr, tos byte) bool {
+func (w *txWorker) segments(t *target, s *sender, to *underlay.Dest, prefix, pkt []byte, h offload.VnetHdr, tos byte) bool {
 	segs, err := w.split.SplitBehind(prefix, pkt, h)
 	if errors.Is(err, offload.ErrArenaFull) {
 		// The headers of earlier super-packets fill the arena: send those, keep this one.
@@ -221,8 +229,11 @@ func (w *txWorker) segments(s *sender, to *underlay.Dest, prefix, pkt []byte, h 
 		segs, err = w.split.SplitBehind(prefix, pkt, h)
 	}
 	if err != nil {
-		w.e.drop(encap.DropTxMalformed)
+		w.drop(pkt, t, encap.DropTxMalformed)
 		return false
+	}
+	if w.e.tap.On() {
+		w.tapSegments(t, s, to, tos, prefix, pkt, segs)
 	}
 	s.segments(w, to, segs, tos)
 	return true
@@ -238,7 +249,7 @@ func segmentLen(pkt []byte, in *header.Inner, h offload.VnetHdr) int {
 	return in.HeaderLen + transport + int(h.GSOSize)
 }
 
-// lookup finds the peer that a packet is for, or the reason to drop it. Beside pods, our pods reach members' hosts by their
+// lookup finds the peer that a packet is for, and the reason to drop it if there is one. Beside pods, our pods reach members' hosts by their
 // underlay addresses (the host routes those packets here); nobody else does: the tunnel's own packets would go in circles.
 func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 	dst := in.Dst
@@ -262,18 +273,18 @@ func (w *txWorker) lookup(in *header.Inner) (*target, encap.Drop) {
 	case t.local, t.endpoint == in.Src, t.endpoint == dst && !w.toHost, w.toHost && !w.fwd.isOwn(in.Src):
 		return nil, encap.DropLoop
 	case t.unreachable:
-		return nil, encap.DropPeerDown
+		return t, encap.DropPeerDown
 	case !t.endpoint.IsValid():
-		return nil, encap.DropNoPath
+		return t, encap.DropNoPath
 	}
 	return t, encap.DropNone
 }
 
 var broadcast4 = netip.AddrFrom4([4]byte{255, 255, 255, 255})
 
-// refuse counts a dropped packet and sends an ICMP error to its source.
-func (w *txWorker) refuse(pkt []byte, d encap.Drop) {
-	w.e.drop(d)
+// refuse counts a packet as dropped, as drop does, and sends an ICMP error to its source.
+func (w *txWorker) refuse(pkt []byte, t *target, d encap.Drop) {
+	w.drop(pkt, t, d)
 	switch d {
 	case encap.DropNoOwner:
 		w.icmp.answer(w.fwd, pkt, header.NetUnreachable, 0)

@@ -59,9 +59,9 @@ func (w *txWorker) resolve(t *target, in *header.Inner, s *sender, pkt []byte) {
 		s.packet(w, t.vxlan, appendQuestion(nil, w.e.cfg.VNI, q), 0)
 	}
 	if t.state.questions.Load() > askTimes {
-		w.refuse(pkt, encap.DropNoPath)
+		w.refuse(pkt, t, encap.DropNoPath)
 	} else {
-		w.e.drop(encap.DropNoPath)
+		w.drop(pkt, t, encap.DropNoPath)
 	}
 }
 

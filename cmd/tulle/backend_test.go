@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"net/netip"
 	"slices"
@@ -254,4 +255,28 @@ func (f *fixture) Reload(context.Context) (api.ReloadResult, error) {
 	}
 	return api.ReloadResult{Changed: []api.ConfigChange{{Key: "log_level", Old: "info", New: "debug"}},
 		NeedsRestart: []api.ConfigChange{{Key: "udp_port", Old: "6080", New: "6081"}}}, nil
+}
+
+func (f *fixture) LogLevel(_ context.Context, r api.LogLevelRequest) (api.LogLevel, error) {
+	return api.LogLevel{Old: "info", New: cmp.Or(r.Level, "info")}, nil
+}
+
+// echoRequest is an echo request from 10.244.1.2 to 10.244.7.3.
+var echoRequest = []byte{
+	0x45, 0, 0, 28, 0, 0, 0x40, 0, 64, 1, 0, 0, 10, 244, 1, 2, 10, 244, 7, 3,
+	8, 0, 0, 0, 0, 7, 0, 1,
+}
+
+func (f *fixture) Capture(ctx context.Context, _ api.CaptureRequest, each func(api.CaptureEvent) error) error {
+	for _, e := range []api.CaptureEvent{
+		{Time: f.born},
+		{Time: f.born, Point: "from-pods", Reason: "peer_down", Peer: nodeB, Path: "udp", Length: 28, Data: echoRequest},
+		{Time: f.born, Missed: 3},
+	} {
+		if err := each(e); err != nil {
+			return err
+		}
+	}
+	<-ctx.Done()
+	return nil
 }

@@ -84,8 +84,8 @@ func rootCommand() *cobra.Command {
 			root.AddCommand(c)
 		}
 	}
-	add("look", statusCommand(), doctorCommand(), peersCommand(), routeCommand(), pingCommand(), ipamCommand(), versionCommand())
-	add("change", keysCommand(), externalCommand(), podCommand(), forgetCommand(), leaveCommand(), reloadCommand(), cleanupCommand())
+	add("look", statusCommand(), doctorCommand(), peersCommand(), routeCommand(), pingCommand(), captureCommand(), ipamCommand(), reportCommand(), versionCommand())
+	add("change", keysCommand(), externalCommand(), podCommand(), forgetCommand(), leaveCommand(), reloadCommand(), logLevelCommand(), cleanupCommand())
 	add("run", agentCommand(), labCommand(), benchCommand())
 	argsAreUsage(root)
 	return root

@@ -142,41 +142,60 @@ func (c *Client) Reload(ctx context.Context) (ReloadResult, error) {
 	return call[ReloadResult](ctx, c, "POST", "/v1/reload", nil)
 }
 
+// LogLevel shows the level of the agent's log, or sets it until the agent restarts.
+func (c *Client) LogLevel(ctx context.Context, req LogLevelRequest) (LogLevel, error) {
+	return call[LogLevel](ctx, c, "POST", "/v1/log-level", req)
+}
+
 // call is a function because methods have no type parameters.
 func call[Resp any](ctx context.Context, c *Client, method, path string, req any) (resp Resp, err error) {
-	var body io.Reader
-	if req != nil {
-		b, err := json.Marshal(req)
-		if err != nil {
-			return resp, Errorf(CodeUsage, "%v", err)
-		}
-		body = bytes.NewReader(b)
-	}
-	r, err := http.NewRequestWithContext(ctx, method, "http://tulle"+path, body)
+	res, err := c.open(ctx, method, path, req)
 	if err != nil {
-		return resp, Errorf(CodeUsage, "%v", err)
-	}
-	res, err := c.http.Do(r)
-	if err != nil {
-		return resp, c.explain(ctx, err)
+		return resp, err
 	}
 	defer res.Body.Close()
 	raw, err := io.ReadAll(io.LimitReader(res.Body, maxResponse))
 	if err != nil {
 		return resp, c.explain(ctx, err)
 	}
-	if res.StatusCode != http.StatusOK {
-		e := new(Error)
-		if json.Unmarshal(raw, e) != nil || e.Message == "" {
-			e = Errorf(CodeFailed, "%s answered %q, which is not an agent's answer", c.socket, res.Status)
-		}
-		return resp, e
-	}
 	if err := json.Unmarshal(raw, &resp); err != nil {
 		return resp, Errorf(CodeFailed, "%s: the agent's answer cannot be read: %v", c.socket, err).
 			WithRemedy("agent and command line are of different versions: restart the agent")
 	}
 	return resp, nil
+}
+
+// open sends a request and returns the answer, or the error that it is.
+func (c *Client) open(ctx context.Context, method, path string, req any) (*http.Response, error) {
+	var body io.Reader
+	if req != nil {
+		b, err := json.Marshal(req)
+		if err != nil {
+			return nil, Errorf(CodeUsage, "%v", err)
+		}
+		body = bytes.NewReader(b)
+	}
+	r, err := http.NewRequestWithContext(ctx, method, "http://tulle"+path, body)
+	if err != nil {
+		return nil, Errorf(CodeUsage, "%v", err)
+	}
+	res, err := c.http.Do(r)
+	if err != nil {
+		return nil, c.explain(ctx, err)
+	}
+	if res.StatusCode == http.StatusOK {
+		return res, nil
+	}
+	defer res.Body.Close()
+	raw, err := io.ReadAll(io.LimitReader(res.Body, maxResponse))
+	if err != nil {
+		return nil, c.explain(ctx, err)
+	}
+	e := new(Error)
+	if json.Unmarshal(raw, e) != nil || e.Message == "" {
+		e = Errorf(CodeFailed, "%s answered %q, which is not an agent's answer", c.socket, res.Status)
+	}
+	return nil, e
 }
 
 // explain turns a connection failure into one line with its remedy.

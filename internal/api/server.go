@@ -81,6 +81,8 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	post(s, "POST /v1/keys/remove", KeyRequest.validateID, b.KeyRemove)
 
 	get(s, "POST /v1/reload", b.Reload)
+	post(s, "POST /v1/log-level", LogLevelRequest.validate, b.LogLevel)
+	s.mux.HandleFunc("POST /v1/capture", s.capture)
 
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fail(w, Errorf(CodeNotFound, "this agent does not know %s %s", r.Method, r.URL.Path).

@@ -110,6 +110,22 @@ func (e *echo) Reload(ctx context.Context) (ReloadResult, error) {
 	return ReloadResult{Changed: []ConfigChange{{Key: "mtu", Old: "1", New: "2"}}}, e.do(ctx, nil)
 }
 
+func (e *echo) LogLevel(ctx context.Context, r LogLevelRequest) (LogLevel, error) {
+	return LogLevel{Old: "info", New: r.Level}, e.do(ctx, r)
+}
+func (e *echo) Capture(ctx context.Context, r CaptureRequest, each func(CaptureEvent) error) error {
+	if err := e.do(ctx, r); err != nil {
+		return err
+	}
+	for i := range 3 {
+		if err := each(CaptureEvent{Time: when, Point: "to-pods", Length: i, Data: []byte{0x45}}); err != nil {
+			return err
+		}
+	}
+	<-ctx.Done() // until the caller has enough
+	return nil
+}
+
 var quiet = slog.New(slog.DiscardHandler)
 
 // start serves b on a socket of its own until the test ends.
@@ -151,8 +167,12 @@ func TestEveryVerb(t *testing.T) {
 		"Free":     FreeRequest{ID: "pod/eth0"}, "Forget": ForgetRequest{Node: "node-b", Force: true},
 		"ExternalAdd": ExternalRequest{Prefix: prefix, Endpoint: netip.MustParseAddr("192.0.2.9"), Encapsulation: "ipip"}, "ExternalRemove": netip.MustParsePrefix("fd00::/64"),
 		"KeyInstall": KeyRequest{Key: []byte(strings.Repeat("k", KeySize))}, "KeyUse": KeyRequest{ID: "k1"}, "KeyRemove": KeyRequest{ID: "k1"},
+		"LogLevel": LogLevelRequest{Level: "debug"},
 	}
 	for m := range verbs.Methods() {
+		if m.Name == "Capture" { // it streams: TestCapture
+			continue
+		}
 		t.Run(m.Name, func(t *testing.T) {
 			in := []reflect.Value{reflect.ValueOf(ctx)}
 			if m.Type.NumIn() == 2 {
@@ -173,6 +193,41 @@ func TestEveryVerb(t *testing.T) {
 				t.Errorf("got  %s\nwant %s", got, want)
 			}
 		})
+	}
+}
+
+// A capture streams until its caller has enough.
+func TestCapture(t *testing.T) {
+	e := new(echo)
+	c := start(t, e)
+	req := CaptureRequest{Drops: true, Points: []string{"to-pods"}, Peer: "node-b", Pod: addr, Program: []BPFInstruction{{Op: 6, K: 1}}, Snap: 96, Rate: 7}
+	enough := errors.New("enough")
+	var got []CaptureEvent
+	err := c.Capture(t.Context(), req, func(e CaptureEvent) error {
+		if got = append(got, e); len(got) == 3 {
+			return enough
+		}
+		return nil
+	})
+	if !errors.Is(err, enough) || !reflect.DeepEqual(e.got, req) {
+		t.Errorf("%v; the backend got %+v, sent was %+v", err, e.got, req)
+	}
+	want := CaptureEvent{Time: when, Point: "to-pods", Length: 2, Data: []byte{0x45}}
+	if !reflect.DeepEqual(got[2], want) {
+		t.Errorf("got %+v, want %+v", got[2], want)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	if err := c.Capture(ctx, req, func(CaptureEvent) error { cancel(); return nil }); err != nil {
+		t.Errorf("cancelled: %v", err)
+	}
+	e.fail = func(context.Context) error { return Errorf(CodeRefused, "four captures run already") }
+	if err := c.Capture(t.Context(), req, nil); CodeOf(err) != CodeRefused {
+		t.Errorf("refused: %v", err)
+	}
+	for _, bad := range []CaptureRequest{{Snap: -1}, {Snap: 1 << 20}, {Rate: -1}, {Rate: 1 << 30}, {Program: make([]BPFInstruction, MaxInstructions+1)}, {Peer: "a\x00b"}} {
+		if err := c.Capture(t.Context(), bad, nil); CodeOf(err) != CodeUsage {
+			t.Errorf("%.80v: %v", bad, err)
+		}
 	}
 }
 

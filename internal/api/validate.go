@@ -10,6 +10,9 @@ import (
 // encapsulations that an external peer may have.
 var encapsulations = []string{"udp", "ipip", "vxlan", "direct"}
 
+// LogLevels are the levels of the log, from the most talkative.
+var LogLevels = []string{"debug", "info", "warn", "error"}
+
 func usage(format string, args ...any) error { return Errorf(CodeUsage, format, args...) }
 
 // checkText refuses text that is empty (unless optional), too long, or has characters that garble a terminal or a log.
@@ -30,6 +33,13 @@ func (r PingRequest) validate() error {
 		return usage("count %d: the limits are 1 and %d", r.Count, MaxPingCount)
 	}
 	return checkText("node", r.Node, MaxNameLen, false)
+}
+
+func (r LogLevelRequest) validate() error {
+	if r.Level != "" && !slices.Contains(LogLevels, r.Level) {
+		return usage("log level %q: want one of %s", r.Level, strings.Join(LogLevels, ", "))
+	}
+	return nil
 }
 
 func (r ReleaseRequest) validate() error {

@@ -34,6 +34,11 @@ type Backend interface {
 	KeyRemove(ctx context.Context, req KeyRequest) (KeyResult, error)
 
 	Reload(ctx context.Context) (ReloadResult, error)
+	LogLevel(ctx context.Context, req LogLevelRequest) (LogLevel, error)
+
+	// Capture calls each with packets until ctx ends or each returns an error. It calls each once at the start, with an
+	// event without a packet, and again now and then while there is no packet.
+	Capture(ctx context.Context, req CaptureRequest, each func(CaptureEvent) error) error
 }
 
 // Kinds of destination in a RouteAnswer.
@@ -285,6 +290,17 @@ type KeyFailure struct {
 type ReloadResult struct {
 	Changed      []ConfigChange `json:"changed"`
 	NeedsRestart []ConfigChange `json:"needs_restart"`
+}
+
+// LogLevelRequest sets the level of the log until the agent restarts; "" only asks for it.
+type LogLevelRequest struct {
+	Level string `json:"level,omitempty"` // debug, info, warn or error
+}
+
+// LogLevel has the level of the log before and after the request.
+type LogLevel struct {
+	Old string `json:"old"`
+	New string `json:"new"`
 }
 
 // ConfigChange is a key whose value in the file differs from the running one.

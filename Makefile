@@ -3,7 +3,7 @@
 GO ?= go
 
 # What the tests use beside Go and the kernel; see docs/development.md for what each is for.
-PACKAGES = tshark tcpdump ethtool iperf3 sockperf iproute2 nftables iptables debootstrap systemd-container dbus procps containerd docker.io busybox-static
+PACKAGES = tshark tcpdump ethtool iperf3 sockperf iproute2 nftables iptables debootstrap systemd-container dbus procps containerd docker.io busybox-static containernetworking-plugins
 
 .PHONY: build demo test deps lint unit race fuzz simulate interop bench clean
 

@@ -63,7 +63,7 @@ type podAdded struct {
 
 func podAdd(c *client) *cobra.Command {
 	var f podFlags
-	var netns string
+	var netns, bridge string
 	var fresh bool
 	var ips []string
 	cmd := &cobra.Command{
@@ -84,7 +84,7 @@ func podAdd(c *client) *cobra.Command {
 			if fresh && netns != "" {
 				return podAdded{}, usagef("--new makes a network namespace, --netns names one: give one of them")
 			}
-			r := attach.Request{Socket: c.socket, ID: id, Name: args[0]}
+			r := attach.Request{Socket: c.socket, ID: id, Name: args[0], Bridge: bridge}
 			if r.Netns, err = filepath.Abs(cmp.Or(netns, attach.NetnsPath(args[0]))); err != nil {
 				return podAdded{}, err
 			}
@@ -104,6 +104,7 @@ func podAdd(c *client) *cobra.Command {
 	f.add(cmd)
 	cmd.Flags().StringVar(&netns, "netns", "", "`PATH` of the network namespace (default: /run/netns/NAME)")
 	cmd.Flags().BoolVar(&fresh, "new", false, "make the network namespace /run/netns/NAME; pod del removes it")
+	cmd.Flags().StringVar(&bridge, "bridge", "", "put the pod behind the bridge of this `NAME` on this host, which is made if it is not there")
 	cmd.Flags().StringArrayVar(&ips, "ip", nil, "`ADDR`ess to have, free and in this node's blocks; one a family")
 	return cmd
 }

@@ -80,7 +80,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		serve(a.serveMetrics)
 	}
 	// What an agent that was killed has left must not be there before this one is ready.
-	a.conflist = &conflist.Publisher{Dir: cfg.CNIDir, BinDir: cfg.CNIBinDir}
+	a.conflist = &conflist.Publisher{Dir: cfg.CNIDir, BinDir: cfg.CNIBinDir, Bridge: cfg.CNIBridge}
 	if cfg.Socket != api.DefaultSocket {
 		a.conflist.Socket = cfg.Socket
 	}

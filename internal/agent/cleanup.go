@@ -19,7 +19,7 @@ import (
 )
 
 // Cleanup removes what a stopped agent left in this host's network: the TUN device, routes and addresses with our mark, the
-// nft tables, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
+// nft tables, bridges without pods, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
 // agent runs. The state directory stays, so the node keeps its address space (see Leave).
 func Cleanup(ctx context.Context, cfg config.Config) error {
 	if err := checkCapabilities("tulle cleanup"); err != nil {
@@ -39,7 +39,7 @@ func Cleanup(ctx context.Context, cfg config.Config) error {
 	}
 	pods, podErr := podnet.Open("")
 	if podErr == nil {
-		podErr = errors.Join(pods.RemoveAllChecks(), pods.Close())
+		podErr = errors.Join(pods.RemoveAllChecks(), pods.RemoveBridges(), pods.Close())
 	}
 	err = errors.Join(err, podErr)
 	if dev != nil {

@@ -30,6 +30,7 @@ type Request struct {
 	Requested []netip.Addr     // at most one of each family; empty: any
 	From      string           // an ID that holds the addresses until now (api.AllocateRequest)
 	MAC       net.HardwareAddr // nil: any
+	Bridge    string           // of this host, which the pod is to be behind; empty: none
 }
 
 // Result is what was made.
@@ -59,11 +60,12 @@ func Add(ctx context.Context, r Request) (res Result, err error) {
 		return res, err
 	}
 	var addrs []netip.Addr
+	var blocks []netip.Prefix
 	for _, a := range res.Allocation.Addresses {
-		addrs = append(addrs, a.Address)
+		addrs, blocks = append(addrs, a.Address), append(blocks, a.Block)
 	}
 	cfg := podnet.Config{
-		ID: id, Netns: r.Netns, Addresses: addrs, MTU: res.Allocation.MTU, MAC: r.MAC,
+		ID: id, Netns: r.Netns, Addresses: addrs, MTU: res.Allocation.MTU, MAC: r.MAC, Bridge: r.Bridge, OnLink: blocks,
 		GSOMaxSize: res.Allocation.GSOMaxSize, GSOMaxSegs: res.Allocation.GSOMaxSegs,
 	}
 	if r.Netns != "" {

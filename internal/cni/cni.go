@@ -58,7 +58,7 @@ func add(args *skel.CmdArgs) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	res, err := attach.Add(ctx, attach.Request{
-		Socket: conf.Socket, ID: conf.id(args), Name: conf.name, Netns: args.Netns, Requested: conf.requested,
+		Socket: conf.Socket, ID: conf.id(args), Name: conf.name, Netns: args.Netns, Requested: conf.requested, Bridge: conf.Bridge,
 	})
 	if err != nil {
 		return coded(err)
@@ -70,17 +70,17 @@ func add(args *skel.CmdArgs) error {
 	return nil
 }
 
-// result is the interface as the specification describes it: the host's end, the container's end, addresses and routes.
+// result is the interface as the specification describes it: the bridge if there is one, the host's end, the container's end,
+// addresses and routes.
 func (c *config) result(args *skel.CmdArgs, a *podnet.Attachment) *current.Result {
-	container := 1
-	r := &current.Result{
-		CNIVersion: current.ImplementedSpecVersion,
-		Interfaces: []*current.Interface{
-			{Name: a.HostInterface, Mac: a.HostMAC.String(), Mtu: a.MTU},
-			{Name: args.IfName, Mac: a.MAC.String(), Mtu: a.MTU, Sandbox: args.Netns},
-		},
-		DNS: c.DNS,
+	r := &current.Result{CNIVersion: current.ImplementedSpecVersion, DNS: c.DNS}
+	if a.Bridge != "" {
+		r.Interfaces = append(r.Interfaces, &current.Interface{Name: a.Bridge, Mac: podnet.HostMAC.String()})
 	}
+	r.Interfaces = append(r.Interfaces,
+		&current.Interface{Name: a.HostInterface, Mac: a.HostMAC.String(), Mtu: a.MTU},
+		&current.Interface{Name: args.IfName, Mac: a.MAC.String(), Mtu: a.MTU, Sandbox: args.Netns})
+	container := len(r.Interfaces) - 1
 	for _, addr := range a.Addresses {
 		gw := net.IP(podnet.Gateway(addr).AsSlice())
 		zero := net.IPNet{IP: make(net.IP, addr.BitLen()/8), Mask: net.CIDRMask(0, addr.BitLen())}
@@ -123,7 +123,7 @@ func check(args *skel.CmdArgs) error {
 		return coded(err)
 	}
 	defer host.Close()
-	err = host.Check(podnet.Config{ID: id.String(), Netns: args.Netns, Interface: args.IfName, Addresses: want})
+	err = host.Check(podnet.Config{ID: id.String(), Netns: args.Netns, Interface: args.IfName, Addresses: want, Bridge: conf.Bridge})
 	if err != nil {
 		return coded(err)
 	}

@@ -16,6 +16,7 @@ import (
 type config struct {
 	types.PluginConf
 	Socket        string `json:"socket"` // the agent's; empty means api.DefaultSocket
+	Bridge        string `json:"bridge"` // of the host, which containers are behind; empty: each has a link of its own
 	RuntimeConfig struct {
 		IPs []string `json:"ips"` // capability "ips"
 	} `json:"runtimeConfig"`

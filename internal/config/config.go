@@ -55,6 +55,7 @@ type Config struct {
 	NoMasquerade  []netip.Prefix // outside networks that see pods' own addresses; sorted, each once
 	CNIDir        string         // where container engines look for networks; empty: not published
 	CNIBinDir     string         // their plugins; empty: not looked at
+	CNIBridge     string         // on the host, which pods of these engines are behind; empty: none
 	DockerSocket  string         // of the driver for Docker; empty: not served
 	StateDir      string
 	Socket        string

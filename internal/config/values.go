@@ -258,6 +258,14 @@ const (
 // parseIfname takes the name of an interface.
 func parseIfname(s string) (string, error) { return s, checkIfname(s, maxIfname) }
 
+// parseBridge takes the name of a bridge, or nothing.
+func parseBridge(s string) (string, error) {
+	if s == "" {
+		return "", nil
+	}
+	return parseIfname(s)
+}
+
 // checkIfname holds the kernel's rules (dev_valid_name) and refuses "%", which the kernel would fill in with a number.
 func checkIfname(s string, most int) error {
 	if s == "" || len(s) > most || s == "." || s == ".." || strings.ContainsAny(s, "/:% \t\n\v\f\r") {

@@ -42,7 +42,9 @@ func (h *Host) Add(ctx context.Context, c Config) (Attachment, error) {
 // makeVeth makes the pair, both ends down.
 func (h *Host) makeVeth(c *Config) error {
 	v := &netlink.Veth{LinkAttrs: sys.LinkAttrs(c.HostInterface), PeerName: peerName(c), PeerTxQLen: -1, PeerHardwareAddr: c.MAC}
-	v.MTU, v.HardwareAddr = c.MTU, HostMAC
+	if v.MTU = c.MTU; c.Bridge == "" {
+		v.HardwareAddr = HostMAC
+	}
 	v.GSOMaxSize, v.GSOMaxSegs, v.GSOIPv4MaxSize = uint32(c.GSOMaxSize), uint32(c.GSOMaxSegs), uint32(c.GSOMaxSize)
 	if c.Netns != "" {
 		ns, err := os.Open(c.Netns)
@@ -90,8 +92,12 @@ func peerName(c *Config) string {
 }
 
 func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
-	if err := h.installChecks(c.HostInterface, c.Addresses); err != nil {
-		return Attachment{}, err
+	a := Attachment{
+		ID: c.ID, HostInterface: c.HostInterface, PodInterface: peerName(c), MAC: c.MAC, HostMAC: HostMAC, Bridge: c.Bridge,
+		Addresses: c.Addresses, MTU: c.MTU,
+	}
+	if err := h.installChecks(&a); err != nil {
+		return a, err
 	}
 	link, err := h.nl.LinkByName(c.HostInterface)
 	if err != nil {
@@ -111,10 +117,7 @@ func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
 	if err != nil {
 		return Attachment{}, fmt.Errorf("podnet: find the pod's end %s: %w", peerName(c), err)
 	}
-	a := Attachment{
-		ID: c.ID, HostInterface: c.HostInterface, HostMAC: HostMAC, Addresses: c.Addresses, MTU: c.MTU,
-		PodInterface: peerName(c), MAC: peer.Attrs().HardwareAddr,
-	}
+	a.MAC, a.HostMAC = peer.Attrs().HardwareAddr, link.Attrs().HardwareAddr
 	if err := h.hostSide(ctx, c, &a); err != nil {
 		return a, fmt.Errorf("podnet: the host's end: %w", err)
 	}
@@ -124,10 +127,21 @@ func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
 	if err := podSide(ctx, pod, c); err != nil {
 		return a, fmt.Errorf("podnet: the pod's end: %w", err)
 	}
-	return a, errors.Join(pod.WaitUp(ctx, c.Interface), h.nl.WaitUp(ctx, c.HostInterface))
+	up := []string{c.HostInterface}
+	if c.Bridge != "" {
+		up = append(up, c.Bridge)
+	}
+	return a, errors.Join(pod.WaitUp(ctx, c.Interface), h.nl.WaitUp(ctx, up...))
 }
 
 func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
+	if c.Bridge != "" {
+		if err := h.behindBridge(ctx, a); err != nil {
+			return err
+		}
+		_, err := h.nl.LinkUp(c.HostInterface)
+		return err
+	}
 	err := h.do(func() error {
 		return sys.SetSysctls(sys.NoDAD(c.HostInterface),
 			[2]string{"ipv4/conf/" + c.HostInterface + "/forwarding", "1"}, [2]string{"ipv6/conf/" + c.HostInterface + "/forwarding", "1"},
@@ -146,7 +160,15 @@ func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
 // hostAddresses gives the host's end its addresses, neighbours and routes, and puts back those that are missing.
 func (h *Host) hostAddresses(ctx context.Context, link netlink.Link, a *Attachment) error {
 	// Below an MTU of 1,280 bytes, as of a pod that has IPv4 alone on a narrow underlay, there is no IPv6.
-	if slices.ContainsFunc(a.Addresses, netip.Addr.Is6) {
+	if err := h.gatewayAddresses(ctx, link, slices.ContainsFunc(a.Addresses, netip.Addr.Is6)); err != nil {
+		return err
+	}
+	return h.hostRoutes(link, a)
+}
+
+// gatewayAddresses makes link the pods' next hop.
+func (h *Host) gatewayAddresses(ctx context.Context, link netlink.Link, six bool) error {
+	if six {
 		if err := h.nl.AddAddress(ctx, link, netip.PrefixFrom(Gateway6, 64)); err != nil {
 			return err
 		}
@@ -156,15 +178,19 @@ func (h *Host) hostAddresses(ctx context.Context, link netlink.Link, a *Attachme
 	if err := h.nl.AddrAdd(link, v4); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("add address %v: %w", Gateway4, err)
 	}
+	return nil
+}
+
+// hostRoutes leads to the pod by link: its own, or the bridge.
+func (h *Host) hostRoutes(link netlink.Link, a *Attachment) error {
 	for _, addr := range a.Addresses {
 		if a.MAC != nil {
 			if err := h.nl.NeighSet(sys.PermanentNeighbour(link, addr, a.MAC)); err != nil {
 				return fmt.Errorf("neighbour %v: %w", addr, err)
 			}
 		}
-		r := &netlink.Route{
-			LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC, Scope: netlink.SCOPE_LINK, Dst: sys.IPNet(sys.HostPrefix(addr)),
-		}
+		// Of scope universe: with scope link and route_localnet (which portmap sets), the kernel would take Gateway4 as the source.
+		r := &netlink.Route{LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC, Dst: sys.IPNet(sys.HostPrefix(addr))}
 		if err := h.nl.RouteReplace(r); err != nil {
 			return fmt.Errorf("route to %v: %w", addr, err)
 		}
@@ -177,6 +203,9 @@ func podSide(ctx context.Context, pod *sys.Netlink, c *Config) error {
 	if slices.ContainsFunc(c.Addresses, netip.Addr.Is6) {
 		settings = append(settings, [2]string{"ipv6/conf/" + c.Interface + "/disable_ipv6", "0"}) // engines disable it by default
 	}
+	if c.Bridge != "" {
+		settings = append(settings, [2]string{"ipv6/conf/" + c.Interface + "/addr_gen_mode", "0"}) // the one that the checks let pass
+	}
 	err := sys.WithNetns(c.Netns, func() error { return sys.SetSysctls(settings...) })
 	if err != nil {
 		return err
@@ -187,6 +216,14 @@ func podSide(ctx context.Context, pod *sys.Netlink, c *Config) error {
 	link, err := pod.LinkUp(c.Interface)
 	if err != nil {
 		return err
+	}
+	for _, p := range c.OnLink {
+		if c.Bridge != "" && p.Addr().Is4() {
+			r := &netlink.Route{LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC, Scope: netlink.SCOPE_LINK, Dst: sys.IPNet(p.Masked())}
+			if err := pod.RouteReplace(r); err != nil {
+				return fmt.Errorf("route to %v: %w", p, err)
+			}
+		}
 	}
 	for _, a := range c.Addresses {
 		if err := pod.AddAddress(ctx, link, sys.HostPrefix(a)); err != nil {
@@ -215,6 +252,7 @@ func (h *Host) Remove(hostInterface string) error {
 
 func (h *Host) remove(hostInterface string) error {
 	link, err := h.nl.LinkByName(hostInterface)
+	routed := false // routes go with their link
 	switch {
 	case errors.As(err, &netlink.LinkNotFoundError{}):
 	case err != nil:
@@ -223,6 +261,13 @@ func (h *Host) remove(hostInterface string) error {
 		// It goes with its peer, whose namespace may be going at this moment.
 		if err := h.nl.LinkDel(link); err != nil && !errors.Is(err, unix.ENODEV) {
 			return fmt.Errorf("podnet: remove %s: %w", hostInterface, err)
+		}
+		a, ours := attachmentOf(link)
+		routed = ours && a.Bridge == ""
+	}
+	if !routed {
+		if err := h.sweepBridges(); err != nil {
+			return err
 		}
 	}
 	return h.removeChecks(hostInterface)

@@ -26,8 +26,11 @@ func (h *Host) Check(c Config) error {
 		return fmt.Errorf("podnet: the host's end %s: %w", c.HostInterface, err)
 	}
 	a, ours := attachmentOf(link)
-	if !ours || !slices.Equal(a.Addresses, c.Addresses) {
-		miss("the host's end %s is that of %v, not of %v", c.HostInterface, a.Addresses, c.Addresses)
+	if !ours || !slices.Equal(a.Addresses, c.Addresses) || a.Bridge != c.Bridge {
+		miss("the host's end %s is that of %v %s, not of %v %s", c.HostInterface, a.Addresses, a.Bridge, c.Addresses, c.Bridge)
+	}
+	if link, err = h.behind(link, &a); err != nil {
+		return err
 	}
 	conn, err := h.nft()
 	if err != nil {
@@ -39,7 +42,7 @@ func (h *Host) Check(c Config) error {
 	}
 	ok := false
 	if chain := have[c.HostInterface]; chain != nil {
-		ok, _, err = checked(conn, chain, c.Addresses)
+		ok, _, err = checked(conn, chain, &a)
 		errs = append(errs, err)
 	}
 	if !ok {
@@ -49,7 +52,7 @@ func (h *Host) Check(c Config) error {
 		if yes, err := hasRoute(h.nl, link, sys.HostPrefix(addr).String()); err != nil {
 			errs = append(errs, err)
 		} else if !yes {
-			miss("the host has no route to %v over %s", addr, c.HostInterface)
+			miss("the host has no route to %v over %s", addr, link.Attrs().Name)
 		}
 	}
 	if c.Netns != "" {

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"net/netip"
 	"slices"
 
 	"github.com/google/nftables"
@@ -34,7 +33,8 @@ func (h *Host) nft() (*nftables.Conn, error) {
 }
 
 // installChecks makes a pod's chain as it should be, in one transaction: no packet meets half of it.
-func (h *Host) installChecks(device string, addrs []netip.Addr) error {
+func (h *Host) installChecks(a *Attachment) error {
+	device := a.HostInterface
 	c, err := h.nft()
 	if err != nil {
 		return err
@@ -49,7 +49,7 @@ func (h *Host) installChecks(device string, addrs []netip.Addr) error {
 		Policy: &accept, Device: device,
 	})
 	c.FlushChain(chain)
-	for _, r := range podRules(addrs) {
+	for _, r := range podRules(a) {
 		c.AddRule(&nftables.Rule{Table: table, Chain: chain, Exprs: r.exprs, UserData: r.comment()})
 	}
 	if err := c.Flush(); err != nil {
@@ -101,7 +101,7 @@ func chains(c *nftables.Conn) (map[string]*nftables.Chain, error) {
 }
 
 // checked reads a pod's chain: whether it is as it should be, and what it has dropped.
-func checked(c *nftables.Conn, chain *nftables.Chain, addrs []netip.Addr) (ok bool, dropped uint64, err error) {
+func checked(c *nftables.Conn, chain *nftables.Chain, a *Attachment) (ok bool, dropped uint64, err error) {
 	rules, err := c.GetRules(table, chain)
 	if err != nil {
 		return false, 0, fmt.Errorf("podnet: read the source checks of %s: %w", chain.Name, err)
@@ -114,7 +114,7 @@ func checked(c *nftables.Conn, chain *nftables.Chain, addrs []netip.Addr) (ok bo
 		}
 	}
 	same := func(have *nftables.Rule, want rule) bool { return string(have.UserData) == string(want.comment()) }
-	return chain.Hooknum != nil && slices.EqualFunc(rules, podRules(addrs), same), dropped, nil
+	return chain.Hooknum != nil && slices.EqualFunc(rules, podRules(a), same), dropped, nil
 }
 
 // List gives the pods of this host that are wired, by the name of the host's end.
@@ -135,7 +135,7 @@ func (h *Host) List() ([]Attachment, error) {
 	for _, name := range slices.Sorted(maps.Keys(pods)) {
 		a := pods[name]
 		if chain := have[name]; chain != nil {
-			if _, a.Dropped, err = checked(c, chain, a.Addresses); err != nil && h.Exists(name) {
+			if _, a.Dropped, err = checked(c, chain, &a); err != nil && h.Exists(name) {
 				return nil, err
 			}
 		}

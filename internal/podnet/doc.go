@@ -8,11 +8,17 @@
 // Every pod has a link of its own, so there is no segment that pods share, and no ARP and no neighbour discovery between
 // them. The next hop is the same for all pods, and both ends know each other by permanent neighbour entries.
 //
+// # Behind a bridge
+//
+// With [Config.Bridge], pods' links are ports of a bridge of the host, which then has the next hops' addresses and the routes.
+// Pods share broadcast, multicast and link-local addresses; IPv4 goes from pod to pod directly, IPv6 by the host. The bridge
+// learns nothing: it knows each port's MAC, and sends a port no other pod's packets.
+//
 // # Source checks
 //
 // A pod may hold CAP_NET_ADMIN and CAP_NET_RAW. What it sends meets, before anything else on the host looks at it, a chain
 // of its own in the nftables table `netdev tulle-pods`: only packets from the pod's addresses pass, and only ARP and
-// neighbour discovery for them. The rest is counted by reason ([Drops]) and dropped.
+// neighbour discovery for them. Behind a bridge its MAC, and the link-local address that follows from it, are part of that. The rest is counted by reason ([Drops]) and dropped.
 //
 // # What is kept where
 //

@@ -57,19 +57,24 @@ type world struct {
 	hostPath string
 	host     *Host
 	a, b     Config
+	bridge   string // that pods are put behind
 }
 
 var (
 	hostAddrs = addrs("192.0.2.1", "2001:db8::1")
 	alice     = addrs("10.244.0.3", "fd00:244::3")
 	bob       = addrs("10.244.0.4", "fd00:244::4")
+	blocks    = []netip.Prefix{netip.MustParsePrefix("10.244.0.0/24"), netip.MustParsePrefix("fd00:244::/64")}
 )
 
-func newWorld(t testing.TB) *world {
+func newWorld(t testing.TB) *world { return newWorldBehind(t, "") }
+
+// newWorldBehind is a world whose pods are behind this bridge.
+func newWorldBehind(t testing.TB, bridge string) *world {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
-	w := &world{t: t, ctx: ctx, hostPath: namespace(t)}
+	w := &world{t: t, ctx: ctx, hostPath: namespace(t), bridge: bridge}
 	check(t, sys.WithNetns(w.hostPath, func() error {
 		return sys.SetSysctls([2]string{"ipv4/ip_forward", "1"}, [2]string{"ipv6/conf/all/forwarding", "1"})
 	}))
@@ -98,7 +103,10 @@ func newWorld(t testing.TB) *world {
 // add makes a pod.
 func (w *world) add(name string, addrs []netip.Addr) Config {
 	w.t.Helper()
-	c := Config{ID: "test/" + name, Netns: namespace(w.t), Interface: "eth0", Addresses: addrs, MTU: 1400}
+	c := Config{ID: "test/" + name, Netns: namespace(w.t), Interface: "eth0", Addresses: addrs, MTU: 1400, Bridge: w.bridge}
+	if w.bridge != "" {
+		c.OnLink = blocks
+	}
 	_, err := w.host.Add(w.ctx, c)
 	check(w.t, err)
 	c.HostInterface = InterfaceName(c.ID)

@@ -60,8 +60,13 @@ type Config struct {
 	MTU int
 	// GSOMaxSize and GSOMaxSegs bound the super-packets that the pod may send, in bytes and segments; 0 leaves the kernel's.
 	GSOMaxSize, GSOMaxSegs int
-	// MAC of the pod's end; nil lets the kernel choose.
+	// MAC of the pod's end; nil lets the kernel choose, or behind a bridge derives it from the first address.
 	MAC net.HardwareAddr
+	// Bridge names the bridge of this host that the pod is behind; empty means a link of its own.
+	Bridge string
+	// OnLink are prefixes whose IPv4 addresses the pod looks for on the bridge. The host answers for those that are elsewhere; for
+	// IPv6 no kernel does that, so there the host is the next hop of all packets.
+	OnLink []netip.Prefix
 }
 
 // Bounds of an interface's MTU in bytes: RFC 791, RFC 8200 §5, and the kernel's for veth.
@@ -86,8 +91,16 @@ func (c Config) validate() (Config, error) {
 			return c, err
 		}
 	}
+	if c.Bridge != "" {
+		if err := c.validateBridge(); err != nil {
+			return c, err
+		}
+	}
 	if len(c.Addresses) == 0 || len(c.Addresses) > 2 || len(c.Addresses) == 2 && c.Addresses[0].Is4() == c.Addresses[1].Is4() {
 		return c, fmt.Errorf("podnet: addresses %v: want one, or one of each family", c.Addresses)
+	}
+	if c.Bridge != "" && c.MAC == nil {
+		c.MAC = macOf(c.Addresses[0])
 	}
 	least := minMTU4
 	for _, a := range c.Addresses {
@@ -120,8 +133,9 @@ type Attachment struct {
 	ID            string
 	HostInterface string           // the host's end
 	PodInterface  string           // the pod's end: in the pod, or in the host's namespace where it was handed over. Only Add knows it
-	MAC           net.HardwareAddr // of the pod's end. Only Add knows it
-	HostMAC       net.HardwareAddr
+	MAC           net.HardwareAddr // of the pod's end. Only Add knows it, but behind a bridge
+	HostMAC       net.HardwareAddr // of the pod's next hop
+	Bridge        string           // that the pod is behind; empty: none
 	Addresses     []netip.Addr
 	MTU           int
 	Dropped       uint64 // packets that the source checks dropped
@@ -168,7 +182,8 @@ func (h *Host) do(f func() error) error {
 	return sys.WithNetnsFD(int(h.ns.Fd()), f)
 }
 
-// A link's alias: the mark, the addresses with commas between them, the ID. The kernel takes 255 bytes (IFALIASZ).
+// A link's alias: the mark; the addresses with commas between them, and behind a bridge "@", its name, "/", and the MAC of the
+// pod's end; the ID. The kernel takes 255 bytes (IFALIASZ).
 const (
 	aliasMark = "tulle-pod"
 	maxAlias  = 255
@@ -179,24 +194,38 @@ func aliasOf(c *Config) string {
 	for i, a := range c.Addresses {
 		texts[i] = a.String()
 	}
-	return aliasMark + " " + strings.Join(texts, ",") + " " + c.ID
+	list := strings.Join(texts, ",")
+	if c.Bridge != "" {
+		list += "@" + c.Bridge + "/" + c.MAC.String()
+	}
+	return aliasMark + " " + list + " " + c.ID
 }
 
 // parseAlias reads what aliasOf wrote. Others' aliases, and damaged ones, are not ours.
-func parseAlias(s string) (addrs []netip.Addr, id string, ours bool) {
+func parseAlias(s string) (a Attachment, ours bool) {
 	rest, ours := strings.CutPrefix(s, aliasMark+" ")
 	list, id, ok := strings.Cut(rest, " ")
 	if !ours || !ok || id == "" {
-		return nil, "", false
+		return Attachment{}, false
+	}
+	a.ID = id
+	list, port, behind := strings.Cut(list, "@")
+	if behind {
+		bridge, mac, _ := strings.Cut(port, "/")
+		m, err := net.ParseMAC(mac)
+		if err != nil || len(m) != len(HostMAC) || checkInterface(bridge) != nil {
+			return Attachment{}, false
+		}
+		a.Bridge, a.MAC = bridge, m
 	}
 	for text := range strings.SplitSeq(list, ",") {
-		a, err := netip.ParseAddr(text)
+		addr, err := netip.ParseAddr(text)
 		if err != nil {
-			return nil, "", false
+			return Attachment{}, false
 		}
-		addrs = append(addrs, a)
+		a.Addresses = append(a.Addresses, addr)
 	}
-	return addrs, id, true
+	return a, true
 }
 
 // attachments lists the links that carry our mark, by the name of the host's end.
@@ -216,9 +245,10 @@ func (h *Host) attachments() (map[string]Attachment, error) {
 
 func attachmentOf(l netlink.Link) (Attachment, bool) {
 	at := l.Attrs()
-	addrs, id, ours := parseAlias(at.Alias)
+	a, ours := parseAlias(at.Alias)
 	if !ours || l.Type() != "veth" {
 		return Attachment{}, false
 	}
-	return Attachment{ID: id, HostInterface: at.Name, HostMAC: at.HardwareAddr, Addresses: addrs, MTU: at.MTU}, true
+	a.HostInterface, a.HostMAC, a.MTU = at.Name, HostMAC, at.MTU
+	return a, true
 }

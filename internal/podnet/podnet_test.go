@@ -1,6 +1,7 @@
 package podnet
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -228,13 +229,18 @@ func TestReconcile(t *testing.T) {
 }
 
 func TestAlias(t *testing.T) {
-	c := Config{ID: "cni/tulle/c0ffee/eth0", Addresses: bob}
-	a, id, ours := parseAlias(aliasOf(&c))
-	if !ours || !slices.Equal(a, bob) || id != c.ID {
-		t.Errorf("%q is read as %v, %q, %v", aliasOf(&c), a, id, ours)
+	routed := Config{ID: "cni/tulle/c0ffee/eth0", Addresses: bob}
+	bridged := routed
+	bridged.Bridge, bridged.MAC = "pods@0", macOf(bob[0])
+	for _, c := range []Config{routed, bridged} {
+		a, ours := parseAlias(aliasOf(&c))
+		if !ours || !slices.Equal(a.Addresses, bob) || a.ID != c.ID || a.Bridge != c.Bridge || a.MAC.String() != c.MAC.String() {
+			t.Errorf("%q is read as %+v, %v", aliasOf(&c), a, ours)
+		}
 	}
-	for _, bad := range []string{"", "uplink", "tulle-pod", "tulle-pod ", "tulle-pod 10.0.0.1", "tulle-pod 10.0.0.1 ", "tulle-pod 10.0.0 x", "tulle-pod  x", "xtulle-pod 10.0.0.1 x"} {
-		if _, _, ours := parseAlias(bad); ours {
+	for _, bad := range []string{"", "uplink", "tulle-pod", "tulle-pod ", "tulle-pod 10.0.0.1", "tulle-pod 10.0.0.1 ", "tulle-pod 10.0.0 x", "tulle-pod  x",
+		"xtulle-pod 10.0.0.1 x", "tulle-pod 10.0.0.1@pods x", "tulle-pod 10.0.0.1@pods/02:00 x", "tulle-pod 10.0.0.1@/02:00:00:00:00:01 x"} {
+		if _, ours := parseAlias(bad); ours {
 			t.Errorf("%q is taken for ours", bad)
 		}
 	}
@@ -279,5 +285,20 @@ func TestReconcileAmongChanges(t *testing.T) {
 	slices.Sort(want)
 	if got := w.names(); !slices.Equal(got, want) {
 		t.Errorf("left: %q, want %q", got, want)
+	}
+}
+
+// portmap lets packets from 127.0.0.0/8 out of the host's end, which makes the kernel take addresses of scope host into account: the pod
+// still sees the host under its own address, not as the gateway.
+func TestRouteLocalnet(t *testing.T) {
+	for _, bridge := range []string{"", "pods"} {
+		w := newWorldBehind(t, bridge)
+		check(t, sys.WithNetns(w.hostPath, func() error {
+			return sys.SetSysctls([2]string{"ipv4/conf/" + cmp.Or(bridge, w.a.HostInterface) + "/route_localnet", "1"})
+		}))
+		seen, err := ask(w.hostPath, echo(t, w.a.Netns, alice[0]), 5*time.Second)
+		if err != nil || seen != hostAddrs[0] {
+			t.Errorf("bridge %q: the pod sees its host as %v (%v), want %v", bridge, seen, err, hostAddrs[0])
+		}
 	}
 }

@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/google/nftables"
-	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
@@ -21,7 +20,7 @@ type flaw struct {
 	name   string     // of the host's end, and of the chain
 	pod    Attachment // zero: it is gone
 	checks bool       // they are missing, or others
-	routes bool       // at least one is missing
+	routes bool       // at least one is missing, or the pod has lost its bridge
 }
 
 // Reconcile puts back what somebody has taken from the pods of this host: source checks and routes. It removes checks of
@@ -30,6 +29,9 @@ type flaw struct {
 // What looks wrong may be a pod that is coming or going. So it looks a second time, while nobody else makes or removes pods;
 // if it cannot get there in time, it leaves everything for the next time.
 func (h *Host) Reconcile(ctx context.Context) (repaired []string, err error) {
+	if err := h.sweepBridges(); err != nil { // safe while pods come and go
+		return nil, err
+	}
 	c, err := h.nft()
 	if err != nil {
 		return nil, err
@@ -68,16 +70,21 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 	for _, name := range slices.Sorted(maps.Keys(pods)) {
 		f := flaw{name: name, pod: pods[name], checks: true}
 		if chain := have[name]; chain != nil {
-			ok, _, err := checked(c, chain, f.pod.Addresses)
+			ok, _, err := checked(c, chain, &f.pod)
 			f.checks = !ok || err != nil
 		}
 		link, err := h.nl.LinkByName(name)
 		if err != nil || link.Attrs().RawFlags&unix.IFF_UP == 0 {
 			continue // it has gone meanwhile, or nobody has finished it: DEL's affair
 		}
+		way, err := h.behind(link, &f.pod)
+		f.routes = err != nil
 		for _, addr := range f.pod.Addresses {
-			ok, err := hasRoute(h.nl, link, sys.HostPrefix(addr).String())
-			f.routes = f.routes || err != nil || !ok
+			if f.routes {
+				break
+			}
+			ok, err := hasRoute(h.nl, way, sys.HostPrefix(addr).String())
+			f.routes = err != nil || !ok
 		}
 		if f.checks || f.routes {
 			found = append(found, f)
@@ -97,14 +104,11 @@ func (h *Host) mend(ctx context.Context, f *flaw) (repaired []string, err error)
 		return nil, h.removeChecks(f.name)
 	}
 	if f.checks {
-		err = h.installChecks(f.name, f.pod.Addresses)
+		err = h.installChecks(&f.pod)
 		repaired = append(repaired, fmt.Sprintf("source checks of %s (%s)", f.name, f.pod.ID))
 	}
 	if f.routes && err == nil {
-		var link netlink.Link
-		if link, err = h.nl.LinkByName(f.name); err == nil {
-			err = h.hostAddresses(ctx, link, &f.pod)
-		}
+		err = h.lead(ctx, &f.pod)
 		repaired = append(repaired, fmt.Sprintf("routes to %v by %s (%s)", f.pod.Addresses, f.name, f.pod.ID))
 	}
 	if !h.Exists(f.name) {
@@ -114,6 +118,18 @@ func (h *Host) mend(ctx context.Context, f *flaw) (repaired []string, err error)
 		return nil, err
 	}
 	return repaired, nil
+}
+
+// lead puts back what leads from the host to a pod.
+func (h *Host) lead(ctx context.Context, a *Attachment) error {
+	if a.Bridge != "" {
+		return h.behindBridge(ctx, a)
+	}
+	link, err := h.nl.LinkByName(a.HostInterface)
+	if err != nil {
+		return fmt.Errorf("podnet: find %s: %w", a.HostInterface, err)
+	}
+	return h.hostAddresses(ctx, link, a)
 }
 
 // Exists reports whether the host has a device of this name.

@@ -30,9 +30,10 @@ func (r *rule) comment() []byte { return userdata.AppendString(nil, userdata.Typ
 // Offsets of the fields that are looked at, in bytes, and their values. IPv4: RFC 791; IPv6: RFC 8200; ARP: RFC 826 with
 // Ethernet and IPv4 addresses; neighbour discovery: RFC 4861 §4.3, §4.4.
 const (
+	etherSource                          = 6
 	ip4Source, ip6Source, ip6Destination = 12, 8, 24
 	arpFormat, arpOperation              = 0, 6 // htype, ptype, hlen, plen; then the operation
-	arpSender, arpTarget                 = 14, 24
+	arpSenderMAC, arpSender, arpTarget   = 8, 14, 24
 	icmp6Type, ndTarget                  = 0, 8
 
 	routerAdvertisement    = 134
@@ -100,44 +101,91 @@ func drop(reason string) match {
 
 var silently = match{&expr.Verdict{Kind: expr.VerdictDrop}}
 
-// podRules are what a pod with these addresses may send.
-func podRules(addrs []netip.Addr) []rule {
-	ip4, ip6, arp := protocol(unix.ETH_P_IP), protocol(unix.ETH_P_IPV6), protocol(unix.ETH_P_ARP)
-	var out []rule
-	add := func(text string, parts ...match) { out = append(out, rule{text, join(parts...)}) }
-	for _, a := range addrs {
-		own := a.AsSlice()
-		if a.Is4() {
-			from := slices.Concat(arp, network(arpFormat, arpEthernetIPv4...), network(arpSender, own...))
-			add("from "+a.String(), ip4, network(ip4Source, own...), accept)
-			add("arp reply for "+a.String(), from, network(arpOperation, 0, 2), accept)
-			add("arp request from "+a.String()+" for the gateway", from, network(arpOperation, 0, 1), network(arpTarget, Gateway4.AsSlice()...), accept)
-			add("arp announcement of "+a.String(), from, network(arpOperation, 0, 1), network(arpTarget, own...), accept)
-			continue
-		}
-		from := slices.Concat(ip6, network(ip6Source, own...))
-		add("advertisement of "+a.String(), from, icmp6(neighbourAdvertisement), transport(ndTarget, own...), accept)
-		for _, kind := range []byte{routerAdvertisement, neighbourAdvertisement, redirect} {
-			add("foreign neighbour discovery from "+a.String(), from, icmp6(kind), drop(DropNeighbour))
-		}
-		add("from "+a.String(), from, accept)
+// podRules are what a pod may send.
+func podRules(a *Attachment) []rule {
+	var r rules
+	if a.Bridge != "" {
+		r.add("not from "+a.MAC.String(), field(expr.PayloadBaseLLHeader, etherSource, expr.CmpOpNeq, a.MAC...), drop(DropSource))
 	}
-	local := slices.Concat(ip6, linkLocal(expr.PayloadBaseNetworkHeader, ip6Source))
-	gateway := Gateway6.AsSlice()
-	add("as the gateway", ip6, network(ip6Source, gateway...), drop(DropSource))
-	add("solicitation of the gateway", local, icmp6(neighbourSolicitation), transport(ndTarget, gateway...), accept)
-	add("advertisement of the gateway", ip6, icmp6(neighbourAdvertisement), transport(ndTarget, gateway...), drop(DropNeighbour))
-	add("advertisement of a link-local address", local, icmp6(neighbourAdvertisement), linkLocal(expr.PayloadBaseTransportHeader, ndTarget), accept)
+	for _, addr := range a.Addresses {
+		if addr.Is4() {
+			r.own4(addr, a)
+		} else {
+			r.own6(addr)
+		}
+	}
+	r.linkLocal6(a)
 	for _, kind := range []byte{routerAdvertisement, neighbourAdvertisement, redirect} {
-		add("foreign neighbour discovery", ip6, icmp6(kind), drop(DropNeighbour))
+		r.add("foreign neighbour discovery", isIP6, icmp6(kind), drop(DropNeighbour))
 	}
 	// What every kernel says when an interface comes up: duplicate address detection, router solicitations, MLD reports.
 	multicast := inside(expr.PayloadBaseNetworkHeader, ip6Destination, [2]byte{0xff, 0}, [2]byte{0xff, 0})
-	add("link-local multicast", local, multicast, silently)
-	add("multicast without a source", ip6, network(ip6Source, make([]byte, 16)...), multicast, silently)
-	add("foreign source", ip4, drop(DropSource))
-	add("foreign source", ip6, drop(DropSource))
-	add("foreign arp", arp, drop(DropNeighbour))
-	add("not ip", drop(DropProtocol))
-	return out
+	if a.Bridge == "" {
+		r.add("link-local multicast", fromLinkLocal, multicast, silently)
+	} else {
+		own := linkLocalOf(a.MAC)
+		from := slices.Concat(isIP6, network(ip6Source, own.AsSlice()...))
+		r.add("from "+own.String()+" to the host", from, field(expr.PayloadBaseLLHeader, 0, expr.CmpOpEq, HostMAC...), drop(DropSource))
+		r.add("from "+own.String(), from, accept)
+	}
+	r.add("multicast without a source", isIP6, network(ip6Source, make([]byte, 16)...), multicast, silently)
+	r.add("foreign source", isIP4, drop(DropSource))
+	r.add("foreign source", isIP6, drop(DropSource))
+	r.add("foreign arp", isARP, drop(DropNeighbour))
+	r.add("not ip", drop(DropProtocol))
+	return r
+}
+
+type rules []rule
+
+func (r *rules) add(text string, parts ...match) { *r = append(*r, rule{text, join(parts...)}) }
+
+var (
+	isIP4, isIP6, isARP = protocol(unix.ETH_P_IP), protocol(unix.ETH_P_IPV6), protocol(unix.ETH_P_ARP)
+	fromLinkLocal       = slices.Concat(isIP6, linkLocal(expr.PayloadBaseNetworkHeader, ip6Source))
+)
+
+// own4 is what a pod may say as one of its IPv4 addresses. Behind a bridge it may ask for its neighbours, too.
+func (r *rules) own4(a netip.Addr, pod *Attachment) {
+	own := a.AsSlice()
+	r.add("from "+a.String(), isIP4, network(ip4Source, own...), accept)
+	from := slices.Concat(isARP, network(arpFormat, arpEthernetIPv4...), network(arpSender, own...))
+	if pod.Bridge != "" {
+		from = slices.Concat(from, network(arpSenderMAC, pod.MAC...))
+	}
+	r.add("arp reply for "+a.String(), from, network(arpOperation, 0, 2), accept)
+	if pod.Bridge != "" {
+		r.add("arp request from "+a.String(), from, network(arpOperation, 0, 1), accept)
+		return
+	}
+	r.add("arp request from "+a.String()+" for the gateway", from, network(arpOperation, 0, 1), network(arpTarget, Gateway4.AsSlice()...), accept)
+	r.add("arp announcement of "+a.String(), from, network(arpOperation, 0, 1), network(arpTarget, own...), accept)
+}
+
+// own6 is what a pod may say as one of its IPv6 addresses.
+func (r *rules) own6(a netip.Addr) {
+	own := a.AsSlice()
+	from := slices.Concat(isIP6, network(ip6Source, own...))
+	r.add("advertisement of "+a.String(), from, icmp6(neighbourAdvertisement), transport(ndTarget, own...), accept)
+	for _, kind := range []byte{routerAdvertisement, neighbourAdvertisement, redirect} {
+		r.add("foreign neighbour discovery from "+a.String(), from, icmp6(kind), drop(DropNeighbour))
+	}
+	r.add("from "+a.String(), from, accept)
+}
+
+// linkLocal6 is neighbour discovery between link-local addresses. With a link of its own the pod may have any of them but the
+// gateway's; behind a bridge, the one that follows from its MAC.
+func (r *rules) linkLocal6(pod *Attachment) {
+	gateway := Gateway6.AsSlice()
+	r.add("as the gateway", isIP6, network(ip6Source, gateway...), drop(DropSource))
+	if pod.Bridge != "" {
+		own := linkLocalOf(pod.MAC)
+		from := slices.Concat(isIP6, network(ip6Source, own.AsSlice()...))
+		r.add("solicitation from "+own.String(), from, icmp6(neighbourSolicitation), accept)
+		r.add("advertisement of "+own.String(), from, icmp6(neighbourAdvertisement), transport(ndTarget, own.AsSlice()...), accept)
+		return
+	}
+	r.add("solicitation of the gateway", fromLinkLocal, icmp6(neighbourSolicitation), transport(ndTarget, gateway...), accept)
+	r.add("advertisement of the gateway", isIP6, icmp6(neighbourAdvertisement), transport(ndTarget, gateway...), drop(DropNeighbour))
+	r.add("advertisement of a link-local address", fromLinkLocal, icmp6(neighbourAdvertisement), linkLocal(expr.PayloadBaseTransportHeader, ndTarget), accept)
 }

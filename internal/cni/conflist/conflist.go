@@ -44,6 +44,7 @@ var chained = []entry{
 type entry struct {
 	Type         string          `json:"type"`
 	Socket       string          `json:"socket,omitempty"`
+	Bridge       string          `json:"bridge,omitempty"`
 	Capabilities map[string]bool `json:"capabilities,omitempty"`
 	SNAT         bool            `json:"snat,omitempty"`
 }
@@ -60,6 +61,7 @@ type Publisher struct {
 	Dir    string // where engines look; empty: nothing is published
 	BinDir string // where their plugins are; empty: not looked at, and nothing is chained
 	Socket string // the agent's, for the plugin; empty: the plugin's default
+	Bridge string // that pods are behind; empty: none
 
 	known bool // Set has been called
 	ready bool
@@ -115,7 +117,7 @@ func (p *Publisher) write(ctx context.Context, path string) error {
 }
 
 func (p *Publisher) build(ctx context.Context) ([]byte, error) {
-	l := list{Name: network, Versions: ours, Plugins: []entry{{Type: plugin, Socket: p.Socket, Capabilities: map[string]bool{"ips": true}}}}
+	l := list{Name: network, Versions: ours, Plugins: []entry{{Type: plugin, Socket: p.Socket, Bridge: p.Bridge, Capabilities: map[string]bool{"ips": true}}}}
 	if p.BinDir != "" {
 		if _, err := os.Stat(filepath.Join(p.BinDir, plugin)); err != nil {
 			return nil, fmt.Errorf("%w: install %s there, or correct cni_bin_dir", err, plugin)

@@ -39,7 +39,7 @@ func TestChain(t *testing.T) {
 		{"a very old one", map[string][]string{plugin: ours, "bandwidth": {"0.3.1", "0.4.0"}}, "0.4.0", []string{plugin, "bandwidth"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir(), Socket: "/run/x/tulle.sock"}
+			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir(), Socket: "/run/x/tulle.sock", Bridge: "pods"}
 			for name, versions := range c.installed {
 				fakePlugin(t, p.BinDir, name, versions...)
 			}
@@ -49,6 +49,9 @@ func TestChain(t *testing.T) {
 			l, err := libcni.ConfListFromFile(filepath.Join(p.Dir, File))
 			if err != nil {
 				t.Fatal(err)
+			}
+			if b := string(l.Plugins[0].Bytes); !strings.Contains(b, `"bridge":"pods"`) {
+				t.Errorf("the plugin's configuration is %s, without the bridge", b)
 			}
 			var have []string
 			for _, e := range l.Plugins {

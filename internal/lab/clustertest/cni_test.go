@@ -28,10 +28,11 @@ import (
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
-// engine is a container engine on h1 as far as networks go: libcni, as containerd and cnitool use it, around the real plugin.
+// engine is a container engine on one host as far as networks go: libcni, as containerd and cnitool use it, around the real plugin.
 type engine struct {
 	t      *testing.T
 	l      *lab.Lab
+	host   string
 	socket string
 	lib    *libcni.CNIConfig
 	dir    string // where the agent publishes its network
@@ -52,7 +53,7 @@ func newEngine(t *testing.T, what string, pods int) *engine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &engine{t: t, l: l, socket: h.Socket, dir: dir, lib: libcni.NewCNIConfigWithCacheDir([]string{bin}, t.TempDir(), nil)}
+	return &engine{t: t, l: l, host: "h1", socket: h.Socket, dir: dir, lib: libcni.NewCNIConfigWithCacheDir([]string{bin}, t.TempDir(), nil)}
 }
 
 // published waits until the network is there for engines, or is not.
@@ -85,7 +86,7 @@ func (e *engine) network(version string) *libcni.NetworkConfigList {
 
 // container is a network namespace for one.
 func (e *engine) container() *libcni.RuntimeConf {
-	name := fmt.Sprintf("%s-x%d", e.l.Name(), e.made.Add(1))
+	name := fmt.Sprintf("%s-%sx%d", e.l.Name(), e.host, e.made.Add(1))
 	if err := sys.NewNetns(name); err != nil {
 		e.t.Fatal(err)
 	}
@@ -93,9 +94,9 @@ func (e *engine) container() *libcni.RuntimeConf {
 	return &libcni.RuntimeConf{ContainerID: name, NetNS: sys.NetnsPath(name), IfName: "eth0"}
 }
 
-// onHost runs one verb in h1's network namespace, where the plugin is to run.
+// onHost runs one verb in the host's network namespace, where the plugin is to run.
 func (e *engine) onHost(verb func(ctx context.Context) error) error {
-	return e.l.Do("h1", func() error { return verb(e.t.Context()) })
+	return e.l.Do(e.host, func() error { return verb(e.t.Context()) })
 }
 
 func (e *engine) add(n *libcni.NetworkConfigList, c *libcni.RuntimeConf) (res *current.Result, raw []byte, err error) {

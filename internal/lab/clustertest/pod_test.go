@@ -63,6 +63,13 @@ func TestPodCommand(t *testing.T) {
 	ok(pod("del", name)) // again
 	gone(t, l, name)
 
+	// Behind a bridge, which no other pod of the host is: all the same.
+	ok(pod("add", name, "--new", "--bridge", "pods"))
+	ok(pod("exec", name, "--", "ping", "-c1", "-W5", far.Addresses[0].String()))
+	oneLineError(t, "somebody else's device", pod("add", name, "--interface", "eth1", "--bridge", "tun0"), 1, "tun0 is a device of somebody else")
+	ok(pod("del", name))
+	gone(t, l, name)
+
 	// Without the agent: the pod goes, and the agent that comes back gives its addresses back.
 	ok(pod("add", name, "--new"))
 	if err := l.StopAgent(t.Context(), "h1", syscall.SIGKILL); err != nil {

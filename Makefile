@@ -2,8 +2,12 @@
 
 GO ?= go
 
-# What the tests use beside Go and the kernel; see docs/development.md for what each is for.
-PACKAGES = tshark tcpdump ethtool iperf3 sockperf iproute2 nftables iptables debootstrap systemd-container dbus procps containerd docker.io busybox-static containernetworking-plugins
+# What the tests use beside Go and the kernel. Other programs read, compare or break what Tulle does:
+PACKAGES = \
+	tshark tcpdump prometheus \
+	iperf3 sockperf ethtool iproute2 nftables iptables procps \
+	containerd docker.io busybox-static containernetworking-plugins \
+	debootstrap systemd-container dbus
 
 .PHONY: build demo test deps lint unit race fuzz simulate interop bench clean
 

@@ -27,7 +27,7 @@ func (a *agent) serveMetrics(ctx context.Context) error {
 		return fmt.Errorf("--metrics %s: %w; choose another address, or off", a.cfg.Metrics, err)
 	}
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(collector{a}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	reg.MustRegister(collector{a.Status}, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, r *http.Request) { fmt.Fprintln(w, "ok") })
@@ -52,8 +52,13 @@ func (a *agent) serveMetrics(ctx context.Context) error {
 	return nil
 }
 
-// collector turns the status into metrics. Labels are bounded: encapsulations, reasons, and the members' names.
-type collector struct{ a *agent }
+// collector turns the status into metrics. Labels are bounded: encapsulations, reasons, and the names of maxPeerSeries members.
+type collector struct {
+	status func(context.Context) (api.Status, error)
+}
+
+// maxPeerSeries is how many peers have series of their own. The members and problems of larger clusters are still counted.
+const maxPeerSeries = 1000
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
 	return prometheus.NewDesc("tulle_"+name, help, labels, nil)
@@ -88,7 +93,7 @@ func (c collector) Describe(chan<- *prometheus.Desc) {}
 
 // Collect implements prometheus.Collector.
 func (c collector) Collect(ch chan<- prometheus.Metric) {
-	st, err := c.a.Status(context.Background())
+	st, err := c.status(context.Background())
 	if err != nil {
 		return
 	}
@@ -129,6 +134,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for i := range st.Peers {
 		p := &st.Peers[i]
 		states[p.State]++
+		if i >= maxPeerSeries {
+			continue
+		}
 		name := p.Name
 		if named[name] { // names are not unique, series must be
 			name = p.ID

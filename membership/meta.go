@@ -10,10 +10,11 @@ import (
 // Limits of the metadata. Their sum stays below memberlist's limit of 512 bytes
 // (memberlist.MetaMaxSize), above which it panics.
 const (
-	MaxMeta       = 512 // bytes, encoded
-	MaxName       = 128 // bytes
-	MaxMetaAddrs  = 8   // of each kind
-	MaxProbeAddrs = 2   // one per family
+	MaxMeta           = 512 // bytes, encoded
+	MaxName           = 128 // bytes
+	MaxMetaAddrs      = 8   // of each kind
+	MaxProbeAddrs     = 2   // one per family
+	MaxProgramVersion = 48  // bytes
 )
 
 // Meta is the metadata that every member has of every other member. It is part of
@@ -25,6 +26,7 @@ type Meta struct {
 	Underlay     []netip.Addr // at most 8, best first
 	TunAddrs     []netip.Addr // at most 8: addresses of the TUN device
 	ProbeAddrs   []netip.Addr // at most 2, one per family: where probes of the direct path go; none in older versions
+	Version      string       // of the program; empty in older versions, and where the rest leaves no room for it
 	UDPPort      uint16       // of the UDP encapsulation
 	VXLANPort    uint16
 	Capabilities uint32 // bits Cap…
@@ -51,6 +53,7 @@ const CapHostByTunnel uint32 = 1 << 0
 //	 …  underlay: count (1), each: length 4 or 16 (1), bytes
 //	 …  TUN addresses: the same
 //	 …  probe addresses: the same
+//	 …  version of the program: length (1), bytes; empty where it would exceed MaxMeta
 const (
 	metaVersion   = 1
 	metaFixed     = 56
@@ -73,6 +76,8 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 		return nil, fmt.Errorf("%d underlay addresses, the limit is %d: name the interface or address with --underlay", len(m.Underlay), MaxMetaAddrs)
 	case len(m.TunAddrs) > MaxMetaAddrs:
 		return nil, fmt.Errorf("%d TUN addresses, the limit is %d", len(m.TunAddrs), MaxMetaAddrs)
+	case len(m.Version) > MaxProgramVersion:
+		return nil, fmt.Errorf("version %.20q… has %d bytes, the limit is %d", m.Version, len(m.Version), MaxProgramVersion)
 	case len(m.ProbeAddrs) > MaxProbeAddrs:
 		return nil, fmt.Errorf("%d probe addresses, the limit is %d", len(m.ProbeAddrs), MaxProbeAddrs)
 	}
@@ -102,6 +107,11 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 			b = append(b, s...)
 		}
 	}
+	version := m.Version
+	if len(b)-start+1+len(version) > MaxMeta {
+		version = ""
+	}
+	b = append(append(b, byte(len(version))), version...)
 	if n := len(b) - start; n > MaxMeta {
 		return nil, fmt.Errorf("metadata of %d bytes, the limit is %d", n, MaxMeta)
 	}
@@ -151,9 +161,19 @@ func DecodeMeta(b []byte) (Meta, error) {
 		}
 	}
 	if len(b) > 0 { // an older version ends here
-		if m.ProbeAddrs, _, err = decodeAddrs(b, MaxProbeAddrs); err != nil {
+		if m.ProbeAddrs, b, err = decodeAddrs(b, MaxProbeAddrs); err != nil {
 			return Meta{}, err
 		}
+	}
+	if len(b) > 0 {
+		version, _, ok := CutField(b)
+		if !ok {
+			return Meta{}, errMetaShort
+		}
+		if len(version) > MaxProgramVersion {
+			return Meta{}, fmt.Errorf("metadata with a version of %d bytes, the limit is %d", len(version), MaxProgramVersion)
+		}
+		m.Version = string(version)
 	}
 	return m, nil
 }

@@ -17,7 +17,7 @@ func sampleMeta() Meta {
 		TunAddrs:   []netip.Addr{netip.MustParseAddr("10.244.3.1")},
 		ProbeAddrs: []netip.Addr{netip.MustParseAddr("10.244.3.255")},
 		UDPPort:    6080, VXLANPort: 4789, Capabilities: 0xdeadbeef, VTEPMAC: [6]byte{2, 0, 0, 0, 0, 9},
-		Started: 1_700_000_000, Leaving: true,
+		Started: 1_700_000_000, Leaving: true, Version: "v1.2.3",
 	}
 }
 
@@ -35,12 +35,21 @@ func TestMetaRoundTrip(t *testing.T) {
 		m.ProbeAddrs = rapid.SliceOfN(addr, 1, MaxProbeAddrs).Draw(t, "probe")
 		m.Leaving = rapid.Bool().Draw(t, "leaving")
 		m.Capabilities = rapid.Uint32().Draw(t, "capabilities")
+		m.Version = ""
+		bare, err := m.Encode(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.Version = string(rapid.SliceOfN(rapid.Byte(), 0, MaxProgramVersion).Draw(t, "version"))
 		b, err := m.Encode(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		if len(b) > MaxMeta {
 			t.Fatalf("%d bytes", len(b))
+		}
+		if len(bare)+len(m.Version) > MaxMeta {
+			m.Version = "" // there is no room for it
 		}
 		// Fields that a later version appends are passed over.
 		later := append(bytes.Clone(b), make([]byte, MaxMeta-len(b))...)
@@ -60,6 +69,7 @@ func TestMetaLimits(t *testing.T) {
 		"underlay":        func(m *Meta) { m.Underlay = make([]netip.Addr, MaxMetaAddrs+1) },
 		"tun addresses":   func(m *Meta) { m.TunAddrs = make([]netip.Addr, MaxMetaAddrs+1) },
 		"probe addresses": func(m *Meta) { m.ProbeAddrs = make([]netip.Addr, MaxProbeAddrs+1) },
+		"version":         func(m *Meta) { m.Version = strings.Repeat("v", MaxProgramVersion+1) },
 		"zone":            func(m *Meta) { m.Underlay = []netip.Addr{a.WithZone("eth0")} },
 		"no address":      func(m *Meta) { m.TunAddrs = []netip.Addr{{}} },
 	} {

@@ -35,6 +35,7 @@ type peerView struct {
 	id        string
 	node      membership.NodeID // zero for an external peer
 	name      string
+	version   string // of its program; empty if it does not tell
 	state     string // api.PeerAlive and so on
 	since     time.Time
 	underlay  []netip.Addr
@@ -209,7 +210,7 @@ func b2i(b bool) int {
 func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Prefix) peerView {
 	id := m.ID.String()
 	p := peerView{
-		id: id, node: m.ID, name: m.Name, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
+		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.mode(id),
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0,
 	}

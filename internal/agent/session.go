@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
@@ -109,8 +110,14 @@ func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
 		UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
-		Capabilities: membership.CapHostByTunnel,
+		Capabilities: membership.CapHostByTunnel, Version: announcedVersion(),
 	}
+}
+
+// announcedVersion is this program's version as other members get it, cut to what they take.
+func announcedVersion() string {
+	v := api.Version()
+	return v[:min(len(v), membership.MaxProgramVersion)]
 }
 
 // run runs the session until ctx is done (nil), or until a part fails without which the session cannot continue.

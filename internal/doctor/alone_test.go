@@ -148,4 +148,12 @@ func TestAgents(t *testing.T) {
 	p.finds("versions", doctor.Warning, "the program on disk is v99.0.0", "restart the agent")
 	p.program = n.Program()
 	p.well("versions")
+	second.Stop()
+	second = b.AgentOf(other, "--paths", "udp")
+	second.Ready(20 * time.Second)
+	p.finds("versions", doctor.Warning, "b runs version v99.0.0, this node", "upgrade the older one")
+	second.Stop()
+	second = b.Agent("--paths", "udp")
+	second.Ready(20 * time.Second)
+	p.well("versions")
 }

@@ -210,7 +210,8 @@ func judgeVersions(s *snapshot) Result {
 		if p.Version == "" {
 			continue
 		}
-		if text = append(text, p.Name+" "+p.Version); p.Version != s.status.Version && p.State == api.PeerAlive {
+		// A long version is announced in part.
+		if text = append(text, p.Name+" "+p.Version); !strings.HasPrefix(s.status.Version, p.Version) && p.State == api.PeerAlive {
 			out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s runs version %s, this node %s", p.Name, p.Version, s.status.Version),
 				Remedy: "upgrade the older one"})
 		}

@@ -101,13 +101,14 @@ func TestJudge(t *testing.T) {
 					r = k.judge(&c.s)
 				}
 			}
-			text := ""
+			var all strings.Builder
 			for _, f := range r.Findings {
-				text += f.What + " → " + f.Remedy + " $ " + f.Command + "\n"
+				all.WriteString(f.What + " → " + f.Remedy + " $ " + f.Command + "\n")
 				if f.What == "" || f.State != Warning && f.State != Failed {
 					t.Errorf("finding %+v", f)
 				}
 			}
+			text := all.String()
 			if r.State != c.want || !strings.Contains(text, c.words) || (text == "") != (r.State == OK || r.State == Skipped) {
 				t.Errorf("%+v, want %s and %q", r, c.want, c.words)
 			}

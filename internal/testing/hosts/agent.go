@@ -29,6 +29,12 @@ type Agent struct {
 // Agent starts an agent, named like the host unless args name it otherwise. It keeps its state in the host's folder, where a
 // later one finds it again.
 func (h *Host) Agent(args ...string) *Agent {
+	h.net.t.Helper()
+	return h.AgentOf(h.net.program, args...)
+}
+
+// AgentOf is Agent with another build of the program.
+func (h *Host) AgentOf(program string, args ...string) *Agent {
 	n := h.net
 	n.t.Helper()
 	h.starts++
@@ -37,7 +43,7 @@ func (h *Host) Agent(args ...string) *Agent {
 	log, err := os.Create(a.log)
 	n.check(err)
 	defer log.Close()
-	a.cmd = exec.Command(n.program, append([]string{"agent", "--node-name", h.Name, "--state-dir", h.StateDir(), "--socket", a.socket, "--metrics", "off"}, args...)...)
+	a.cmd = exec.Command(program, append([]string{"agent", "--node-name", h.Name, "--state-dir", h.StateDir(), "--socket", a.socket, "--metrics", "off"}, args...)...)
 	a.cmd.Dir, a.cmd.Stdout, a.cmd.Stderr = h.dir, log, log
 	n.check(h.start(a.cmd))
 	go func() { // ends with the process

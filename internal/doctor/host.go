@@ -365,7 +365,8 @@ func judgeManagers(s *snapshot) Result {
 	if m.networkd || m.linkState != "" {
 		text = append(text, fmt.Sprintf("systemd-networkd: %s %s, keeps routes of others %v", s.Tun, orNone(m.linkState), m.routesKept))
 	}
-	if m.linkState != "" && m.linkState != "unmanaged" {
+	// It does nothing to a link whose state is pending (for udev) or initialized.
+	if slices.Contains([]string{"configuring", "configured", "failed", "linger"}, m.linkState) {
 		out = append(out, Finding{State: Failed, What: fmt.Sprintf("systemd-networkd manages %s (%s): it takes its addresses and routes away", s.Tun, m.linkState), Remedy: "tell it to leave the device alone",
 			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && networkctl reload`, s.Tun)})
 	}

@@ -68,6 +68,7 @@ func TestJudge(t *testing.T) {
 
 		{"networkd manages it", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "configured", routesKept: true}}, Failed, "networkctl reload"},
 		{"networkd leaves it alone", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true}}, OK, ""},
+		{"networkd waits", "managers", snapshot{managers: managers{networkd: true, linkState: "pending", routesKept: true}}, OK, ""},
 		{"networkd removes routes", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged"}}, Warning, "ManageForeignRoutes=no"},
 		{"NetworkManager manages it", "managers", snapshot{Options: Options{Tun: "tun7"}, managers: managers{nm: true, nmManaged: "true"}}, Failed, "nmcli device set tun7 managed no"},
 		{"NetworkManager leaves it alone", "managers", snapshot{managers: managers{nm: true, nmManaged: "false"}}, OK, ""},

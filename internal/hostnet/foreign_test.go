@@ -144,6 +144,14 @@ func TestPortProblems(t *testing.T) {
 		{name: "iptables", setup: "iptables -A INPUT -p udp --dport 6080 -j DROP", want: []string{"ip filter INPUT drops what arrives by UDP port 6080"}},
 		{name: "iptables, protocol 4", setup: "iptables -A INPUT -p 4 -j DROP", ports: []Port{{Proto: 4}}, want: []string{"IP protocol 4"}},
 		{name: "ip6tables, a policy", setup: "ip6tables -P INPUT DROP", want: []string{"ip6 filter INPUT drops what no rule accepts"}},
+		{name: "iptables-legacy", setup: "iptables-legacy -A INPUT -i lo -j ACCEPT; iptables-legacy -A INPUT -p udp --dport 6080 -j DROP", want: []string{"chain INPUT of iptables-legacy drops UDP port 6080 (rule 2)", "iptables-legacy -D INPUT 2"}},
+		{name: "iptables-legacy, another port", setup: "iptables-legacy -A INPUT -p udp --dport 6081 -j DROP; iptables-legacy -A INPUT -p tcp --dport 6080 -j DROP; iptables-legacy -A INPUT -p udp ! --dport 6081 -m comment --comment x -j ACCEPT"},
+		{name: "iptables-legacy, protocol 4 on its way out", setup: "iptables-legacy -A OUTPUT -p 4 -j REJECT", ports: []Port{{Proto: 4}}, want: []string{"chain OUTPUT of iptables-legacy drops IP protocol 4"}},
+		{name: "iptables-legacy, a policy", setup: "iptables-legacy -P INPUT DROP; iptables-legacy -A INPUT -m conntrack --ctstate ESTABLISHED -j ACCEPT; iptables-legacy -A INPUT -p tcp --dport 22 -j ACCEPT", want: []string{"drops what no rule accepts, and none names UDP port 6080", "iptables-legacy -I INPUT -p 17 --dport 6080 -j ACCEPT"}},
+		{name: "iptables-legacy, a policy, the neighbours accepted", setup: "iptables-legacy -P INPUT DROP; iptables-legacy -A INPUT -s 10.0.0.0/8 -j ACCEPT"},
+		{name: "iptables-legacy, all but UDP", setup: "iptables-legacy -A INPUT ! -p udp -j DROP"},
+		{name: "iptables-legacy, with a comment", setup: "iptables-legacy -A INPUT -p udp --dport 6080 -m comment --comment why -j DROP", want: []string{"drops UDP port 6080"}},
+		{name: "ip6tables-legacy", setup: "ip6tables-legacy -A INPUT -p udp -m udp --dport 6080 -j DROP", want: []string{"chain INPUT of ip6tables-legacy drops UDP port 6080"}},
 		{name: "Tulle's own table", setup: "nft add table inet tulle; nft add chain inet tulle out '{ type filter hook output priority 0; }'; nft add rule inet tulle out meta l4proto 4 drop", ports: []Port{{Proto: 4}}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

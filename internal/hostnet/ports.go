@@ -37,7 +37,7 @@ func (p Port) match() string {
 	return fmt.Sprintf("meta l4proto %d", p.Proto)
 }
 
-// PortProblems lists the rules of this host's own firewall, on the hooks input and output of nftables in the calling thread's
+// PortProblems lists the rules of this host's own firewall, on the hooks input and output of nftables and iptables-legacy in the calling thread's
 // network namespace, that drop what the hosts of the cluster send each other: rules that name a port and refuse it, and chains
 // that refuse what no rule accepts, where none names the port. Rules that it cannot weigh, such as those with sets of ports,
 // count as letting everything pass: it reports no block that is none.
@@ -75,7 +75,8 @@ func PortProblems(ports []Port) ([]Problem, error) {
 			}
 		}
 	}
-	return out, nil
+	legacy, err := legacyPorts(ports)
+	return append(out, legacy...), err
 }
 
 // portBlocked weighs one chain for one port.

@@ -41,7 +41,13 @@ type Pool struct {
 	blocks   []*block
 	byAddr   map[netip.Addr]Allocation
 	byKey    map[string][]netip.Addr // a key has at most one address per family
-	cooling  map[netip.Addr]time.Time
+	cooling  map[netip.Addr]rest
+}
+
+// A rest is the cool-down of an address.
+type rest struct {
+	until time.Time
+	key   string // had the address last, and may ask for it again; empty if that is not known any more
 }
 
 type block struct {
@@ -57,7 +63,7 @@ func NewPool(cooldown time.Duration) *Pool {
 		cooldown: cooldown,
 		byAddr:   make(map[netip.Addr]Allocation),
 		byKey:    make(map[string][]netip.Addr),
-		cooling:  make(map[netip.Addr]time.Time),
+		cooling:  make(map[netip.Addr]rest),
 	}
 }
 
@@ -174,7 +180,7 @@ func (p *Pool) Allocate(now time.Time, a Allocation, v6 bool) (Allocation, error
 	}
 	a.Since = now
 	if a.Addr.IsValid() {
-		if err := p.available(now, a.Addr); err != nil {
+		if err := p.available(now, a.Addr, a.Key); err != nil {
 			return Allocation{}, err
 		}
 		p.add(a)
@@ -211,8 +217,8 @@ func (p *Pool) lowest(now time.Time, b *block) (netip.Addr, bool) {
 
 // thaw removes the cool-downs that are over.
 func (p *Pool) thaw(now time.Time) {
-	for a, until := range p.cooling {
-		if !now.Before(until) {
+	for a, r := range p.cooling {
+		if !now.Before(r.until) {
 			delete(p.cooling, a)
 			p.lower(a)
 		}
@@ -234,8 +240,8 @@ func (p *Pool) blockOf(a netip.Addr) *block {
 	return nil
 }
 
-// available returns an error if a requested address cannot be allocated.
-func (p *Pool) available(now time.Time, a netip.Addr) error {
+// available returns an error if a requested address cannot be allocated to key.
+func (p *Pool) available(now time.Time, a netip.Addr, key string) error {
 	b := p.blockOf(a)
 	if b == nil {
 		return fmt.Errorf("%w: %v is in no open block of this node", ErrUnavailable, a)
@@ -246,8 +252,8 @@ func (p *Pool) available(now time.Time, a netip.Addr) error {
 	if p.reserved(b, a) {
 		return fmt.Errorf("%w: %v is reserved (the first or last address of block %v)", ErrUnavailable, a, b.prefix)
 	}
-	if until, ok := p.cooling[a]; ok && now.Before(until) {
-		return fmt.Errorf("%w: %v was released recently and cools down for another %v", ErrUnavailable, a, until.Sub(now).Round(time.Second))
+	if r, ok := p.cooling[a]; ok && now.Before(r.until) && r.key != key {
+		return fmt.Errorf("%w: %v was released recently and cools down for another %v", ErrUnavailable, a, r.until.Sub(now).Round(time.Second))
 	}
 	return nil
 }
@@ -275,14 +281,15 @@ func (p *Pool) Adopt(a Allocation) bool {
 	return true
 }
 
-// Release frees the addresses of key and starts their cool-down. It returns them,
-// none if key has none.
+// Release frees the addresses of key and starts their cool-down, in which only the same
+// key gets them again, if it asks for them: a container that is restarted. It returns
+// them, none if key has none.
 func (p *Pool) Release(now time.Time, key string) []Allocation {
 	var out []Allocation
 	for _, a := range slices.Clone(p.byKey[key]) {
 		out = append(out, p.byAddr[a])
 		p.Drop(a)
-		p.Cool(now, a, now.Add(p.cooldown))
+		p.cool(now, a, rest{now.Add(p.cooldown), key})
 	}
 	return out
 }
@@ -348,10 +355,14 @@ func (p *Pool) Drop(addr netip.Addr) {
 // Cool prevents the allocation of a free address before until. It never shortens a
 // cool-down.
 func (p *Pool) Cool(now time.Time, addr netip.Addr, until time.Time) {
-	if old, ok := p.cooling[addr]; !until.After(now) || ok && old.After(until) {
+	p.cool(now, addr, rest{until: until})
+}
+
+func (p *Pool) cool(now time.Time, addr netip.Addr, r rest) {
+	if old, ok := p.cooling[addr]; !r.until.After(now) || ok && old.until.After(r.until) {
 		return
 	}
-	p.cooling[addr] = until
+	p.cooling[addr] = r
 }
 
 // Lookup returns the allocation of key in the family.
@@ -384,8 +395,8 @@ func (p *Pool) Allocations() []Allocation {
 func (p *Pool) Cooling(now time.Time) []Cooling {
 	p.thaw(now)
 	out := make([]Cooling, 0, len(p.cooling))
-	for a, until := range p.cooling {
-		out = append(out, Cooling{Addr: a, Until: until})
+	for a, r := range p.cooling {
+		out = append(out, Cooling{Addr: a, Until: r.until})
 	}
 	slices.SortFunc(out, func(a, b Cooling) int { return a.Addr.Compare(b.Addr) })
 	return out

@@ -102,6 +102,14 @@ func TestPoolCooldown(t *testing.T) {
 	if _, err := p.Allocate(t0.Add(59*time.Second), Allocation{Key: "c", Addr: first.Addr}, false); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("given on request while it rests: %v", err)
 	}
+	if a, err := p.Allocate(t0, Allocation{Key: "a"}, false); err != nil || a.Addr == first.Addr {
+		t.Errorf("a, which has not asked for its old address, gets %v, %v", a, err)
+	}
+	p.Release(t0, "a")
+	if a, err := p.Allocate(t0, Allocation{Key: "a", Addr: first.Addr}, false); err != nil || a.Addr != first.Addr {
+		t.Errorf("a, which had it last and asks for it again: %v, %v", a, err)
+	}
+	p.Release(t0, "a")
 	if c, err := p.Allocate(t0.Add(time.Minute), Allocation{Key: "c"}, false); err != nil || c.Addr != first.Addr {
 		t.Errorf("after its rest the lowest address is %v, %v", c, err)
 	}

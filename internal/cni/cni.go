@@ -58,7 +58,7 @@ func add(args *skel.CmdArgs) error {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	res, err := attach.Add(ctx, attach.Request{
-		Socket: conf.Socket, ID: conf.id(args), Name: conf.name, Netns: args.Netns, Requested: conf.requested, Bridge: conf.Bridge,
+		Socket: conf.Socket, ID: conf.id(args), Name: conf.name, Netns: args.Netns, Requested: conf.requested, MAC: conf.mac, Bridge: conf.Bridge,
 	})
 	if err != nil {
 		return coded(err)
@@ -253,6 +253,9 @@ func coded(err error) *types.Error {
 		code, msg = ErrAddress, "refused"
 	case api.CodeUsage:
 		code, msg = types.ErrInvalidNetworkConfig, "the agent takes no such request"
+	}
+	if errors.Is(err, podnet.ErrHostNamespace) {
+		code, msg = types.ErrInvalidNetNS, "the container's network namespace"
 	}
 	if errors.Is(err, fs.ErrExist) {
 		code, msg = types.ErrInternal, "the container has this interface already"

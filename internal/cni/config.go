@@ -2,6 +2,7 @@ package cni
 
 import (
 	"cmp"
+	"net"
 	"net/netip"
 	"strings"
 
@@ -9,6 +10,7 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/attach"
 )
 
 // config is the plugin's configuration with what the call adds to it. Keys that are not here are no error: runtimes and
@@ -19,18 +21,21 @@ type config struct {
 	Bridge        string `json:"bridge"` // of the host, which containers are behind; empty: each has a link of its own
 	RuntimeConfig struct {
 		IPs []string `json:"ips"` // capability "ips"
+		MAC string   `json:"mac"` // capability "mac"
 	} `json:"runtimeConfig"`
 	Args struct {
 		CNI struct {
 			IPs []string `json:"ips"`
+			MAC string   `json:"mac"`
 		} `json:"cni"`
 	} `json:"args"`
 
 	requested []netip.Addr
-	name      string // for people
+	mac       net.HardwareAddr // nil: any
+	name      string           // for people
 }
 
-// parse reads the configuration and CNI_ARGS. Addresses may be asked for in three ways (CONVENTIONS.md); the first one that is
+// parse reads the configuration and CNI_ARGS. Addresses, and the MAC address, may be asked for in three ways (CONVENTIONS.md); the first one that is
 // used wins.
 func parse(args *skel.CmdArgs) (*config, error) {
 	c := new(config)
@@ -52,6 +57,11 @@ func parse(args *skel.CmdArgs) (*config, error) {
 		}
 		c.requested = append(c.requested, a)
 	}
+	mac, err := attach.ParseMAC(cmp.Or(c.RuntimeConfig.MAC, c.Args.CNI.MAC, env["MAC"]))
+	if err != nil {
+		return nil, types.NewError(types.ErrInvalidNetworkConfig, "requested MAC address", err.Error())
+	}
+	c.mac = mac
 	c.name = podName(env, args.ContainerID)
 	return c, nil
 }

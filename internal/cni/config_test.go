@@ -10,6 +10,22 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
+// The MAC address is asked for in the ways of addresses.
+func TestParseMAC(t *testing.T) {
+	for what, args := range map[string]*skel.CmdArgs{
+		"runtimeConfig": {StdinData: []byte(`{"runtimeConfig": {"mac": "02:00:00:00:00:01"}, "args": {"cni": {"mac": "02:00:00:00:00:02"}}}`), Args: "MAC=02:00:00:00:00:03"},
+		"args.cni":      {StdinData: []byte(`{"args": {"cni": {"mac": "02:00:00:00:00:01"}}}`), Args: "MAC=02:00:00:00:00:03"},
+		"CNI_ARGS":      {StdinData: []byte(`{}`), Args: "IgnoreUnknown=1;MAC=02:00:00:00:00:01"},
+	} {
+		if c, err := parse(args); err != nil || c.mac.String() != "02:00:00:00:00:01" {
+			t.Errorf("%s: %v, %v", what, c, err)
+		}
+	}
+	if c, err := parse(&skel.CmdArgs{StdinData: []byte(`{}`)}); err != nil || c.mac != nil {
+		t.Errorf("nothing asked for: %v, %v", c, err)
+	}
+}
+
 func TestParse(t *testing.T) {
 	for _, c := range []struct {
 		what, conf, args string
@@ -23,6 +39,8 @@ func TestParse(t *testing.T) {
 		{"two families in CNI_ARGS", `{}`, "IP=10.244.0.9, fd00::9/64", "0123456789ab", []string{"10.244.0.9", "fd00::9"}, 0},
 		{"runtimeConfig wins", `{"runtimeConfig": {"ips": ["10.244.0.8/24"]}, "args": {"cni": {"ips": ["10.244.0.7"]}}}`, "IP=10.244.0.9", "0123456789ab", []string{"10.244.0.8"}, 0},
 		{"args.cni", `{"args": {"cni": {"ips": ["10.244.0.7"]}}}`, "IP=10.244.0.9", "0123456789ab", []string{"10.244.0.7"}, 0},
+		{"no MAC address", `{"runtimeConfig": {"mac": "02:00:00"}}`, "", "", nil, types.ErrInvalidNetworkConfig},
+		{"a group's MAC address", `{}`, "MAC=01:00:00:00:00:01", "", nil, types.ErrInvalidNetworkConfig},
 		{"no address", `{}`, "IP=10.244.0", "", nil, types.ErrInvalidNetworkConfig},
 		{"no object", `[]`, "", "", nil, types.ErrDecodingFailure},
 		{"odd arguments", `{}`, ";;=;a;=b;c==d", "0123456789ab", nil, 0},

@@ -66,6 +66,9 @@ func (h *Host) makeVeth(c *Config) error {
 	return nil
 }
 
+// ErrHostNamespace refuses a pod in the network namespace of the host.
+var ErrHostNamespace = errors.New("it is the host's own network namespace: a pod needs one of its own")
+
 // otherNamespace refuses a pod that would be the host itself.
 func (h *Host) otherNamespace(pod *os.File) error {
 	host, err := h.openNamespace()
@@ -79,7 +82,7 @@ func (h *Host) otherNamespace(pod *os.File) error {
 		return fmt.Errorf("podnet: %w", err)
 	}
 	if os.SameFile(a, b) {
-		return fmt.Errorf("podnet: %s is the host's own network namespace: a pod needs one of its own", pod.Name())
+		return fmt.Errorf("podnet: %s: %w", pod.Name(), ErrHostNamespace)
 	}
 	return nil
 }

@@ -117,7 +117,7 @@ func (p *Publisher) write(ctx context.Context, path string) error {
 }
 
 func (p *Publisher) build(ctx context.Context) ([]byte, error) {
-	l := list{Name: network, Versions: ours, Plugins: []entry{{Type: plugin, Socket: p.Socket, Bridge: p.Bridge, Capabilities: map[string]bool{"ips": true}}}}
+	l := list{Name: network, Versions: ours, Plugins: []entry{{Type: plugin, Socket: p.Socket, Bridge: p.Bridge, Capabilities: map[string]bool{"ips": true, "mac": true}}}}
 	if p.BinDir != "" {
 		if _, err := os.Stat(filepath.Join(p.BinDir, plugin)); err != nil {
 			return nil, fmt.Errorf("%w: install %s there, or correct cni_bin_dir", err, plugin)

@@ -260,7 +260,10 @@ func (e *engine) requestedAddresses() {
 	for what, ask := range map[string]func(*libcni.RuntimeConf){
 		"runtimeConfig": func(c *libcni.RuntimeConf) { c.CapabilityArgs = map[string]any{"ips": []string{want.String() + "/24"}} },
 		"CNI_ARGS": func(c *libcni.RuntimeConf) {
-			c.Args = [][2]string{{"IgnoreUnknown", "false"}, {"NOMAD_JOB_ID", "job"}, {"NOMAD_GROUP_NAME", "web"}, {"IP", want.String()}, {"EMPTY", ""}}
+			c.Args = [][2]string{
+				{"IgnoreUnknown", "true"}, {"NOMAD_REGION", "global"}, {"NOMAD_NAMESPACE", "default"}, {"NOMAD_JOB_ID", "job"}, {"NOMAD_GROUP_NAME", "web"},
+				{"NOMAD_ALLOC_ID", "9f4f3a2d-29b3-4a5f-8f57-7d0d6a0e8e0b"}, {"IP", want.String()}, {"EMPTY", ""},
+			}
 		},
 	} {
 		c := e.container()
@@ -312,7 +315,7 @@ func (e *engine) refusals() {
 		code uint
 	}{
 		{"no such namespace", n, missing, types.ErrInvalidNetNS},
-		{"the host's own namespace", n, host, types.ErrInternal},
+		{"the host's own namespace", n, host, types.ErrInvalidNetNS},
 		{"an address that is none", n, bad, types.ErrInvalidNetworkConfig},
 		{"an ID that is too long", n, long, types.ErrInvalidNetworkConfig},
 		{"an unknown version", e.network("9.9.9"), e.container(), types.ErrIncompatibleCNIVersion},

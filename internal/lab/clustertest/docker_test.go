@@ -165,7 +165,7 @@ func TestDocker(t *testing.T) {
 	for _, d := range d {
 		d.do(append(create, "--ipv6", "--subnet", dualCIDRs[0].String(), "--subnet", dualCIDRs[1].String(), "both")...)
 	}
-	fixed := fixedAddrs(t, d[1])
+	fixed := fixedAddrs(t, d[1].h.Socket)
 	d[0].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--restart", "always", "--network", "both", "box", "/bin/sleep", "600")
 	d[1].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--network", "both", "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "box", "/bin/sleep", "600")
 	ns, far := d[1].container("box", "both")
@@ -234,9 +234,9 @@ func meet(t *testing.T, d *dockerHost, at string, to []netip.Addr) {
 }
 
 // fixedAddrs are free addresses of the host's own blocks, one of each family.
-func fixedAddrs(t *testing.T, d *dockerHost) []netip.Addr {
+func fixedAddrs(t *testing.T, socket string) []netip.Addr {
 	t.Helper()
-	space, err := api.NewClient(d.h.Socket).IPAM(t.Context())
+	space, err := api.NewClient(socket).IPAM(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}

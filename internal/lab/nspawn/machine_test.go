@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testing/debian"
 )
 
 // machine is a host of the lab that boots systemd in a container.
@@ -264,7 +265,7 @@ func (m *machine) socket() string { return fmt.Sprintf("/proc/%d/root/run/tulle/
 // machines are the hosts of a lab, made ready to boot.
 func machines(t *testing.T, l *lab.Lab, tree string) []*machine {
 	t.Helper()
-	base := filepath.Join(cacheDir, "hosts")
+	base := filepath.Join(debian.CacheDir, "hosts")
 	clear := func() error {
 		for _, h := range l.Hosts() { // mounted only if an earlier run was killed
 			if err := unix.Unmount(filepath.Join(base, h.Name, "root"), 0); err != nil && err != unix.EINVAL && err != unix.ENOENT {
@@ -285,7 +286,7 @@ func machines(t *testing.T, l *lab.Lab, tree string) []*machine {
 	for _, h := range l.Hosts() {
 		dir := filepath.Join(base, h.Name)
 		m := &machine{t: t, name: l.Name() + "-" + h.Name, host: h.Name, net: h.Netns}
-		m.root = overlay(t, tree, dir)
+		m.root = debian.Overlay(t, tree, dir)
 		t.Cleanup(m.kill)
 		ms = append(ms, m)
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testing/debian"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
@@ -49,7 +50,7 @@ func TestSystemdHosts(t *testing.T) {
 	if err := testbuild.Tulle(binary, []string{"CGO_ENABLED=0"}); err != nil { // the hosts' C library need not be ours
 		t.Fatal(err)
 	}
-	debian := tree(t)
+	tree := debian.Tree(t, debian.Release(t))
 
 	// One such test at a time on a machine: the name, and so the rests of a killed run, are always the same.
 	l, err := lab.Up(t.Context(), lab.Options{Name: "tulle-systemd", Bare: true, Pods: -1, Replace: true}, nil)
@@ -61,7 +62,7 @@ func TestSystemdHosts(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	ms := machines(t, l, debian)
+	ms := machines(t, l, tree)
 	each(t, ms, func(m *machine) error {
 		if err := errors.Join(install(m, binary, config(l)), m.boot()); err != nil {
 			return err

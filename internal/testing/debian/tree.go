@@ -1,9 +1,12 @@
-package nspawn
+// Package debian makes trees of Debian releases with debootstrap, for tests that need another userland than this machine's: hosts
+// that boot systemd, container engines of other versions. It needs root, and a mirror.
+package debian
 
 import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"os"
 	"os/exec"
@@ -14,23 +17,22 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cacheDir keeps the tree between runs: it takes a minute to make.
-const cacheDir = "/var/cache/tulle-lab"
+// CacheDir keeps trees between runs: one takes a minute to make.
+const CacheDir = "/var/cache/tulle-lab"
 
-// packages are what a host has beyond debootstrap's minbase: an init, a bus for systemctl, and `ip` for whoever looks in.
-const packages = "systemd,systemd-sysv,dbus,iproute2"
+// packages are what trees have beyond debootstrap's minbase: an init, a bus for systemctl, `ip` for whoever looks in, and podman.
+const packages = "systemd,systemd-sysv,dbus,iproute2,podman"
 
-// tree returns a Debian tree like this machine's release, made with debootstrap if it is not there yet. It is never
-// written to: hosts are overlays over it.
-func tree(t *testing.T) string {
+// Tree returns a tree of that release, made with debootstrap if it is not there yet. Nobody may write to it: see Overlay.
+func Tree(t *testing.T, suite string) string {
 	t.Helper()
-	suite := osRelease(t)
-	dir := filepath.Join(cacheDir, suite)
-	if err := os.MkdirAll(cacheDir, 0o755); err != nil {
+	// The packages are part of the name: a tree of an older test does not do.
+	dir := filepath.Join(CacheDir, fmt.Sprintf("%s-%.4x", suite, sha256.Sum256([]byte(packages))))
+	if err := os.MkdirAll(CacheDir, 0o755); err != nil {
 		t.Fatal(err)
 	}
 	// Several runs may want it at once: one makes it.
-	lock, err := os.Open(cacheDir)
+	lock, err := os.Open(CacheDir)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -46,7 +48,7 @@ func tree(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Logf("making a tree of %s with debootstrap, for this and later runs, in %s", suite, dir)
-	cmd := exec.CommandContext(t.Context(), "debootstrap", "--variant=minbase", "--include="+packages, suite, half, mirror(t.Context(), t, suite))
+	cmd := exec.CommandContext(t.Context(), "debootstrap", "--variant=minbase", "--include="+packages, suite, half, mirror(t.Context(), t))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("debootstrap: %v\n%s", err, tail(out, 20))
 	}
@@ -56,8 +58,8 @@ func tree(t *testing.T) string {
 	return dir
 }
 
-// osRelease is this machine's release, by its code name.
-func osRelease(t *testing.T) string {
+// Release is this machine's release, by its code name.
+func Release(t *testing.T) string {
 	t.Helper()
 	f, err := os.Open("/etc/os-release")
 	if err != nil {
@@ -73,9 +75,10 @@ func osRelease(t *testing.T) string {
 	return ""
 }
 
-// mirror is where this machine's own apt gets that release from.
-func mirror(ctx context.Context, t *testing.T, suite string) string {
+// mirror is where this machine's own apt gets its release from; it has the others too.
+func mirror(ctx context.Context, t *testing.T) string {
 	t.Helper()
+	suite := Release(t)
 	out, err := exec.CommandContext(ctx, "apt-get", "indextargets", "--format", "$(RELEASE) $(COMPONENT) $(REPO_URI)", "Created-By: Packages").Output()
 	if err != nil {
 		t.Fatalf("apt-get indextargets: %v", err)
@@ -94,9 +97,9 @@ func tail(b []byte, lines int) string {
 	return string(bytes.Join(all[max(0, len(all)-lines):], []byte("\n")))
 }
 
-// overlay mounts a disk of its own for a host over the tree, at dir/root. What the host writes stays in dir until the test
+// Overlay mounts a disk of its own for a host over the tree, at dir/root. What the host writes stays in dir until the test
 // ends.
-func overlay(t *testing.T, tree, dir string) (root string) {
+func Overlay(t *testing.T, tree, dir string) (root string) {
 	t.Helper()
 	for _, d := range []string{"upper", "work", "root"} {
 		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {

@@ -23,6 +23,8 @@ func TestFilteredOnTheWay(t *testing.T) {
 		{"protocol 4 one way", "ipip,udp", "ipip", "udp", "ip protocol 4 ip daddr " + addrB, "IP protocol 4 or 41"},
 		{"UDP", "udp,ipip", "udp", "ipip", "udp dport 6080", "UDP port 6080"},
 		{"UDP one way", "udp,ipip", "udp", "ipip", "udp dport 6080 ip daddr " + addrA, "UDP port 6080"},
+		{"UDP, with vxlan", "udp,vxlan,ipip", "udp", "vxlan", "udp dport 6080", "UDP port 6080"},
+		{"both one way", "ipip,udp,vxlan", "ipip", "vxlan", "ip protocol 4 ip daddr " + addrB + " drop; udp dport 6080 ip daddr " + addrB, "IP protocol 4 or 41"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			t.Parallel()

@@ -44,13 +44,19 @@ func newStage(t *testing.T, paths string, mtuA, mtuB int) *stage {
 	s.router.Sysctl("net.ipv4.ip_forward", "1")
 	s.a.IP("route add default via 10.0.1.1")
 	s.b.IP("route add default via 10.0.2.1")
+	s.start(t, paths)
+	return s
+}
+
+// start starts the agents and pods, and waits until they reach each other.
+func (s *stage) start(t *testing.T, paths string) {
+	t.Helper()
 	s.first = s.a.Agent("--bootstrap", "--join", addrB, "--cluster-cidr", "10.244.0.0/16", "--config", writePaths(s.a, paths))
 	s.second = s.b.Agent("--join", addrA, "--config", writePaths(s.b, paths))
 	s.first.Ready(30 * time.Second)
 	s.second.Ready(30 * time.Second)
 	s.pod, s.other = s.first.Pod("web"), s.second.Pod("db")
 	hosts.Within(t, 20*time.Second, "pods reach each other", func() error { return s.pod.Ping(s.other.IPv4()) })
-	return s
 }
 
 func writePaths(h *hosts.Host, paths string) string {

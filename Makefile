@@ -9,7 +9,7 @@ PACKAGES = \
 	containerd docker.io busybox-static containernetworking-plugins \
 	debootstrap systemd-container dbus
 
-.PHONY: build demo test deps lint unit race fuzz simulate interop bench clean
+.PHONY: build demo test deps lint unit race fuzz simulate cni-kill interop bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -40,6 +40,10 @@ fuzz:
 # Ten times as many schedules of who owns which address, and of how clusters start, as `unit` runs; takes minutes.
 simulate:
 	TULLE_SIM_RUNS=20000 $(GO) test -timeout 60m -run 'TestSimulation(OfStarts)?$$' -v ./internal/ownership
+
+# 300 containers come and go, 16 at a time, while plugin and agent are killed at random (`unit` has 80); takes a minute.
+cni-kill:
+	TULLE_CNI_CYCLES=300 $(GO) test -count=1 -timeout 10m -run 'TestCNIKill$$' -v ./internal/lab/clustertest
 
 # Against the tunnels of Debian's kernel, booted by QEMU in software; takes a minute, and downloads a kernel once.
 interop:

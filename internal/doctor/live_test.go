@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/doctor"
 	"github.com/tulle-net/tulle/internal/testing/hosts"
 )
@@ -119,6 +120,12 @@ func TestCluster(t *testing.T) {
 	hosts.Within(t, 10*time.Second, "pods reach each other", func() error { return pod.Ping(other.IPv4()) })
 	stream := pod.Stream(other.IPv4(), 20*time.Millisecond) // busy paths are probed every second
 	t.Cleanup(func() { stream.Stop() })
+	// Pods that will be gone, for the last part: a leak counts as one after a minute.
+	for _, id := range []string{"gone1", "gone2"} {
+		if _, err := first.Client.Allocate(t.Context(), api.AllocateRequest{ID: id, Netns: "/run/netns/no-such"}); err != nil {
+			t.Fatal(err)
+		}
+	}
 	on := func(t *testing.T, h *hosts.Host, agent *hosts.Agent) patient {
 		return at(t, n, h, agent, "--paths", "udp,ipip", "--config", os.DevNull)
 	}
@@ -237,6 +244,15 @@ func TestCluster(t *testing.T) {
 		third = c.Agent("--join", "10.0.1.11", "--node-name", "c")
 		third.Ready(20 * time.Second)
 		p.well("identity")
+	})
+	t.Run("addresses", func(t *testing.T) {
+		p := on(t, a, first)
+		p.run(p.finds("addresses", doctor.Warning, "is allocated to gone1, which is gone", "tulle ipam release"))
+		p.finds("addresses", doctor.Warning, "is allocated to gone2")
+		if r, err := p.doctor("addresses", "--fix"); err != nil || r.State != doctor.OK || len(r.Fixed) != 1 || !strings.HasPrefix(r.Fixed[0], "released 10.244.") {
+			t.Errorf("--fix: %+v, %v", r, err)
+		}
+		p.well("addresses")
 	})
 }
 

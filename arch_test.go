@@ -43,6 +43,8 @@ var allowed = map[string][]string{
 	"bench/result":               {},
 	"bench/machine":              {"bench/result", "internal/sys"},
 	"bench/traffic":              {"bench/result"},
+	"bench/report":               {"bench/result"},
+	"bench/pair":                 {"bench/result", "bench/machine", "bench/traffic"},
 	"internal/agent":             {"internal/config", "internal/ownership", "tunnel/...", "membership/...", "ipam", "internal/hostnet", "internal/podnet", "internal/cni/conflist", "internal/docker", "internal/api", "internal/sys"},
 	"internal/config":            {},
 	"internal/doctor":            {"internal/hostnet", "internal/api", "internal/cni/conflist", "internal/sys", "membership/seed", "tunnel/underlay"},

@@ -88,7 +88,7 @@ func overUDP(e *Ends, cpus Sides, measure func(fd int) (*result.Latency, error))
 	var served sync.WaitGroup
 	served.Go(func() {
 		defer unix.Close(to)
-		_ = onThread(&cpus.To, func() error { traffic.Echo(to, &stop); return nil }) // without echo nothing is answered
+		_ = onThread(&cpus.To, func() error { traffic.Echo(to, new(atomic.Int64), &stop); return nil }) // without echo nothing is answered
 	})
 	defer served.Wait()
 	defer stop.Store(true)

@@ -13,12 +13,14 @@ import (
 	"github.com/tulle-net/tulle/bench/result"
 )
 
-// Echo returns every datagram to its sender, until stop. fd is a connected socket.
-func Echo(fd int, stop *atomic.Bool) {
+// Echo returns every datagram to its sender, until stop, and counts their bytes of payload in got. fd is a connected
+// socket.
+func Echo(fd int, got *atomic.Int64, stop *atomic.Bool) {
 	buf := make([]byte, 1<<16)
 	for !stop.Load() {
 		n, err := unix.Read(fd, buf)
 		if err == nil {
+			got.Add(int64(n))
 			_, err = unix.Write(fd, buf[:n]) // the other end counts lost answers
 		}
 		if err != nil && !Passing(err) && err != unix.EMSGSIZE {

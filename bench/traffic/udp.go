@@ -40,6 +40,9 @@ func PacketConn(fd int) (*ipv4.PacketConn, error) {
 	return ipv4.NewPacketConn(c), nil // its batches are plain sendmmsg and recvmmsg for both families
 }
 
+// lastNumber is the highest number of a datagram that counts: others were not sent by a UDPSource.
+const lastNumber = 1 << 56
+
 // messages returns a batch of datagrams of size bytes.
 func messages(size int) []ipv4.Message {
 	ms := make([]ipv4.Message, batch)
@@ -99,6 +102,7 @@ func bare(err error) error {
 type Sink struct {
 	mu                        sync.Mutex
 	received, reordered, next uint64
+	bytes                     int64
 	first, last               time.Time
 }
 
@@ -114,6 +118,13 @@ func (s *Sink) Count() (received, reordered uint64, arriving float64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.received, s.reordered, s.last.Sub(s.first).Seconds()
+}
+
+// Bytes is the payload that arrived, ever.
+func (s *Sink) Bytes() int64 {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.bytes
 }
 
 // Run counts arrivals until c is closed. It works on its own thread.
@@ -145,7 +156,12 @@ func (s *Sink) count(ms []ipv4.Message, now time.Time) {
 		if ms[i].N < Least {
 			continue
 		}
-		if seq := binary.BigEndian.Uint64(ms[i].Buffers[0]); seq < s.next {
+		seq := binary.BigEndian.Uint64(ms[i].Buffers[0])
+		if seq > lastNumber {
+			continue
+		}
+		s.bytes += int64(ms[i].N)
+		if seq < s.next {
 			s.reordered++
 		} else {
 			s.next = seq + 1

@@ -11,7 +11,7 @@ import (
 )
 
 func benchCommand() *cobra.Command {
-	return group("bench", "Measure", benchAll(), benchLatency(), benchThroughput(), benchShow(), benchDiff(), benchGossip(), benchHelper())
+	return group("bench", "Measure", benchAll(), benchLatency(), benchThroughput(), benchServe(), benchRun(), benchShow(), benchDiff(), benchGossip(), benchHelper())
 }
 
 func benchGossip() *cobra.Command {

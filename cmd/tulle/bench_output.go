@@ -2,12 +2,15 @@ package main
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"slices"
 
 	"github.com/spf13/cobra"
 
+	benchreport "github.com/tulle-net/tulle/bench/report"
 	"github.com/tulle-net/tulle/bench/result"
 )
 
@@ -17,18 +20,23 @@ var benchForms = []string{"table", "json", "csv", "markdown"}
 // benchOutput are the flags that say what is done with a result.
 type benchOutput struct {
 	form    string
+	report  string // folder; "" for none
 	verbose bool
 }
 
 func (o *benchOutput) flags(cmd *cobra.Command) {
 	f := cmd.Flags()
 	f.StringVarP(&o.form, "output", "o", o.form, "`FORM` of the output: table; json, which has everything; csv with every value of every round; markdown for a README")
+	f.StringVar(&o.report, "report", "", "also write a page with plots and all data into `DIR`: index.html, with the plots as SVG and PNG beside it")
 	f.BoolVarP(&o.verbose, "verbose", "v", false, "show all measures with their spread, and how it was measured")
 }
 
 func (o *benchOutput) check() error {
 	if !slices.Contains(benchForms, o.form) {
 		return usagef("--output %q: want table, json, csv or markdown", o.form)
+	}
+	if o.report != "" {
+		return benchreport.Prepare(o.report) // not after minutes of measuring
 	}
 	return nil
 }
@@ -47,7 +55,17 @@ func (o *benchOutput) write(cmd *cobra.Command, r *result.Run) (err error) {
 		err = r.Print(out, o.verbose)
 	}
 	if err != nil {
-		return fmt.Errorf("write the result: %w", err)
+		err = fmt.Errorf("write the result: %w", err)
+	}
+	if o.report != "" {
+		if werr := benchreport.Write(r, o.report); werr != nil {
+			err = errors.Join(err, werr)
+		} else {
+			fmt.Fprintf(cmd.ErrOrStderr(), "report: %s\n", filepath.Join(o.report, "index.html"))
+		}
+	}
+	if err != nil {
+		return err
 	}
 	if r.Failed() || r.Interrupted {
 		return errUnhealthy

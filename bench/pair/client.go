@@ -1,0 +1,238 @@
+package pair
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/net/ipv4"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/bench/traffic"
+)
+
+// client is Run's side of a control connection.
+type client struct {
+	*control
+	from, to netip.AddrPort // from without port
+	welcome  welcome
+	rtt      time.Duration // of the control connection
+}
+
+// isEOF reports whether the other end closed the connection.
+func isEOF(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
+}
+
+// dial opens a control connection.
+func dial(ctx context.Context, o *RunOptions) (*client, error) {
+	host, port, err := net.SplitHostPort(o.Host)
+	if err != nil {
+		host, port = strings.Trim(o.Host, "[]"), strconv.Itoa(DefaultPort)
+	}
+	network := "tcp"
+	if o.Six {
+		network = "tcp6"
+	}
+	d := net.Dialer{Timeout: patience}
+	conn, err := d.DialContext(ctx, network, net.JoinHostPort(host, port))
+	if err != nil {
+		return nil, fmt.Errorf("%w: is `tulle bench serve` running there, and is TCP and UDP port %s open?", err, port)
+	}
+	c := &client{control: newControl(conn), to: addrPort(conn.RemoteAddr()), from: netip.AddrPortFrom(addrPort(conn.LocalAddr()).Addr(), 0)}
+	if err := c.enter(o.Token); err != nil {
+		conn.Close()
+		return nil, fmt.Errorf("%v: %w", c.to, err)
+	}
+	return c, nil
+}
+
+// enter asks to be admitted.
+func (c *client) enter(token string) error {
+	if _, err := c.conn.Write(appendPreamble(nil, kindControl, secret{}, 0)); err != nil {
+		return err
+	}
+	var g greeting
+	start := time.Now()
+	if err := c.receive(&g, patience); err != nil {
+		return fmt.Errorf("what answers there is no `tulle bench serve`: %w", err)
+	}
+	c.rtt = time.Since(start)
+	if g.Version != version {
+		return fmt.Errorf("the server speaks version %d of the protocol, and this program version %d: use the same tulle at both ends", g.Version, version)
+	}
+	if g.Token && token == "" {
+		return errors.New("the server wants a token (--token)")
+	}
+	if err := c.send(hello{Proof: proof(token, g.Nonce)}); err != nil {
+		return err
+	}
+	if err := c.receive(&c.welcome, patience); err != nil {
+		return err
+	}
+	if c.welcome.Error != "" {
+		return errors.New(c.welcome.Error)
+	}
+	return nil
+}
+
+// order sends an order and awaits its report.
+func (c *client) order(do string, flows int) (report, error) {
+	if err := c.send(order{Do: do, Flows: flows}); err != nil {
+		return report{}, fmt.Errorf("the server has gone: %w", err)
+	}
+	var r report
+	if err := c.receive(&r, patience); err != nil {
+		if isEOF(err) {
+			err = fmt.Errorf("the server ended the run (it allows %.0f s): %w", c.welcome.MaxTime, err)
+		}
+		return report{}, err
+	}
+	if r.Error != "" {
+		return report{}, errors.New("the server: " + r.Error)
+	}
+	return r, nil
+}
+
+// answerWait is how long a datagram's answer may take.
+func (c *client) answerWait() time.Duration {
+	return min(max(traffic.ReadTimeout, 10*c.rtt), time.Second)
+}
+
+// flow opens a UDP flow of the current job. The caller closes fd.
+func (c *client) flow(number int) (fd, buffer int, err error) {
+	for range 6 {
+		fd, buffer, err = traffic.Socket(c.from, unix.SOCK_DGRAM)
+		if err != nil {
+			return -1, 0, fmt.Errorf("UDP socket: %w", err)
+		}
+		if err = unix.Connect(fd, traffic.Sockaddr(c.to)); err != nil {
+			unix.Close(fd)
+			return -1, 0, fmt.Errorf("UDP to %v: %w", c.to, err)
+		}
+		if c.greet(fd, number) {
+			wait := unix.NsecToTimeval(int64(c.answerWait()))
+			return fd, buffer, unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait)
+		}
+		unix.Close(fd)
+	}
+	return -1, 0, fmt.Errorf("no answer to UDP datagrams from %v to %v: is UDP port %d open, and does the server see them come from the address that it sees for TCP?", c.from.Addr(), c.to, c.to.Port())
+}
+
+// greet sends a flow's first datagram and awaits the answer.
+func (c *client) greet(fd, number int) bool {
+	out, in := appendPreamble(nil, kindHello, c.welcome.Secret, number), make([]byte, 2*preambleSize)
+	for deadline := time.Now().Add(helloWait + 2*c.rtt); time.Now().Before(deadline); {
+		_, _ = unix.Write(fd, out) // what is lost is sent again
+		n, err := unix.Read(fd, in)
+		if err != nil {
+			continue
+		}
+		if kind, s, _, err := parsePreamble(in[:n]); err == nil && kind == kindWelcome && s == c.welcome.Secret {
+			return true
+		}
+	}
+	return false
+}
+
+// stream opens a data connection of the current job. The caller closes fd.
+func (c *client) stream(number int) (int, error) {
+	fd, err := traffic.Dial(c.from, traffic.Sockaddr(c.to))
+	if err != nil {
+		return -1, fmt.Errorf("connect to %v: %w", c.to, err)
+	}
+	if _, err = unix.Write(fd, appendPreamble(nil, kindData, c.welcome.Secret, number)); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// sinkFlows starts a job that counts datagrams and opens its flows. close ends them.
+func (c *client) sinkFlows(n int) (flows []*ipv4.PacketConn, closeAll func(), err error) {
+	closeAll = func() {
+		for _, f := range flows {
+			f.Close()
+		}
+	}
+	if _, err = c.order(jobSink, n); err != nil {
+		return nil, nil, err
+	}
+	for i := range n {
+		fd, _, err := c.flow(i)
+		if err != nil {
+			closeAll()
+			return nil, nil, err
+		}
+		conn, err := traffic.PacketConn(fd)
+		if err != nil {
+			closeAll()
+			return nil, nil, err
+		}
+		flows = append(flows, conn)
+	}
+	return flows, closeAll, nil
+}
+
+// pathMTU finds the largest packet that is answered, in bytes of IP. Datagrams go out with the don't-fragment bit, and
+// without regard to what the kernel knows of the path.
+func (c *client) pathMTU(link int) (int, error) {
+	fd, _, err := c.flow(0)
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(fd)
+	headers, least := 28, 576
+	level, opt, probe := unix.IPPROTO_IP, unix.IP_MTU_DISCOVER, unix.IP_PMTUDISC_PROBE
+	if c.to.Addr().Is6() {
+		headers, least = 48, 1280
+		level, opt, probe = unix.IPPROTO_IPV6, unix.IPV6_MTU_DISCOVER, unix.IPV6_PMTUDISC_PROBE
+	}
+	if err := unix.SetsockoptInt(fd, level, opt, probe); err != nil {
+		return 0, fmt.Errorf("don't-fragment bit: %w", err)
+	}
+	passes := func(size int) bool {
+		out, in := make([]byte, size-headers), make([]byte, 1<<16)
+		for range 4 {
+			if _, err := unix.Write(fd, out); err == unix.EMSGSIZE {
+				return false
+			}
+			for {
+				n, err := unix.Read(fd, in)
+				if err == unix.EINTR {
+					continue
+				}
+				if err != nil {
+					break
+				}
+				if n == len(out) {
+					return true
+				}
+			}
+		}
+		return false
+	}
+	high := min(max(link, least), 65535)
+	if passes(high) {
+		return high, nil
+	}
+	if !passes(least) {
+		return 0, fmt.Errorf("packets of %d bytes from %v to %v are not answered", least, c.from.Addr(), c.to)
+	}
+	for low := least; ; {
+		if high-low <= 1 {
+			return low, nil
+		}
+		if middle := (low + high) / 2; passes(middle) {
+			low = middle
+		} else {
+			high = middle
+		}
+	}
+}

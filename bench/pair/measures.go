@@ -1,0 +1,295 @@
+package pair
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/net/ipv4"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/bench/machine"
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
+)
+
+// onThread runs fn on a thread of its own.
+func onThread(fn func() error) error {
+	done := make(chan error, 1)
+	go func() {
+		runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+		done <- fn()
+	}()
+	return <-done
+}
+
+// overUDP measures over a flow that is echoed.
+func (rn *runner) overUDP(d *result.Round, measure func(fd int) (*result.Latency, error)) error {
+	if _, err := rn.c.order(jobEcho, 1); err != nil {
+		return err
+	}
+	fd, buffer, err := rn.c.flow(0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	rn.r.Machines[0].Buffer = buffer
+	return onThread(func() error {
+		l, err := measure(fd)
+		if err == nil && l.Answers == 0 {
+			err = fmt.Errorf("no datagram of %d bytes was answered", l.Payload)
+		}
+		if err == nil {
+			d.Latency = append(d.Latency, *l)
+		}
+		return err
+	})
+}
+
+func (rn *runner) pingPong(payload int) func(context.Context, *result.Round) error {
+	return func(ctx context.Context, d *result.Round) error {
+		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
+			return traffic.PingPong(ctx, fd, payload, rn.o.warm(), rn.o.Duration)
+		})
+	}
+}
+
+func (rn *runner) openLoop(payload int) func(context.Context, *result.Round) error {
+	return func(ctx context.Context, d *result.Round) error {
+		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
+			return traffic.Paced(ctx, fd, payload, rn.o.Rate, rn.o.warm(), rn.o.Duration)
+		})
+	}
+}
+
+// requests are requests and responses on one connection.
+func (rn *runner) requests(ctx context.Context, d *result.Round) error {
+	if _, err := rn.c.order(jobRespond, 1); err != nil {
+		return err
+	}
+	fd, err := rn.c.stream(0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	request, buf := make([]byte, traffic.Request), make([]byte, traffic.Request)
+	return rn.transactions(ctx, d, result.RR, func() error { return traffic.Exchange(ctx, fd, request, buf) })
+}
+
+// connections are requests on a connection each, which is closed with a reset so that ports do not run out.
+func (rn *runner) connections(ctx context.Context, d *result.Round) error {
+	if _, err := rn.c.order(jobRespond, maxFlows); err != nil {
+		return err
+	}
+	request, buf, to := appendPreamble(nil, kindOnce, rn.c.welcome.Secret, 0), make([]byte, preambleSize), traffic.Sockaddr(rn.c.to)
+	return rn.transactions(ctx, d, result.CRR, func() error {
+		fd, err := traffic.Dial(rn.c.from, to)
+		if err != nil {
+			return fmt.Errorf("connect: %w", err)
+		}
+		return errors.Join(traffic.Exchange(ctx, fd, request, buf), traffic.Reset(fd), unix.Close(fd))
+	})
+}
+
+func (rn *runner) transactions(ctx context.Context, d *result.Round, kind string, one func() error) error {
+	return onThread(func() error {
+		l, err := traffic.Transactions(ctx, kind, rn.o.warm(), rn.o.Duration, one)
+		if err == nil {
+			d.Latency = append(d.Latency, *l)
+		}
+		return err
+	})
+}
+
+// counted is a period in which both ends count.
+type counted struct {
+	rn  *runner
+	cpu *machine.Meter
+}
+
+func (rn *runner) begin() (counted, error) {
+	c := counted{rn: rn}
+	if _, err := rn.c.order("begin", 0); err != nil {
+		return c, err
+	}
+	if m, err := machine.Start(nil); err == nil {
+		c.cpu = &m
+	}
+	return c, nil
+}
+
+// end returns what the server counted, with the CPU use of both ends.
+func (c counted) end() (report, error) {
+	r, err := c.rn.c.order("end", 0)
+	if err != nil || c.cpu == nil || r.CPU == nil {
+		r.CPU = nil
+		return r, err
+	}
+	own, err := c.cpu.Stop()
+	if err != nil {
+		r.CPU = nil
+		return r, nil
+	}
+	if c.rn.one { // the other end is among the others
+		own.Busy, own.Others = own.Busy+own.Others, 0
+		r.CPU = &own
+	} else {
+		sum := own.Plus(*r.CPU)
+		r.CPU = &sum
+	}
+	return r, nil
+}
+
+func (rn *runner) tcp(streams int) func(context.Context, *result.Round) error {
+	return func(ctx context.Context, d *result.Round) error {
+		if _, err := rn.c.order(jobStream, streams); err != nil {
+			return err
+		}
+		var stop atomic.Bool
+		type outcome struct {
+			retransmits uint32
+			err         error
+		}
+		ended := make(chan outcome, streams)
+		started := 0
+		var err error
+		for i := range streams {
+			var fd int
+			if fd, err = rn.c.stream(i); err != nil {
+				break
+			}
+			if most := rn.c.welcome.MaxRate; most > 0 {
+				err = unix.SetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_MAX_PACING_RATE, uint64(most/8/float64(streams)))
+			}
+			started++
+			go func() { // on its own thread
+				defer unix.Close(fd)
+				n, err := traffic.TCPSource(fd, &stop)
+				ended <- outcome{n, err}
+			}()
+		}
+		t := result.TCP{Streams: streams}
+		if err == nil {
+			err = rn.countTCP(ctx, &t)
+		}
+		stop.Store(true)
+		for range started {
+			o := <-ended
+			t.Retransmits += o.retransmits
+			err = errors.Join(err, o.err)
+		}
+		if err == nil {
+			d.TCP = append(d.TCP, t)
+		}
+		return err
+	}
+}
+
+// countTCP counts what arrives while streams run.
+func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
+	if err := traffic.Sleep(ctx, rn.o.warm()); err != nil {
+		return err
+	}
+	c, err := rn.begin()
+	if err != nil {
+		return err
+	}
+	if err := traffic.Sleep(ctx, rn.o.Duration); err != nil {
+		return err
+	}
+	got, err := c.end()
+	if err != nil {
+		return err
+	}
+	if got.Bytes == 0 {
+		return fmt.Errorf("no byte arrived within %v", rn.o.Duration)
+	}
+	t.Bytes, t.Seconds, t.Gbps = got.Bytes, got.Seconds, float64(got.Bytes)*8/1e9/got.Seconds
+	if got.CPU != nil {
+		t.CPU = *got.CPU
+	}
+	return nil
+}
+
+func (rn *runner) flood(flows int) func(context.Context, *result.Round) error {
+	return func(ctx context.Context, d *result.Round) error {
+		conns, closeAll, err := rn.c.sinkFlows(flows)
+		if err != nil {
+			return err
+		}
+		defer closeAll()
+		t, err := rn.trial(ctx, conns, rn.full, 0, rn.o.Duration)
+		if err == nil {
+			d.Floods = append(d.Floods, result.Flood{Flows: flows, Payload: rn.full, Trial: t})
+		}
+		return err
+	}
+}
+
+func (rn *runner) search(payload int, full bool) func(context.Context, *result.Round) error {
+	return func(ctx context.Context, d *result.Round) error {
+		conns, closeAll, err := rn.c.sinkFlows(1)
+		if err != nil {
+			return err
+		}
+		defer closeAll()
+		s, err := traffic.SearchRate(payload, func(rate float64) (result.Trial, error) {
+			return rn.trial(ctx, conns, payload, rate, rn.o.Duration/4)
+		})
+		if err == nil {
+			s.Full = full
+			d.UDP = append(d.UDP, s)
+		}
+		return err
+	}
+}
+
+// trial sends datagrams in all flows at a total rate for d; 0 is as fast as the sender can, or as the server allows.
+func (rn *runner) trial(ctx context.Context, flows []*ipv4.PacketConn, payload int, rate float64, d time.Duration) (result.Trial, error) {
+	if most := rn.c.welcome.MaxRate / 8 / float64(payload); most > 0 && (rate == 0 || rate > most) {
+		rate = most
+	}
+	t := result.Trial{Offered: rate}
+	c, err := rn.begin()
+	if err != nil {
+		return t, err
+	}
+	parts := make([]result.Trial, len(flows))
+	errs := make(chan error, len(flows))
+	for i, f := range flows {
+		parts[i].Offered = rate / float64(len(flows))
+		go func() { errs <- traffic.UDPSource(ctx, f, payload, d, &parts[i]) }()
+	}
+	for range flows {
+		err = errors.Join(err, <-errs)
+	}
+	if err != nil {
+		return t, err
+	}
+	for _, p := range parts {
+		t.Sent += p.Sent
+		t.Seconds = max(t.Seconds, p.Seconds)
+	}
+	for last := uint64(0); ; {
+		if err := traffic.Sleep(ctx, traffic.Silence+2*rn.c.rtt); err != nil {
+			return t, err
+		}
+		r, err := rn.c.order("count", 0)
+		if err != nil {
+			return t, err
+		}
+		if r.Received == last || r.Received >= t.Sent {
+			break
+		}
+		last = r.Received
+	}
+	r, err := c.end()
+	if err != nil {
+		return t, err
+	}
+	t.Received, t.Reordered, t.Arriving, t.CPU = r.Received, r.Reordered, r.Arriving, r.CPU
+	return t, nil
+}

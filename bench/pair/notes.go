@@ -1,0 +1,71 @@
+package pair
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
+)
+
+const (
+	// othersAllowed and stealAllowed are shares of a machine.
+	othersAllowed, stealAllowed = 0.05, 0.02
+	// roundsAllowed is how far the best round may be from the worst, as a factor of TCP with one stream.
+	roundsAllowed = 1.5
+	// lossAllowed is how much of a slow flow may be lost, in per cent.
+	lossAllowed = 0.1
+)
+
+// warnings are the reasons not to trust figures.
+func warnings(r *result.Run) []string {
+	out := []string{}
+	warn := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
+	m := &r.Modes[0]
+	if s, ok := m.Summary["tcp1_gbps"]; ok && s.Max > roundsAllowed*s.Min {
+		warn("One TCP stream carried %s Gb/s in one round and %s in another.", result.Digits(s.Min), result.Digits(s.Max))
+	}
+	if r.Others.Max > othersAllowed {
+		warn("Others used up to %.0f %% of the sender's machine just before a round: figures are too low, and noisy.", 100*min(r.Others.Max, 1))
+	}
+	if r.Steal.Max > stealAllowed {
+		warn("A hypervisor took up to %.0f %% of the machines away while TCP was measured.", 100*r.Steal.Max)
+	}
+	for _, k := range r.Metrics {
+		if s, ok := m.Summary[k.Key]; ok && k.Unit == "%" && k.Group != "UDP throughput" && s.Median > lossAllowed {
+			warn("%s: %s %% although the flow was slow. TCP and latency suffer from what loses it.", k.Title, result.Digits(s.Median))
+		}
+	}
+	for _, end := range r.Machines {
+		if end.Quota > 0 && end.Quota < float64(end.CPUs) {
+			warn("The CPU quota at the %q end is %s of %d CPUs: throughput and the longest latencies may be the quota's.", end.End, result.Digits(end.Quota), end.CPUs)
+		}
+	}
+	return out
+}
+
+// notes describe the method.
+func (rn *runner) notes() []string {
+	o := &rn.o
+	n := []string{
+		fmt.Sprintf("Traffic goes from this end to the server; only answers come back. %d rounds of %v for each measure, after %v of warm-up. Each round begins with another measure.",
+			o.Rounds, o.Duration, o.warm().Round(time.Millisecond)),
+		"Half RTT: one UDP datagram at a time between blocking sockets; half of the round trip. CPUs may halt and nothing is pinned, as for an ordinary program: " +
+			"this includes what it costs to wake a process.",
+		fmt.Sprintf("Fixed rate: %s datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", result.Digits(o.Rate)),
+		fmt.Sprintf("TCP request/response: %d bytes each way, on one connection, or on one connection each; the whole time.", traffic.Request),
+		fmt.Sprintf("UDP, no loss: the highest rate with at most %.1f %% loss in a trial of %v; full packets fill the path MTU, %d bytes of payload. If the unpaced sender loses nothing, "+
+			"the sender is the limit. UDP flows: full packets as fast as the sender can.", 100*traffic.LossAllowed, o.Duration/4, rn.full),
+		fmt.Sprintf("The path MTU, %d bytes, is the largest packet with the don't-fragment bit that was answered.", rn.r.MTU),
+		"Intervals: 95 %, of the median, by bootstrap over the rounds; none for fewer than five.",
+	}
+	cpu := "CPU: all CPU time of both machines with softirqs, sender and receiver together, without what other processes used that this one can see. In a container it sees few."
+	if rn.one {
+		cpu = "Both ends are on one machine: CPU is all that it did, other processes included, and no network device was crossed unless the ends are in namespaces."
+	}
+	n = append(n, cpu)
+	if rate := rn.c.welcome.MaxRate; rate > 0 {
+		n = append(n, fmt.Sprintf("The server allows %s Gb/s: no figure can be higher.", result.Digits(rate/1e9)))
+	}
+	return n
+}

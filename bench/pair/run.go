@@ -1,0 +1,252 @@
+package pair
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"runtime"
+	"time"
+
+	"github.com/tulle-net/tulle/bench/machine"
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
+)
+
+// RunOptions configure a run. The zero value of each field except Host means its default.
+type RunOptions struct {
+	Host     string        // of the server, with or without port
+	Token    string        // that the server wants
+	Label    string        // name of the path in the result; default "path"
+	Rounds   int           // default 5
+	Duration time.Duration // counted time of each measure; a warm-up of a third comes first; default 1 s
+	Sizes    []int         // payloads whose latency is measured, in bytes; default 64 and 1,200
+	Streams  int           // "several", of TCP and UDP; default 4
+	Rate     float64       // of the open loop, in datagrams a second; default 1,000
+	Six      bool          // IPv6 only
+	Version  string        // of the program
+	Progress func(string)  // may be nil
+}
+
+const shortest = 50 * time.Millisecond
+
+// Validate returns an error if an option is invalid.
+func (o RunOptions) Validate() error {
+	_, err := o.withDefaults()
+	return err
+}
+
+func (o RunOptions) withDefaults() (RunOptions, error) {
+	if o.Label == "" {
+		o.Label = "path"
+	}
+	if o.Rounds == 0 {
+		o.Rounds = 5
+	}
+	if o.Duration == 0 {
+		o.Duration = time.Second
+	}
+	if len(o.Sizes) == 0 {
+		o.Sizes = []int{64, 1200}
+	}
+	if o.Streams == 0 {
+		o.Streams = 4
+	}
+	if o.Rate == 0 {
+		o.Rate = 1000
+	}
+	if o.Progress == nil {
+		o.Progress = func(string) {}
+	}
+	switch {
+	case o.Host == "":
+		return o, errors.New("no host: name the one where `tulle bench serve` runs")
+	case o.Rounds < 1 || o.Rounds > 1000:
+		return o, fmt.Errorf("%d rounds: want 1 to 1000", o.Rounds)
+	case o.Duration < shortest || o.Duration > time.Minute:
+		return o, fmt.Errorf("a duration of %v: want %v to 1m", o.Duration, shortest)
+	case o.Streams < 2 || o.Streams > maxFlows:
+		return o, fmt.Errorf("%d streams: want 2 to %d", o.Streams, maxFlows)
+	case o.Rate < 1 || o.Rate > 100_000:
+		return o, fmt.Errorf("a rate of %v datagrams a second: want 1 to 100000", o.Rate)
+	}
+	for _, n := range o.Sizes {
+		if n < traffic.Least || n > 65507 {
+			return o, fmt.Errorf("a payload of %d bytes: want %d to 65507", n, traffic.Least)
+		}
+	}
+	return o, nil
+}
+
+func (o *RunOptions) warm() time.Duration { return o.Duration / 3 }
+
+// runner is a running Run.
+type runner struct {
+	o    RunOptions
+	c    *client
+	r    *result.Run
+	full int  // payload of a datagram that fills the path MTU, in bytes
+	one  bool // both ends are on one machine
+	used []float64
+}
+
+// Run measures the path to a server. When ctx ends, or the server, the result has the rounds that were complete; an error
+// means that there is none.
+func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
+	o, err := o.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	was := runtime.GOMAXPROCS(max(16, 4*runtime.NumCPU())) // threads that return from system calls wait for no processor
+	defer runtime.GOMAXPROCS(was)
+	c, err := dial(ctx, &o)
+	if err != nil {
+		return nil, err
+	}
+	defer c.conn.Close()
+	stop := context.AfterFunc(ctx, func() { c.conn.Close() })
+	defer stop()
+	rn := &runner{o: o, c: c}
+	if err := rn.prepare(); err != nil {
+		return nil, err
+	}
+	var ended error
+	for i := range o.Rounds {
+		if ended = rn.round(ctx, i); ended != nil {
+			break
+		}
+	}
+	if len(rn.r.Modes[0].Rounds) == 0 {
+		return nil, errors.Join(ctx.Err(), ended)
+	}
+	rn.finish(ctx, ended)
+	return rn.r, nil
+}
+
+// prepare finds the path MTU and describes the run.
+func (rn *runner) prepare() error {
+	o, c := &rn.o, rn.c
+	from := machine.Facts(c.from.Addr())
+	from.End, from.Tulle = "from", o.Version
+	link := from.LinkMTU
+	if link == 0 {
+		link = 65535
+	}
+	o.Progress("finding the path MTU")
+	if _, err := c.order(jobEcho, 1); err != nil {
+		return err
+	}
+	mtu, err := c.pathMTU(link)
+	if err != nil {
+		return err
+	}
+	family, headers := "IPv4", 28
+	if c.to.Addr().Is6() {
+		family, headers = "IPv6", 48
+	}
+	rn.full = mtu - headers
+	rn.one = c.welcome.Boot != "" && c.welcome.Boot == machine.BootID()
+	to := c.welcome.Machine
+	for _, m := range []*result.Machine{&from, &to} {
+		m.Affinity, m.Awake = "threads not pinned", "CPUs may halt"
+	}
+	rn.r = &result.Run{
+		Format: result.Format, Version: result.Version, Kind: result.Pair, Tulle: o.Version, Started: time.Now(), Machines: []result.Machine{from, to},
+		Rounds: o.Rounds, Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(), MTU: mtu, Family: family,
+		Modes: []result.Mode{{Name: o.Label, What: "from this end to `tulle bench serve`", MTU: mtu}},
+	}
+	return nil
+}
+
+// measure is one measure of a round.
+type measure struct {
+	what string
+	take func(ctx context.Context, d *result.Round) error
+}
+
+func (rn *runner) measures() []measure {
+	var out []measure
+	for _, n := range rn.o.Sizes {
+		out = append(out, measure{fmt.Sprintf("latency at %d bytes", n), rn.pingPong(n)})
+	}
+	several := rn.o.Streams
+	return append(out,
+		measure{fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
+		measure{"TCP requests on one connection", rn.requests},
+		measure{"TCP connections with a request", rn.connections},
+		measure{"TCP, one stream", rn.tcp(1)},
+		measure{fmt.Sprintf("TCP, %d streams", several), rn.tcp(several)},
+		measure{"UDP, one flow", rn.flood(1)},
+		measure{fmt.Sprintf("UDP, %d flows", several), rn.flood(several)},
+		measure{"UDP rate at 64 bytes", rn.search(64, false)},
+		measure{"UDP rate of full packets", rn.search(rn.full, true)},
+	)
+}
+
+// round takes each measure. Round n begins with measure n, so that none is always the first.
+func (rn *runner) round(ctx context.Context, n int) error {
+	used, err := machine.OthersShare(ctx)
+	if err != nil && ctx.Err() != nil {
+		return err
+	}
+	all := rn.measures()
+	parts := make([]result.Round, len(all))
+	var failed []string
+	for k := range all {
+		i := (k + n) % len(all)
+		m := all[i]
+		rn.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, rn.o.Rounds, m.what))
+		if err := m.take(ctx, &parts[i]); err != nil {
+			if ctx.Err() != nil || rn.gone(err) {
+				return err
+			}
+			failed = append(failed, fmt.Sprintf("round %d, %s: %v", n+1, m.what, err))
+		}
+		if _, err := rn.c.order("stop", 0); err != nil {
+			return err
+		}
+	}
+	var d result.Round
+	for _, p := range parts {
+		d.TCP = append(d.TCP, p.TCP...)
+		d.Latency = append(d.Latency, p.Latency...)
+		d.UDP = append(d.UDP, p.UDP...)
+		d.Floods = append(d.Floods, p.Floods...)
+	}
+	m := &rn.r.Modes[0]
+	m.Rounds = append(m.Rounds, d)
+	m.Errors = append(m.Errors, failed...)
+	rn.used = append(rn.used, used)
+	return nil
+}
+
+// gone reports whether an error ended the control connection.
+func (rn *runner) gone(err error) bool {
+	_, again := rn.c.order("stop", 0)
+	return again != nil && err != nil
+}
+
+// finish computes what follows from the rounds.
+func (rn *runner) finish(ctx context.Context, ended error) {
+	r := rn.r
+	r.Seconds = time.Since(r.Started).Seconds()
+	r.Others = result.SpreadOf(rn.used)
+	var steal []float64
+	cpus := r.Machines[0].CPUs
+	if !rn.one {
+		cpus += r.Machines[1].CPUs
+	}
+	for _, d := range r.Modes[0].Rounds {
+		for _, t := range d.TCP {
+			steal = append(steal, t.CPU.Steal/t.Seconds/float64(cpus))
+		}
+	}
+	r.Steal = result.SpreadOf(steal)
+	r.Summarise()
+	r.Notes, r.Warnings = rn.notes(), warnings(r)
+	if ended != nil {
+		r.Interrupted = true
+		if ctx.Err() == nil {
+			r.Warnings = append(r.Warnings, fmt.Sprintf("The run ended early: %v.", ended))
+		}
+	}
+}

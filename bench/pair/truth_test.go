@@ -1,0 +1,272 @@
+package pair
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/namespace"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
+)
+
+// wire is a wire between two namespaces whose faults are known: each end is a TUN device, and this process carries the
+// packets. It delays every packet by the same time and loses a share of the UDP datagrams from the first end to the
+// second; larger packets than mtu it loses without a word.
+type wire struct {
+	delay     time.Duration
+	loss      float64
+	mtu       int
+	lost, all atomic.Int64 // datagrams from the first end
+}
+
+// start makes the namespaces 10.99.0.1 and 10.99.0.2 and carries packets until the test ends.
+func (w *wire) start(t *testing.T) (a, b *namespace.Namespace) {
+	t.Helper()
+	a, b = namespace.New(t), namespace.New(t)
+	ends := [2]int{w.end(t, a, "10.99.0.1/24", "fd99::1/64"), w.end(t, b, "10.99.0.2/24", "fd99::2/64")}
+	var stop atomic.Bool
+	var work sync.WaitGroup
+	work.Go(func() { w.carry(ends[0], ends[1], true, &stop) })
+	work.Go(func() { w.carry(ends[1], ends[0], false, &stop) })
+	t.Cleanup(func() {
+		stop.Store(true)
+		work.Wait()
+		unix.Close(ends[0])
+		unix.Close(ends[1])
+	})
+	return a, b
+}
+
+func (w *wire) end(t *testing.T, n *namespace.Namespace, addrs ...string) (fd int) {
+	t.Helper()
+	n.Do(func() (err error) {
+		if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0); err != nil {
+			return err
+		}
+		return sys.TunAttach(fd, "wire0", unix.IFF_TUN|unix.IFF_NO_PI)
+	})
+	n.Netlink(func(nl *sys.Netlink) error {
+		link, err := nl.LinkByName("wire0")
+		if err != nil {
+			return err
+		}
+		for _, addr := range addrs {
+			p := netip.MustParsePrefix(addr)
+			if err := nl.AddrAdd(link, &netlink.Addr{IPNet: sys.IPNet(p), Flags: unix.IFA_F_NODAD}); err != nil {
+				return err
+			}
+		}
+		return nl.LinkSetUp(link)
+	})
+	return fd
+}
+
+// carry moves packets one way.
+func (w *wire) carry(from, to int, first bool, stop *atomic.Bool) {
+	runtime.LockOSThread()
+	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1000, 0, 0, 0)
+	type packet struct {
+		due  time.Time
+		data []byte
+	}
+	var queue []packet
+	rng := rand.New(rand.NewPCG(1, 1))
+	buf := make([]byte, 1<<16)
+	for !stop.Load() {
+		wait := 20 * time.Millisecond
+		if len(queue) > 0 {
+			wait = max(time.Until(queue[0].due), 0)
+		}
+		ts := unix.NsecToTimespec(int64(wait))
+		_, _ = unix.Ppoll([]unix.PollFd{{Fd: int32(from), Events: unix.POLLIN}}, &ts, nil)
+		for len(queue) > 0 && !time.Now().Before(queue[0].due) {
+			_, _ = unix.Write(to, queue[0].data)
+			queue = queue[1:]
+		}
+		n, err := unix.Read(from, buf)
+		if err != nil || w.mtu > 0 && n > w.mtu {
+			continue
+		}
+		if first && udp(buf[:n]) {
+			w.all.Add(1)
+			if rng.Float64() < w.loss {
+				w.lost.Add(1)
+				continue
+			}
+		}
+		queue = append(queue, packet{time.Now().Add(w.delay), append([]byte(nil), buf[:n]...)})
+	}
+}
+
+func udp(p []byte) bool {
+	return len(p) > 20 && (p[0]>>4 == 4 && p[9] == 17 || p[0]>>4 == 6 && p[6] == 17)
+}
+
+// tulle builds the program where everybody can run it.
+func tulle(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tulle-bench")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	binary := filepath.Join(dir, "tulle")
+	if err := errors.Join(os.Chmod(dir, 0o755), testbuild.Tulle(binary, nil)); err != nil {
+		t.Fatal(err)
+	}
+	return binary
+}
+
+// command is the program without root; it is started in a namespace.
+func command(t *testing.T, binary string, args ...string) (*exec.Cmd, *strings.Builder) {
+	t.Helper()
+	c := exec.CommandContext(context.Background(), binary, append([]string{"bench"}, args...)...)
+	c.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	c.Cancel = func() error { return c.Process.Signal(os.Interrupt) }
+	var errs strings.Builder
+	c.Stderr = &errs
+	return c, &errs
+}
+
+// serving runs a server in a namespace until the test ends.
+func serving(t *testing.T, n *namespace.Namespace, binary string, args ...string) {
+	t.Helper()
+	c, _ := command(t, binary, append([]string{"serve"}, args...)...)
+	c.Stderr = nil
+	out, err := c.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.Do(c.Start)
+	lines := bufio.NewScanner(out)
+	if !lines.Scan() || !strings.HasPrefix(lines.Text(), "listening on ") {
+		t.Fatalf("serve says %q", lines.Text())
+	}
+	done := make(chan struct{})
+	go func() { // ends with the server
+		defer close(done)
+		for lines.Scan() {
+			t.Log("serve:", lines.Text())
+		}
+	}()
+	t.Cleanup(func() {
+		_ = c.Process.Signal(os.Interrupt)
+		<-done
+		if err := c.Wait(); err != nil {
+			t.Errorf("serve: %v", err)
+		}
+	})
+}
+
+// measured runs the program and reads its result.
+func measured(t *testing.T, n *namespace.Namespace, binary string, args ...string) *result.Run {
+	t.Helper()
+	c, errs := command(t, binary, append([]string{"run", "-o", "json"}, args...)...)
+	var out bytes.Buffer
+	c.Stdout = &out
+	n.Do(c.Start)
+	err := c.Wait()
+	r, rerr := result.Read(&out)
+	if rerr != nil {
+		t.Fatalf("run %v: %v, %v\n%s", args, err, rerr, errs)
+	}
+	if (err != nil) != (len(r.Modes[0].Errors) > 0) {
+		t.Errorf("run %v: %v, with measures that failed: %q", args, err, r.Modes[0].Errors)
+	}
+	return r
+}
+
+// A wire that delays each packet by 1 ms is seen to delay by 1 ms: never less, and more only by what a wire without delay
+// and the late timers of this process add.
+func TestKnownDelay(t *testing.T) {
+	const delay = time.Millisecond
+	var p50 [2]map[string]float64
+	binary := tulle(t)
+	for i, d := range []time.Duration{0, delay} {
+		w := &wire{delay: d}
+		a, b := w.start(t)
+		serving(t, b, binary)
+		r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "250ms")
+		p50[i] = map[string]float64{}
+		for _, l := range []*result.Latency{
+			r.Modes[0].Merged(result.PingPong, 64, false), r.Modes[0].Merged(result.PingPong, 1200, false), r.Modes[0].Merged(result.OpenLoop, 64, false),
+			r.Modes[0].Merged(result.RR, 64, false), r.Modes[0].Merged(result.CRR, 64, false),
+		} {
+			if l == nil || l.Answers < 20 {
+				t.Fatalf("too few answers: %+v", l)
+			}
+			name, once := fmt.Sprintf("%s %d", l.Kind, l.Payload), delay.Seconds()*1e6
+			switch l.Kind {
+			case result.RR:
+				once *= 2 // there and back
+			case result.CRR:
+				once *= 4 // a handshake before it
+			}
+			p50[i][name] = l.At(50)
+			if i == 0 {
+				continue
+			}
+			if low := l.At(0); low < once*0.999 {
+				t.Errorf("%s: %v µs over a wire that takes %v", name, low, once)
+			}
+			if added := l.At(50) - p50[0][name]; added < once*0.8 || added > once*1.5 {
+				t.Errorf("%s: %v µs without delay and %v with: a delay of %v, not %v", name, p50[0][name], l.At(50), added, once)
+			}
+		}
+	}
+	t.Log(p50)
+}
+
+// A wire that loses a tenth of the datagrams, and those above its MTU, is seen to do so.
+func TestKnownLoss(t *testing.T) {
+	binary := tulle(t)
+	for host, mtu := range map[string]int{"10.99.0.2": 1400, "fd99::2": 1500} {
+		w := &wire{loss: 0.1, mtu: mtu}
+		a, b := w.start(t)
+		serving(t, b, binary)
+		r := measured(t, a, binary, host, "--rounds", "1", "--duration", "500ms")
+		if r.MTU != mtu || !strings.Contains(r.Verdict(), fmt.Sprintf("path MTU %d", mtu)) {
+			t.Errorf("%s: a path MTU of %d was found, not %d", host, r.MTU, w.mtu)
+		}
+		// Below the devices' MTU it is a black hole for TCP, which is said.
+		if hole := strings.Contains(strings.Join(r.Modes[0].Errors, " "), "TCP, one stream: no byte arrived"); hole != (mtu < 1500) {
+			t.Errorf("%s: with an MTU of %d on the way, these failed: %q", host, mtu, r.Modes[0].Errors)
+		}
+		l := r.Modes[0].Merged(result.OpenLoop, 64, false)
+		n := float64(l.Answers + l.Lost)
+		share, noise := float64(l.Lost)/n, 4*math.Sqrt(0.1*0.9/n)
+		if n != 500 || math.Abs(share-0.1) > noise {
+			t.Errorf("%s: %d of %.0f datagrams lost, %.3f; the wire lost %d of %d", host, l.Lost, n, share, w.lost.Load(), w.all.Load())
+		}
+		flood := r.Modes[0].Rounds[0].Floods[0].Trial
+		if flood.Received > flood.Sent || flood.Loss() < 0.05 {
+			t.Errorf("%s: of a flood a tenth is lost, and more if the wire is too slow: %+v", host, flood)
+		}
+		if s := r.Modes[0].Summary["udp_full_kpps"]; s.Median != 0 {
+			t.Errorf("%s: %v without loss over a wire that loses", host, s)
+		}
+		if !strings.Contains(strings.Join(r.Warnings, " "), "although the flow was slow") {
+			t.Errorf("%s: the loss is no reason to distrust: %q", host, r.Warnings)
+		}
+	}
+}

@@ -1,0 +1,112 @@
+// Package report draws a run of the benchmarks as one page that needs nothing else: no network, no script, light and
+// dark, with the plots and all data in it. It writes the page, the data and the plots as files into a folder.
+package report
+
+import (
+	"bytes"
+	_ "embed" // the page's template
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"html/template"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/tulle-net/tulle/bench/result"
+)
+
+//go:embed page.html
+var pageTemplate string
+
+// page is what the template gets.
+type page struct {
+	*result.Run
+	Pictures  []picture
+	JSON, CSV template.URL
+}
+
+type picture struct {
+	Picture
+	Inline template.HTML
+	AsSVG  template.URL
+	AsPNG  template.URL
+}
+
+func dataURL(kind string, b []byte) template.URL {
+	return template.URL("data:" + kind + ";base64," + base64.StdEncoding.EncodeToString(b))
+}
+
+// Files returns the files of a report by their names: index.html, result.json, result.csv and the plots.
+func Files(r *result.Run) (map[string][]byte, error) {
+	pictures, err := Pictures(r)
+	if err != nil {
+		return nil, fmt.Errorf("plots: %w", err)
+	}
+	files := map[string][]byte{}
+	var raw, table bytes.Buffer
+	if err := errors.Join(r.WriteJSON(&raw), r.WriteCSV(&table)); err != nil {
+		return nil, err
+	}
+	files["result.json"], files["result.csv"] = raw.Bytes(), table.Bytes()
+	p := page{Run: r, JSON: dataURL("application/json", raw.Bytes()), CSV: dataURL("text/csv", table.Bytes())}
+	for _, d := range pictures {
+		files[d.Name+".svg"], files[d.Name+".png"] = d.SVG, d.PNG
+		p.Pictures = append(p.Pictures, picture{
+			Picture: d, Inline: template.HTML(d.SVG), AsSVG: dataURL("image/svg+xml", d.SVG), AsPNG: dataURL("image/png", d.PNG),
+		})
+	}
+	t, err := template.New("page").Funcs(template.FuncMap{
+		"digits": result.Digits,
+		"spread": func(m result.Mode, key string) result.Spread { return m.Summary[key] },
+	}).Parse(pageTemplate)
+	if err != nil {
+		return nil, err
+	}
+	var html bytes.Buffer
+	if err := t.Execute(&html, p); err != nil {
+		return nil, err
+	}
+	files["index.html"] = html.Bytes()
+	return files, nil
+}
+
+// Prepare makes sure that a report can be written into a folder, before a long run: the folder is made if it is missing.
+func Prepare(dir string) error {
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("folder of the report: %w", err)
+	}
+	f, err := os.CreateTemp(dir, ".report-*")
+	if err != nil {
+		return fmt.Errorf("folder of the report: %w", err)
+	}
+	return errors.Join(f.Close(), os.Remove(f.Name()))
+}
+
+// Write writes the files of a report into a folder. Each file is there completely or as it was before.
+func Write(r *result.Run, dir string) error {
+	files, err := Files(r)
+	if err != nil {
+		return err
+	}
+	if err := Prepare(dir); err != nil {
+		return err
+	}
+	for name, b := range files {
+		if err := replace(filepath.Join(dir, name), b); err != nil {
+			return fmt.Errorf("write the report: %w", err)
+		}
+	}
+	return nil
+}
+
+func replace(path string, b []byte) error {
+	temporary := path + ".new"
+	if err := os.WriteFile(temporary, b, 0o644); err != nil {
+		if rerr := os.Remove(temporary); !errors.Is(rerr, fs.ErrNotExist) {
+			err = errors.Join(err, rerr)
+		}
+		return err
+	}
+	return os.Rename(temporary, path)
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/tulle-net/tulle/bench/pair"
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+const benchServeLong = `Answers ` + "`tulle bench run`" + ` from another pod, container or host, over any network. Needs no root and no agent. It serves one run at a
+time, sends only answers, and only to the address of the client. It uses one TCP port and the UDP port of the same number.`
+
+func benchServe() *cobra.Command {
+	o := pair.ServeOptions{Version: api.Version()}
+	var gbps float64
+	tokenFile := ""
+	cmd := &cobra.Command{
+		Use:     "serve",
+		Short:   "Be the other end of `tulle bench run`, anywhere, without root",
+		Long:    benchServeLong,
+		Example: "  tulle bench serve\n  tulle bench serve --listen 10.0.0.7:17979 --token-file token --max-gbps 1",
+		Args:    exactly(),
+		RunE: func(cmd *cobra.Command, _ []string) (err error) {
+			if o.MaxTime <= 0 {
+				return usagef("--max-time %v: want more than 0", o.MaxTime)
+			}
+			if gbps < 0 {
+				return usagef("--max-gbps %v: want 0 (no limit) or more", gbps)
+			}
+			o.MaxRate = gbps * 1e9
+			if o.Token, err = token(tokenFile); err != nil {
+				return err
+			}
+			out := cmd.ErrOrStderr()
+			o.Log = func(s string) { fmt.Fprintf(out, "%s %s\n", time.Now().Format(time.TimeOnly), s) }
+			o.Listening = func(at netip.AddrPort) { fmt.Fprintf(out, "listening on %v, TCP and UDP\n", at) }
+			ctx, stop := interruptible(cmd)
+			defer stop()
+			return pair.Serve(ctx, o)
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVar(&o.Address, "listen", fmt.Sprintf(":%d", pair.DefaultPort), "`ADDRESS`:PORT to listen on")
+	f.StringVar(&tokenFile, "token-file", "", "`FILE` with a token that clients must have")
+	f.DurationVar(&o.MaxTime, "max-time", 10*time.Minute, "how long one run may take")
+	f.Float64Var(&gbps, "max-gbps", 0, "how many Gb/s of payload a run may send; 0: no limit")
+	return cmd
+}
+
+// token reads a token from a file; "" is for no file.
+func token(file string) (string, error) {
+	if file == "" {
+		return "", nil
+	}
+	b, err := os.ReadFile(file)
+	if err != nil {
+		return "", err
+	}
+	t := strings.TrimSpace(string(b))
+	if t == "" {
+		return "", fmt.Errorf("%s has no token in it", file)
+	}
+	return t, nil
+}
+
+const benchRunLong = `Measures the path to a host where ` + "`tulle bench serve`" + ` runs, over any network: latency, TCP requests and connections, TCP and UDP
+throughput, packet rate without loss, CPU time, path MTU. Needs no root and no agent. Takes less than three minutes. To compare two
+networks, store a result of each with -o json and use ` + "`tulle bench diff`" + `. Ctrl-C keeps the rounds that are complete.`
+
+func benchRun() *cobra.Command {
+	o := pair.RunOptions{Version: api.Version()}
+	out, tokenFile := benchOutput{form: "table"}, ""
+	cmd := &cobra.Command{
+		Use:     "run HOST",
+		Short:   "Measure the path to `tulle bench serve`, anywhere, without root",
+		Long:    benchRunLong,
+		Example: "  tulle bench run 10.0.0.7\n  tulle bench run server.example --label flannel -o json > flannel.json",
+		Args:    exactly("HOST"),
+		RunE: func(cmd *cobra.Command, args []string) (err error) {
+			if err := out.check(); err != nil {
+				return err
+			}
+			o.Host = args[0]
+			if o.Rounds < 1 {
+				return usagef("--rounds %d: want at least 1", o.Rounds)
+			}
+			if err := o.Validate(); err != nil {
+				return usageError{err}
+			}
+			if o.Token, err = token(tokenFile); err != nil {
+				return err
+			}
+			o.Progress = stopwatch(cmd.ErrOrStderr())
+			ctx, stop := interruptible(cmd)
+			defer stop()
+			r, err := pair.Run(ctx, o)
+			if err != nil {
+				return details(cmd, err)
+			}
+			fmt.Fprintln(cmd.ErrOrStderr())
+			return out.write(cmd, r)
+		},
+	}
+	f := cmd.Flags()
+	f.SortFlags = false
+	f.StringVar(&o.Label, "label", "path", "`NAME` of what is measured, for the result")
+	f.StringVar(&tokenFile, "token-file", "", "`FILE` with the token that the server wants")
+	f.IntVar(&o.Rounds, "rounds", 5, "number of rounds: how often each measure is taken")
+	f.DurationVar(&o.Duration, "duration", time.Second, "counted time of each measure, after a warm-up of a third of it")
+	f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1200}, "payloads of the datagrams whose latency is measured, in `BYTES`")
+	f.IntVar(&o.Streams, "streams", 4, "how many TCP streams and UDP flows run at a time where several do")
+	f.Float64Var(&o.Rate, "rate", 1000, "datagrams per second where latency is measured at a fixed rate")
+	f.BoolVar(&o.Six, "six", false, "IPv6 only, if HOST is a name with addresses of both families")
+	out.flags(cmd)
+	return cmd
+}

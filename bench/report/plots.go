@@ -194,7 +194,7 @@ func (logTicks) Ticks(low, high float64) (out []plot.Tick) {
 	for e := math.Floor(math.Log10(low)); e <= math.Ceil(math.Log10(high)); e++ {
 		for _, f := range []float64{1, 2, 5} {
 			if v := f * math.Pow(10, e); v >= low && v <= high {
-				out = append(out, plot.Tick{Value: v, Label: result.Digits(v)})
+				out = append(out, plot.Tick{Value: v, Label: fmt.Sprintf("%g", v)})
 			}
 		}
 	}
@@ -229,7 +229,7 @@ func bars(p *plot.Plot, r *result.Run, unit string, value func(*result.Mode) (re
 			p.Add(interval)
 		}
 		most = max(most, s.Median, s.High)
-		ticks = append(ticks, plot.Tick{Value: float64(row), Label: fmt.Sprintf("%s  %s", m.Name, result.Digits(s.Median))})
+		ticks = append(ticks, plot.Tick{Value: float64(row), Label: fmt.Sprintf("%s  %s ", m.Name, result.Digits(s.Median))})
 		row++
 	}
 	if row == 0 {

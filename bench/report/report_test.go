@@ -1,0 +1,136 @@
+package report
+
+import (
+	"bytes"
+	"encoding/xml"
+	"errors"
+	"image/png"
+	"io"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/bench/result"
+)
+
+// sample is a run made by hand, of two modes and one that is missing.
+func sample() *result.Run {
+	r := &result.Run{
+		Format: result.Format, Version: result.Version, Kind: result.Lab, Started: time.Unix(1e9, 0).UTC(), Rounds: 5, Duration: 1, References: []string{"kernel-vxlan"},
+		Machines: []result.Machine{{Kernel: "6.1", CPU: "<b>CPU</b>"}}, Warnings: []string{"others <were> busy"},
+		Modes: []result.Mode{{Name: "kernel-vxlan"}, {Name: "tulle-udp"}, {Name: "kernel-ipip", Missing: "no such device", Lacking: true}},
+	}
+	for i := range 5 {
+		for m := range 2 {
+			l := result.Latency{Kind: result.PingPong, Payload: 64, Seconds: 1, Times: result.NewHistogram()}
+			for k := range 1000 {
+				l.Times.Record(time.Duration((m+1)*(k+10)) * time.Microsecond)
+				l.Answers++
+			}
+			r.Modes[m].Rounds = append(r.Modes[m].Rounds, result.Round{
+				Latency: []result.Latency{l},
+				TCP:     []result.TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: float64(5+m) + float64(i)/10, CPU: result.CPUUse{Busy: 2}}},
+			})
+		}
+	}
+	r.Summarise()
+	return r
+}
+
+func TestReport(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "new", "report")
+	r := sample()
+	if err := Write(r, dir); err != nil {
+		t.Fatal(err)
+	}
+	read := func(name string) string {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	html := read("index.html")
+	for _, want := range []string{
+		"NOT TO BE TRUSTED", "others &lt;were&gt; busy", "&lt;b&gt;CPU&lt;/b&gt;", "prefers-color-scheme: dark", "kernel-ipip</b>: . Not measured: no such device",
+		`download="result.json" href="data:application/json;base64,`, `id="latency-ping-pong-64"`, `id="ratio-tcp1_gbps"`, `id="value-cpu_s_per_gb"`,
+	} {
+		if !strings.Contains(html, want) {
+			t.Errorf("the page lacks %q", want)
+		}
+	}
+	// It needs nothing from elsewhere, and runs nothing.
+	for _, bad := range []string{"<script", "<link", "@import", "url(", "ZgotmplZ"} {
+		if strings.Contains(html, bad) {
+			t.Errorf("the page has %q", bad)
+		}
+	}
+	for _, m := range regexp.MustCompile(`(?:href|src)="([^"]{0,40})`).FindAllStringSubmatch(html, -1) {
+		if !strings.HasPrefix(m[1], "data:") {
+			t.Errorf("the page links to %q", m[1])
+		}
+	}
+	back, err := result.Read(strings.NewReader(read("result.json")))
+	if err != nil || back.Verdict() != r.Verdict() {
+		t.Errorf("the data beside the page is another run: %v", err)
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pictures := 0
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		switch filepath.Ext(f) {
+		case ".png":
+			pictures++
+			if img, err := png.Decode(bytes.NewReader(b)); err != nil || img.Bounds().Dx() < 800 {
+				t.Errorf("%s: %v", f, err)
+			}
+		case ".svg":
+			dec := xml.NewDecoder(bytes.NewReader(b))
+			for err = error(nil); err == nil; {
+				_, err = dec.Token()
+			}
+			if !errors.Is(err, io.EOF) || bytes.Contains(b, []byte("NaN")) || bytes.Contains(b, []byte("#-")) {
+				t.Errorf("%s is not well formed: %v", f, err)
+			}
+		case ".new":
+			t.Errorf("%s was left behind", f)
+		}
+	}
+	if pictures < 6 {
+		t.Errorf("%d pictures in %v", pictures, files)
+	}
+}
+
+func TestReportOfLittle(t *testing.T) {
+	for name, r := range map[string]*result.Run{
+		"nothing":   {},
+		"one mode":  {Kind: result.Pair, Modes: []result.Mode{{Name: "x"}}},
+		"one round": {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{TCP: []result.TCP{{Streams: 1, Gbps: 1}}}}}}},
+		"zero":      {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{UDP: []result.RateSearch{{Payload: 64}}}}}}},
+	} {
+		r.Summarise()
+		if _, err := Files(r); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// A folder that cannot be written is said before the run, and a full disk leaves no half file.
+func TestReportRefused(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Prepare(filepath.Join(file, "report")); err == nil || !strings.Contains(err.Error(), "folder of the report") {
+		t.Errorf("got %v", err)
+	}
+}

@@ -44,6 +44,7 @@ type peerView struct {
 	mac       header.MAC // of its VTEP; zero: to be learned
 	endpoint  netip.Addr // the underlay address in use; invalid if none fits ours
 	tun       []netip.Addr
+	probes    []netip.Addr // where direct probes to it go
 	prefixes  []netip.Prefix
 	mode      encap.Mode
 	link      mtu.Link // largest outer packet that the links toward it carry
@@ -52,10 +53,11 @@ type peerView struct {
 	path      path.Info
 	probed    bool
 	trains    path.TrainInfo
-	host      bool   // it takes packets for its underlay addresses out of the tunnel
-	gone      bool   // gossip and data path have both lost it: packets to it are answered with host unreachable
-	replaced  bool   // another node has its address: packets for it are not sent there, and packets from there are not its own
-	why       string // reason for the endpoint or the state; may be empty
+	direct    [2]directWay // for IPv4 and IPv6 packets
+	host      bool         // it takes packets for its underlay addresses out of the tunnel
+	gone      bool         // gossip and data path have both lost it: packets to it are answered with host unreachable
+	replaced  bool         // another node has its address: packets for it are not sent there, and packets from there are not its own
+	why       string       // reason for the endpoint or the state; may be empty
 }
 
 // holdDown is how long both gossip and the data path must have lost a node before packets to it are refused. It is long
@@ -87,6 +89,9 @@ func (s *session) look(now time.Time) *view {
 		v.peers = append(v.peers, *p)
 	}
 	v.yieldAddresses(s.link.Addrs)
+	for i := range v.peers {
+		s.findDirect(&v.peers[i])
+	}
 	slices.SortFunc(v.peers, func(a, b peerView) int {
 		return cmp.Or(cmp.Compare(b2i(a.node.IsZero()), b2i(b.node.IsZero())), cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
 	})
@@ -173,7 +178,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 		k := known[id]
 		p := peerView{
 			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
-			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.prefer.Load().modes[0],
+			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.prefer.Load().first(),
 			why: "not heard of since this agent started",
 		}
 		if k.Addr.IsValid() {
@@ -211,7 +216,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	id := m.ID.String()
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
-		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, prefixes: prefixes, mode: s.mode(id),
+		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
@@ -258,7 +263,7 @@ func (s *session) mode(id string) encap.Mode {
 	if m, ok := s.probes.chosen(id); ok {
 		return m
 	}
-	return s.prefer.Load().modes[0]
+	return s.prefer.Load().first()
 }
 
 // endpoint picks the peer's underlay address of a family that this node has too, in this node's order of preference.
@@ -285,6 +290,9 @@ func (s *session) findWay(p *peerView) {
 
 // limit returns the largest inner packet that the links toward a peer and the TUN's MTU allow.
 func (s *session) limit(m encap.Mode, p *peerView) mtu.TUN {
+	if w := p.directOf(m); w != nil && w.device != "" {
+		return w.link.TUN(0)
+	}
 	return min(p.link.TUN(encap.Overhead(m, p.endpoint.Is6())), s.tunMTU())
 }
 
@@ -302,6 +310,9 @@ func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefi
 			p.why = fmt.Sprintf("this version cannot send %q packets", r.External.Encap)
 		} else {
 			p.endpoint, p.why = s.endpoint(p.underlay)
+		}
+		if p.mode == encap.Direct && r.External.Endpoint.Is6() {
+			p.mode = encap.Direct6
 		}
 		s.findWay(p)
 		p.mtu = s.limit(p.mode, p)
@@ -335,8 +346,13 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 			continue
 		}
 		six := p.endpoint.Is6()
-		for _, m := range s.prefer.Load().modes {
-			if s.unfit(&p, m) == "" {
+		for _, m := range s.modes(v, &p) {
+			if s.unfit(&p, m) != "" {
+				continue
+			}
+			if m.IsDirect() {
+				out[p.id] = append(out[p.id], s.directCandidate(&p, m))
+			} else {
 				out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, &p), Outer6: six, Needs: outerText(&p, m)})
 			}
 		}
@@ -348,15 +364,22 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 // path says that it is there, and the path is not down. Otherwise they try the underlay, as they would without Tulle.
 func (s *session) hostRoutes(p *peerView) (out []hostnet.HostRoute) {
 	down := p.probed && !p.path.Up && p.path.Probed >= 3
+	if p.host && !p.replaced {
+		for f := range p.direct {
+			if w := &p.direct[f]; w.on {
+				out = append(out, hostnet.HostRoute{Addr: w.via, MTU: int(w.mtu), Device: w.device})
+			}
+		}
+	}
 	if !p.host || p.replaced || p.gone || down || !p.lives() && !p.path.Up {
-		return nil
+		return out
 	}
 	for _, a := range p.underlay {
 		m := int(p.mtu)
 		if a.Is6() {
 			m = max(m, mtu.Min6)
 		}
-		if !slices.Contains(s.link.Addrs, a) {
+		if w := &p.direct[family(a)]; !slices.Contains(s.link.Addrs, a) && !(w.on && w.via == a) {
 			out = append(out, hostnet.HostRoute{Addr: a, MTU: m})
 		}
 	}
@@ -392,15 +415,16 @@ func (s *session) hostState(v *view) hostnet.State {
 	for _, p := range v.peers {
 		h.Members = append(h.Members, p.underlay...)
 		for _, prefix := range p.prefixes {
-			m := int(p.mtu)
-			if prefix.Addr().Is6() {
-				m = max(m, mtu.Min6) // the kernel takes no less for IPv6 (RFC 8200 §5)
-			}
-			h.Peers = append(h.Peers, hostnet.PeerRoute{Prefix: prefix, MTU: m})
+			h.Peers = append(h.Peers, p.peerRoute(prefix))
 		}
 		h.Hosts = append(h.Hosts, s.hostRoutes(&p)...)
 	}
-	h.Hosts = append(h.Hosts, s.unseenHosts(v)...)
+	for _, r := range s.unseenHosts(v) {
+		if !slices.ContainsFunc(h.Hosts, func(o hostnet.HostRoute) bool { return o.Addr == r.Addr }) {
+			h.Hosts = append(h.Hosts, r)
+		}
+	}
+	s.directHost(v, &h)
 	if s.tooSmallFor6(v.status.Params.Families).What != "" {
 		return without6(h)
 	}

@@ -15,12 +15,9 @@ func (s *session) ping(ctx context.Context, p *peerView, count int) (api.PingRes
 		count = 3
 	}
 	out := api.PingResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
-	for _, name := range s.prefer.Load().names {
-		m, err := encap.ParseMode(name)
-		if err != nil {
-			continue
-		}
-		pm := api.PingMode{Mode: name, Active: m == p.mode, Endpoint: s.outer(p, m)}
+	v := s.view.Load()
+	for _, m := range s.modes(v, p) {
+		pm := api.PingMode{Mode: m.String(), Active: p.active(v, m), Endpoint: s.outer(p, m)}
 		switch {
 		case s.unfit(p, m) != "":
 			pm.State, pm.Reason = api.PathOff, s.unfit(p, m)

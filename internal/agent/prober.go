@@ -122,6 +122,13 @@ func (p *prober) chosen(id string) (m encap.Mode, ok bool) {
 	return p.paths.Chosen(id)
 }
 
+// direct reports whether packets of a family take the direct path to the peer.
+func (p *prober) direct(id string, six bool) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.paths.Direct(id, six)
+}
+
 // answering reports whether any path to the peer is up.
 func (p *prober) answering(id string) bool {
 	p.mu.Lock()

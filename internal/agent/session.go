@@ -24,6 +24,7 @@ import (
 	"github.com/tulle-net/tulle/membership/seed"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/device"
+	"github.com/tulle-net/tulle/tunnel/direct"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
@@ -66,10 +67,12 @@ type underlay struct {
 
 // dataPath moves packets and probes peers.
 type dataPath struct {
-	device *device.Device
-	engine *tunnel.Engine
-	probes *prober                    // run by prober.run; changes of paths wake loop
-	prefer atomic.Pointer[preference] // a reload may change it
+	device   *device.Device
+	engine   *tunnel.Engine
+	direct   *direct.Prober // nil: noDirect says why
+	noDirect error
+	probes   *prober                    // run by prober.run; changes of paths wake loop
+	prefer   atomic.Pointer[preference] // a reload may change it
 }
 
 // clusterSide is this node's part in the cluster: its ownership, its disk, and gossip.
@@ -90,8 +93,9 @@ type masquerading struct {
 // hostSide reconciles the host's routes, addresses and nftables.
 type hostSide struct {
 	host       *hostnet.Reconciler
-	leftMTU    map[netip.Prefix]int // of the routes that an earlier run left, in bytes
-	leftHosts  []hostnet.HostRoute  // likewise, of those to members' hosts
+	leftMTU    map[netip.Prefix]int               // of the routes that an earlier run left, in bytes
+	leftHosts  []hostnet.HostRoute                // likewise, of those to members' hosts
+	leftDirect map[netip.Prefix]hostnet.PeerRoute // likewise, the direct ones; loop's own
 	conflist   *conflist.Publisher
 	pods       *podnet.Host                 // source checks and routes of this host's pods
 	disturbed  chan struct{}                // another program changed the host's network
@@ -109,7 +113,7 @@ type hostSide struct {
 func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
-		UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
+		ProbeAddrs: s.probeAddrs(), UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
 		Capabilities: membership.CapHostByTunnel, Version: announcedVersion(),
 	}
 }
@@ -126,7 +130,7 @@ func (s *session) run(ctx context.Context) error {
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	for _, f := range []func(context.Context) error{
-		s.engine.Run, s.gossip.Run, s.outliveOnceListening, s.cluster.deliver, s.probes.run, s.loop,
+		s.runDirect, s.engine.Run, s.gossip.Run, s.outliveOnceListening, s.cluster.deliver, s.probes.run, s.loop,
 		func(ctx context.Context) error { return s.host.Watch(ctx, func() { signal(s.disturbed) }) },
 	} {
 		wg.Go(func() {
@@ -146,6 +150,14 @@ func (s *session) run(ctx context.Context) error {
 	return errors.Join(err, s.ownership.Flush(time.Now()), s.close())
 }
 
+// runDirect receives the probes of direct paths.
+func (s *session) runDirect(ctx context.Context) error {
+	if s.direct == nil {
+		return nil
+	}
+	return s.direct.Run(ctx)
+}
+
 // outliveOnceListening waits until gossip, the last part to open its sockets, has done so.
 func (s *session) outliveOnceListening(ctx context.Context) error {
 	select {
@@ -163,6 +175,9 @@ func (s *session) close() error {
 		errs = append(errs, s.engine.Close())
 	} else if s.device != nil {
 		errs = append(errs, s.device.Close())
+	}
+	if s.direct != nil {
+		errs = append(errs, s.direct.Close())
 	}
 	if s.host != nil {
 		errs = append(errs, s.host.Close())
@@ -296,7 +311,8 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 		}
 		was.meta = m
 	}
-	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs, VTEPMAC: s.vtepMAC()}
+	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs, VTEPMAC: s.vtepMAC(), Probes: s.probeAddrs()}
+	s.updateDirect(v)
 	s.probes.setPeers(now, s.probeTargets(v))
 	peers, h := v.tunnelPeers(), s.hostState(v)
 	packets := func() {

@@ -120,6 +120,7 @@ func without6(h hostnet.State) hostnet.State {
 		}
 	}
 	h.TunAddrs, h.Peers = addrs, peers
+	h.ProbeAddrs = slices.DeleteFunc(slices.Clone(h.ProbeAddrs), netip.Addr.Is6)
 	h.Hosts = slices.DeleteFunc(h.Hosts, func(r hostnet.HostRoute) bool { return !r.Addr.Is4() })
 	return h
 }

@@ -24,8 +24,8 @@ import (
 	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
-// sendable are the encapsulations that this version can send.
-var sendable = []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP}
+// sendable are the ways that this version can send. Direct stands for both families.
+var sendable = []encap.Mode{encap.Direct, encap.UDP, encap.VXLAN, encap.IPIP}
 
 // start opens a session. It waits for an underlay address, because a host may boot slower than its services; everything
 // else that is wrong is an error.
@@ -42,7 +42,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 		return nil, err
 	}
 	s.prefer.Store(prefer)
-	s.first = prefer.modes[0]
+	s.first = prefer.first()
 	if err := a.open(ctx, s); err != nil {
 		return nil, errors.Join(err, s.close())
 	}
@@ -117,6 +117,16 @@ type preference struct {
 	modes []encap.Mode // those that can be sent, best first; at least one
 }
 
+// first is the preferred encapsulation; direct if there is none. Where packets can go both ways, they have to fit into both.
+func (p *preference) first() encap.Mode {
+	for _, m := range p.modes {
+		if !m.IsDirect() {
+			return m
+		}
+	}
+	return p.modes[0]
+}
+
 func newPreference(names []string) (*preference, error) {
 	p := &preference{names: names, modes: usableModes(names)}
 	if len(p.modes) == 0 {
@@ -165,7 +175,10 @@ func (s *session) openData(a *agent) (err error) {
 		return err
 	}
 	s.probes.train = s.engine.ProbeTrain
-	s.probes.send, s.probes.traffic, s.probes.changed = s.engine.Probe, s.engine.PeerStats, s.rebuild
+	if err := s.openDirect(); err != nil {
+		return err
+	}
+	s.probes.send, s.probes.traffic, s.probes.changed = s.probe, s.engine.PeerStats, s.rebuild
 	if s.leftMTU, err = hostnet.RouteMTUs(s.cfg.Tun); err != nil {
 		return err
 	}

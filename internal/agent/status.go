@@ -48,7 +48,7 @@ func (s *session) fill(st *api.Status) {
 	st.Node.Blocks = s.blocks(now)
 	st.Cluster = s.clusterStatus(v)
 	for i := range v.peers {
-		st.Peers = append(st.Peers, s.peer(&v.peers[i]))
+		st.Peers = append(st.Peers, s.peer(v, &v.peers[i]))
 	}
 	s.fillCounters(st)
 	s.fillGossip(st)
@@ -94,7 +94,7 @@ func (s *session) clusterStatus(v *view) api.Cluster {
 }
 
 // peer is one line of `tulle peers`.
-func (s *session) peer(p *peerView) api.Peer {
+func (s *session) peer(v *view, p *peerView) api.Peer {
 	count := s.engine.PeerStats(p.id)
 	var leaves []string
 	if named := s.sizes.Load().links; slices.ContainsFunc(p.leaves, func(d string) bool { return !slices.Contains(named, d) }) {
@@ -102,15 +102,11 @@ func (s *session) peer(p *peerView) api.Peer {
 	}
 	out := api.Peer{
 		Name: p.name, ID: p.id, Version: p.version, State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Leaves: leaves, Prefixes: p.prefixes,
-		Path:      s.path(p, p.mode),
+		Path:      s.path(p, p.main(v)),
 		TxPackets: count.TxPackets, TxBytes: count.TxBytes, RxPackets: count.RxPackets, RxBytes: count.RxBytes,
 	}
-	for _, name := range s.prefer.Load().names {
-		m, err := encap.ParseMode(name)
-		if err != nil || p.state == api.PeerExternal && m != p.mode { // an external peer has one way only
-			continue
-		}
-		out.Candidates = append(out.Candidates, api.Candidate{Path: s.path(p, m), Active: m == p.mode, Endpoint: s.outer(p, m)})
+	for _, m := range s.modes(v, p) {
+		out.Candidates = append(out.Candidates, api.Candidate{Path: s.path(p, m), Active: p.active(v, m), Endpoint: s.outer(p, m)})
 	}
 	return out
 }
@@ -124,6 +120,9 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 		return out
 	case p.node.IsZero() && !p.replaced:
 		out.State, out.MTU, out.Reason = api.PathUp, int(p.mtu), "external peers are not probed"
+		if w := p.directOf(m); w != nil {
+			out.MTU = int(w.mtu)
+		}
 		if m == encap.VXLAN && m == p.mode {
 			out.Reason = s.externalVTEP(p)
 		}
@@ -142,6 +141,10 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 	}
 	out.RTTUS, out.Loss, out.MTU, out.Since, out.Reason = i.RTT.Microseconds(), i.Loss, int(i.MTU), i.Since, i.Words
 	out.MTULimit, out.Heard = int(s.limit(m, p)), i.Heard
+	if m == encap.Direct && !i.Up && i.Probed >= 3 {
+		out.Reason += s.strictFilter(p.direct[0].device)
+	}
+	out.Reason += s.notDirect(p, m)
 	switch {
 	case i.Up:
 		out.State = api.PathUp
@@ -259,15 +262,16 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 		if e.External == nil && p.node != e.Owner || e.External != nil && (!p.node.IsZero() || p.underlay[0] != e.External.Endpoint) {
 			continue
 		}
-		path := s.path(p, p.mode)
-		out.Endpoint, out.Encapsulation, out.MTU = s.outer(p, p.mode), p.mode.String(), int(p.mtu)
-		out.Reachable = p.endpoint.IsValid() && !p.gone && path.State != api.PathDown
+		m := p.goes(family(addr))
+		path := s.path(p, m)
+		out.Endpoint, out.Encapsulation, out.MTU = s.outer(p, m), m.String(), p.peerRoute(e.Prefix).MTU
+		out.Reachable = p.endpoint.IsValid() && !p.gone && path.State != api.PathDown && path.State != api.PathOff
 		if e.External != nil {
-			out.Why = fmt.Sprintf("the external peer at %s has %v since version %d, by %s; its path is %s (%s)", p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
+			out.Why = fmt.Sprintf("the external peer at %s has %v since version %d, by %s; its path is %s (%s)", p.name, e.Prefix, e.Version, m, path.State, path.Reason)
 			return out
 		}
 		out.Why = fmt.Sprintf("%s owns %v since version %d; its path by %s is %s (%s)",
-			p.name, e.Prefix, e.Version, p.mode, path.State, path.Reason)
+			p.name, e.Prefix, e.Version, m, path.State, path.Reason)
 		if p.why != "" && p.why != path.Reason {
 			out.Why += "; " + p.why
 		}

@@ -30,7 +30,10 @@ func (s *session) vtepMAC() header.MAC {
 
 // unfit says why a mode that this version sends cannot be used toward a peer; "" if it can.
 func (s *session) unfit(p *peerView, m encap.Mode) string {
+	w := p.directOf(m)
 	switch {
+	case w != nil:
+		return w.why
 	case !slices.Contains(sendable, m):
 		return "this version does not send it"
 	case s.engine.Unavailable(m) != nil:
@@ -118,6 +121,8 @@ func (s *session) external(e membership.Entry) api.External {
 // outer is where packets of a mode go.
 func (s *session) outer(p *peerView, m encap.Mode) netip.AddrPort {
 	switch {
+	case m.IsDirect():
+		return netip.AddrPortFrom(p.directOf(m).via, 0)
 	case !p.endpoint.IsValid():
 		return netip.AddrPort{}
 	case m == encap.UDP:

@@ -110,7 +110,7 @@ var keys = []key{
 		show: func(c *Config) string { return showMAC(c.VTEPMAC) }},
 	{name: "paths", arg: "MODE,...", def: "direct,udp,vxlan,ipip", list: true, live: true,
 		help: "encapsulations to send with, in order of preference; a single name pins it",
-		doc: "`direct` (the host's own route, no encapsulation), `udp`, `vxlan`, `ipip`. All that are named are probed, and to each peer the first one that " +
+		doc: "`direct` (the host's own route, no encapsulation, for peers in one subnet), `udp`, `vxlan`, `ipip`. All that are named are probed, and to each peer the first one that " +
 			"works is used. This setting does not restrict what the node accepts from members. A reload switches without loss; it leaves the MTU of the TUN device as it is.",
 		set:  func(c *Config, v []string) (err error) { c.Paths, err = parsePaths(v); return },
 		show: func(c *Config) string { return strings.Join(c.Paths, ",") }},
@@ -119,7 +119,7 @@ var keys = []key{
 		set:  text(func(c *Config, s string) (err error) { c.Tun, err = parseIfname(s); return }),
 		show: func(c *Config) string { return c.Tun }},
 	{name: "mtu", arg: "BYTES|auto", def: "auto",
-		help: "MTU of the TUN device; auto: the underlay's MTU minus the overhead of the first usable path",
+		help: "MTU of the TUN device; auto: the underlay's MTU minus the overhead of the first encapsulation in paths",
 		doc:  "576 to 65535, at least 1280 if the cluster has IPv6. If the path to a peer carries less, the routes to that peer get a smaller MTU.",
 		set:  text(func(c *Config, s string) (err error) { c.MTU, err = parseMTU(s); return }),
 		show: func(c *Config) string { return showAuto(c.MTU) }},

@@ -51,7 +51,7 @@ type PodRoute struct {
 }
 
 // PodRoutes lists the addresses inside own that are in use, in the calling thread's network namespace: those with a host
-// route (/32, /128) in the main table over a device other than the TUN, and those that such a device has itself.
+// route (/32, /128) in the main table over a device other than the agent's own, and those that such a device has itself.
 func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	links, err := dump("devices", netlink.LinkList)
 	if err != nil {
@@ -75,7 +75,7 @@ func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	seen := map[netip.Addr]bool{}
 	add := func(a netip.Addr, device string) {
 		inside := func(o netip.Prefix) bool { return o.Contains(a) }
-		if device != tun && !seen[a] && slices.ContainsFunc(own, inside) {
+		if device != tun && device != DirectDevice && !seen[a] && slices.ContainsFunc(own, inside) {
 			seen[a] = true
 			out = append(out, PodRoute{a, device})
 		}

@@ -93,7 +93,7 @@ func probeSysctls(direct string, v4, v6 bool) (list []sysctl) {
 		add("ipv6", "disable_ipv6", "1")
 		return list
 	}
-	for _, kv := range [][2]string{{"addr_gen_mode", "1"}, {"accept_dad", "0"}, {"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"}, {"accept_redirects", "0"}, {"forwarding", "1"}} {
+	for _, kv := range [][2]string{{"addr_gen_mode", "1"}, {"disable_ipv6", "0"}, {"accept_dad", "0"}, {"accept_ra", "0"}, {"autoconf", "0"}, {"router_solicitations", "0"}, {"accept_redirects", "0"}, {"forwarding", "1"}} {
 		add("ipv6", kv[0], kv[1])
 	}
 	return list

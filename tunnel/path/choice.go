@@ -48,6 +48,8 @@ type choice struct {
 	since  time.Time    // of active
 	why    string       // active was chosen; empty if it is so from the start
 	misses int          // of active, at the last look
+	left   bool         // an earlier run had the direct path in use
+	ends   bool         // of the encapsulations: none is in the order any more, and what is in use ends after leaveAfter
 
 	reordered time.Time           // of the last change of order; zero after leaveAfter
 	trials    [encap.NumModes]int // answers in a row that the candidate needs after it has failed in use; 0: it never did
@@ -127,6 +129,9 @@ func (c *choice) next() (time.Time, bool) { return c.reordered.Add(leaveAfter), 
 
 // better finds the best candidate that is above what is in use and may take its place.
 func (c *choice) better(now time.Time, paths *[encap.NumModes]*State) (encap.Mode, bool) {
+	if c.ends { // the direct paths take over meanwhile
+		return 0, false
+	}
 	for _, m := range c.order[:c.rank(c.active)] {
 		st := paths[m]
 		if !st.up || st.misses > 0 || !st.pmtu.settled() {

@@ -144,7 +144,7 @@ func (p *peer) setOrders(now time.Time, order []encap.Mode) (changed bool) {
 		return slices.DeleteFunc(slices.Clone(order), func(m encap.Mode) bool { return slices.Contains(drop, m) })
 	}
 	tunnels := without(directs[:]...)
-	if len(tunnels) == 0 { // nothing is sent through the tunnel
+	if p.choice.ends = len(tunnels) == 0; p.choice.ends { // nothing is sent through the tunnel
 		tunnels = order[:1]
 	}
 	changed = p.choice.setOrder(now, tunnels)
@@ -157,7 +157,7 @@ func (p *peer) setOrders(now time.Time, order []encap.Mode) (changed bool) {
 		first := c.order == nil
 		changed = c.setOrder(now, without(directs[1-f])) || changed
 		if first && p.wanted[m].Left {
-			c.active = m
+			c.active, c.left = m, true
 		}
 	}
 	return changed

@@ -2,6 +2,7 @@ package path
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 
@@ -35,7 +36,7 @@ func b2i(b bool) int {
 func (p *peer) goesDirect(f int) bool {
 	m := directs[f]
 	c := &p.direct[f]
-	return c.order != nil && c.active == m && (p.wanted[m].Left || !p.paths[m].lastAnswer.IsZero())
+	return c.order != nil && c.active == m && (c.left || !p.paths[m].lastAnswer.IsZero())
 }
 
 // Chosen is the encapsulation of packets to a peer, as far as these do not take the
@@ -111,12 +112,8 @@ func (p *peer) words(now time.Time, m encap.Mode) string {
 		return p.silent(now, m)
 	}
 	text := []string{"answers"}
-	for _, d := range directs {
-		if f, _ := family(d); m != d && p.goesDirect(f) {
-			text = append(text, fmt.Sprintf("%s packets go %s", [2]string{"IPv4", "IPv6"}[f], d))
-		} else if c := &p.direct[f]; m != d && c.order != nil && c.rank(d) < c.rank(m) && !p.paths[d].up {
-			text = append(text, fmt.Sprintf("%s: %s", d, p.silent(now, d)))
-		}
+	if !m.IsDirect() {
+		text = append(text, p.beside(now, m)...)
 	}
 	for _, better := range c.order[:c.rank(m)] {
 		if p.paths[better].up {
@@ -126,6 +123,29 @@ func (p *peer) words(now time.Time, m encap.Mode) string {
 		}
 	}
 	return strings.Join(text, "; ")
+}
+
+// beside says of the direct paths what concerns the encapsulation in use: that packets take them, or why not.
+func (p *peer) beside(now time.Time, m encap.Mode) (text []string) {
+	all := true
+	for f, d := range directs {
+		c := &p.direct[f]
+		switch {
+		case c.order == nil:
+		case p.goesDirect(f):
+			text = append(text, fmt.Sprintf("%s packets go %s", [2]string{"IPv4", "IPv6"}[f], d))
+			continue
+		case c.rank(d) < c.rank(m) && !p.paths[d].up:
+			text = append(text, fmt.Sprintf("%s: %s", d, p.silent(now, d)))
+		case c.rank(d) < c.rank(m):
+			text = append(text, fmt.Sprintf("%s %s", d, p.onTrial(now, d)))
+		}
+		all = false
+	}
+	if all {
+		return []string{"packets go direct"}
+	}
+	return slices.Compact(text)
 }
 
 // onTrial explains a better candidate that answers and is not used yet.

@@ -190,7 +190,7 @@ func TestErrors(t *testing.T) {
 			name: "key file holds no key", args: []string{"--gossip-key-file", write(t, dir+"/short.key", "c2hvcnQ=\n", 0o600)}, code: 1,
 			want: []string{dir + "/short.key", "32", "tulle keys generate"},
 		},
-		{name: "paths that cannot be sent", args: []string{"--paths", "direct"}, code: 1, want: []string{"--paths", "direct", "udp"}},
+		{name: "paths that do not exist", args: []string{"--paths", "direct,gre"}, code: 2, want: []string{"--paths", "gre", "direct", "udp"}},
 		{name: "MTU beyond the underlay's", args: []string{"--mtu", "9000"}, code: 1, want: []string{"--mtu 9000", "eth0", "1500", "1472"}},
 	} {
 		s := newStray(t, append([]string{"--bootstrap"}, tc.args...)...)

@@ -54,6 +54,9 @@ func up(t *testing.T, what string, o lab.Options) *lab.Lab {
 	t.Helper()
 	needRoot(t)
 	o.Name, o.Binary = labName(what), program
+	if o.Paths == "" { // what these tests watch and break is the tunnel; internal/lab/pathtest has the direct path
+		o.Paths = "udp, vxlan, ipip"
+	}
 	l, err := lab.Up(t.Context(), o, nil)
 	if err != nil {
 		t.Fatal(err)
@@ -198,7 +201,11 @@ func settledNow(ctx context.Context, l *lab.Lab, hosts []string) error {
 			if err != nil {
 				return err
 			}
-			if p.State != api.PeerAlive || p.Path.State != api.PathUp || p.Path.MTU != st.Node.Tun.MTU {
+			want := st.Node.Tun.MTU
+			if p.Path.Mode == "direct" {
+				want = st.Node.LinkMTU
+			}
+			if p.State != api.PeerAlive || p.Path.State != api.PathUp || p.Path.MTU != want {
 				return fmt.Errorf("%s: %s is %s, its path %+v", h, other, p.State, p.Path)
 			}
 		}

@@ -1,6 +1,7 @@
 package pathtest
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -61,7 +62,7 @@ func TestReloadSwitches(t *testing.T) {
 	s.uses(t, 20*time.Second, "ipip")
 	x := s.transfer(t)
 	ping := s.pod.Stream(s.other.IPv4(), 10*time.Millisecond)
-	for _, paths := range []string{"udp, ipip", "ipip", "udp"} {
+	for _, paths := range slices.Repeat([]string{"udp, ipip", "ipip", "udp"}, 3) {
 		writePaths(s.a, paths)
 		writePaths(s.b, paths)
 		for _, ag := range []*hosts.Agent{s.first, s.second} {
@@ -77,7 +78,7 @@ func TestReloadSwitches(t *testing.T) {
 	}
 	sent, lost := ping.Stop()
 	if lost > 0 || sent < 100 {
-		t.Errorf("%d of %d pings lost over three changes of the order", lost, sent)
+		t.Errorf("%d of %d pings lost over nine changes of the order", lost, sent)
 	}
 	t.Logf("the transfer stood still for %v at most", x.stop(t).Round(time.Millisecond))
 }

@@ -23,6 +23,7 @@ func TestMain(m *testing.M) { os.Exit(hosts.Main(m)) }
 type stage struct {
 	net          *hosts.Net
 	a, b, router *hosts.Host
+	far          *hosts.Host  // beyond, if the test has one
 	first        *hosts.Agent // of a
 	second       *hosts.Agent // of b
 	pod, other   *hosts.Pod

@@ -51,9 +51,12 @@ func TestUnderlayMTUChanges(t *testing.T) {
 		full(db.IPv4())
 		full(db.IPv6())
 	}
-	hosts.Within(t, 8*time.Second, "a proven path of 1472 bytes", func() error {
-		if got := first.Status().Peers[0].Path.MTU; got != 1472 {
-			return fmt.Errorf("%d", got)
+	hosts.Within(t, 8*time.Second, "proven paths of 1500 bytes directly, and of 1472 by udp", func() error {
+		for _, c := range first.Status().Peers[0].Candidates {
+			want := map[string]int{"udp": 1472, "direct": 1500}[c.Mode]
+			if c.State == "up" && want != 0 && c.MTU != want {
+				return fmt.Errorf("%s %d", c.Mode, c.MTU)
+			}
 		}
 		return nil
 	})

@@ -9,7 +9,7 @@ PACKAGES = \
 	containerd docker.io busybox-static containernetworking-plugins \
 	debootstrap systemd-container dbus
 
-.PHONY: build demo test deps lint unit race fuzz simulate cni-kill interop bench clean
+.PHONY: build demo test deps lint unit race fuzz simulate cnikill cnitime interop bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -42,8 +42,12 @@ simulate:
 	TULLE_SIM_RUNS=20000 $(GO) test -timeout 60m -run 'TestSimulation(OfStarts)?$$' -v ./internal/ownership
 
 # 300 containers come and go, 16 at a time, while plugin and agent are killed at random (`unit` has 80); takes a minute.
-cni-kill:
+cnikill:
 	TULLE_CNI_CYCLES=300 $(GO) test -count=1 -timeout 10m -run 'TestCNIKill$$' -v ./internal/lab/clustertest
+
+# How long an ADD takes, beside the reference plugins bridge and host-local, in turns.
+cnitime:
+	TULLE_CNI_ADDS=200 $(GO) test -count=1 -timeout 10m -run 'TestCNITime$$' -v ./internal/lab/clustertest
 
 # Against the tunnels of Debian's kernel, booted by QEMU in software; takes a minute, and downloads a kernel once.
 interop:

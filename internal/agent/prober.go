@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"log/slog"
+	"maps"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -24,6 +25,7 @@ import (
 //	 8  nonce (8): the reply repeats the request's; of one train, and of the questions about it, all are equal
 //	16  size (4): of a reply, the length in bytes of the inner packet that the request was; of a packet of a train, its place
 //	    (from 0) in the lower byte and its inner length above; of an answer about a train, how many packets have arrived
+//	20  of a reply: the sender's clock (8), microseconds since 1970; older versions have nothing here
 const (
 	probeMagic   = 0x544c5052
 	probeVersion = 1
@@ -63,7 +65,8 @@ type prober struct {
 	mu    sync.Mutex
 	rand  *rand.Rand
 	paths *path.Schedule
-	pings map[uint64]chan answer // of `tulle ping`, by nonce
+	pings map[uint64]chan answer   // of `tulle ping`, by nonce
+	skews map[string]time.Duration // by peer: how far its clock is ahead of this host's
 }
 
 // gather is how long events are collected before the schedule runs: a thousand peers answer some hundred probes per second.
@@ -90,6 +93,7 @@ func newProber(log *slog.Logger) *prober {
 		rand:    r,
 		paths:   path.NewSchedule(r),
 		pings:   make(map[uint64]chan answer),
+		skews:   make(map[string]time.Duration),
 	}
 }
 
@@ -98,6 +102,7 @@ func (p *prober) setPeers(now time.Time, want map[string][]path.Candidate) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.paths.SetPeers(now, want)
+	maps.DeleteFunc(p.skews, func(id string, _ time.Duration) bool { return len(want[id]) == 0 })
 	signal(p.wake)
 }
 
@@ -159,7 +164,7 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 	case !ok:
 	case kind == probeRequest:
 		p.heard(peer, mode)
-		if err := p.send(peer, mode, appendProbe(nil, probeReply, nonce, size), 0); err != nil {
+		if err := p.send(peer, mode, appendClock(appendProbe(nil, probeReply, nonce, size), time.Now()), 0); err != nil {
 			p.log.Debug("probe not answered", "peer", peer, "encapsulation", mode, "error", err)
 		}
 	case kind == probeCar:
@@ -172,6 +177,7 @@ func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int
 		p.mu.Unlock()
 		signal(p.wake)
 	case kind == probeReply:
+		p.readClock(peer, payload, time.Now())
 		p.take(answer{peer, mode, nonce, seen, time.Now()})
 		signal(p.arrived)
 	}

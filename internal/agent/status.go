@@ -101,7 +101,7 @@ func (s *session) peer(v *view, p *peerView) api.Peer {
 		leaves = p.leaves
 	}
 	out := api.Peer{
-		Name: p.name, ID: p.id, Version: p.version, State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Leaves: leaves, Prefixes: p.prefixes,
+		Name: p.name, ID: p.id, Version: p.version, ClockSkewMS: s.probes.skew(p.id).Milliseconds(), State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Leaves: leaves, Prefixes: p.prefixes,
 		Path:      s.path(p, p.main(v)),
 		TxPackets: count.TxPackets, TxBytes: count.TxBytes, RxPackets: count.RxPackets, RxBytes: count.RxBytes,
 	}

@@ -114,21 +114,23 @@ type Table struct {
 
 // Peer is another node, or an external peer.
 type Peer struct {
-	Name       string         `json:"name"`
-	ID         string         `json:"id"`
-	State      string         `json:"state"` // PeerAlive and so on
-	Since      time.Time      `json:"since"`
-	Reason     string         `json:"reason"`
-	Version    string         `json:"version,omitempty"`
-	Underlay   []netip.Addr   `json:"underlay"`
-	Leaves     []string       `json:"leaves,omitempty"` // interfaces by which packets to it really leave, where they are none of Node.Links
-	Prefixes   []netip.Prefix `json:"prefixes"`
-	Path       Path           `json:"path"`       // the one in use
-	Candidates []Candidate    `json:"candidates"` // all of them, in order of preference
-	TxPackets  uint64         `json:"tx_packets"`
-	TxBytes    uint64         `json:"tx_bytes"`
-	RxPackets  uint64         `json:"rx_packets"`
-	RxBytes    uint64         `json:"rx_bytes"`
+	Name    string    `json:"name"`
+	ID      string    `json:"id"`
+	State   string    `json:"state"` // PeerAlive and so on
+	Since   time.Time `json:"since"`
+	Reason  string    `json:"reason"`
+	Version string    `json:"version,omitempty"`
+	// ClockSkewMS is how far its clock is ahead of this host's, in milliseconds; 0 if it does not tell.
+	ClockSkewMS int64          `json:"clock_skew_ms,omitempty"`
+	Underlay    []netip.Addr   `json:"underlay"`
+	Leaves      []string       `json:"leaves,omitempty"` // interfaces by which packets to it really leave, where they are none of Node.Links
+	Prefixes    []netip.Prefix `json:"prefixes"`
+	Path        Path           `json:"path"`       // the one in use
+	Candidates  []Candidate    `json:"candidates"` // all of them, in order of preference
+	TxPackets   uint64         `json:"tx_packets"`
+	TxBytes     uint64         `json:"tx_bytes"`
+	RxPackets   uint64         `json:"rx_packets"`
+	RxBytes     uint64         `json:"rx_bytes"`
 }
 
 // Path is a path to a peer: an encapsulation and its state.

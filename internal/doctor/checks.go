@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"os"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -30,7 +31,7 @@ func checks() []check {
 		{name: "tunnels", about: "tunnel devices of the kernel that take the agent's packets", gather: gatherTunnels, judge: judgeTunnels},
 		{name: "managers", about: "NetworkManager and systemd-networkd leave the TUN device alone", gather: gatherManagers, judge: judgeManagers},
 		{name: "names", about: "the names of seeds", gather: gatherNames, judge: judgeNames},
-		{name: "clock", about: "the clock follows NTP", gather: gatherClock, judge: judgeClock},
+		{name: "clock", about: "the clock follows NTP, and those of the peers agree", gather: gatherClock, judge: judgeClock},
 		{name: "buffers", about: "socket buffers", gather: gatherBuffers, judge: judgeBuffers},
 		{name: "conntrack", about: "the size of the connection tracking table", gather: gatherConntrack, judge: judgeConntrack},
 		{name: "gossip", about: "gossip, its seeds and its keys", judge: judgeTold(api.CheckGossip, Failed, seenGossip)},
@@ -51,7 +52,11 @@ func judgeConfig(s *snapshot) Result {
 	if s.ConfigErr != nil {
 		return result(s.ConfigFile, Finding{State: Failed, What: s.ConfigErr.Error(), Remedy: "correct it there; the checks below use the defaults"})
 	}
-	return result(s.ConfigFile, s.told(api.CheckConfig, Warning)...)
+	text := s.ConfigFile
+	if _, err := os.Stat(text); err != nil {
+		text += " does not exist: the defaults and the flags count"
+	}
+	return result(text, s.told(api.CheckConfig, Warning)...)
 }
 
 func judgeTun(s *snapshot) Result {

@@ -89,6 +89,9 @@ func (s *snapshot) ports() []hostnet.Port {
 			out = append(out, hostnet.Port{Proto: unix.IPPROTO_UDP, Number: s.VXLANPort})
 		case "ipip":
 			out = append(out, hostnet.Port{Proto: unix.IPPROTO_IPIP})
+			if _, v6 := s.families(); v6 {
+				out = append(out, hostnet.Port{Proto: unix.IPPROTO_IPV6})
+			}
 		}
 	}
 	return out
@@ -174,11 +177,33 @@ func judgeClock(s *snapshot) Result {
 		return result("", unread(k.clockErr)...)
 	}
 	text := fmt.Sprintf("synchronised: %v, error at most %v", k.synced, k.maxError)
+	out := s.skewed()
 	if k.synced {
-		return result(text)
+		return result(text, out...)
 	}
-	return result(text, Finding{State: Warning, What: "nothing keeps the clock right: logs of several hosts cannot be compared, and which of two clones is the newer one is decided by their clocks",
-		Remedy: "run an NTP client", Command: "timedatectl set-ntp true"})
+	return result(text, append(out, Finding{State: Warning, What: "nothing keeps the clock right: logs of several hosts cannot be compared, and which of two clones is the newer one is decided by their clocks",
+		Remedy: "run an NTP client", Command: "timedatectl set-ntp true"})...)
+}
+
+// mostSkew is how far the clocks of two hosts may be apart. Nothing in Tulle needs better ones.
+const mostSkew = 2 * time.Second
+
+// skewed are the peers whose clocks differ.
+func (s *snapshot) skewed() (out []Finding) {
+	if s.status == nil {
+		return nil
+	}
+	for _, p := range s.status.Peers {
+		skew, way := time.Duration(p.ClockSkewMS)*time.Millisecond, "ahead of"
+		if skew < 0 {
+			skew, way = -skew, "behind"
+		}
+		if skew > mostSkew && p.State == api.PeerAlive {
+			out = append(out, Finding{State: Warning, What: fmt.Sprintf("the clock of %s is %v %s this host's", p.Name, skew, way),
+				Remedy: "run an NTP client on both hosts"})
+		}
+	}
+	return out
 }
 
 func gatherBuffers(_ context.Context, s *snapshot) {

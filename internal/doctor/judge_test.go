@@ -48,6 +48,9 @@ func TestJudge(t *testing.T) {
 	}{
 		{"the clock follows NTP", "clock", snapshot{kernel: kernel{synced: true}}, OK, ""},
 		{"the clock runs free", "clock", snapshot{}, Warning, "timedatectl set-ntp true"},
+		{"a peer's clock is nearly right", "clock", snapshot{kernel: kernel{synced: true}, status: peer(func(p *api.Peer) { p.ClockSkewMS = -2000 })}, OK, ""},
+		{"a peer's clock is ahead", "clock", snapshot{kernel: kernel{synced: true}, status: peer(func(p *api.Peer) { p.ClockSkewMS = 3_600_500 })}, Warning, "the clock of b is 1h0m0.5s ahead of this host's"},
+		{"a peer's clock is behind", "clock", snapshot{kernel: kernel{synced: true}, status: peer(func(p *api.Peer) { p.ClockSkewMS = -90_000 })}, Warning, "1m30s behind"},
 		{"the clock cannot be read", "clock", snapshot{kernel: kernel{clockErr: unix.EPERM}}, Warning, "not looked at"},
 		{"large buffers", "buffers", snapshot{kernel: kernel{buffer: 2 * underlay.DefaultBuffer}}, OK, ""},
 		{"small buffers", "buffers", snapshot{kernel: kernel{buffer: 425984, rmemMax: 212992}}, Warning, fmt.Sprintf("sysctl -w net.core.rmem_max=%d", underlay.DefaultBuffer)},

@@ -224,6 +224,9 @@ func (p *peer) poke(now time.Time) {
 	p.event()
 }
 
+// Probed reports whether the peer is one of those of SetPeers.
+func (s *Schedule) Probed(id string) bool { return s.peers[id] != nil }
+
 // Peers returns the IDs of all peers, in no particular order.
 func (s *Schedule) Peers(yield func(string) bool) {
 	for id := range s.peers {

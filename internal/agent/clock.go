@@ -1,0 +1,34 @@
+package agent
+
+import (
+	"encoding/binary"
+	"time"
+)
+
+// clockLen is the length of the clock in a reply, bytes.
+const clockLen = 8
+
+// appendClock appends this host's clock to a reply.
+func appendClock(b []byte, now time.Time) []byte {
+	return binary.BigEndian.AppendUint64(b, uint64(now.UnixMicro()))
+}
+
+// readClock notes how far a peer's clock is ahead. It is off by the time that the reply took, for which seconds of skew do not matter.
+func (p *prober) readClock(peer string, reply []byte, now time.Time) {
+	if len(reply) < probeLen+clockLen {
+		return
+	}
+	theirs := int64(binary.BigEndian.Uint64(reply[probeLen:]))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.paths.Probed(peer) {
+		p.skews[peer] = time.UnixMicro(theirs).Sub(now)
+	}
+}
+
+// skew is how far a peer's clock is ahead of this host's; 0 if it does not tell.
+func (p *prober) skew(peer string) time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.skews[peer]
+}

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -289,4 +290,16 @@ func (s *session) notDirect(p *peerView, m encap.Mode) string {
 		}
 	}
 	return strings.Join(slices.Compact(out), "")
+}
+
+// noWay says why no packet reaches a peer where only the direct path is configured; "" if some can.
+func (s *session) noWay(v *view, p *peerView) (why string) {
+	for _, m := range s.modes(v, p) {
+		w := p.directOf(m)
+		if w == nil || w.why == "" {
+			return ""
+		}
+		why = cmp.Or(why, w.why)
+	}
+	return why
 }

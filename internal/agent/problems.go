@@ -81,6 +81,11 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 			Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.link.Addrs[0], p.endpoint),
 			Since:  p.since, Check: api.CheckGossip,
 		}, true
+	case p.lives() && len(p.prefixes) > 0 && !p.replaced && s.noWay(v, p) != "":
+		return api.Problem{
+			What:   fmt.Sprintf("packets to %s have no way: direct: %s, and --paths names nothing else", v.label(p), s.noWay(v, p)),
+			Remedy: "add udp to --paths", Check: api.CheckPaths,
+		}, true
 	case p.replaced && p.node.IsZero():
 		return api.Problem{What: "external peer " + p.name + ": " + p.why, Remedy: "see tulle external list; tulle external remove PREFIX", Check: api.CheckOwners}, true
 	case p.replaced:

@@ -187,6 +187,16 @@ func TestDirect(t *testing.T) {
 	if p := s.first.Problems() + s.second.Problems() + third.Problems(); p != "" {
 		t.Errorf("problems: %s", p)
 	}
+	writePaths(s.a, "direct")
+	if out, errs, code := s.first.Tulle("reload"); code != 0 {
+		t.Fatalf("reload: %s%s", out, errs)
+	}
+	hosts.Within(t, 10*time.Second, "status says that c has no way", func() error {
+		if p := s.first.Problems(); !strings.Contains(p, "packets to c have no way: direct: other subnet, behind router 10.0.1.1") || strings.Contains(p, "packets to b") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
 }
 
 // TestDirectFiltered lets the switch drop packets with pods' addresses only, while pods talk: the tunnel takes over within
@@ -350,4 +360,38 @@ func TestDirectWithoutAgents(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestDirectExternal has a router without any tunnel as external peer.
+func TestDirectExternal(t *testing.T) {
+	t.Parallel()
+	s := newSubnet(t, "direct, udp")
+	e := s.net.Host("e")
+	e.Plug(s.router, "eth0", "10.0.1.20/24")
+	e.IP("addr add 10.244.63.1/32 dev lo", "route add 10.244.0.0/17 via "+nextA+" src 10.244.63.1", "route add 10.244.128.0/17 via "+nextB+" src 10.244.63.1")
+	if out, errs, code := s.first.Tulle("external", "add", "10.244.63.0/24", "10.0.1.20", "--encap", "direct"); code != 0 {
+		t.Fatalf("external add: %s%s", out, errs)
+	}
+	to := netip.MustParseAddr("10.244.63.1")
+	for _, pod := range []*hosts.Pod{s.pod, s.other} {
+		hosts.Within(t, 10*time.Second, "the external peer", func() error { return pod.Ping(to) })
+		if err := e.Ping(pod.IPv4()); err != nil {
+			t.Errorf("from the external peer: %v", err)
+		}
+	}
+	s.count()
+	if err := s.pod.Ping(to); err != nil || s.counted(t, "pods") != 2 {
+		t.Errorf("%v; %d packets on the wire, want 2", err, s.counted(t, "pods"))
+	}
+	out, _, _ := s.second.Tulle("route", "get", to.String())
+	contains(t, "tulle route get", out, "direct", "10.0.1.20", "external peers are not probed")
+	if out, errs, code := s.first.Tulle("external", "remove", "10.244.63.0/24"); code != 0 {
+		t.Fatalf("external remove: %s%s", out, errs)
+	}
+	hosts.Within(t, 10*time.Second, "its route goes", func() error {
+		if r := s.b.Run("ip", "route", "show", "proto", "84"); strings.Contains(r, "10.0.1.20") {
+			return fmt.Errorf("%s", r)
+		}
+		return nil
+	})
 }

@@ -236,8 +236,8 @@ func twoPodmen(t *testing.T, p []*podmanHost, network string) {
 	}
 }
 
-// netavarkAlone is what only the plugin of netavark has: what `podman network create` must refuse, networks that come later, and a
-// warning that no port is published.
+// netavarkAlone is what only the plugin of netavark has: what `podman network create` must refuse, several networks but one
+// for a container, and a warning that no port is published.
 func netavarkAlone(t *testing.T, _ *lab.Lab, p *podmanHost) {
 	t.Helper()
 	create := []string{"network", "create", "-d", "tulle"}
@@ -248,10 +248,10 @@ func netavarkAlone(t *testing.T, _ *lab.Lab, p *podmanHost) {
 	if out := p.run("first", "pods", "-p", "8080:80"); !strings.Contains(out, "publishes no ports") {
 		t.Errorf("podman run -p says %q", out)
 	}
-	p.do("network", "connect", "later", "first")
-	p.container("first", "later")
-	p.do("network", "disconnect", "later", "first")
+	p.refused("already", "network", "connect", "later", "first")
 	p.container("first", "pods")
+	p.run("second", "later")
+	p.container("second", "later")
 	p.do("rm", "-f", "-a", "-t", "0")
 }
 

@@ -20,8 +20,9 @@ import (
 // CacheDir keeps trees between runs: one takes a minute to make.
 const CacheDir = "/var/cache/tulle-lab"
 
-// packages are what trees have beyond debootstrap's minbase: an init, a bus for systemctl, `ip` for whoever looks in, and podman.
-const packages = "systemd,systemd-sysv,dbus,iproute2,podman"
+// packages are what trees have beyond debootstrap's minbase: an init, a bus for systemctl, `ip` for whoever looks in, and podman
+// with the plugins of which Debian 12 wants one package or another (debootstrap cannot choose).
+const packages = "systemd,systemd-sysv,dbus,iproute2,podman,containernetworking-plugins"
 
 // Tree returns a tree of that release, made with debootstrap if it is not there yet. Nobody may write to it: see Overlay.
 func Tree(t *testing.T, suite string) string {

@@ -150,7 +150,7 @@ func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time
 // respondAll answers the requests of one connection after another, until stop.
 func respondAll(ln int, stop *atomic.Bool) {
 	for !stop.Load() {
-		fd, err := acceptRetry(ln)
+		fd, err := accept(ln)
 		if err == nil {
 			traffic.Respond(fd, stop)
 			unix.Close(fd)

@@ -131,13 +131,21 @@ func (run *allRun) round(ctx context.Context, n int) error {
 		return err
 	}
 	details := make([]result.Round, len(run.stands))
+	var sleepers func() // nil: the CPUs may halt
+	defer func() {
+		if sleepers != nil {
+			sleepers()
+		}
+	}()
 	for _, m := range run.o.measures() {
 		run.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, run.o.Rounds, m.what))
-		sleepers := func() {}
-		if m.awake {
+		if m.awake && sleepers == nil {
 			if sleepers, err = StartAwake(ctx, run.o.Helper); err != nil {
 				return err
 			}
+		} else if !m.awake && sleepers != nil {
+			sleepers()
+			sleepers = nil
 		}
 		for k := range run.stands {
 			i := (k + n) % len(run.stands)
@@ -147,7 +155,6 @@ func (run *allRun) round(ctx context.Context, n int) error {
 				res.Errors = append(res.Errors, fmt.Sprintf("round %d, %s: %v", n+1, m.what, err))
 			}
 		}
-		sleepers()
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

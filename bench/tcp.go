@@ -132,13 +132,24 @@ func (e *Ends) dial(at unix.Sockaddr) (from int, err error) {
 // acceptRetry accepts the connection whose handshake is already done at the other end.
 func acceptRetry(ln int) (fd int, err error) {
 	for range 100 {
-		if fd, _, err = unix.Accept4(ln, unix.SOCK_CLOEXEC); err != unix.EAGAIN && err != unix.EINTR {
+		if fd, err = accept(ln); err != unix.EAGAIN && err != unix.EINTR {
 			break
 		}
 	}
+	return fd, err
+}
+
+// accept waits for a connection as long as for other reads.
+func accept(ln int) (int, error) {
+	fd, _, err := unix.Accept4(ln, unix.SOCK_CLOEXEC)
 	if err != nil {
 		return -1, err
 	}
 	wait := unix.NsecToTimeval(int64(traffic.ReadTimeout))
-	return fd, errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait), unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_NODELAY, 1))
+	err = errors.Join(unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait), unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_NODELAY, 1))
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
 }

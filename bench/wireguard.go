@@ -76,8 +76,10 @@ func wireguardGo(in io.Reader, out io.Writer) error {
 
 // forwardInto routes prefixes into a device, in the network namespace of the calling thread.
 func forwardInto(dev string, routes []netip.Prefix) error {
-	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("1"), 0); err != nil {
-		return err
+	for _, knob := range []string{"ipv4/ip_forward", "ipv6/conf/all/forwarding"} {
+		if err := os.WriteFile("/proc/sys/net/"+knob, []byte("1"), 0); err != nil {
+			return err
+		}
 	}
 	link, err := netlink.LinkByName(dev)
 	if err != nil {

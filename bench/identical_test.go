@@ -1,0 +1,80 @@
+package bench
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/internal/lab"
+)
+
+// labOptions are for a test that measures a few modes shortly.
+func labOptions(t *testing.T, name string, modes ...string) AllOptions {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it makes network namespaces")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return AllOptions{Name: fmt.Sprintf("t%d-%s", os.Getpid(), name), Modes: modes, Duration: shortest, Binary: "/bin/false", Helper: []string{self, "helper"}}
+}
+
+// The same mode under two names: its ratio to itself lies around 1 in each measure. By chance all of eleven ratios are on
+// one side once in a thousand.
+func TestIdenticalModes(t *testing.T) {
+	const again = "no-tunnel-again"
+	was := modes
+	modes = append(modes[:1:1], mode{again, "the same", "", setupNoTunnel})
+	defer func() { modes = was }()
+	o := labOptions(t, "twin", NoTunnel, again)
+	o.Rounds, o.Measures = 11, []string{Delay}
+	r, err := All(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, round := range r.Modes[0].Rounds {
+		if other := r.Modes[1].Rounds[i]; round.Order != i%2 || other.Order != 1-i%2 {
+			t.Errorf("round %d measured the modes in the places %d and %d", i, round.Order, other.Order)
+		}
+	}
+	for _, key := range []string{"rtt64_pinned_p50_us", "rtt1400_p50_us"} {
+		s, ok := r.Ratio(again, NoTunnel, key)
+		if !ok || s.N != 11 || s.Min > 1 || s.Max < 1 || s.Low > s.Median || s.High < s.Median {
+			t.Errorf("%s: the ratio of equals is %+v", key, s)
+		}
+	}
+}
+
+// Ctrl-C keeps the rounds that are complete, and leaves no lab behind.
+func TestAllInterrupted(t *testing.T) {
+	o := labOptions(t, "int", NoTunnel)
+	o.Rounds, o.Measures = 3, []string{Delay}
+	ctx, interrupt := context.WithCancel(t.Context())
+	defer interrupt()
+	o.Progress = func(s string) {
+		if strings.HasPrefix(s, "round 2 of 3: latency at 1400") {
+			interrupt()
+		}
+	}
+	r, err := All(ctx, o)
+	if err != nil || !r.Interrupted || len(r.Modes[0].Rounds) != 1 || !strings.Contains(r.Verdict(), "INTERRUPTED after 1 of 3 rounds") {
+		t.Fatalf("%v, %s", err, r.Verdict())
+	}
+	if _, ok := r.Modes[0].Summary["rtt64_p50_us"]; !ok || r.Kind != result.Lab {
+		t.Errorf("of the complete round is left: %v", r.Modes[0].Summary)
+	}
+	labs, err := lab.List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range labs {
+		if strings.HasPrefix(l, o.Name) {
+			t.Errorf("lab %s was left behind", l)
+		}
+	}
+}

@@ -58,5 +58,10 @@ interop:
 bench: build
 	bin/tulle bench all
 
+# The published run: docs/bench, and the table of the README drawn from it; takes most of an hour, wants a quiet machine.
+report: build
+	bin/tulle bench all --rounds 9 -v --report docs/bench
+	.ci/bench-table bin/tulle
+
 clean:
 	rm -rf bin dist

@@ -1,6 +1,7 @@
 package tulle_test
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -12,6 +13,7 @@ import (
 	"testing"
 	"unicode"
 
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
@@ -205,5 +207,35 @@ func TestMakeTargets(t *testing.T) {
 				t.Errorf("%s: there is no `make %s`", name, m[1])
 			}
 		}
+	}
+}
+
+// The table of the README is drawn from the published run, not by hand.
+func TestMeasuredTable(t *testing.T) {
+	_, rest, ok := strings.Cut(page(t, "README.md"), "<!-- bench:begin: drawn by make report -->\n")
+	table, _, end := strings.Cut(rest, "<!-- bench:end -->\n")
+	if !ok || !end {
+		t.Fatal("README.md has no place for the table of measurements")
+	}
+	f, err := os.Open("docs/bench/result.json")
+	if errors.Is(err, fs.ErrNotExist) {
+		if strings.Contains(table, "|") {
+			t.Errorf("README.md has a table of measurements, but docs/bench/result.json is missing:\n%s", table)
+		}
+		return
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := result.Read(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want strings.Builder
+	if err := r.WriteMarkdown(&want); err != nil {
+		t.Fatal(err)
+	}
+	if table != want.String() {
+		t.Errorf("README.md has not the table of docs/bench/result.json: run .ci/bench-table\n%s", want.String())
 	}
 }

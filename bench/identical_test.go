@@ -27,6 +27,9 @@ func labOptions(t *testing.T, name string, modes ...string) AllOptions {
 // The same mode under two names: its ratio to itself lies around 1 in each measure. By chance all of eleven ratios are on
 // one side once in a thousand.
 func TestIdenticalModes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("eleven rounds: the other tests show the race detector as much")
+	}
 	const again = "no-tunnel-again"
 	was := modes
 	modes = append(modes[:1:1], mode{again, "the same", "", setupNoTunnel})

@@ -105,7 +105,7 @@ func overUDP(e *Ends, cpus Sides, measure func(fd int) (*result.Latency, error))
 	return l, nil
 }
 
-// overTCP measures transactions over TCP. RR uses one connection, and CRR one for each transaction.
+// overTCP measures transactions over TCP. CRR uses a connection for each transaction, the others one for all.
 func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time.Duration) (l *result.Latency, err error) {
 	ln, at, err := e.listen()
 	if err != nil {
@@ -132,13 +132,18 @@ func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time
 			if err := placeThread(0, &cpus.From, niceFirst); err != nil {
 				return err
 			}
-			if kind == result.RR {
+			if kind != result.CRR {
 				fd, err := traffic.Dial(netip.AddrPortFrom(e.FromAddr, 0), at)
 				if err != nil {
 					return fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
 				}
 				defer unix.Close(fd)
 				one = func() error { return traffic.Exchange(ctx, fd, request, buf) }
+				if kind == result.Nagle {
+					if one, err = traffic.InParts(ctx, fd); err != nil {
+						return err
+					}
+				}
 			}
 			l, err = traffic.Transactions(ctx, kind, warm, d, one)
 			return err

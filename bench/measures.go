@@ -16,10 +16,11 @@ const (
 	Rate       = "rate"       // UDP datagrams a second without loss
 	Delay      = "latency"    // ping-pong and fixed rate, TCP transactions
 	Memory     = "memory"
+	InParts    = "in-parts" // TCP requests in two writes without TCP_NODELAY; only when asked for
 )
 
 // Measures lists the groups of measures.
-func Measures() []string { return []string{Throughput, Delay, Rate, Memory} }
+func Measures() []string { return []string{Throughput, Delay, Rate, Memory, InParts} }
 
 // measure is one measure of a round. take fills in a part of the round.
 type measure struct {
@@ -56,6 +57,7 @@ func (o *AllOptions) measures() []measure {
 	if len(o.Measures) == 0 {
 		return out
 	}
+	out = append(out, measure{InParts, "TCP requests in two writes", true, takeLatency(result.Nagle, 0, false)})
 	picked := out[:0]
 	for _, m := range out {
 		for _, name := range o.Measures {

@@ -199,6 +199,9 @@ func measured(t *testing.T, n *namespace.Namespace, binary string, args ...strin
 // A wire that delays each packet by 1 ms is seen to delay by 1 ms: never less, and more only by what a wire without delay
 // and the late timers of this process add.
 func TestKnownDelay(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the race detector does not look into the program that this runs")
+	}
 	const delay = time.Millisecond
 	var p50 [2]map[string]float64
 	binary := tulle(t)
@@ -239,6 +242,9 @@ func TestKnownDelay(t *testing.T) {
 
 // A wire that loses a tenth of the datagrams, and those above its MTU, is seen to do so.
 func TestKnownLoss(t *testing.T) {
+	if testing.Short() {
+		t.Skip("the race detector does not look into the program that this runs")
+	}
 	binary := tulle(t)
 	for host, mtu := range map[string]int{"10.99.0.2": 1400, "fd99::2": 1500} {
 		w := &wire{loss: 0.1, mtu: mtu}

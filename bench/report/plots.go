@@ -127,6 +127,8 @@ func latencyTitle(l *result.Latency) string {
 	switch l.Kind {
 	case result.RR:
 		return "TCP request and response on one connection" + pinned
+	case result.Nagle:
+		return "TCP request in two writes without TCP_NODELAY" + pinned
 	case result.CRR:
 		return "TCP connection with a request and response" + pinned
 	case result.OpenLoop:

@@ -140,6 +140,7 @@ const (
 	PingPong = "ping-pong" // UDP; each datagram is sent after the previous one was answered; half of the round trip
 	OpenLoop = "open-loop" // UDP at a constant rate; half of the time from when a datagram was due to its answer
 	RR       = "tcp-rr"    // TCP; request and response on one connection; the whole round trip
+	Nagle    = "tcp-nagle" // as RR, but the request is written in two parts without TCP_NODELAY
 	CRR      = "tcp-crr"   // TCP; connect, request, response, close; the whole time
 )
 

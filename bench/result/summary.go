@@ -36,6 +36,8 @@ func (l *Latency) key() (key, title string) {
 	switch l.Kind {
 	case RR:
 		return "rr", "TCP request/response"
+	case Nagle:
+		return "nagle", "TCP request in two writes"
 	case CRR:
 		return "crr", "TCP connect/request/response"
 	case OpenLoop:
@@ -119,7 +121,7 @@ func (l *Latency) derive(f *found) {
 		f.add(Metric{key + "_" + p.key + "_us", title + " " + p.title, "µs", false, title}, l.At(p.percent))
 	}
 	switch l.Kind {
-	case RR, CRR:
+	case RR, CRR, Nagle:
 		f.add(Metric{key + "_per_s", title, "1/s", true, title}, float64(l.Answers)/l.Seconds)
 	default:
 		f.add(Metric{key + "_loss", title + " loss", "%", false, title}, 100*float64(l.Lost)/float64(max(l.Lost+l.Answers, 1)))

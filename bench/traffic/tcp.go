@@ -149,6 +149,21 @@ func Transactions(ctx context.Context, kind string, warm, d time.Duration, one f
 	}
 }
 
+// InParts makes a connection hold back what it could send at once (Nagle's algorithm, RFC 896), as one that does not set
+// TCP_NODELAY does, and returns an exchange that writes its request in two parts.
+func InParts(ctx context.Context, fd int) (one func() error, err error) {
+	if err := unix.SetsockoptInt(fd, unix.SOL_TCP, unix.TCP_NODELAY, 0); err != nil {
+		return nil, fmt.Errorf("switch Nagle's algorithm on: %w", err)
+	}
+	half, buf := make([]byte, Request/2), make([]byte, Request)
+	return func() error {
+		if err := writeFull(fd, half); err != nil {
+			return fmt.Errorf("send the first half of a request: %w", err)
+		}
+		return Exchange(ctx, fd, half, buf)
+	}, nil
+}
+
 // Exchange sends a request and awaits its response.
 func Exchange(ctx context.Context, fd int, request, buf []byte) error {
 	if err := writeFull(fd, request); err != nil {

@@ -38,7 +38,7 @@ func benchThroughput() *cobra.Command {
 // benchLab makes a command that measures modes in labs. Without measures it takes all.
 func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	o := bench.AllOptions{Measures: measures, Version: api.Version()}
-	out, wire := benchOutput{form: "table"}, ""
+	out, wire, parts := benchOutput{form: "table"}, "", false
 	cmd := &cobra.Command{
 		Use:     use,
 		Short:   short,
@@ -50,6 +50,9 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 				return err
 			}
 			o.Wire = lab.Wire(wire)
+			if parts {
+				o.Measures = append(o.Measures, bench.InParts)
+			}
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
 			}
@@ -79,6 +82,9 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all): "+strings.Join(bench.Modes(), ", "))
 	if use != "throughput" {
 		f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1400}, "payloads of the datagrams whose latency is measured, in `BYTES`")
+	}
+	if use == "latency" {
+		f.BoolVar(&parts, "in-parts", false, "also TCP requests that are written in two parts without TCP_NODELAY, which delayed acknowledgements slow down")
 	}
 	f.BoolVar(&o.Six, "six", false, "IPv6, for pods and hosts")
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay, in `BYTES`")

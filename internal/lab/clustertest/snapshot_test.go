@@ -128,6 +128,16 @@ func (s snapshot) with(words ...string) (out snapshot) {
 	return out
 }
 
+// withoutProbes leaves out the device for direct probes and its routes, but not the policy rule, which outlives them.
+func (s snapshot) withoutProbes() (out snapshot) {
+	for _, line := range s {
+		if !strings.Contains(line, hostnet.DirectDevice) || strings.HasPrefix(line, "rule") {
+			out = append(out, line)
+		}
+	}
+	return out
+}
+
 // marked are the routes that carry the agent's mark.
 func (s snapshot) marked() (out snapshot) {
 	for _, line := range s {

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"syscall"
 	"testing"
@@ -222,7 +223,8 @@ func seenAs(from, at string, to netip.Addr) (netip.Addr, error) {
 }
 
 // TestContainerd: two hosts, each with a containerd that starts a container with the network that the agent publishes. The
-// containers reach each other, their host, the other host and the outside; only the outside sees another address.
+// containers reach each other, their host, the other host and the outside, through each encapsulation; only the outside sees another
+// address.
 func TestContainerd(t *testing.T) {
 	t.Parallel()
 	plugins, networks := t.TempDir(), filepath.Join(t.TempDir(), "net.d")
@@ -241,9 +243,46 @@ func TestContainerd(t *testing.T) {
 		}
 		pods = append(pods, newMachine(t, h, plugins, dir, image).container("box-"+h.Name))
 	}
+	for _, mode := range []string{"udp", "vxlan", "ipip"} {
+		onlyBy(t, l, mode)
+		containersReach(t, l, mode, pods)
+	}
+}
+
+// onlyBy pins the encapsulation on all hosts of a lab that has no Paths of its own.
+func onlyBy(t *testing.T, l *lab.Lab, mode string) {
+	t.Helper()
+	for _, h := range l.Hosts() {
+		conf, err := os.ReadFile(h.Config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		conf = regexp.MustCompile(`(?m)^paths: .*\n`).ReplaceAll(conf, nil)
+		if err := os.WriteFile(h.Config, append(conf, "paths: ["+mode+"]\n"...), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if res, err := api.NewClient(h.Socket).Reload(t.Context()); err != nil || len(res.Changed) != 1 {
+			t.Fatalf("reload of %s: %+v, %v", h.Name, res, err)
+		}
+		until(t, h.Name+" uses "+mode, func() error {
+			st, err := status(t.Context(), l, h.Name)
+			for _, p := range st.Peers {
+				if p.Path.Mode != mode || p.Path.State != api.PathUp {
+					err = fmt.Errorf("its path to %s: %+v", p.Name, p.Path)
+				}
+			}
+			return err
+		})
+	}
+}
+
+// containersReach lets a container on the first host reach everything, and everything it.
+func containersReach(t *testing.T, l *lab.Lab, mode string, pods []api.Pod) {
+	t.Helper()
 	h1, h2 := l.Hosts()[0], l.Hosts()[1]
-	own := mustStatus(t, l, h1.Name).Node
+	own, other := mustStatus(t, l, h1.Name).Node, mustStatus(t, l, h2.Name).Node
 	hostAddrs := append(slices.Clone(own.Underlay), own.Tun.Addresses...)
+	otherAddrs := append(slices.Clone(other.Underlay), other.Tun.Addresses...)
 	for i, a := range pods[0].Addresses {
 		for _, c := range []struct {
 			what, from, at string
@@ -251,14 +290,17 @@ func TestContainerd(t *testing.T) {
 			want           []netip.Addr
 		}{
 			{"container to container", pods[0].Netns, pods[1].Netns, pods[1].Addresses[i], []netip.Addr{a}},
+			{"container to container, back", pods[1].Netns, pods[0].Netns, a, []netip.Addr{pods[1].Addresses[i]}},
 			{"container to its host", pods[0].Netns, h1.Netns, own.Underlay[i], []netip.Addr{a}},
-			{"container to the other host", pods[0].Netns, h2.Netns, mustStatus(t, l, h2.Name).Node.Tun.Addresses[i], []netip.Addr{a}},
+			{"container to the other host's tunnel address", pods[0].Netns, h2.Netns, other.Tun.Addresses[i], []netip.Addr{a}},
+			{"container to the other host's network", pods[0].Netns, h2.Netns, other.Underlay[i], []netip.Addr{a}},
 			{"host to its container", h1.Netns, pods[0].Netns, a, hostAddrs},
+			{"the other host to the container", h2.Netns, pods[0].Netns, a, otherAddrs},
 			{"container to the outside", pods[0].Netns, sys.NetnsPath(l.Name() + "-" + lab.Router), routerOf(h2, i), own.Underlay},
 		} {
 			seen, err := seenAs(c.from, c.at, c.to)
 			if err != nil || !slices.Contains(c.want, seen) {
-				t.Errorf("%s, %v: seen as %v (%v), want %v", c.what, c.to, seen, err, c.want)
+				t.Errorf("%s: %s, %v: seen as %v (%v), want %v", mode, c.what, c.to, seen, err, c.want)
 			}
 		}
 	}

@@ -31,6 +31,8 @@ type machine struct {
 	root string // its disk
 	net  string // path of its network namespace
 
+	options []string // of systemd-nspawn, besides boot's
+
 	groups []string      // its cgroups, where there is no systemd to keep them
 	leader int           // its init, as this machine's kernel numbers it
 	ended  chan struct{} // closed when systemd-nspawn has ended
@@ -64,6 +66,7 @@ func (m *machine) boot() error {
 		"--bind=/dev/net/tun", "--bind=/run/netns", "--capability=CAP_NET_ADMIN,CAP_NET_RAW",
 		"--console=pipe", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
 	}
+	args = append(args, m.options...)
 	shell := `exec systemd-nspawn "$@"`
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
 		// No systemd runs this machine: nobody to register with, and nobody who would give each container a cgroup.

@@ -80,13 +80,11 @@ func udpTrial(ctx context.Context, e *Ends, payload int, rate float64, d time.Du
 	go func() { ended <- sink.Run(in) }() // ends when in is closed
 	go func() { sent <- traffic.UDPSource(ctx, source, payload, d, &t) }()
 	err = <-sent
-	for last, _, _ := sink.Count(); err == nil; {
-		err = traffic.Sleep(ctx, traffic.Silence)
-		now, _, _ := sink.Count()
-		if now == last {
-			break
-		}
-		last = now
+	if err == nil {
+		err = traffic.Settle(ctx, t.Sent, traffic.Silence, func() (uint64, error) {
+			n, _, _ := sink.Count()
+			return n, nil
+		})
 	}
 	in.Close()
 	err = errors.Join(err, <-ended)

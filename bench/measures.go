@@ -3,6 +3,7 @@ package bench
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/bench/machine"
@@ -60,11 +61,8 @@ func (o *AllOptions) measures() []measure {
 	out = append(out, measure{InParts, "TCP requests in two writes", true, takeLatency(result.Nagle, 0, false)})
 	picked := out[:0]
 	for _, m := range out {
-		for _, name := range o.Measures {
-			if m.group == name {
-				picked = append(picked, m)
-				break
-			}
+		if slices.Contains(o.Measures, m.group) {
+			picked = append(picked, m)
 		}
 	}
 	return picked

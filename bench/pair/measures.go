@@ -273,18 +273,12 @@ func (rn *runner) trial(ctx context.Context, flows []*ipv4.PacketConn, payload i
 		t.Sent += p.Sent
 		t.Seconds = max(t.Seconds, p.Seconds)
 	}
-	for last := uint64(0); ; {
-		if err := traffic.Sleep(ctx, traffic.Silence+2*rn.c.rtt); err != nil {
-			return t, err
-		}
+	err = traffic.Settle(ctx, t.Sent, traffic.Silence+2*rn.c.rtt, func() (uint64, error) {
 		r, err := rn.c.order("count", 0)
-		if err != nil {
-			return t, err
-		}
-		if r.Received == last || r.Received >= t.Sent {
-			break
-		}
-		last = r.Received
+		return r.Received, err
+	})
+	if err != nil {
+		return t, err
 	}
 	r, err := c.end()
 	if err != nil {

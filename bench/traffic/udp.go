@@ -29,6 +29,26 @@ const (
 	Silence = 60 * time.Millisecond
 )
 
+// noneYet is how long a trial waits for its first datagram: the tunnel may have to wait for a CPU.
+const noneYet = time.Second
+
+// Settle waits after sending until no more datagrams arrive for the time quiet, or sent of them have. count returns how
+// many have.
+func Settle(ctx context.Context, sent uint64, quiet time.Duration, count func() (uint64, error)) error {
+	last, err := count()
+	for begin := time.Now(); err == nil && last < sent; {
+		if err = Sleep(ctx, quiet); err != nil {
+			return err
+		}
+		var now uint64
+		if now, err = count(); now == last && (now > 0 || time.Since(begin) >= noneYet) {
+			return err
+		}
+		last = now
+	}
+	return err
+}
+
 // PacketConn takes over a blocking UDP socket.
 func PacketConn(fd int) (*ipv4.PacketConn, error) {
 	f := os.NewFile(uintptr(fd), "udp")

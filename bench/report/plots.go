@@ -185,19 +185,27 @@ func percentiles(p *plot.Plot, r *result.Run, what *result.Latency) (bool, error
 		p.Legend.Add(m.Name, line)
 		some = true
 	}
+	p.X.Max += 0.25 // room for the last label
 	return some, nil
 }
 
-// logTicks labels 1, 2 and 5 of each power of ten.
+// logTicks labels 1, 2 and 5 of each power of ten, or more where there are too few of them to read the scale.
 type logTicks struct{}
 
 // Ticks implements plot.Ticker.
-func (logTicks) Ticks(low, high float64) (out []plot.Tick) {
-	for e := math.Floor(math.Log10(low)); e <= math.Ceil(math.Log10(high)); e++ {
-		for _, f := range []float64{1, 2, 5} {
-			if v := f * math.Pow(10, e); v >= low && v <= high {
-				out = append(out, plot.Tick{Value: v, Label: fmt.Sprintf("%g", v)})
+func (logTicks) Ticks(low, high float64) []plot.Tick {
+	var out []plot.Tick
+	for _, factors := range [][]float64{{1, 2, 5}, {1, 2, 3, 4, 5, 6, 7, 8, 9}} {
+		out = nil
+		for e := math.Floor(math.Log10(low)); e <= math.Ceil(math.Log10(high)); e++ {
+			for _, f := range factors {
+				if v := f * math.Pow(10, e); v >= low && v <= high {
+					out = append(out, plot.Tick{Value: v, Label: fmt.Sprintf("%g", v)})
+				}
 			}
+		}
+		if len(out) >= 3 {
+			break
 		}
 	}
 	return out

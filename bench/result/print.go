@@ -78,7 +78,11 @@ func (r *Run) comparison() string {
 			{"tcp1_gbps", "carries", to + " in one TCP stream"}, {"cpu_s_per_gb", "takes", "its CPU"}, {"rtt64_pinned_p50_us", "has", "its latency"},
 		} {
 			if s, ok := r.Ratio(m.Name, to, p.key); ok {
-				parts = append(parts, fmt.Sprintf("%s %s × %s", p.does, Digits(s.Median), p.what))
+				what := p.what
+				if len(parts) == 0 { // nothing before it says whose
+					what = strings.Replace(what, "its", to+"'s", 1)
+				}
+				parts = append(parts, fmt.Sprintf("%s %s × %s", p.does, Digits(s.Median), what))
 			}
 		}
 		if len(parts) > 0 {

@@ -269,3 +269,16 @@ func TestDamagedHistogram(t *testing.T) {
 		}
 	}
 }
+
+func TestVerdictNamesTheReference(t *testing.T) {
+	latency := func(us int) Round {
+		l := Latency{Kind: PingPong, Payload: 64, Pinned: true, Seconds: 1, Answers: 1, Times: NewHistogram()}
+		l.Times.Record(time.Duration(us) * time.Microsecond)
+		return Round{Latency: []Latency{l}}
+	}
+	r := &Run{References: []string{"kernel-vxlan"}, Modes: []Mode{{Name: "kernel-vxlan", Rounds: []Round{latency(10)}}, {Name: "tulle-udp", Rounds: []Round{latency(20)}}}}
+	r.Summarise()
+	if got := r.Verdict(); got != "tulle-udp has 2.00 × kernel-vxlan's latency." {
+		t.Errorf("got %q", got)
+	}
+}

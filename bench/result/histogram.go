@@ -10,7 +10,7 @@ import (
 
 // Times between these bounds are recorded with three significant digits.
 const (
-	Shortest = 100 * time.Nanosecond
+	Shortest = time.Nanosecond
 	Longest  = 10 * time.Second
 )
 

@@ -85,6 +85,7 @@ func (s *session) findDirect(p *peerView) {
 			}
 		}
 		if w.device, w.why = s.onLink(p, w, f); w.why != "" {
+			s.keepUnseen(p, w, f)
 			continue
 		}
 		w.link = mtu.Link(s.ways.To(w.via).MTU)
@@ -93,6 +94,20 @@ func (s *session) findDirect(p *peerView) {
 			continue
 		}
 		s.judgeDirect(p, w, f)
+	}
+}
+
+// keepUnseen keeps the direct route that an earlier run left to a peer of which gossip has told nothing yet, not even where
+// probes go: its agent may be starting, too, and its kernel forwards meanwhile.
+func (s *session) keepUnseen(p *peerView, w *directWay, f int) {
+	if p.replaced || p.node.IsZero() || len(p.tun) > 0 || !w.via.IsValid() {
+		return
+	}
+	for _, prefix := range p.prefixes {
+		left, ok := s.leftDirect[prefix]
+		if device, _ := s.ways.OnLink(w.via); ok && family(prefix.Addr()) == f && left.Via == w.via && left.Device == device {
+			w.on, w.device, w.mtu = true, device, mtu.TUN(left.MTU)
+		}
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -30,6 +31,7 @@ type Config struct {
 	VNI       uint32       // of the vxlan encapsulation, 24 bits
 	CopyDSCP  bool         // copy the inner DSCP to the outer header; else 0
 	Senders   int          // UDP source ports in use at once, of all queues; 0 means defaultSenders
+	Kept      []int        // descriptors of receiving sockets that an earlier run has left (Engine.Sockets); New owns them
 
 	// Probed is called for each probe packet from a peer, on a receiving goroutine: it must not block, and payload is
 	// valid only during the call. size is the inner packet's, in bytes.
@@ -61,8 +63,11 @@ type Engine struct {
 	drops    [encap.NumDrops]atomic.Uint64
 	tap      capture.Tap
 	stats    stats
+	updated  chan struct{} // closed by the first Update
+	first    sync.Once     // of Update
 	stopping atomic.Bool
 	closing  sync.Once
+	kept     *underlay.Kept // used by New only
 
 	tx     []*txWorker
 	rx     []*rxWorker
@@ -76,9 +81,13 @@ type Engine struct {
 	noVXLAN error // why there is no socket for vxlan
 }
 
-// New opens the sockets. On an error it closes them; the caller then still owns the device.
+// New opens the sockets, or takes those that are kept. On an error it closes them; the caller then still owns the device.
 func New(cfg Config) (*Engine, error) {
-	e := &Engine{cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, states: make(map[string]*peerState), sending: make(chan struct{}, 1)}
+	e := &Engine{
+		cfg: cfg, copyDSCP: cfg.CopyDSCP, log: cfg.Logger, states: make(map[string]*peerState), updated: make(chan struct{}), sending: make(chan struct{}, 1),
+		kept: underlay.NewKept(cfg.Kept),
+	}
+	defer e.kept.Close()
 	if cfg.Senders <= 0 {
 		e.cfg.Senders = defaultSenders
 	}
@@ -119,7 +128,7 @@ func (e *Engine) openFamily(a netip.Addr) error {
 	// A second raw socket would get every packet again: they have one, whatever the number of queues.
 	raw := [2]*underlay.Socket{}
 	for i, proto := range [2]int{header.ProtoIPv4, header.ProtoIPv6} {
-		s, err := underlay.ListenRaw(a, proto, underlay.Options{})
+		s, err := underlay.ListenRaw(a, proto, underlay.Options{Kept: e.kept})
 		if err != nil {
 			return err
 		}
@@ -167,7 +176,7 @@ func (e *Engine) openVXLAN(a netip.Addr) error {
 
 // listen opens a UDP socket for each queue and gives each a worker. It returns a sender through one of them.
 func (e *Engine) listen(at netip.AddrPort, c carrier, m encap.Mode) (*sender, error) {
-	socks, err := listenUDP(at, len(e.tx))
+	socks, err := e.listenUDP(at, len(e.tx))
 	for i, s := range socks {
 		w := e.receive(s, i, c, m)
 		if c == overVXLAN {
@@ -184,8 +193,8 @@ func (e *Engine) listen(at netip.AddrPort, c carrier, m encap.Mode) (*sender, er
 }
 
 // listenUDP opens n sockets on one port. The kernel spreads peers' flows over them and keeps each flow on one.
-func listenUDP(at netip.AddrPort, n int) ([]*underlay.Socket, error) {
-	if n > 1 {
+func (e *Engine) listenUDP(at netip.AddrPort, n int) ([]*underlay.Socket, error) {
+	if n > 1 && e.kept.Len() == 0 {
 		// Sockets that share a port also share it with another process of ours: look whether the port is free first.
 		s, err := underlay.ListenUDP(underlay.Options{Bind: at})
 		if err != nil {
@@ -197,7 +206,7 @@ func listenUDP(at netip.AddrPort, n int) ([]*underlay.Socket, error) {
 	}
 	var out []*underlay.Socket
 	for range n {
-		s, err := underlay.ListenUDP(underlay.Options{Bind: at, ReusePort: n > 1})
+		s, err := underlay.ListenUDP(underlay.Options{Bind: at, ReusePort: n > 1, Kept: e.kept})
 		if err != nil {
 			return out, err
 		}
@@ -264,8 +273,25 @@ func (e *Engine) receive(s *underlay.Socket, queue int, c carrier, m encap.Mode)
 	return w
 }
 
-// Run moves packets until ctx is done, then closes the sockets and the device and returns. It may be called once.
+// Sockets returns the descriptors of the sockets that receive: those that a later run may take over with Config.Kept. They are
+// valid until Run returns.
+func (e *Engine) Sockets() []int {
+	var fds []int
+	for _, s := range e.socks {
+		if !slices.Contains(e.out, s) {
+			fds = append(fds, s.FD())
+		}
+	}
+	return fds
+}
+
+// Run moves packets until ctx is done, then closes the sockets and the device and returns. It may be called once. It begins with
+// the first Update: packets that an earlier run has left in the device and in kept sockets wait for the tables.
 func (e *Engine) Run(ctx context.Context) error {
+	select {
+	case <-ctx.Done():
+	case <-e.updated:
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var wg sync.WaitGroup
@@ -331,6 +357,7 @@ func (e *Engine) Update(local Local, peers []Peer) {
 		return c
 	}))
 	e.states = keep
+	e.first.Do(func() { close(e.updated) })
 	// Workers load the tables when they wake and with each batch; those that sleep now have nothing looked up in the old ones.
 }
 

@@ -38,6 +38,7 @@ type testNode struct {
 	peers  []Peer // those of the last Update by the harness
 	probes chan probe
 	hints  chan hint
+	late   bool   // start gives it no tables
 	stop   func() // ends the engine and waits for it; may be called again
 }
 
@@ -319,7 +320,9 @@ func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 		return err
 	}))
 	withNetlink(t, n.ns, func(nl *sys.Netlink) error { return n.address(t, nl, l) })
-	n.update(peer.asPeer(l))
+	if !n.late {
+		n.update(peer.asPeer(l))
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- n.engine.Run(ctx) }()

@@ -174,6 +174,7 @@ func TestDeviceRemoved(t *testing.T) {
 	}))
 	done := make(chan error, 1)
 	go func() { done <- e.Run(t.Context()) }()
+	e.Update(Local{}, nil)
 	removeLink(t, n.ns, "tun0")
 	select {
 	case err := <-done:
@@ -183,4 +184,31 @@ func TestDeviceRemoved(t *testing.T) {
 	case <-time.After(patience):
 		t.Error("Run does not notice")
 	}
+}
+
+// What arrives before the first tables, on kept sockets or in a kept device, waits for them: nothing is refused or lost.
+func TestPacketsWaitForTheFirstUpdate(t *testing.T) {
+	l := testLink{mode: encap.UDP}
+	a, b := newNode(t, 0, l), newNode(t, 1, l)
+	connect(t, l, a, b)
+	b.late = true
+	a.start(t, l, b)
+	b.start(t, l, a)
+	in := b.listenUDP(t, netip.AddrPortFrom(b.tun[0], 99))
+	out := a.listenUDP(t, netip.AddrPortFrom(a.tun[0], 0))
+	const packets = 20
+	for i := range packets {
+		_, err := out.WriteToUDPAddrPort([]byte{byte(i)}, netip.AddrPortFrom(b.tun[0], 99))
+		must(t, err)
+	}
+	eventually(t, "all are sent", func() bool { return a.engine.Stats().TxPackets >= packets })
+	b.update(a.asPeer(l))
+	must(t, in.SetReadDeadline(time.Now().Add(patience)))
+	for i := range packets {
+		var buf [1]byte
+		if _, _, err := in.ReadFromUDPAddrPort(buf[:]); err != nil || buf[0] != byte(i) {
+			t.Fatalf("packet %d: got %d, %v", i, buf[0], err)
+		}
+	}
+	noDrops(t, b)
 }

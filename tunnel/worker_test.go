@@ -105,7 +105,7 @@ func newMemRig(mode encap.Mode) *memRig {
 		VXLANPort: testVXLANPort, VTEPMAC: macOf(1),
 		Prefixes: []netip.Prefix{spaceOf(0, 1), spaceOf(1, 1)}, Mode: mode, MTU: 1452,
 	}
-	e := &Engine{cfg: Config{UDPPort: 6080, VXLANPort: testVXLANPort, VNI: testVNI}, copyDSCP: true, states: make(map[string]*peerState)}
+	e := &Engine{cfg: Config{UDPPort: 6080, VXLANPort: testVXLANPort, VNI: testVNI}, copyDSCP: true, states: make(map[string]*peerState), updated: make(chan struct{})}
 	r.e = e
 	e.Update(r.local, []Peer{r.peer})
 	writer := func() *tunWriter { return &tunWriter{w: r.tun, iov: make([][]byte, 0, 2*maxJoined)} }

@@ -26,6 +26,7 @@ type agent struct {
 	started time.Time
 	session atomic.Pointer[session]
 	seeds   *seed.List
+	store   fdStore // sessions' own
 
 	conflist *conflist.Publisher // sessions' own
 
@@ -49,7 +50,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	a := &agent{cfg: cfg, log: log, started: time.Now(), seeds: seeds}
+	a := &agent{cfg: cfg, log: log, started: time.Now(), seeds: seeds, store: openStore()}
 	listener, err := api.Listen(cfg.Socket)
 	if err != nil {
 		return err
@@ -114,7 +115,8 @@ func (a *agent) sessions(ctx context.Context) error {
 		case moves:
 			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
 			a.moved = underlayMove{time.Now(), s.link.Addrs, change.why}
-			a.forgetTUN(a.cfg.Tun)
+			a.release(s.tunName())
+			a.release(s.socketsName())
 			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
 		case ctx.Err() != nil && err == nil:
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")

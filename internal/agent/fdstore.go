@@ -1,79 +1,124 @@
 package agent
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"net"
+	"net/netip"
 	"os"
+	"slices"
 	"syscall"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/activation"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/tunnel/device"
 )
 
-// systemd keeps the TUN's descriptor (FileDescriptorStoreMax, sd_pid_notify_with_fds(3)) while the agent restarts, so packets
-// wait in the device's queue instead of being dropped. Without systemd the device is persistent, and only packets that
-// arrive in between are lost.
+// systemd keeps the descriptors of the TUN's queues and of the receiving sockets (FileDescriptorStoreMax,
+// sd_pid_notify_with_fds(3)) while the agent restarts. So packets wait in the queues and receive buffers until the next run has
+// its tables, instead of being dropped. Without systemd the device is persistent, and only packets that arrive in between are
+// lost.
 
-// fdName is the name of a TUN's descriptor in the store.
-func fdName(tun string) string { return "tun-" + tun }
+// fdStore is what the service manager has kept for this run: descriptors by name. The zero value is empty.
+type fdStore map[string][]int
 
-// storedTUN returns the TUN's descriptor from the service manager, -1 if there is none. It closes all others, which belong to
-// an earlier configuration.
-func storedTUN(tun string) int {
-	fd := -1
+// openStore takes over the descriptors from the service manager. It returns them once.
+func openStore() fdStore {
+	s := fdStore{}
 	for _, f := range activation.Files(true) {
-		if fd < 0 && f.Name() == fdName(tun) {
-			if n, err := syscall.Dup(int(f.Fd())); err == nil {
-				syscall.CloseOnExec(n)
-				fd = n
-			}
+		if n, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0); err == nil {
+			s[f.Name()] = append(s[f.Name()], n)
 		}
 		f.Close()
 	}
-	return fd
+	return s
 }
 
-// openTUN adopts the kept descriptor, if there is one, or opens the device.
+// take returns the descriptors of a name, which the caller then owns. It closes all of them and returns none if there are not
+// as many as wanted.
+func (s fdStore) take(name string, want int) []int {
+	fds := s[name]
+	delete(s, name)
+	if len(fds) != want {
+		for _, fd := range fds {
+			syscall.Close(fd)
+		}
+		return nil
+	}
+	return fds
+}
+
+// tunName is the name of the TUN's descriptors in the store, with the number of its queues: another one needs a new device.
+func tunName(tun string, queues int) string { return fmt.Sprintf("tun-%s-%d", tun, queues) }
+
+// socketsName is the name of the sockets' descriptors. It depends on everything that makes them what they are.
+func socketsName(addrs []netip.Addr, udp, vxlan uint16, queues int) string {
+	sum := sha256.Sum256(fmt.Append(nil, addrs, udp, vxlan, queues))
+	return "sockets-" + hex.EncodeToString(sum[:8])
+}
+
+// discard closes what the store has under other names than those given, and makes the service manager release it. It reports
+// whether there was something. The manager closes its copies a moment later.
+func (a *agent) discard(keep ...string) (found bool) {
+	for _, name := range slices.Collect(maps.Keys(a.store)) {
+		if !slices.Contains(keep, name) {
+			a.store.take(name, -1)
+			a.release(name)
+			found = true
+		}
+	}
+	return found
+}
+
+// openTUN adopts the kept descriptors, if there are some, or opens the device.
 func (a *agent) openTUN(o device.Options) (*device.Device, error) {
-	if fd := storedTUN(o.Name); fd >= 0 && o.Queues == 1 {
-		d, err := device.FromFD([]int{fd}, o)
+	name := tunName(o.Name, o.Queues)
+	if fds := a.store.take(name, o.Queues); fds != nil {
+		d, err := device.FromFD(fds, o)
 		if err == nil {
 			a.log.Info("adopted the TUN device that the service manager kept", "tun", o.Name)
 			return d, nil
 		}
 		a.log.Warn("cannot use the TUN device that the service manager kept, opening it again", "error", err)
-		a.forgetTUN(o.Name)
-	} else if fd >= 0 {
-		syscall.Close(fd)
-		a.forgetTUN(o.Name)
+		a.release(name)
 	}
-	// The service manager releases the descriptor some time later.
+	var d *device.Device
+	err := afterRelease(device.ErrBusy, func() (err error) {
+		d, err = device.Open(o)
+		return err
+	})
+	return d, err
+}
+
+// afterRelease calls open until its error is not busy, for as long as the service manager may need to close what it was told to
+// release. Without a service manager it calls open once.
+func afterRelease(busy error, open func() error) error {
 	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		d, err := device.Open(o)
-		if err == nil || !errors.Is(err, device.ErrBusy) || time.Now().After(deadline) || os.Getenv("NOTIFY_SOCKET") == "" {
-			return d, err
+		err := open()
+		if err == nil || !errors.Is(err, busy) || time.Now().After(deadline) || os.Getenv("NOTIFY_SOCKET") == "" {
+			return err
 		}
 	}
 }
 
-// keepTUN passes the descriptor to the service manager, if there is one. It does not keep a device with several queues, which
-// would come back with one.
-func (a *agent) keepTUN(d *device.Device) {
-	if len(d.Queues()) > 1 {
-		return
-	}
-	if err := notifyFDs("FDSTORE=1\nFDNAME="+fdName(d.Name()), d.FD()); err != nil {
-		a.log.Warn("the service manager does not keep the TUN device over a restart", "error", err)
+// keep passes descriptors to the service manager, if there is one, in place of those that it has under that name. It does not
+// watch them: a socket with an ICMP error in its queue is as good as any (FDPOLL, sd_notify(3)).
+func (a *agent) keep(name string, fds []int) {
+	a.release(name)
+	if err := notifyFDs("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, fds...); err != nil {
+		a.log.Warn("packets are lost when the agent restarts: the service manager does not keep its descriptors", "name", name, "error", err)
 	}
 }
 
-// forgetTUN makes the service manager release the descriptor.
-func (a *agent) forgetTUN(tun string) {
-	if err := notifyFDs("FDSTOREREMOVE=1\nFDNAME=" + fdName(tun)); err != nil {
-		a.log.Warn("the service manager still holds the TUN device", "error", err)
+// release makes the service manager close what it has under a name.
+func (a *agent) release(name string) {
+	if err := notifyFDs("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
+		a.log.Warn("the service manager still holds descriptors of the agent", "name", name, "error", err)
 	}
 }
 

@@ -1,9 +1,13 @@
 package agent
 
 import (
+	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
+	"strings"
 	"syscall"
 	"testing"
 )
@@ -50,5 +54,64 @@ func TestNotifyFDs(t *testing.T) {
 	}
 	if n, err := r.Read(buf); n != 1 || err != nil || buf[0] != 'x' {
 		t.Errorf("what was written to the kept descriptor did not arrive: %q, %v", buf[:n], err)
+	}
+}
+
+// The store gives a name's descriptors only as a whole: half of a device's queues, or sockets for another address, are closed.
+func TestStore(t *testing.T) {
+	pipe := func() int {
+		t.Helper()
+		r, w, err := os.Pipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		w.Close()
+		t.Cleanup(func() { r.Close() })
+		fd, err := syscall.Dup(int(r.Fd()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return fd
+	}
+	open := func(fd int) bool { return syscall.Fstat(fd, new(syscall.Stat_t)) == nil }
+	tun := tunName("tun0", 2)
+	s := fdStore{tun: {pipe(), pipe()}, "old": {pipe()}}
+	a := &agent{log: slog.New(slog.DiscardHandler), store: s}
+	old := s["old"][0]
+	if !a.discard(tun, "sockets") || open(old) || len(s) != 1 {
+		t.Errorf("the store has %v; want only what is kept, the rest closed", s)
+	}
+	if a.discard(tun) {
+		t.Error("there was nothing more to discard")
+	}
+	half := slices.Clone(s[tun])
+	if fds := s.take(tun, 3); fds != nil || open(half[0]) || open(half[1]) {
+		t.Errorf("two descriptors for three queues: got %v; want none, all closed", fds)
+	}
+	s[tun] = []int{pipe(), pipe()}
+	fds := s.take(tun, 2)
+	if len(fds) != 2 || !open(fds[0]) || !open(fds[1]) || len(s) != 0 {
+		t.Errorf("got %v, the store has %v; want both, open, and an empty store", fds, s)
+	}
+	for _, fd := range fds {
+		syscall.Close(fd)
+	}
+}
+
+// Sockets of another address, port or number of queues have another name, and every name is one that systemd takes
+// (fdname_is_valid: printable, no colon, at most 255 bytes).
+func TestStoreNames(t *testing.T) {
+	v4, v6 := netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+	names := []string{
+		tunName("tun0", 1), tunName("tun0", 2), tunName("tun1", 1),
+		socketsName([]netip.Addr{v4}, 6080, 4789, 1), socketsName([]netip.Addr{v6}, 6080, 4789, 1), socketsName([]netip.Addr{v4, v6}, 6080, 4789, 1),
+		socketsName([]netip.Addr{v4}, 6081, 4789, 1), socketsName([]netip.Addr{v4}, 6080, 8472, 1), socketsName([]netip.Addr{v4}, 6080, 4789, 2),
+	}
+	seen := map[string]bool{}
+	for _, n := range names {
+		if seen[n] || strings.ContainsAny(n, ": \n") || len(n) > 255 {
+			t.Errorf("%q is not a name of its own", n)
+		}
+		seen[n] = true
 	}
 }

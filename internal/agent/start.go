@@ -10,6 +10,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/ownership"
@@ -22,6 +24,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/mtu"
+	tunsocket "github.com/tulle-net/tulle/tunnel/underlay"
 )
 
 // sendable are the ways that this version can send. Direct stands for both families.
@@ -91,7 +94,8 @@ func (a *agent) outlive(s *session) error {
 	if err := s.device.Persist(true); err != nil {
 		return err
 	}
-	a.keepTUN(s.device)
+	a.keep(s.tunName(), s.device.FDs())
+	a.keep(s.socketsName(), s.engine.Sockets())
 	if err := writeLastUnderlay(runFile(a.cfg, "underlay"), s.link); err != nil {
 		a.log.Warn("the underlay address is not noted for the next start", "error", err)
 	}
@@ -158,17 +162,14 @@ func (s *session) chooseMTU() error {
 
 // openData opens the TUN and the sockets.
 func (s *session) openData(a *agent) (err error) {
+	if a.discard(s.tunName(), s.socketsName()) {
+		s.awaitPorts()
+	}
 	if s.device, err = a.openTUN(device.Options{Name: s.cfg.Tun, MTU: int(s.tunMTU()), Queues: queues(s.cfg.Queues), Alias: hostnet.Alias}); err != nil {
 		return err
 	}
 	s.probes = newProber(s.log)
-	s.engine, err = tunnel.New(tunnel.Config{
-		Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, VNI: s.cfg.VNI, CopyDSCP: true,
-		Probed:  s.probes.received,
-		PathMTU: s.probes.tooBig,
-		Logger:  s.log,
-	})
-	if err != nil {
+	if err := s.openEngine(a); err != nil {
 		return err
 	}
 	if err := s.checkVXLAN(); err != nil {
@@ -190,6 +191,47 @@ func (s *session) openData(a *agent) (err error) {
 	}
 	s.pods, err = podnet.Open("")
 	return err
+}
+
+// openEngine opens the sockets, or takes those that the service manager kept.
+func (s *session) openEngine(a *agent) error {
+	kept := a.store.take(s.socketsName(), len(a.store[s.socketsName()]))
+	if kept != nil {
+		a.log.Info("adopted the sockets that the service manager kept", "sockets", len(kept))
+	}
+	return afterRelease(unix.EADDRINUSE, func() (err error) {
+		s.engine, err = tunnel.New(tunnel.Config{
+			Device: s.device, Underlay: s.link.Addrs, UDPPort: s.cfg.UDPPort, VXLANPort: s.cfg.VXLANPort, VNI: s.cfg.VNI, CopyDSCP: true,
+			Kept:    kept,
+			Probed:  s.probes.received,
+			PathMTU: s.probes.tooBig,
+			Logger:  s.log,
+		})
+		kept = nil // the engine's, even if it is none
+		return err
+	})
+}
+
+// awaitPorts waits until the ports of sockets that the service manager was told to release are free. What holds them for longer
+// is another program, which the engine finds by itself.
+func (s *session) awaitPorts() {
+	for _, a := range s.link.Addrs {
+		for _, port := range []uint16{s.cfg.UDPPort, s.cfg.VXLANPort} {
+			_ = afterRelease(unix.EADDRINUSE, func() error {
+				l, err := tunsocket.ListenUDP(tunsocket.Options{Bind: netip.AddrPortFrom(a, port)})
+				if err != nil {
+					return err
+				}
+				return l.Close()
+			})
+		}
+	}
+}
+
+func (s *session) tunName() string { return tunName(s.cfg.Tun, queues(s.cfg.Queues)) }
+
+func (s *session) socketsName() string {
+	return socketsName(s.link.Addrs, s.cfg.UDPPort, s.cfg.VXLANPort, queues(s.cfg.Queues))
 }
 
 // queues is the number of the TUN's queues. Few CPUs, which the pods' own work shares, leave none to run a

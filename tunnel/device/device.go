@@ -120,9 +120,18 @@ func (d *Device) Persist(on bool) error {
 	return nil
 }
 
-// FD returns the descriptor of the first queue, for passing it to the service
-// manager. The Device keeps ownership.
+// FD returns the descriptor of the first queue. The Device keeps ownership.
 func (d *Device) FD() int { return d.queues[0].fd }
+
+// FDs returns the descriptors of all queues, for passing them to the service
+// manager (see FromFD). The Device keeps ownership.
+func (d *Device) FDs() []int {
+	var fds []int
+	for _, q := range d.queues {
+		fds = append(fds, q.fd)
+	}
+	return fds
+}
 
 // SetMTU sets the device's MTU in bytes.
 func (d *Device) SetMTU(mtu int) error {

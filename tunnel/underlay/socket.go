@@ -30,6 +30,7 @@ type Options struct {
 	SendBuf   int            // bytes; DefaultBuffer
 	ReusePort bool           // share the port with other sockets (one per queue); the kernel spreads flows over them
 	Mark      uint32         // SO_MARK of sent packets
+	Kept      *Kept          // if such a socket is there, it is taken instead of a new one
 }
 
 // A Socket is a UDP or raw socket of the underlay.
@@ -105,16 +106,24 @@ func open(o Options, typ, proto int) (*Socket, error) {
 	if bind.Addr().Is6() {
 		domain = unix.AF_INET6
 	}
-	fd, err := sys.Socket(domain, typ, proto)
-	if err != nil {
-		return nil, fmt.Errorf("underlay socket: %w", err)
+	fd := o.Kept.take(bind, typ, proto, o.ReusePort)
+	bound := fd >= 0
+	if !bound {
+		var err error
+		if fd, err = sys.Socket(domain, typ, proto); err != nil {
+			return nil, fmt.Errorf("underlay socket: %w", err)
+		}
 	}
 	s := &Socket{fd: fd, proto: proto}
-	if err := s.configure(o, domain); err != nil {
+	err := s.configure(o, domain)
+	if err != nil {
 		sys.Close(fd)
 		return nil, fmt.Errorf("underlay socket: %w", err)
 	}
-	if err := sys.Bind(fd, bind); err != nil {
+	if !bound {
+		err = sys.Bind(fd, bind)
+	}
+	if err != nil {
 		sys.Close(fd)
 		if errors.Is(err, unix.EADDRNOTAVAIL) {
 			return nil, fmt.Errorf("underlay socket: %v is not an address of this host: %w", bind.Addr(), err)
@@ -212,6 +221,9 @@ func (s *Socket) Pause(d time.Duration) { s.poller.Pause(d) }
 
 // Wake ends the current Wait or Pause, or else the next one.
 func (s *Socket) Wake() { s.poller.Wake() }
+
+// FD returns the socket's descriptor, for a service manager to keep (see [Kept]). It is valid until Close.
+func (s *Socket) FD() int { return s.fd }
 
 // Close closes the socket. Goroutines that use it must have returned; Wake ends a
 // Wait.

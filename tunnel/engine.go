@@ -65,6 +65,8 @@ type Engine struct {
 	stats    stats
 	updated  chan struct{} // closed by the first Update
 	first    sync.Once     // of Update
+	running  atomic.Bool   // Run has started the workers
+	asked    atomic.Uint64 // questions of Stalled
 	stopping atomic.Bool
 	closing  sync.Once
 	kept     *underlay.Kept // used by New only
@@ -263,6 +265,7 @@ func (e *Engine) receive(s *underlay.Socket, queue int, c carrier, m encap.Mode)
 		e:       e,
 		sock:    s,
 		carrier: c,
+		at:      s.Local(),
 		mode:    m,
 		batch:   underlay.NewRecvBatch(slots, underlay.MaxMessage),
 		slots:   slots,
@@ -309,14 +312,10 @@ func (e *Engine) Run(ctx context.Context) error {
 		run(w.run)
 	}
 	run(func() error { e.watchErrors(ctx); return nil })
+	e.running.Store(true)
 	<-ctx.Done()
 	e.stopping.Store(true)
-	for _, w := range e.tx {
-		w.queue.Wake()
-	}
-	for _, w := range e.rx {
-		w.sock.Wake()
-	}
+	e.wake()
 	wg.Wait()
 	err := e.Close()
 	if cause := context.Cause(ctx); !errors.Is(cause, context.Canceled) {

@@ -52,7 +52,8 @@ type rxWorker struct {
 	e       *Engine
 	sock    inSocket
 	carrier carrier
-	proto   uint8 // 4 or 41, of a raw socket
+	proto   uint8          // 4 or 41, of a raw socket
+	at      netip.AddrPort // of the socket
 	mode    encap.Mode
 	batch   *underlay.RecvBatch
 	slots   int // of batch
@@ -72,6 +73,7 @@ type rxWorker struct {
 
 	in     header.Inner
 	counts batchStats
+	sign
 }
 
 // run receives until Wake is called on the socket.
@@ -84,6 +86,7 @@ func (w *rxWorker) run() error {
 			if w.e.stopping.Load() {
 				return nil
 			}
+			w.live(w.e)
 			continue
 		case errors.Is(err, sys.ErrErrQueue):
 			w.e.drainErrors(w.sock)
@@ -102,8 +105,9 @@ func (w *rxWorker) run() error {
 	}
 }
 
-// refresh loads new tables, if there are any.
+// refresh gives a sign of life, and loads new tables, if there are any.
 func (w *rxWorker) refresh() {
+	w.live(w.e)
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.from = f, nil
 		w.lastOuter, w.lastSrc, w.lastDst = netip.Addr{}, netip.Addr{}, netip.Addr{}

@@ -80,6 +80,7 @@ type txWorker struct {
 	in     header.Inner
 	prefix [header.VXLANFrameLen]byte // of the present packet
 	counts batchStats
+	sign
 }
 
 // run reads and sends until Wake is called on the queue.
@@ -92,6 +93,7 @@ func (w *txWorker) run() error {
 			if w.e.stopping.Load() {
 				return nil
 			}
+			w.live(w.e)
 			continue
 		case err != nil:
 			return err
@@ -108,8 +110,9 @@ func (w *txWorker) run() error {
 	}
 }
 
-// refresh loads new tables, if there are any.
+// refresh gives a sign of life, and loads new tables, if there are any.
 func (w *txWorker) refresh() {
+	w.live(w.e)
 	if f := w.e.fwd.Load(); f != w.fwd {
 		w.fwd, w.last, w.lastDst = f, nil, netip.Addr{}
 	}

@@ -168,7 +168,7 @@ func openLite(bind netip.AddrPort) (*Socket, error) {
 		return nil, err
 	}
 	s := &Socket{fd: fd}
-	if err := errors.Join(s.configure(Options{}, domain), sys.Bind(fd, bind)); err != nil {
+	if err := errors.Join(s.configure(Options{}, domain, false), sys.Bind(fd, bind)); err != nil {
 		sys.Close(fd)
 		return nil, err
 	}

@@ -31,8 +31,9 @@ func keptSockets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	six := netip.AddrPortFrom(netip.MustParseAddr("::1"), 6082)
 	var fds []int
-	for _, s := range []*Socket{first, raw} {
+	for _, s := range []*Socket{first, raw, open(Options{Bind: six})} {
 		fd, err := sys.Dup(s.FD())
 		if err != nil {
 			t.Fatal(err)
@@ -61,8 +62,8 @@ func keptSockets(t *testing.T) {
 	} else {
 		other.Close()
 	}
-	if kept.Len() != 2 {
-		t.Fatalf("%d sockets are left, want both: none of these was the same", kept.Len())
+	if kept.Len() != 3 {
+		t.Fatalf("%d sockets are left, want all: none of these was the same", kept.Len())
 	}
 	again := open(Options{Bind: netip.AddrPortFrom(lo, 6080), Kept: kept})
 	defer again.Close()
@@ -70,6 +71,7 @@ func keptSockets(t *testing.T) {
 	if n, err := again.Recv(b); n != 1 || err != nil || string(b.At(0).Data) != "waiting" {
 		t.Errorf("the kept socket has %d packets, %v; want the one that waited", n, err)
 	}
+	defer open(Options{Bind: six, Kept: kept}).Close()
 	if kept.Len() != 1 {
 		t.Errorf("%d sockets are left, want the raw one", kept.Len())
 	}

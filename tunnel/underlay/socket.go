@@ -115,7 +115,7 @@ func open(o Options, typ, proto int) (*Socket, error) {
 		}
 	}
 	s := &Socket{fd: fd, proto: proto}
-	err := s.configure(o, domain)
+	err := s.configure(o, domain, bound)
 	if err != nil {
 		sys.Close(fd)
 		return nil, fmt.Errorf("underlay socket: %w", err)
@@ -144,8 +144,9 @@ func open(o Options, typ, proto int) (*Socket, error) {
 	return s, nil
 }
 
-// configure sets all options before bind, so that they apply to the first packet.
-func (s *Socket) configure(o Options, domain int) error {
+// configure sets all options before bind, so that they apply to the first packet. A socket that is bound already has those that
+// cannot be changed any more.
+func (s *Socket) configure(o Options, domain int, bound bool) error {
 	recv, send := o.RecvBuf, o.SendBuf
 	if recv == 0 {
 		recv = DefaultBuffer
@@ -175,7 +176,7 @@ func (s *Socket) configure(o Options, domain int) error {
 			option{unix.SOL_IPV6, unix.IPV6_RECVERR, 1, "IPV6_RECVERR"},
 			option{unix.SOL_IPV6, unix.IPV6_UNICAST_HOPS, 64, "IPV6_UNICAST_HOPS"})
 	}
-	if domain == unix.AF_INET6 && s.proto == 0 { // raw IPv6 sockets never receive IPv4, and refuse the option
+	if domain == unix.AF_INET6 && s.proto == 0 && !bound { // raw IPv6 sockets never receive IPv4, and refuse the option
 		opts = append(opts, option{unix.SOL_IPV6, unix.IPV6_V6ONLY, 1, "IPV6_V6ONLY"})
 	}
 	if o.ReusePort {

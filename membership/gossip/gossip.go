@@ -37,6 +37,7 @@ type Gossip struct {
 	keyReqs      chan envelope
 	presenceReqs chan envelope
 	inbox        *inbox
+	signs        signs // of life
 	queue        *memberlist.TransmitLimitedQueue
 	seen         seenSet
 	traffic      traffic

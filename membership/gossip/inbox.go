@@ -74,6 +74,7 @@ func (g *Gossip) dispatch(ctx context.Context) {
 			return
 		case <-g.inbox.wake:
 		}
+		g.live()
 		items, joins, members := g.inbox.take()
 		if members {
 			h.Members()
@@ -91,6 +92,7 @@ func (g *Gossip) dispatch(ctx context.Context) {
 				h.MergeState(e.body, joins[i])
 			}
 			items[i] = envelope{}
+			g.live()
 		}
 	}
 }

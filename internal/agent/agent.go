@@ -28,6 +28,8 @@ type agent struct {
 	seeds   *seed.List
 	store   fdStore // sessions' own
 
+	starting pulse // of the start of a session
+
 	conflist *conflist.Publisher // sessions' own
 
 	moved underlayMove // the last change of the underlay address; sessions' own
@@ -73,6 +75,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	}
 	serve(func(ctx context.Context) error { return api.NewServer(a, log).Serve(ctx, listener) })
 	serve(a.seeds.Run)
+	serve(a.watch)
 	if plugin != nil {
 		driver := docker.New(cfg.Socket, log)
 		serve(func(ctx context.Context) error { return driver.Run(ctx, plugin) })
@@ -100,6 +103,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 // sessions runs one session after the other, until ctx is done or one fails.
 func (a *agent) sessions(ctx context.Context) error {
 	for {
+		a.starting.beat()
 		s, err := a.start(ctx)
 		if err != nil {
 			if ctx.Err() != nil {
@@ -109,6 +113,7 @@ func (a *agent) sessions(ctx context.Context) error {
 		}
 		a.session.Store(s)
 		err = s.run(ctx)
+		a.starting.beat()
 		a.session.Store(nil)
 		change, moves := errors.AsType[*underlayChange](err)
 		switch {

@@ -9,7 +9,6 @@ import (
 	"os"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 )
@@ -40,28 +39,12 @@ func uid() string { return strconv.Itoa(os.Geteuid()) }
 
 // notifier implements sd_notify(3). Without systemd it does nothing.
 type notifier struct {
-	log      *slog.Logger
-	isReady  bool
-	text     string
-	watchdog time.Duration // 0: none is set
-	last     time.Time
+	log     *slog.Logger
+	isReady bool
+	text    string
 }
 
-func newNotifier(log *slog.Logger) *notifier {
-	n := &notifier{log: log}
-	if d, err := daemon.SdWatchdogEnabled(false); err == nil {
-		n.watchdog = d
-	}
-	return n
-}
-
-// alive feeds the watchdog. The session's loop calls it, so that the watchdog detects a loop that hangs.
-func (n *notifier) alive() {
-	if n.watchdog > 0 && time.Since(n.last) > n.watchdog/4 {
-		n.last = time.Now()
-		n.send(daemon.SdNotifyWatchdog)
-	}
-}
+func newNotifier(log *slog.Logger) *notifier { return &notifier{log: log} }
 
 // ready reports readiness once, and updates the unit's status text.
 func (n *notifier) ready(text string) {

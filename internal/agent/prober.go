@@ -57,6 +57,7 @@ type prober struct {
 	send    func(peer string, mode encap.Mode, payload []byte, size int) error
 	train   func(peer string, mode encap.Mode, packets []tunnel.ProbePacket, apart bool) error
 	traffic func(peer string) tunnel.PeerStats
+	pulse   pulse  // of run, which wakes at least every second
 	changed func() // a path came up, went down, has another MTU or another one is used; must not block
 
 	wake    chan struct{} // run the schedule now
@@ -198,6 +199,7 @@ func (p *prober) run(ctx context.Context) error {
 	defer traffic.Stop()
 	var next time.Time // when the timer fires
 	for {
+		p.pulse.beat()
 		wait := gather
 		select {
 		case <-ctx.Done():

@@ -41,6 +41,7 @@ type session struct {
 	clusterSide
 	hostSide
 
+	pulse   pulse        // of loop, which wakes at least every second
 	outlive func() error // lets the TUN device stay when this process ends
 
 	wake chan struct{}                   // members, paths or configuration changed
@@ -237,13 +238,13 @@ func (s *session) loop(ctx context.Context) error {
 	var applied applied
 	defer func() { s.publish(context.WithoutCancel(ctx), false, false) }()
 	for {
+		s.pulse.beat()
 		force, again := false, false
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
 			tick.Reset(time.Until(s.ownership.Tick(time.Now())))
-			notify.alive()
 			continue
 		case <-changed:
 		case <-s.wake:

@@ -41,6 +41,7 @@ func (a *agent) awaitUnderlay(ctx context.Context, s *session, state *ipam.State
 	last := readLastUnderlay(runFile(a.cfg, "underlay"))
 	told := ""
 	for began := time.Now(); ; {
+		a.starting.beat()
 		changed := a.seeds.Changed()
 		seeds := a.seeds.All()
 		link, err := hostnet.DetectUnderlay(s.sought(a.cfg, last))

@@ -1,0 +1,90 @@
+package agent
+
+import (
+	"bytes"
+	"context"
+	"log/slog"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The watchdog is fed while all loops are alive, not while one is stuck, and again when it goes on. The stuck loop is named once.
+func TestWatchdog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var log bytes.Buffer
+		var stuck []string
+		fed := 0
+		w := watchdog{
+			log: slog.New(slog.NewTextHandler(&log, nil)), every: time.Second,
+			stalled: func() []string { return stuck }, feed: func() { fed++ },
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { w.run(ctx); close(done) }()
+		after := func(d time.Duration, want int, when string) {
+			t.Helper()
+			fed = 0
+			time.Sleep(d)
+			synctest.Wait()
+			if fed != want {
+				t.Errorf("%s: fed %d times in %v, want %d", when, fed, d, want)
+			}
+		}
+		after(time.Second/2, 1, "at the start, at once")
+		after(10*time.Second, 10, "all alive")
+		stuck = []string{"receiver of udp on 192.0.2.1:6080"}
+		after(10*time.Second, 0, "one stuck")
+		if n := strings.Count(log.String(), "receiver of udp on 192.0.2.1:6080"); n != 1 {
+			t.Errorf("the stuck loop is named %d times, want once:\n%s", n, log.String())
+		}
+		stuck = nil
+		after(10*time.Second, 10, "alive again")
+		cancel()
+		<-done
+	})
+}
+
+// A loop is late when its last sign is too old, and not before it has begun.
+func TestPulse(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var p pulse
+		late := func() bool { return len(p.late(time.Now(), 15*time.Second, "it")) > 0 }
+		time.Sleep(time.Hour)
+		if late() {
+			t.Error("a loop that has not begun is late")
+		}
+		p.beat()
+		time.Sleep(15 * time.Second)
+		if late() {
+			t.Error("late after 15 s, which is just in time")
+		}
+		time.Sleep(1)
+		if !late() {
+			t.Error("not late after more than 15 s")
+		}
+		p.beat()
+		if late() {
+			t.Error("late right after a sign")
+		}
+	})
+}
+
+// The prober gives its sign of life every second although it has nobody to probe.
+func TestIdleProberIsAlive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newProber(slog.New(slog.DiscardHandler))
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { _ = p.run(ctx); close(done) }()
+		for range 100 {
+			time.Sleep(time.Minute)
+			if got := p.pulse.late(time.Now(), 2*time.Second, "prober"); got != nil {
+				t.Fatal("an idle prober is late")
+			}
+		}
+		cancel()
+		<-done
+	})
+}

@@ -7,9 +7,9 @@ PACKAGES = \
 	tshark tcpdump prometheus \
 	iperf3 sockperf ethtool iproute2 nftables iptables procps \
 	containerd docker.io busybox-static containernetworking-plugins \
-	debootstrap systemd-container dbus
+	debootstrap systemd-container dbus iputils-ping
 
-.PHONY: build demo test deps lint unit race fuzz simulate cnikill cnitime interop bench clean
+.PHONY: build demo test deps lint unit race fuzz deb release simulate cnikill cnitime interop bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -36,6 +36,16 @@ race:
 
 fuzz:
 	.ci/fuzz
+
+# dist/tulle_VERSION_ARCH.deb for this machine.
+deb:
+	packaging/build deb $$($(GO) env GOARCH)
+
+# Packages and archives for both architectures, and their checksums. The same commit gives the same bytes.
+release:
+	rm -rf dist
+	for arch in amd64 arm64; do packaging/build deb $$arch && packaging/build archive $$arch || exit 1; done
+	cd dist && sha256sum -- * >SHA256SUMS
 
 # Ten times as many schedules of who owns which address, and of how clusters start, as `unit` runs; takes minutes.
 simulate:

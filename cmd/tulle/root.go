@@ -87,6 +87,7 @@ func rootCommand() *cobra.Command {
 	add("look", statusCommand(), doctorCommand(), peersCommand(), routeCommand(), pingCommand(), captureCommand(), ipamCommand(), reportCommand(), versionCommand())
 	add("change", keysCommand(), externalCommand(), podCommand(), forgetCommand(), leaveCommand(), reloadCommand(), logLevelCommand(), cleanupCommand())
 	add("run", agentCommand(), labCommand(), benchCommand())
+	root.AddCommand(manCommand())
 	argsAreUsage(root)
 	return root
 }

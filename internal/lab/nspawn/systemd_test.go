@@ -1,4 +1,4 @@
-// Package nspawn tests the packaged service on hosts that boot systemd: containers of systemd-nspawn over a tree that
+// Package nspawn tests the package and its service on hosts that boot systemd: containers of systemd-nspawn over a tree that
 // debootstrap makes, on the hosts' side of a lab's network. It needs root, debootstrap and systemd-nspawn, and runs only
 // where they are; with TULLE_NSPAWN=1 their absence is a failure.
 package nspawn
@@ -10,6 +10,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -18,7 +20,6 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/testing/debian"
-	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
 // repository is the root of this module, seen from here.
@@ -42,14 +43,12 @@ func needTools(t *testing.T) {
 	}
 }
 
-// Three hosts on two subnets, the same configuration file on each, `systemctl start tulle`: the cluster forms and pods reach
-// each other; a restart of the service and a reboot of a host heal by themselves.
+// Three hosts on two subnets, the same configuration file on each, the package installed: the cluster forms and pods reach each
+// other. A restart of the service, an upgrade and a crash lose no packet, or as few as may be; the watchdog acts; a reboot of a host
+// heals by itself; a purge leaves nothing.
 func TestSystemdHosts(t *testing.T) {
 	needTools(t)
-	binary := filepath.Join(t.TempDir(), "tulle")
-	if err := testbuild.Tulle(binary, []string{"CGO_ENABLED=0"}); err != nil { // the hosts' C library need not be ours
-		t.Fatal(err)
-	}
+	first, second := debs(t)
 	tree := debian.Tree(t, debian.Release(t))
 
 	// One such test at a time on a machine: the name, and so the rests of a killed run, are always the same.
@@ -64,12 +63,12 @@ func TestSystemdHosts(t *testing.T) {
 	})
 	ms := machines(t, l, tree)
 	each(t, ms, func(m *machine) error {
-		if err := errors.Join(install(m, binary, config(l)), m.boot()); err != nil {
+		if err := errors.Join(prepare(m, config(l), first, second), m.boot()); err != nil {
 			return err
 		}
-		_, err := m.run("systemctl", "enable", "tulle")
-		return err
+		return m.install(first)
 	})
+	// With its configuration in place, a new package has started the agent.
 	each(t, ms, func(m *machine) error { return start(m, l, "start") })
 	for _, m := range ms {
 		for range 2 {
@@ -81,10 +80,10 @@ func TestSystemdHosts(t *testing.T) {
 	reachAll(t, l, ms, "after the start")
 
 	before := identity(t, l, "h2")
-	each(t, ms[1:2], func(m *machine) error { return start(m, l, "restart") })
-	reachAll(t, l, ms, "after a restart of the service on h2")
+	withoutLoss(t, l, ms, first, second)
+	reachAll(t, l, ms, "after all that happened to the agent of h2")
 	if after := identity(t, l, "h2"); after != before {
-		t.Errorf("h2 was %s, is %s after a restart of its service", before, after)
+		t.Errorf("h2 was %s, is %s after restarts of its service", before, after)
 	}
 
 	each(t, ms[2:], (*machine).poweroff)
@@ -115,6 +114,11 @@ func TestSystemdHosts(t *testing.T) {
 		}
 		return err
 	})
+	out, err := ms[0].run("systemd-analyze", "security", "--no-pager", "tulle")
+	if m := regexp.MustCompile(`exposure level for tulle.service: ([0-9.]+) `).FindStringSubmatch(out); m == nil || m[1] > "3.0" || len(m[1]) != 3 {
+		t.Errorf("systemd-analyze security: %v, want at most 3.0: %v\n%s", m, err, out)
+	}
+	purge(t, ms[2])
 }
 
 // config is the file that all hosts share.
@@ -128,35 +132,127 @@ func config(l *lab.Lab) string {
 	return b.String()
 }
 
-// install puts program, unit and configuration on a host's disk.
-func install(m *machine, binary, config string) error {
-	unit, err := os.ReadFile(filepath.Join(repository, "packaging/tulle.service"))
-	if err != nil {
-		return err
+// debs builds the package in two versions, with the command that users build it with.
+func debs(t *testing.T) (first, second string) {
+	t.Helper()
+	build := func(version string) string {
+		cmd := exec.CommandContext(t.Context(), filepath.Join(repository, "packaging/build"), "deb", runtime.GOARCH)
+		cmd.Env = append(os.Environ(), "VERSION="+version, "OUT="+t.TempDir())
+		cmd.Stderr = t.Output()
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("packaging/build deb: %v", err)
+		}
+		return strings.TrimSpace(string(out))
 	}
-	program, err := os.ReadFile(binary)
-	if err != nil {
-		return err
+	return build("1.0.0"), build("1.0.1")
+}
+
+// prepare puts the configuration, and the packages to install, on a host's disk.
+func prepare(m *machine, config string, packages ...string) error {
+	files := map[string][]byte{"etc/systemd/system/tulle.service.d/watchdog.conf": []byte(watchdogConf), "etc/hostname": []byte(m.host + "\n"), "etc/tulle/tulle.yaml": []byte(config)}
+	for _, p := range packages {
+		deb, err := os.ReadFile(p)
+		if err != nil {
+			return err
+		}
+		files[filepath.Join("root", filepath.Base(p))] = deb
 	}
-	for _, f := range []struct {
-		path string
-		data []byte
-		mode os.FileMode
-	}{
-		{"etc/hostname", []byte(m.host + "\n"), 0o644},
-		{"usr/bin/tulle", program, 0o755},
-		{"etc/systemd/system/tulle.service", unit, 0o644},
-		{"etc/tulle/tulle.yaml", []byte(config), 0o644},
-	} {
-		path := filepath.Join(m.root, f.path)
+	for name, data := range files {
+		path := filepath.Join(m.root, name)
 		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 			return err
 		}
-		if err := os.WriteFile(path, f.data, f.mode); err != nil {
+		if err := os.WriteFile(path, data, 0o644); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// install installs a package that prepare has put there, as its user would.
+func (m *machine) install(deb string) error {
+	out, err := m.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--no-install-recommends", "/root/"+filepath.Base(deb))
+	if err == nil && !strings.Contains(out, "Setting up tulle") {
+		err = fmt.Errorf("%s: nothing was installed:\n%s", m.host, out)
+	}
+	return err
+}
+
+// withoutLoss does to the agent of h2 what operators and accidents do, while pods talk.
+func withoutLoss(t *testing.T, l *lab.Lab, ms []*machine, first, second string) {
+	h2 := ms[1]
+	during := func(what string, most int, do func() error) {
+		t.Helper()
+		tr := between(t, l, "p1a", "p2a")
+		err := do()
+		if lost := tr.end(what); lost > most || err != nil {
+			t.Errorf("%s: %d pings lost, at most %d may be; %v\n%s", what, lost, most, err, h2.journal())
+		}
+	}
+	during("systemctl restart", 0, func() error { return start(h2, l, "restart") })
+	during("apt-get install of a newer version", 0, func() error { return h2.install(second) })
+	if out, err := h2.run("tulle", "version"); err != nil || strings.Count(out, "1.0.1") != 2 {
+		t.Errorf("after the upgrade, program and agent have these versions: %v\n%s", err, out)
+	}
+	during("kill -9", int(time.Second/pingEvery), func() error {
+		if _, err := h2.run("systemctl", "kill", "--signal=KILL", "tulle"); err != nil {
+			return err
+		}
+		return restarted(h2, l, 1)
+	})
+	watchdogActs(t, l, h2)
+}
+
+// watchdogActs stops the whole agent, and then one worker of the data path: systemd starts the agent again both times.
+func watchdogActs(t *testing.T, l *lab.Lab, m *machine) {
+	began := time.Now()
+	if _, err := m.run("systemctl", "kill", "--signal=STOP", "tulle"); err != nil {
+		t.Fatal(err)
+	}
+	if err := restarted(m, l, 2); err != nil {
+		t.Errorf("the agent is stopped: %v\n%s", err, m.journal())
+	}
+	t.Logf("a stopped agent was back after %v", time.Since(began).Round(time.Millisecond))
+	began = time.Now()
+	if err := m.stopWorker(); err != nil {
+		t.Fatal(err)
+	}
+	if err := restarted(m, l, 3); err != nil {
+		t.Errorf("a worker is stopped: %v\n%s", err, m.journal())
+	}
+	t.Logf("an agent with a stopped worker was back after %v", time.Since(began).Round(time.Millisecond))
+	out, err := m.run("journalctl", "--no-pager", "--unit=tulle", "--grep=no sign of life", "--output=cat")
+	if err != nil || strings.Count(out, "no sign of life") != 1 || !strings.Contains(out, "reader of queue") && !strings.Contains(out, "receiver of") {
+		t.Errorf("the journal does not name the worker once: %v\n%s", err, out)
+	}
+}
+
+// purge removes the package with everything that it has made, and says what.
+func purge(t *testing.T, m *machine) {
+	out, err := m.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "purge", "--yes", "tulle")
+	for _, want := range []string{"removing tun0, routes and nftables tables", "purging /var/lib/tulle", "tulle forget " + m.host, "purging /etc/tulle"} {
+		if err != nil || !strings.Contains(out, want) {
+			t.Errorf("purge does not say %q: %v\n%s", want, err, out)
+		}
+	}
+	out, err = m.run("sh", "-c", "ls -d /var/lib/tulle /etc/tulle /run/tulle /usr/bin/tulle /sys/class/net/tun0 2>/dev/null; ip route show table all proto 84; "+
+		"systemctl cat tulle 2>/dev/null; true")
+	if out = strings.TrimSpace(out); err != nil || out != "" {
+		t.Errorf("a purge has left: %v\n%s", err, out)
+	}
+}
+
+// restarted waits until systemd has restarted the service that often since it was last started by hand, and it runs.
+func restarted(m *machine, l *lab.Lab, times int) error {
+	err := m.until("a restart by systemd", time.Minute, func() error {
+		out, err := m.run("systemctl", "show", "--property=NRestarts,ActiveState", "tulle")
+		if err == nil && (!strings.Contains(out, fmt.Sprintf("NRestarts=%d\n", times)) || !strings.Contains(out, "ActiveState=active\n")) {
+			err = errors.New(out)
+		}
+		return err
+	})
+	return errors.Join(err, active(m, l))
 }
 
 // each does something to some machines at once; a failure of one ends the test.

@@ -255,6 +255,37 @@ func restarted(m *machine, l *lab.Lab, times int) error {
 	return errors.Join(err, active(m, l))
 }
 
+// install puts program, unit and configuration on a host's disk.
+func install(m *machine, binary, config string) error {
+	unit, err := os.ReadFile(filepath.Join(repository, "packaging/tulle.service"))
+	if err != nil {
+		return err
+	}
+	program, err := os.ReadFile(binary)
+	if err != nil {
+		return err
+	}
+	for _, f := range []struct {
+		path string
+		data []byte
+		mode os.FileMode
+	}{
+		{"etc/hostname", []byte(m.host + "\n"), 0o644},
+		{"usr/bin/tulle", program, 0o755},
+		{"etc/systemd/system/tulle.service", unit, 0o644},
+		{"etc/tulle/tulle.yaml", []byte(config), 0o644},
+	} {
+		path := filepath.Join(m.root, f.path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			return err
+		}
+		if err := os.WriteFile(path, f.data, f.mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // each does something to some machines at once; a failure of one ends the test.
 func each(t *testing.T, ms []*machine, fn func(*machine) error) {
 	t.Helper()

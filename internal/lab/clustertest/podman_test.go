@@ -248,7 +248,7 @@ func netavarkAlone(t *testing.T, _ *lab.Lab, p *podmanHost) {
 	if out := p.run("first", "pods", "-p", "8080:80"); !strings.Contains(out, "publishes no ports") {
 		t.Errorf("podman run -p says %q", out)
 	}
-	p.refused("already", "network", "connect", "later", "first")
+	p.refused("already", "run", "--network", "pods", "--network", "later", "box", "true")
 	p.container("first", "pods")
 	p.run("second", "later")
 	p.container("second", "later")

@@ -197,20 +197,34 @@ func measured(t *testing.T, n *namespace.Namespace, binary string, args ...strin
 }
 
 // A wire that delays each packet by 1 ms is seen to delay by 1 ms: never less, and more only by what a wire without delay
-// and the late timers of this process add.
+// and the late timers of this process add. What is compared is the time that a twentieth of the answers do not exceed:
+// a machine that others use as well adds to most answers, but not to all. A busy machine has three attempts.
 func TestKnownDelay(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector does not look into the program that this runs")
 	}
-	const delay = time.Millisecond
-	var p50 [2]map[string]float64
 	binary := tulle(t)
+	for attempt := 1; ; attempt++ {
+		wrong := delayed(t, binary, time.Millisecond)
+		if len(wrong) == 0 {
+			return
+		}
+		t.Logf("attempt %d: %q", attempt, wrong)
+		if attempt == 3 {
+			t.Fatal("a delay of 1 ms is not seen as 1 ms")
+		}
+	}
+}
+
+// delayed measures over a wire without and with delay, and returns what was not seen as it is.
+func delayed(t *testing.T, binary string, delay time.Duration) (wrong []string) {
+	t.Helper()
+	base := map[string]float64{}
 	for i, d := range []time.Duration{0, delay} {
 		w := &wire{delay: d}
 		a, b := w.start(t)
 		serving(t, b, binary)
 		r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "250ms")
-		p50[i] = map[string]float64{}
 		for _, l := range []*result.Latency{
 			r.Modes[0].Merged(result.PingPong, 64, false), r.Modes[0].Merged(result.PingPong, 1200, false), r.Modes[0].Merged(result.OpenLoop, 64, false),
 			r.Modes[0].Merged(result.RR, 64, false), r.Modes[0].Merged(result.CRR, 64, false),
@@ -225,19 +239,21 @@ func TestKnownDelay(t *testing.T) {
 			case result.CRR:
 				once *= 4 // a handshake before it
 			}
-			p50[i][name] = l.At(50)
 			if i == 0 {
+				base[name] = l.At(5)
 				continue
 			}
 			if low := l.At(0); low < once*0.999 {
 				t.Errorf("%s: %v µs over a wire that takes %v", name, low, once)
 			}
-			if added := l.At(50) - p50[0][name]; added < once*0.8 || added > once*1.5 {
-				t.Errorf("%s: %v µs without delay and %v with: a delay of %v, not %v", name, p50[0][name], l.At(50), added, once)
+			added := l.At(5) - base[name]
+			t.Logf("%s: %.1f µs without delay, %.1f with: a delay of %.1f where %.0f was injected", name, base[name], l.At(5), added, once)
+			if added < once*0.9 || added > once*1.25 {
+				wrong = append(wrong, fmt.Sprintf("%s: %v", name, added))
 			}
 		}
 	}
-	t.Log(p50)
+	return wrong
 }
 
 // A wire that loses a tenth of the datagrams, and those above its MTU, is seen to do so.

@@ -134,6 +134,9 @@ func TestEveryCommandHasHelp(t *testing.T) {
 		t.Fatalf("help ends with %d: %s", code, &out)
 	}
 	for _, c := range rootCommand().Commands() {
+		if c.Hidden {
+			continue
+		}
 		if c.Short == "" || c.GroupID == "" {
 			t.Errorf("%s: short %q, group %q", c.Name(), c.Short, c.GroupID)
 		}

@@ -66,10 +66,14 @@ func (s *Machine) drive(now time.Time) {
 	s.driveHeld(now)
 }
 
-// seeMembers records the members of this cluster as peers.
+// seeMembers records the members of this cluster as peers, so that they are found again after a restart. A newcomer that has got
+// space is one before it has told anybody that it has joined: if the network fails in that moment, nobody else may know of it.
 func (s *Machine) seeMembers(now time.Time) {
 	for _, m := range s.env.Members() {
-		if m.ID == s.cfg.ID || s.cluster.IsZero() || m.Cluster != s.cluster || !m.Alive || s.departed[m.ID] {
+		if m.ID == s.cfg.ID || s.cluster.IsZero() || !m.Alive || s.departed[m.ID] {
+			continue
+		}
+		if m.Cluster != s.cluster && !(m.Cluster.IsZero() && len(s.table.Owned(m.ID)) > 0) {
 			continue
 		}
 		if old, ok := s.peers[m.ID]; !ok || old.Name != m.Name || m.Addr.IsValid() && old.Addr != m.Addr {

@@ -568,3 +568,28 @@ func TestConfigIsChecked(t *testing.T) {
 		}
 	}
 }
+
+// A newcomer that has got space is a peer before it has told that it is in the cluster: the network may fail in that moment.
+func TestNewcomerWithSpaceIsAPeer(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	newcomer, at := NodeID{7}, netip.MustParseAddrPort("192.0.2.7:7946")
+	env.members = []Member{{ID: newcomer, Name: "seven", Addr: at, Alive: true}}
+	now := s.Tick(simStart)
+	if p := s.Peers(); len(p) != 0 {
+		t.Fatalf("a newcomer without space: %+v", p)
+	}
+	s.HandleMessage(now, newcomer, s.from(newcomer, message{kind: kindRequest, seq: 1}))
+	if len(s.table.Owned(newcomer)) == 0 {
+		t.Fatalf("no space was given: %+v", env.last(kindRefuse))
+	}
+	s.Tick(now.Add(time.Second))
+	if p := s.Peers(); len(p) != 1 || NodeID(p[0].ID) != newcomer || p[0].Addr != at || p[0].Name != "seven" {
+		t.Errorf("peers: %+v", p)
+	}
+	env.members[0].Cluster = ClusterID{99}
+	env.members[0].Addr = netip.MustParseAddrPort("192.0.2.8:7946")
+	s.Tick(now.Add(2 * time.Second))
+	if p := s.Peers(); len(p) != 1 || p[0].Addr != at {
+		t.Errorf("a member of another cluster changes the peers: %+v", p)
+	}
+}

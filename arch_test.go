@@ -63,6 +63,7 @@ var allowed = map[string][]string{
 	"internal/lab/clustertest":   {},
 	"internal/lab/interop":       {},
 	"internal/lab/pathtest":      {},
+	"internal/lab/soak":          {},
 	"internal/testing/damage":    {},
 	"internal/testing/debian":    {},
 	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},

@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -43,7 +44,9 @@ func (h *Host) AgentOf(program string, args ...string) *Agent {
 	log, err := os.Create(a.log)
 	n.check(err)
 	defer log.Close()
-	a.cmd = exec.Command(program, append([]string{"agent", "--node-name", h.Name, "--state-dir", h.StateDir(), "--socket", a.socket, "--metrics", "off"}, args...)...)
+	line := append(slices.Clone(h.Wrap), program, "agent", "--node-name", h.Name, "--state-dir", h.StateDir(), "--socket", a.socket, "--metrics", "off")
+	line = append(line, args...)
+	a.cmd = exec.Command(line[0], line[1:]...)
 	a.cmd.Dir, a.cmd.Stdout, a.cmd.Stderr = h.dir, log, log
 	n.check(h.start(a.cmd))
 	go func() { // ends with the process

@@ -16,6 +16,7 @@ import (
 // Host is a host, a switch, a router or a pod: a network namespace and files.
 type Host struct {
 	Name string
+	Wrap []string // a command in front of the agents that are started next, such as unshare with its arguments; it must not fork
 
 	net    *Net
 	netns  string // its name

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"syscall"
 	"time"
+
+	"github.com/tulle-net/tulle/internal/testing/hosts"
 )
 
 // fault is a kind of trouble. inject begins it at one machine and returns what ends it.
@@ -35,8 +37,7 @@ var faults = []fault{
 			chain f { type filter hook forward priority -300; oifname "eth0" drop; }`)
 	}},
 	{"subnets cut off from each other", func(c *cluster, m *machine) func() {
-		c.nft("add table inet soak { chain f { type filter hook forward priority 0; policy drop; } }")
-		return func() { c.nft("delete table inet soak") }
+		return firewall(c.router, "chain f { type filter hook forward priority 0; policy drop; }")
 	}},
 	{"link down and up", func(c *cluster, m *machine) func() {
 		m.IP("link set eth0 down")
@@ -47,14 +48,19 @@ var faults = []fault{
 		return func() { c.router.IP("link set " + m.dev + " mtu 1500") }
 	}},
 	{"MTU lowered, and no ICMP says so", func(c *cluster, m *machine) func() {
-		c.nft("add table inet soak { chain f { type filter hook forward priority 0; meta length > 1300 drop; } }")
-		return func() { c.nft("delete table inet soak") }
+		mend := firewall(c.router, "chain o { type filter hook output priority 0; icmp type destination-unreachable drop; }")
+		c.router.IP("link set " + m.dev + " mtu 1300")
+		return func() {
+			c.router.IP("link set " + m.dev + " mtu 1500")
+			mend()
+		}
 	}},
 	{"udp filtered", func(c *cluster, m *machine) func() {
 		return m.firewall("chain i { type filter hook input priority -300; udp dport 6080 drop; }")
 	}},
 	{"ipip and direct filtered", func(c *cluster, m *machine) func() {
-		return m.firewall(`chain p { type filter hook prerouting priority -300; iifname "eth0" meta l4proto { 4, 41 } drop; iifname "eth0" ip saddr 10.244.0.0/16 drop; }`)
+		return m.firewall(`chain p { type filter hook prerouting priority -300; iifname "eth0" meta l4proto { 4, 41 } drop
+			iifname "eth0" ip saddr 10.244.0.0/16 drop; }`)
 	}},
 	{"one direction filtered", func(c *cluster, m *machine) func() {
 		return m.firewall("chain o { type filter hook output priority -300; udp dport { 6080, 4789 } drop; }")
@@ -83,10 +89,10 @@ var faults = []fault{
 	}},
 }
 
-// firewall adds rules to the machine, and returns what removes them.
-func (m *machine) firewall(chains string) (mend func()) {
-	m.Run("nft", "add table inet soak { "+chains+" }")
-	return func() { m.Run("nft", "delete table inet soak") }
-}
+// firewall adds a table of chains to the machine, and returns what removes it.
+func (m *machine) firewall(chains string) (mend func()) { return firewall(m.Host, chains) }
 
-func (c *cluster) nft(line string) { c.router.Run("nft", line) }
+func firewall(h *hosts.Host, chains string) (mend func()) {
+	h.Run("nft", "-f", h.WriteFile("soak.nft", "table inet soak {\n"+chains+"\n}\n"))
+	return func() { h.Run("nft", "delete table inet soak") }
+}

@@ -9,7 +9,7 @@ PACKAGES = \
 	containerd docker.io busybox-static containernetworking-plugins \
 	debootstrap systemd-container dbus iputils-ping
 
-.PHONY: build demo test deps lint unit race fuzz deb release simulate cnikill cnitime interop bench clean
+.PHONY: build demo test deps lint unit race fuzz deb release simulate soak cnikill cnitime interop bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -50,6 +50,10 @@ release:
 # Ten times as many schedules of who owns which address, and of how clusters start, as `unit` runs; takes minutes.
 simulate:
 	TULLE_SIM_RUNS=20000 $(GO) test -timeout 60m -run 'TestSimulation(OfStarts)?$$' -v ./internal/ownership
+
+# An hour of random faults in a cluster of four hosts, every packet checked. TULLE_SOAK=10m is shorter; TULLE_SOAK_REPORT names a file for the figures.
+soak:
+	TULLE_SOAK=$${TULLE_SOAK:-1h} $(GO) test -count=1 -timeout 3h -v ./internal/lab/soak
 
 # 300 containers come and go, 16 at a time, while plugin and agent are killed at random (`unit` has 80); takes a minute.
 cnikill:

@@ -5,6 +5,7 @@ import (
 	"context"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,32 +15,33 @@ import (
 func TestWatchdog(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var log bytes.Buffer
-		var stuck []string
-		fed := 0
+		var stuck atomic.Pointer[[]string]
+		stuck.Store(new([]string))
+		var fed atomic.Int64
 		w := watchdog{
 			log: slog.New(slog.NewTextHandler(&log, nil)), every: time.Second,
-			stalled: func() []string { return stuck }, feed: func() { fed++ },
+			stalled: func() []string { return *stuck.Load() }, feed: func() { fed.Add(1) },
 		}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan struct{})
 		go func() { w.run(ctx); close(done) }()
-		after := func(d time.Duration, want int, when string) {
+		after := func(d time.Duration, want int64, when string) {
 			t.Helper()
-			fed = 0
+			fed.Store(0)
 			time.Sleep(d)
 			synctest.Wait()
-			if fed != want {
-				t.Errorf("%s: fed %d times in %v, want %d", when, fed, d, want)
+			if n := fed.Load(); n != want {
+				t.Errorf("%s: fed %d times in %v, want %d", when, n, d, want)
 			}
 		}
 		after(time.Second/2, 1, "at the start, at once")
 		after(10*time.Second, 10, "all alive")
-		stuck = []string{"receiver of udp on 192.0.2.1:6080"}
+		stuck.Store(&[]string{"receiver of udp on 192.0.2.1:6080"})
 		after(10*time.Second, 0, "one stuck")
 		if n := strings.Count(log.String(), "receiver of udp on 192.0.2.1:6080"); n != 1 {
 			t.Errorf("the stuck loop is named %d times, want once:\n%s", n, log.String())
 		}
-		stuck = nil
+		stuck.Store(new([]string))
 		after(10*time.Second, 10, "alive again")
 		cancel()
 		<-done

@@ -11,6 +11,7 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/gossip"
+	"github.com/tulle-net/tulle/membership/seed"
 )
 
 // cluster connects the ownership state machine with gossip: it is the machine's Env and gossip's Handler. Messages go through
@@ -120,13 +121,17 @@ func (c *cluster) Members() []ownership.Member {
 func (c *cluster) Seeds() ownership.Seeds {
 	s := ownership.Seeds{Tried: true}
 	if c.gossip == nil {
-		return ownership.Seeds{}
+		return ownership.Seeds{Configured: 1} // not known yet
 	}
-	for _, seed := range c.gossip.Seeds() {
-		s.Tried = s.Tried && seed.Tried
-		s.Others += seed.Others
-		s.Answered += seed.Answered
-		s.Silent = append(s.Silent, silent(seed)...)
+	for _, e := range c.gossip.Seeds() {
+		s.Tried = s.Tried && e.Tried
+		s.Configured++
+		if seed.IsName(e.Name) {
+			s.Names++
+		}
+		s.Others += e.Others
+		s.Answered += e.Answered
+		s.Silent = append(s.Silent, silent(e)...)
 	}
 	return s
 }

@@ -126,6 +126,7 @@ func (s *Machine) driveWaiting(now time.Time) {
 			}
 		}
 		s.setPhase(now, Waiting, "a member answers, its cluster's table is on the way")
+		s.completeFrom = time.Time{}
 		return
 	}
 	why := s.mayBootstrap(now, seeds, len(newcomers))
@@ -151,21 +152,37 @@ func (s *Machine) driveWaiting(now time.Time) {
 // All hosts may share one configuration. So a first start looks like the start of a
 // bootstrap node that has lost its disk: bootstrap is set, there is no state, and the
 // other seeds may not answer because the network is down or because they are new.
-// Therefore a node with other seeds starts a cluster only when every one of them has
-// answered and none is in a cluster; an operator who knows more can force it. Then a
-// second cluster can only start if every seed has lost its disk. A node without other
-// seeds starts a cluster at once.
+// Therefore a node with seeds starts a cluster only when every one of them has
+// answered and none is in a cluster; an operator who knows more can force it.
+//
+// The seeds may have lost their disks as well, while other members live. Those call
+// every seed that they miss every two seconds. So the node waits for them for
+// seedPatience, from when all seeds answer. Where every seed leads to the node itself, nobody else
+// has answered, and its name server may know the others a little later: selfPatience. (Addresses stay what they are.)
+//
+// A node without any seed starts a cluster at once.
 func (s *Machine) mayBootstrap(now time.Time, seeds Seeds, newcomers int) string {
+	complete := seeds.Tried && seeds.Answered == seeds.Others
+	if !complete || s.completeFrom.IsZero() || s.completeOthers != seeds.Others {
+		s.completeFrom, s.completeOthers = now, seeds.Others
+	}
+	waited := now.Sub(s.completeFrom)
 	switch {
-	case !s.cfg.Bootstrap && !s.cfg.ForceBootstrap:
+	case !s.founder():
 		return s.mayNot(seeds, newcomers)
-	case seeds.Others == 0:
+	case seeds.Configured == 0 || s.plant.foundAtOnce && complete:
 		return ""
 	case !seeds.Tried || now.Sub(s.started) < seedPatience:
 		return "trying the seeds before starting a cluster"
-	case seeds.Answered < seeds.Others && !s.cfg.ForceBootstrap:
+	case s.cfg.ForceBootstrap:
+		return ""
+	case seeds.Answered < seeds.Others:
 		return fmt.Sprintf("this node may start the cluster, but %d of its %d other seeds do not answer, and they may already be one%s. "+
 			"Start them; if this really is a new cluster, start this node once with --bootstrap=force", seeds.Others-seeds.Answered, seeds.Others, listed(": ", seeds.Silent))
+	case seeds.Others == 0 && seeds.Names > 0 && waited < selfPatience:
+		return fmt.Sprintf("every seed leads to this node itself: it starts the cluster %v after its start, if until then no member calls and no name leads to another host", selfPatience)
+	case waited < seedPatience:
+		return "every seed answers and is in no cluster: this node starts one in a few seconds, if no member calls"
 	}
 	return ""
 }

@@ -2,6 +2,7 @@ package ownership
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -112,6 +113,8 @@ func (s *Machine) handleFound(now time.Time, m *message) {
 	}
 	held := !f.consented.IsZero() && now.Before(f.until)
 	switch {
+	case slices.ContainsFunc(s.env.Members(), func(o Member) bool { return o.Alive && !o.Cluster.IsZero() }):
+		// There is a cluster, which the founder does not see. This node is about to join it, and the founder follows.
 	case held && f.consented != m.sender:
 		ack.node = f.consented
 		s.sawRival(now, m.sender)

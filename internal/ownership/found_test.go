@@ -41,7 +41,7 @@ func (e *loneEnv) last(k kind) *message {
 // founderAt is a node with ID n that may start the cluster and sees new nodes with the IDs given.
 func founderAt(t *testing.T, n byte, others ...byte) (*Machine, *loneEnv) {
 	t.Helper()
-	env := &loneEnv{seeds: Seeds{Others: len(others), Answered: len(others), Tried: true}}
+	env := &loneEnv{seeds: Seeds{Configured: len(others), Others: len(others), Answered: len(others), Tried: true}}
 	for _, o := range others {
 		env.members = append(env.members, Member{ID: NodeID{o}, Name: fmt.Sprintf("host-%d", o), Alive: true, Addr: netip.AddrPortFrom(netip.AddrFrom4([4]byte{192, 0, 2, o}), 7946)})
 	}
@@ -51,6 +51,65 @@ func founderAt(t *testing.T, n byte, others ...byte) (*Machine, *loneEnv) {
 	}
 	s.Tick(simStart)
 	return s, env
+}
+
+// A founder waits for members that call: from when the last seed answers, and longer where nobody but itself is a seed.
+func TestFounderWaitsForCalls(t *testing.T) {
+	at := func(seconds float64) time.Time { return simStart.Add(time.Duration(seconds * float64(time.Second))) }
+	type step struct {
+		at    float64 // seconds
+		seeds Seeds
+	}
+	two, one, self := Seeds{Configured: 2, Others: 2, Answered: 2, Tried: true}, Seeds{Configured: 2, Others: 2, Answered: 1, Tried: true}, Seeds{Configured: 1, Names: 1, Tried: true}
+	for name, c := range map[string]struct {
+		steps  []step
+		starts float64 // not before; it starts then
+		why    string  // just before
+	}{
+		"all answer at once":            {[]step{{0, two}}, 5, "trying the seeds"},
+		"the last one answers late":     {[]step{{0, one}, {20, two}}, 24.5, "if no member calls"},
+		"one goes and comes":            {[]step{{0, two}, {4, one}, {4.5, two}}, 9, "if no member calls"},
+		"a name has another host now":   {[]step{{0, Seeds{Configured: 2, Others: 1, Answered: 1, Tried: true}}, {4, two}}, 9, "if no member calls"},
+		"the only seed is itself":       {[]step{{0, self}}, 15, "every seed leads to this node itself"},
+		"at first it is the only seed":  {[]step{{0, self}, {14, two}}, 19, "if no member calls"},
+		"its name is not looked up yet": {[]step{{0, Seeds{Configured: 1, Names: 1}}, {10, self}}, 24.5, "every seed leads to this node itself"},
+		"the only seed is its address":  {[]step{{0, Seeds{Configured: 1, Tried: true}}}, 5, "trying the seeds"},
+		"no seed is configured":         {[]step{{0, Seeds{Tried: true}}}, 0, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			env := &loneEnv{}
+			s, err := New(simStart, Config{ID: NodeID{5}, Name: "first", Bootstrap: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
+			if err != nil {
+				t.Fatal(err)
+			}
+			why := ""
+			for now := 0.0; now <= c.starts; now += 0.5 {
+				for len(c.steps) > 0 && c.steps[0].at <= now {
+					env.seeds, c.steps = c.steps[0].seeds, c.steps[1:]
+				}
+				s.Tick(at(now))
+				if started := !s.Cluster().IsZero(); started != (now == c.starts) {
+					t.Fatalf("at %v s: started %v, want it at %v s: %+v", now, started, c.starts, s.Status(at(now)))
+				}
+				if now < c.starts {
+					why = s.Status(at(now)).Why
+				}
+			}
+			if !strings.Contains(why, c.why) {
+				t.Errorf("why %q, want %q", why, c.why)
+			}
+		})
+	}
+}
+
+// A node that sees a member of a cluster consents to no founder, who may not see it.
+func TestNoConsentBesideACluster(t *testing.T) {
+	s, env := founderAt(t, 5, 7, 9)
+	env.members[1].Cluster = ClusterID{1}
+	env.answer(s, simStart, NodeID{7}, message{kind: kindFound, seq: 1})
+	if a := env.last(kindFoundAck); a == nil || a.flags&flagYes != 0 {
+		t.Errorf("answer %+v", a)
+	}
 }
 
 func TestFounderNeedsEveryWord(t *testing.T) {
@@ -153,7 +212,7 @@ func TestWordIsGivenOnce(t *testing.T) {
 
 // A forced bootstrap does not wait for ever for new nodes that do not understand the question.
 func TestForcedFounder(t *testing.T) {
-	env := &loneEnv{seeds: Seeds{Others: 1, Answered: 1, Tried: true}, members: []Member{{ID: NodeID{9}, Name: "old", Alive: true}}}
+	env := &loneEnv{seeds: Seeds{Configured: 1, Others: 1, Answered: 1, Tried: true}, members: []Member{{ID: NodeID{9}, Name: "old", Alive: true}}}
 	s, err := New(simStart, Config{ID: NodeID{5}, Name: "first", Bootstrap: true, ForceBootstrap: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
 	if err != nil {
 		t.Fatal(err)
@@ -185,7 +244,7 @@ func TestSharedBootstrapName(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := quiet(t, len(at), "10.244.0.0/16")
-			w.starts = &starts{seeds: len(at)}
+			w.starts = &starts{seeds: len(at), links: make(map[[2]int]time.Time)}
 			for i, h := range w.hosts {
 				h.addr, h.name = i+1, "raspberrypi"
 				h.cfg.Name, h.cfg.Bootstrap = h.name, true

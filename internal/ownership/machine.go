@@ -66,6 +66,9 @@ type Machine struct {
 	started  time.Time
 	lostAt   time.Time // when this node last found that it lost space
 
+	completeFrom   time.Time // since when all seeds, completeOthers of them, have answered; zero: not looked at yet
+	completeOthers int
+
 	foundersAt time.Time // when another node with bootstrap set was last found
 
 	dirty    bool  // the table has changes that are not on disk
@@ -83,6 +86,7 @@ type plants struct {
 	merge         func(*membership.Table, []Entry) ([]Entry, []membership.Conflict)
 	bootstrapLive bool // bootstrap although a seed is in a cluster
 	foundAlone    bool // bootstrap without the consent of the other new nodes
+	foundAtOnce   bool // bootstrap without waiting for members that call
 	forgetLive    bool // forget without its guards
 }
 

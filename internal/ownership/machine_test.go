@@ -115,7 +115,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 		{"forced, silent seeds", true, true, "", 2, 0, true, ""},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
-			env := &loneEnv{seeds: Seeds{Others: tc.others, Answered: tc.answer, Tried: true}}
+			env := &loneEnv{seeds: Seeds{Configured: tc.others, Others: tc.others, Answered: tc.answer, Tried: true}}
 			for i := range tc.others - tc.answer {
 				env.seeds.Silent = append(env.seeds.Silent, fmt.Sprintf("silent-%d", i+1))
 			}
@@ -128,7 +128,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 				t.Fatal(err)
 			}
 			now := simStart
-			for range 20 {
+			for range 20 { // ten seconds
 				now = s.Tick(now)
 				env.agree(s, now)
 			}
@@ -142,7 +142,7 @@ func TestWaitingSaysWhy(t *testing.T) {
 
 // A seed that is in a cluster is joined, whatever was forced; and it is waited for a moment.
 func TestForceDoesNotMakeASecondCluster(t *testing.T) {
-	env := &loneEnv{seeds: Seeds{Others: 2}}
+	env := &loneEnv{seeds: Seeds{Configured: 2, Others: 2}}
 	s, err := New(simStart, Config{ID: NodeID{1}, Bootstrap: true, ForceBootstrap: true, CIDRs: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")}}, nil, env)
 	if err != nil {
 		t.Fatal(err)
@@ -254,12 +254,13 @@ func (e *lateEnv) Seeds() Seeds {
 // A bootstrap node without its disk, whose seeds answer while it decides, sees that they are in a cluster and starts none.
 func TestSeedAnswersDuringTheDecision(t *testing.T) {
 	env := &lateEnv{late: []Member{{ID: NodeID{2}, Name: "two", Cluster: ClusterID{7}, Alive: true}}}
-	env.seeds = Seeds{Others: 1, Answered: 1, Tried: true}
+	env.seeds = Seeds{Configured: 1, Others: 1, Answered: 1, Tried: true}
 	cidr := netip.MustParsePrefix("10.244.0.0/16")
 	s, err := New(simStart, Config{ID: NodeID{1}, Name: "one", Bootstrap: true, CIDRs: []netip.Prefix{cidr}}, nil, env)
 	if err != nil {
 		t.Fatal(err)
 	}
+	s.Tick(simStart)
 	if s.Tick(simStart.Add(time.Minute)); !s.Cluster().IsZero() || env.disk != nil {
 		t.Errorf("started a second cluster: %+v", s.Status(simStart))
 	}

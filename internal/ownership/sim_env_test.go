@@ -149,7 +149,7 @@ func (e simEnv) Seeds() Seeds {
 	if w.starts != nil {
 		return h.seeds()
 	}
-	s := Seeds{Tried: w.now.Sub(h.upAt) > time.Second}
+	s := Seeds{Configured: min(3, len(w.hosts)), Tried: w.now.Sub(h.upAt) > time.Second}
 	for _, o := range w.hosts[:min(3, len(w.hosts))] { // the first three are everybody's seeds
 		if o == h {
 			continue

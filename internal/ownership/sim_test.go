@@ -332,10 +332,10 @@ func (h *host) rollBack() {
 // wipe loses the disk and everything that ran on the host.
 func (h *host) wipe() {
 	w := h.w
-	if !slices.ContainsFunc(w.hosts[:w.seedHosts()], func(o *host) bool {
+	if w.starts == nil && !slices.ContainsFunc(w.hosts[:min(3, len(w.hosts))], func(o *host) bool {
 		return o != h && o.disk != nil && !ClusterID(o.disk.Cluster).IsZero()
 	}) {
-		return // when every seed has lost its disk nobody can tell that there is a cluster
+		return // in this world members do not call the seeds; that is TestSimulationOfStarts'
 	}
 	w.must.seen["wiped"]++
 	w.logf("%s (%s) is wiped", h.name, h.id.Short())
@@ -372,6 +372,7 @@ func (w *world) partition() {
 		h.group = w.rng.IntN(groups)
 	}
 	w.parted, w.wasParts = w.now, true
+	w.relink()
 	w.logf("the network is split")
 }
 
@@ -380,6 +381,7 @@ func (w *world) mend() {
 		h.group = 0
 	}
 	w.parted = w.now
+	w.relink()
 	w.logf("the network is whole")
 }
 

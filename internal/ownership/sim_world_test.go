@@ -75,7 +75,8 @@ type host struct {
 	addr     int // in a world of starts: its address, its circle of acquaintances, its name server
 	circle   int
 	resolver resolver
-	joinedAt time.Time // when it got into its cluster in this run
+	told     map[int]time.Time // when its resolver last gave an address for a seed, in this run
+	joinedAt time.Time         // when it got into its cluster in this run
 
 	// armed faults, used up by the next persist or send
 	atPersist  string // "", "crash before", "crash after", "fail", "fail late"
@@ -186,6 +187,7 @@ func (w *world) step(h *host, what string, do func(sp *Machine)) {
 // stop ends the agent; disk and pods stay.
 func (h *host) stop() {
 	h.sp, h.downAt = nil, h.w.now
+	h.w.relink()
 	h.atPersist, h.atSend = "", false
 	h.forgetting, h.blocks = nil, nil
 }
@@ -206,7 +208,8 @@ func (h *host) start(fresh bool) {
 	h.sp = sp
 	if w.starts != nil {
 		w.starts.circles++
-		h.circle, h.joinedAt = w.starts.circles, time.Time{}
+		h.circle, h.joinedAt, h.told = w.starts.circles, time.Time{}, make(map[int]time.Time)
+		w.relink()
 	}
 	w.logf("%s starts (%s), phase %v, fresh %v", h.name, h.id.Short(), sp.phase, h.cfg.Fresh)
 	var live []ipam.Allocation
@@ -218,7 +221,7 @@ func (h *host) start(fresh bool) {
 	w.step(h, "adopt", func(sp *Machine) { sp.Adopt(w.now, live) })
 	run := h.run
 	if w.starts != nil {
-		h.knock(run)
+		w.after(0, func() { h.knock(run, 0) })
 	}
 	h.tick(run)
 	w.after(time.Duration(w.rng.IntN(1000))*time.Millisecond, func() { h.pushPull(run) })
@@ -346,6 +349,8 @@ func (w *world) planted() (p plants) {
 		p.bootstrapLive = true
 	case "newcomers do not ask each other":
 		p.foundAlone = true
+	case "no wait for members that call":
+		p.foundAtOnce = true
 	case "forget of a live node":
 		p.forgetLive = true
 	}

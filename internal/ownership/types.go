@@ -48,10 +48,12 @@ type Member struct {
 
 // Seeds has the results of contacting the configured seeds since start.
 type Seeds struct {
-	Others   int      // configured seeds other than this node itself
-	Answered int      // of these, how many have answered
-	Silent   []string // of these, the ones that have not, for messages
-	Tried    bool     // every seed was tried at least once since start
+	Configured int      // entries of the configured list, this node itself included
+	Names      int      // of these, how many are names, which may lead elsewhere a little later
+	Others     int      // seeds other than this node itself
+	Answered   int      // of these, how many have answered
+	Silent     []string // of these, the ones that have not, for messages
+	Tried      bool     // every seed was tried at least once since start
 }
 
 // Phase is the phase of a node on its way to pod addresses.
@@ -125,7 +127,8 @@ const (
 	refusedEvery = 10 * time.Second // next round after all owners refused
 	promiseLease = 60 * time.Second // how long a promise about a forget lasts
 	forgetWithin = 10 * time.Second // time limit of a forget for collecting promises
-	seedPatience = 3 * time.Second  // bootstrap waits at least this long for seeds
+	seedPatience = 5 * time.Second  // a founder waits this long for members that call, from when all its seeds answer
+	selfPatience = 15 * time.Second // likewise, where every seed leads to the founder itself, some of them by name
 	heldFor      = 10 * time.Minute // cool-down of an address that another node's pod still has
 	heldEvery    = time.Minute      // interval at which such a node reports it
 	reportFor    = 10 * time.Minute // how long a loss that affects no pod is reported

@@ -82,6 +82,7 @@ type pace struct {
 	rejoinMin, rejoinMax          time.Duration // alone: backoff
 	newcomer                      time.Duration // in sight of others, but in no cluster
 	heal, healSlow                time.Duration // not alone, but some peers are missing
+	seeds                         time.Duration // in a cluster, and seeds are silent
 	returning                     time.Duration // while peers still have this node's old address
 	presence                      time.Duration // for an answer of whoever has an address
 	conflict                      time.Duration // one identity at two addresses is reported after this
@@ -103,6 +104,7 @@ func (p pace) withDefaults() pace {
 	def(&p.newcomer, 2*time.Second)
 	def(&p.heal, 15*time.Second)
 	def(&p.healSlow, time.Minute)
+	def(&p.seeds, 2*time.Second)
 	def(&p.returning, 3*time.Second)
 	def(&p.keySettle, 2*time.Second)
 	def(&p.keyTimeout, 10*time.Second)

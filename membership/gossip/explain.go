@@ -6,6 +6,18 @@ import (
 	"syscall"
 )
 
+// The reasons of an attempt that nobody has answered.
+const (
+	reasonNobody  = "nothing listens there"
+	reasonSilence = "no answer"
+	reasonNoRoute = "no route: "
+)
+
+// isSilence reports whether a reason means that nobody has answered.
+func isSilence(reason string) bool {
+	return reason == reasonNobody || reason == reasonSilence || strings.HasPrefix(reason, reasonNoRoute)
+}
+
 // explainJoin turns the error of a join into what an operator can act upon.
 // memberlist wraps some errors as text only, hence the search in it.
 func explainJoin(err error, keyed bool) (reason, remedy string) {
@@ -35,11 +47,11 @@ func explainJoin(err error, keyed bool) (reason, remedy string) {
 	case has("incompatible"):
 		return text, "run agents of compatible versions"
 	case has(syscall.ECONNREFUSED.Error()):
-		return "nothing listens there", "start the agent there, and see that it uses this --gossip-port"
+		return reasonNobody, "start the agent there, and see that it uses this --gossip-port"
 	case has("timeout"), has("deadline exceeded"):
-		return "no answer", "is the host up, and does a firewall let TCP and UDP of the gossip port through?"
+		return reasonSilence, "is the host up, and does a firewall let TCP and UDP of the gossip port through?"
 	case has(syscall.EHOSTUNREACH.Error()), has(syscall.ENETUNREACH.Error()):
-		return "no route: " + text, "check the route to it, and its link"
+		return reasonNoRoute + text, "check the route to it, and its link"
 	case keyed && has("eof"), has("connection reset"):
 		return "it closed the connection", "read its log: it may use another gossip key, or be no Tulle agent"
 	}

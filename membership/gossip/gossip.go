@@ -171,6 +171,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	wg.Go(func() { g.dispatch(ctx) })
 	wg.Go(func() { g.announce(ctx) })
 	wg.Go(func() { g.rejoin(ctx) })
+	wg.Go(func() { g.callSeeds(ctx) })
 	wg.Go(func() { g.answerKeys(ctx) })
 	wg.Go(func() { g.answerPresence(ctx) })
 	var err error
@@ -181,6 +182,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	cancel()
 	g.close()
 	wg.Wait()
+	g.attempts.Wait()
 	return err
 }
 

@@ -30,7 +30,6 @@ const (
 func (g *Gossip) rejoin(ctx context.Context) {
 	p := g.cfg.pace
 	backoff := p.rejoinMin
-	defer g.attempts.Wait()
 	seeds := g.cfg.Seeds.Changed()
 	for ctx.Err() == nil {
 		if !g.resolveIdentity(ctx) {

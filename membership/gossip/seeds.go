@@ -9,6 +9,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/seed"
 )
 
@@ -81,7 +82,52 @@ func (g *Gossip) seedAddrsToTry() []netip.AddrPort {
 	return never
 }
 
-// try starts an attempt on one address, unless one is under way. It ends with the context, or when the sockets close; rejoin
+// callSeeds makes a member of a cluster try the seeds that are silent every few seconds. They may come back without their disks, all of
+// them, and with the configuration to start a cluster: then only the members know that there is one, and a seed has
+// no other way to hear of them. So a new node waits for these calls before it starts a cluster; see package ownership.
+func (g *Gossip) callSeeds(ctx context.Context) {
+	p := g.cfg.pace.seeds
+	for pause(ctx, p*3/4+rand.N(p/2+1)) {
+		// In a large cluster not every member must try each time.
+		if g.Cluster() == (membership.ClusterID{}) || rand.Int64N(g.alive.Load()+1) >= healersPerRound {
+			continue
+		}
+		for _, a := range g.silentSeeds() {
+			g.try(ctx, a)
+		}
+	}
+}
+
+// silentSeeds are the addresses of other hosts' seeds at which nobody has answered the last attempt, and no live member is. Whoever
+// answers and refuses, as a member of another cluster, is not called so often. A suspected member is no reason not to call: it may
+// be another node by now.
+func (g *Gossip) silentSeeds() (list []netip.AddrPort) {
+	for _, s := range g.Seeds() {
+		for _, a := range s.Addrs {
+			if a.Self || !a.reachable {
+				continue
+			}
+			if alive, suspect := g.stateAt(a.Addr); suspect || !alive && (!a.Tried || a.Answered || isSilence(a.Reason)) {
+				list = append(list, a.Addr)
+			}
+		}
+	}
+	return list
+}
+
+// stateAt reports whether a member is alive, or only suspected, at an address.
+func (g *Gossip) stateAt(a netip.AddrPort) (alive, suspect bool) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	for _, p := range g.peers {
+		if p.Addr == a || p.Addr.Port() == a.Port() && slices.Contains(p.Meta.Underlay, a.Addr()) {
+			alive, suspect = alive || p.State == StateAlive, suspect || p.State == StateSuspect
+		}
+	}
+	return alive, suspect && !alive
+}
+
+// try starts an attempt on one address, unless one is under way. It ends with the context, or when the sockets close; Run
 // waits for it.
 func (g *Gossip) try(ctx context.Context, a netip.AddrPort) {
 	g.mu.Lock()

@@ -281,3 +281,34 @@ func TestSeedThatGoesHasNotAnswered(t *testing.T) {
 		t.Errorf("%+v", s)
 	}
 }
+
+// A member calls the seeds that are silent every few seconds, so that a seed that comes back without its disk, as another node that
+// knows nobody, hears of the cluster before it could start one.
+func TestMembersCallSilentSeeds(t *testing.T) {
+	leakCheck(t)
+	rarely := func(c *Config) {
+		c.pace.rejoinMax, c.pace.heal, c.pace.healSlow, c.pace.gossipToTheDead = time.Hour, time.Hour, time.Hour, time.Nanosecond
+	}
+	ours, at1, at2 := membership.NewClusterID(), testAddr(), testAddr()
+	alone := launch(t, "alone", cluster(ours), seeds(at1, at2), rarely)
+	eventually(t, "it is alone", func() bool {
+		s := alone.Seeds()
+		return s[0].Reason == reasonNobody && s[1].Reason == reasonNobody
+	})
+	time.Sleep(4 * quick.rejoinMax) // its own rounds are hours apart by now
+	for _, a := range []netip.Addr{at1, at2} {
+		fresh := launch(t, "fresh", at(a), rarely)
+		eventually(t, "the seed hears of the cluster", func() bool { return fresh.Cluster() == ours })
+	}
+}
+
+// Who answers and refuses is not called every few seconds: it is no silent seed.
+func TestRefusalIsNoSilence(t *testing.T) {
+	leakCheck(t)
+	other := launch(t, "other", cluster(membership.NewClusterID()))
+	n := launch(t, "n", cluster(membership.NewClusterID()), seeds(other.addr))
+	eventually(t, "it is refused", func() bool { return strings.Contains(n.Seeds()[0].Reason, "belongs to cluster") })
+	if list := n.silentSeeds(); len(list) != 0 {
+		t.Errorf("called as silent: %v", list)
+	}
+}

@@ -21,7 +21,8 @@ const (
 	lookupTimeout = 5 * time.Second  // of one family of one name
 	retryMin      = time.Second      // after an error, doubled each time
 	retryMax      = 15 * time.Second // likewise, at most
-	refresh       = 30 * time.Second // after an answer: a host may move
+	refreshMin    = 2 * time.Second  // after the first answer, and one that is another than before: doubled each time
+	refresh       = 30 * time.Second // likewise, at most: a host may move
 )
 
 // A List is the configured seeds with their addresses.
@@ -119,20 +120,24 @@ func (l *List) Run(ctx context.Context) error {
 
 // follow looks one name up again and again.
 func (l *List) follow(ctx context.Context, e *entry) {
-	retry := retryMin
+	retry, again := retryMin, refreshMin
+	var before []netip.AddrPort
 	for {
 		var wg sync.WaitGroup
 		for i := range networks {
 			wg.Go(func() { l.ask(ctx, e, i) })
 		}
 		wg.Wait()
-		wait := refresh
 		l.mu.Lock()
+		if !slices.Equal(before, e.Addrs) {
+			before, again = e.Addrs, refreshMin
+		}
+		wait := again
 		if e.Err != nil {
 			wait = retry
 			retry = min(2*retry, retryMax)
 		} else {
-			retry = retryMin
+			retry, again = retryMin, min(2*again, refresh)
 		}
 		l.mu.Unlock()
 		select {

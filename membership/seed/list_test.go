@@ -226,3 +226,13 @@ func TestParse(t *testing.T) {
 		t.Error("a nil List has seeds")
 	}
 }
+
+func TestIsName(t *testing.T) {
+	for text, want := range map[string]bool{
+		"node-a": true, "node-a:7947": true, "10.0.1.11": false, "10.0.1.11:7947": false, "fd00::1": false, "[fd00::1]": false, "[fd00::1]:7947": false, "": false,
+	} {
+		if got := IsName(text); got != want {
+			t.Errorf("%q: %v, want %v", text, got, want)
+		}
+	}
+}

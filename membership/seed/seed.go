@@ -82,6 +82,12 @@ func parse(text string, port uint16) (host string, addr netip.Addr, p uint16, er
 	return host, netip.Addr{}, port, nil
 }
 
+// IsName reports whether a configured seed is a name, which may lead to another host later, and no address.
+func IsName(text string) bool {
+	_, addr, _, err := parse(text, 1)
+	return err == nil && !addr.IsValid()
+}
+
 // maxAddrs bounds what one name may bring.
 const maxAddrs = 64
 

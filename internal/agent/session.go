@@ -61,9 +61,10 @@ type underlay struct {
 	sizes    atomic.Pointer[sizes] // follow link
 	ways     *hostnet.Ways         // how packets leave for each peer; nil before the first look; loop's own
 
-	own       atomic.Pointer[[]netip.Addr] // the addresses of all this host's devices, as of the last check
-	kept      atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
-	lostSince time.Time                    // since when an address of link is missing; loop's own
+	own         atomic.Pointer[[]netip.Addr] // the addresses of all this host's devices, as of the last check
+	kept        atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
+	lostSince   time.Time                    // since when an address of link is missing; loop's own
+	besideKnown bool                         // gossip listens at the other addresses of the interface; loop's own
 }
 
 // dataPath moves packets and probes peers.
@@ -254,7 +255,7 @@ func (s *session) loop(ctx context.Context) error {
 				return err
 			}
 		case <-look.C:
-			if !s.lostSince.IsZero() {
+			if !s.lostSince.IsZero() || !s.besideKnown {
 				if err := s.checkUnderlay(time.Now()); err != nil {
 					return err
 				}

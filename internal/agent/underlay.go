@@ -203,7 +203,9 @@ func (s *session) listenBeside(k hostnet.Kept) {
 	inPods := func(a netip.Addr) bool {
 		return slices.ContainsFunc(s.podSpace, func(p netip.Prefix) bool { return p.Contains(a) })
 	}
-	if err := s.gossip.Listen(slices.DeleteFunc(k.Beside, inPods)); err != nil && !errors.Is(err, gossip.ErrNotRunning) {
+	err := s.gossip.Listen(slices.DeleteFunc(k.Beside, inPods))
+	s.besideKnown = !errors.Is(err, gossip.ErrNotRunning)
+	if err != nil && s.besideKnown {
 		s.log.Debug("gossip does not listen at each address of the interface", "error", err)
 	}
 }

@@ -1,13 +1,14 @@
 package main
 
 import (
-	"fmt"
+	"context"
 	"os"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/bench"
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
 )
@@ -65,14 +66,7 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 				return usageError{err}
 			}
 			o.Progress = stopwatch(cmd.ErrOrStderr())
-			ctx, stop := interruptible(cmd)
-			defer stop()
-			r, err := bench.All(ctx, o)
-			if err != nil {
-				return details(cmd, err)
-			}
-			fmt.Fprintln(cmd.ErrOrStderr())
-			return out.write(cmd, r)
+			return out.measure(cmd, func(ctx context.Context) (*result.Run, error) { return bench.All(ctx, o) })
 		},
 	}
 	f := cmd.Flags()

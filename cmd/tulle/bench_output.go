@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -39,6 +40,18 @@ func (o *benchOutput) check() error {
 		return benchreport.Prepare(o.report) // not after minutes of measuring
 	}
 	return nil
+}
+
+// measure runs a benchmark until it ends or is interrupted, and writes what was measured.
+func (o *benchOutput) measure(cmd *cobra.Command, run func(context.Context) (*result.Run, error)) error {
+	ctx, stop := interruptible(cmd)
+	defer stop()
+	r, err := run(ctx)
+	if err != nil {
+		return details(cmd, err)
+	}
+	fmt.Fprintln(cmd.ErrOrStderr())
+	return o.write(cmd, r)
 }
 
 // write prints a result. Measures that failed are an exit code.

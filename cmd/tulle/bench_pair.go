@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
 	"os"
@@ -10,6 +11,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/tulle-net/tulle/bench/pair"
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/api"
 )
 
@@ -98,14 +100,7 @@ func benchRun() *cobra.Command {
 				return err
 			}
 			o.Progress = stopwatch(cmd.ErrOrStderr())
-			ctx, stop := interruptible(cmd)
-			defer stop()
-			r, err := pair.Run(ctx, o)
-			if err != nil {
-				return details(cmd, err)
-			}
-			fmt.Fprintln(cmd.ErrOrStderr())
-			return out.write(cmd, r)
+			return out.measure(cmd, func(ctx context.Context) (*result.Run, error) { return pair.Run(ctx, o) })
 		},
 	}
 	f := cmd.Flags()

@@ -2,6 +2,7 @@ package doctor_test
 
 import (
 	"os"
+	"strings"
 	"testing"
 	"time"
 
@@ -29,7 +30,10 @@ func TestSpaceAndClusters(t *testing.T) {
 	own.Stop()
 	own = c.Agent("--join", "10.0.1.11", "--paths", "udp")
 	p := at(t, n, c, own)
-	p.finds("cluster", doctor.Failed, "belongs to cluster", "10.0.1.1") // the seed, or the other member
+	f := p.finds("cluster", doctor.Failed, "belongs to cluster", "two clusters never merge")
+	if !strings.Contains(f.What, "10.0.1.11:7946") && !strings.Contains(f.What, "10.0.1.12:7946") { // the seed, or the other member
+		t.Errorf("names no member of the other cluster: %s", f.What)
+	}
 	own.Stop()
 	c.WipeDisk()
 

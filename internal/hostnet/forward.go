@@ -2,6 +2,7 @@ package hostnet
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -16,15 +17,11 @@ import (
 //
 // It reads nftables, and so iptables-nft and firewalld, and the tables of iptables-legacy.
 func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error) {
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, chains, err := listChains()
 	if err != nil {
-		return nil, fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
+		return nil, err
 	}
 	defer func() { _ = conn.CloseLasting() }()
-	chains, err := conn.ListChains()
-	if err != nil {
-		return nil, fmt.Errorf("hostnet: list the nftables chains: %w", err)
-	}
 	var out []Problem
 	for _, c := range chains {
 		if c.Hooknum == nil || *c.Hooknum != *nftables.ChainHookForward || c.Type != nftables.ChainTypeFilter {
@@ -157,4 +154,18 @@ func lets(r *nftables.Rule, tun string, clusters []netip.Prefix) bool {
 		}
 	}
 	return false
+}
+
+// listChains lists all nftables chains of the calling thread's network namespace. The caller closes the connection, by which their
+// rules can be read.
+func listChains() (*nftables.Conn, []*nftables.Chain, error) {
+	conn, err := nftables.New(nftables.AsLasting())
+	if err != nil {
+		return nil, nil, fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
+	}
+	chains, err := conn.ListChains()
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("hostnet: list the nftables chains: %w", err), conn.CloseLasting())
+	}
+	return conn, chains, nil
 }

@@ -42,15 +42,11 @@ func (p Port) match() string {
 // that refuse what no rule accepts, where none names the port. Rules that it cannot weigh, such as those with sets of ports,
 // count as letting everything pass: it reports no block that is none.
 func PortProblems(ports []Port) ([]Problem, error) {
-	conn, err := nftables.New(nftables.AsLasting())
+	conn, chains, err := listChains()
 	if err != nil {
-		return nil, fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
+		return nil, err
 	}
 	defer func() { _ = conn.CloseLasting() }()
-	chains, err := conn.ListChains()
-	if err != nil {
-		return nil, fmt.Errorf("hostnet: list the nftables chains: %w", err)
-	}
 	var out []Problem
 	for _, c := range chains {
 		if c.Hooknum == nil || c.Type != nftables.ChainTypeFilter || c.Table.Name == Table {

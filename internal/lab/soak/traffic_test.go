@@ -29,7 +29,8 @@ const (
 type traffic struct {
 	pods  []*hosts.Pod
 	conns []*net.UDPConn
-	pairs [][]*pair // by sender and receiver
+	pairs [][]*pair       // by sender and receiver
+	round []atomic.Uint64 // by sender: the number of its last datagrams
 	stop  chan struct{}
 	wg    sync.WaitGroup
 
@@ -42,13 +43,14 @@ type pair struct {
 	sent, received atomic.Uint64
 	last           atomic.Int64 // when one arrived, Unix nanoseconds
 
-	seen map[uint64]bool // only for the receiver
+	mu   sync.Mutex // guards what follows
+	seen map[uint64]bool
 	high uint64
 }
 
 func startTraffic(t *testing.T, pods []*hosts.Pod) *traffic {
 	t.Helper()
-	x := &traffic{pods: pods, stop: make(chan struct{})}
+	x := &traffic{pods: pods, round: make([]atomic.Uint64, len(pods)), stop: make(chan struct{})}
 	for i, p := range pods {
 		var c *net.UDPConn
 		if err := p.Do(func() (err error) {
@@ -96,6 +98,7 @@ func (x *traffic) send(from int) {
 			return
 		case <-tick.C:
 		}
+		x.round[from].Store(n)
 		for to := range x.pods {
 			if to == from {
 				continue
@@ -152,6 +155,8 @@ func (x *traffic) check(self int, b []byte, from netip.Addr) error {
 		return fmt.Errorf("it is from pod %d", b[4])
 	}
 	p, n := x.pairs[b[4]][self], binary.BigEndian.Uint64(b[6:])
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	if p.seen[n] {
 		return fmt.Errorf("number %d from pod %d came twice", n, b[4])
 	}
@@ -189,4 +194,42 @@ func (x *traffic) totals() (sent, received uint64) {
 		}
 	}
 	return sent, received
+}
+
+// wrongs is the number of datagrams that should not have arrived as they did.
+func (x *traffic) wrongs() int {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	return len(x.wrong)
+}
+
+// quiet lets time pass in which nothing is broken, and returns how many datagrams were sent in it, and how many of them did not arrive.
+func (x *traffic) quiet(length time.Duration) (sent, lost uint64) {
+	numbers := func() (out []uint64) {
+		for i := range x.round {
+			out = append(out, x.round[i].Load())
+		}
+		return out
+	}
+	const late = 500 * time.Millisecond // more than any datagram needs
+	from := numbers()
+	time.Sleep(length)
+	to := numbers()
+	time.Sleep(late)
+	for i, row := range x.pairs {
+		for j, p := range row {
+			if i == j {
+				continue
+			}
+			p.mu.Lock()
+			for n := from[i] + 1; n <= to[i]; n++ {
+				sent++
+				if !p.seen[n] {
+					lost++
+				}
+			}
+			p.mu.Unlock()
+		}
+	}
+	return sent, lost
 }

@@ -3,6 +3,7 @@ package netavark
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -10,6 +11,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/attach"
+	"github.com/tulle-net/tulle/internal/podnet"
 )
 
 // What podman and netavark send and read, as far as this plugin looks at it.
@@ -62,8 +64,11 @@ type (
 	}
 )
 
-// socketOption is the only option of a network: the path of the agent's socket.
-const socketOption = "socket"
+// The options of a network (`podman network create --opt`).
+const (
+	socketOption = "socket" // the path of the agent's control socket
+	bridgeOption = "bridge" // the bridge of the host that containers are behind
+)
 
 // refuse names what this driver has no use for.
 func (n *network) refuse() error {
@@ -77,17 +82,31 @@ func (n *network) refuse() error {
 		return fmt.Errorf("--ipam-driver %s: the agent gives containers their addresses; leave the option out", d)
 	}
 	if n.NetworkInterface != "" {
-		return fmt.Errorf("--interface-name %s: every container has a link of its own; leave the option out", n.NetworkInterface)
+		return fmt.Errorf("--interface-name %s: every container has a link of its own; leave the option out, or choose the bridge of the host that containers are behind with --opt %s=NAME", n.NetworkInterface, bridgeOption)
 	}
 	if len(n.Routes) > 0 {
 		return errors.New("--route: all routes of a container lead to its host; leave the option out")
 	}
-	for key, value := range n.Options {
-		switch {
-		case key != socketOption:
-			return fmt.Errorf("--opt %s=%s: this driver has one option, %s: the path of the agent's socket", key, value, socketOption)
-		case !filepath.IsAbs(value):
-			return fmt.Errorf("--opt %s=%s: want an absolute path", key, value)
+	return n.refuseOptions()
+}
+
+// refuseOptions names the first option, in the order of their names, that this driver does not have, or whose value is none.
+func (n *network) refuseOptions() error {
+	for _, key := range slices.Sorted(maps.Keys(n.Options)) {
+		value := n.Options[key]
+		var err error
+		switch key {
+		case socketOption:
+			if !filepath.IsAbs(value) {
+				err = errors.New("want an absolute path")
+			}
+		case bridgeOption:
+			err = podnet.CheckInterface(value)
+		default:
+			err = fmt.Errorf("this driver has the options %s (the path of the agent's socket) and %s (the bridge of the host that containers are behind)", socketOption, bridgeOption)
+		}
+		if err != nil {
+			return fmt.Errorf("--opt %s=%s: %w", key, value, err)
 		}
 	}
 	return nil
@@ -115,7 +134,12 @@ func (c *call) request() (attach.Request, error) {
 	if err != nil {
 		return attach.Request{}, err
 	}
-	r := attach.Request{Socket: c.socket(), ID: id, Name: c.ContainerName, Requested: slices.Clone(c.NetworkOptions.StaticIPs)}
+	if err := c.Network.refuseOptions(); err != nil {
+		return attach.Request{}, err // in a file that somebody has edited
+	}
+	r := attach.Request{
+		Socket: c.socket(), ID: id, Name: c.ContainerName, Requested: slices.Clone(c.NetworkOptions.StaticIPs), Bridge: c.Network.Options[bridgeOption],
+	}
 	r.Name = r.Name[:min(len(r.Name), api.MaxNameLen)]
 	for i, a := range r.Requested {
 		r.Requested[i] = a.Unmap()

@@ -34,9 +34,9 @@ func TestInfo(t *testing.T) {
 // podman compares name, ID and driver with what it sent, and keeps all the rest of the answer: nothing of it may be lost.
 func TestCreate(t *testing.T) {
 	const in = `{"name": "pods", "id": "2f25", "driver": "tulle", "created": "2026-01-01T00:00:00Z", "ipv6_enabled": true, "internal": false,
-		"dns_enabled": true, "labels": {"a": "b"}, "options": {"socket": "/run/x.sock"}, "ipam_options": {}, "later": [1]}`
+		"dns_enabled": true, "labels": {"a": "b"}, "options": {"bridge": "pods", "socket": "/run/x.sock"}, "ipam_options": {}, "later": [1]}`
 	const want = `{"created":"2026-01-01T00:00:00Z","dns_enabled":false,"driver":"tulle","id":"2f25","internal":false,"ipam_options":{"driver":"none"},` +
-		`"ipv6_enabled":true,"labels":{"a":"b"},"later":[1],"name":"pods","options":{"socket":"/run/x.sock"}}`
+		`"ipv6_enabled":true,"labels":{"a":"b"},"later":[1],"name":"pods","options":{"bridge":"pods","socket":"/run/x.sock"}}`
 	if code, _, raw := run(t, in, "create"); code != 0 || raw != want {
 		t.Errorf("%d %s", code, raw)
 	}
@@ -64,7 +64,12 @@ func TestErrors(t *testing.T) {
 		{[]string{"create"}, `{"network_interface": "br0"}`, "--interface-name br0"},
 		{[]string{"create"}, `{"routes": [{}]}`, "--route"},
 		{[]string{"create"}, `{"options": {"mtu": "9000"}}`, "--opt mtu=9000"},
+		{[]string{"create"}, `{"options": {"mtu": "9000"}}`, "options socket (the path of the agent's socket) and bridge"},
 		{[]string{"create"}, `{"options": {"socket": "tulle.sock"}}`, "absolute"},
+		{[]string{"create"}, `{"options": {"bridge": ""}}`, `--opt bridge=: interface name ""`},
+		{[]string{"create"}, `{"options": {"bridge": "a/b"}}`, "--opt bridge=a/b"},
+		{[]string{"create"}, `{"options": {"bridge": "sixteen-letters-"}}`, "1 to 15 bytes"},
+		{[]string{"create"}, `{"network_interface": "br0"}`, "--opt bridge=NAME"},
 		{[]string{"create"}, `{"name": "` + strings.Repeat("x", maxInput) + `"}`, "longer"},
 		{[]string{"setup"}, ``, "path"},
 		{[]string{"setup", "/proc/self/ns/net"}, `{}`, "want a name"},
@@ -72,6 +77,7 @@ func TestErrors(t *testing.T) {
 		{[]string{"setup", "/proc/self/ns/net"}, setupInput(socket, "02:00:00:00:00:01", "02:00"), "--mac-address"},
 		{[]string{"setup", "/proc/self/ns/net"}, setupInput(socket, "10.244.0.7", "10.244"), "10.244"},
 		{[]string{"setup", "/proc/self/ns/net"}, setupInput(socket, `"aliases"`, `"options": {"a": "b"}, "aliases"`), "a=b"},
+		{[]string{"setup", "/proc/self/ns/net"}, setupInput(socket, `"socket"`, `"bridge": "a b", "socket"`), "--opt bridge=a b"},
 		{[]string{"setup", "/proc/self/ns/net"}, setupInput(socket, "", ""), "no agent listens"},
 		{[]string{"teardown", "/nowhere"}, `{`, "unexpected end"},
 	} {
@@ -85,7 +91,8 @@ func TestErrors(t *testing.T) {
 // The ID is what teardown finds the interface by, and what `podman ps` shows.
 func TestRequest(t *testing.T) {
 	var c call
-	if err := decode(strings.NewReader(setupInput("/x.sock", "10.244.0.7", `::ffff:10.244.0.7", "fd00::7`)), &c); err != nil {
+	input := strings.Replace(setupInput("/x.sock", "10.244.0.7", `::ffff:10.244.0.7", "fd00::7`), `"socket"`, `"bridge": "pods", "socket"`, 1)
+	if err := decode(strings.NewReader(input), &c); err != nil {
 		t.Fatal(err)
 	}
 	r, err := c.request()
@@ -93,7 +100,7 @@ func TestRequest(t *testing.T) {
 	for _, a := range r.Requested {
 		requested = append(requested, a.String())
 	}
-	if err != nil || r.ID.String() != "podman/pods/752947ff91f9/eth0" || r.Name != "box" || r.Socket != "/x.sock" || r.MAC.String() != "02:00:00:00:00:01" ||
+	if err != nil || r.ID.String() != "podman/pods/752947ff91f9/eth0" || r.Name != "box" || r.Socket != "/x.sock" || r.Bridge != "pods" || r.MAC.String() != "02:00:00:00:00:01" ||
 		!slices.Equal(requested, []string{"10.244.0.7", "fd00::7"}) {
 		t.Errorf("%+v, %v", r, err)
 	}

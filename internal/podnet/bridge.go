@@ -22,8 +22,8 @@ func ours(l netlink.Link) bool {
 
 // validateBridge holds what a pod behind a bridge needs.
 func (c *Config) validateBridge() error {
-	if err := checkInterface(c.Bridge); err != nil {
-		return err
+	if err := CheckInterface(c.Bridge); err != nil {
+		return fmt.Errorf("podnet: bridge: %w", err)
 	}
 	if c.Netns == "" {
 		return fmt.Errorf("podnet: a pod behind the bridge %s needs its network namespace: its interface cannot be handed over", c.Bridge)

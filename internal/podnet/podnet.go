@@ -83,12 +83,12 @@ func (c Config) validate() (Config, error) {
 	if c.HostInterface == "" {
 		c.HostInterface = InterfaceName(c.ID)
 	}
-	if err := checkInterface(c.HostInterface); err != nil {
-		return c, err
+	if err := CheckInterface(c.HostInterface); err != nil {
+		return c, fmt.Errorf("podnet: %w", err)
 	}
 	if c.Netns != "" || c.Interface != "" {
-		if err := checkInterface(c.Interface); err != nil {
-			return c, err
+		if err := CheckInterface(c.Interface); err != nil {
+			return c, fmt.Errorf("podnet: %w", err)
 		}
 	}
 	if c.Bridge != "" {
@@ -120,10 +120,10 @@ func (c Config) validate() (Config, error) {
 	return c, nil
 }
 
-// checkInterface holds the kernel's rules for a device's name (dev_valid_name).
-func checkInterface(name string) error {
+// CheckInterface holds the kernel's rules for a device's name (dev_valid_name), and so for a bridge's.
+func CheckInterface(name string) error {
 	if name == "" || len(name) >= unix.IFNAMSIZ || name == "." || name == ".." || strings.ContainsAny(name, "/:% \t\n\v\f\r") {
-		return fmt.Errorf("podnet: interface name %q: want 1 to %d bytes without \"/\", \":\", \"%%\" and spaces", name, unix.IFNAMSIZ-1)
+		return fmt.Errorf("interface name %q: want 1 to %d bytes without \"/\", \":\", \"%%\" and spaces", name, unix.IFNAMSIZ-1)
 	}
 	return nil
 }
@@ -213,7 +213,7 @@ func parseAlias(s string) (a Attachment, ours bool) {
 	if behind {
 		bridge, mac, _ := strings.Cut(port, "/")
 		m, err := net.ParseMAC(mac)
-		if err != nil || len(m) != len(HostMAC) || checkInterface(bridge) != nil {
+		if err != nil || len(m) != len(HostMAC) || CheckInterface(bridge) != nil {
 			return Attachment{}, false
 		}
 		a.Bridge, a.MAC = bridge, m

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/internal/testing/debian"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
@@ -252,7 +253,60 @@ func netavarkAlone(t *testing.T, _ *lab.Lab, p *podmanHost) {
 	p.container("first", "pods")
 	p.run("second", "later")
 	p.container("second", "later")
+	netavarkBridge(t, p, create)
 	p.do("rm", "-f", "-a", "-t", "0")
+}
+
+// netavarkBridge: containers of a network with a bridge are ports of it, and reach each other and those of other networks under their own
+// addresses. A name that is none is refused with the network, somebody else's device with the container, of which nothing is left.
+func netavarkBridge(t *testing.T, p *podmanHost, create []string) {
+	t.Helper()
+	p.refused("1 to 15 bytes", append(create, "-o", "bridge=a b", "other")...)
+	p.do(append(create, "-o", "bridge=shared", "behind")...)
+	p.do(append(create, "-o", "bridge=tun0", "taken")...)
+	before := len(p.pods())
+	p.refused("tun0 is a device of somebody else", "run", "--network", "taken", "box", "true")
+	if after := p.pods(); len(after) != before {
+		t.Errorf("a refused container has left one of %+v", after)
+	}
+	p.run("left", "behind")
+	p.run("right", "behind")
+	ns, own, _ := p.container("left", "behind")
+	for name, network := range map[string]string{"right": "behind", "first": "pods"} {
+		at, addrs, _ := p.container(name, network)
+		for i, a := range addrs {
+			if seen, err := seenAs(ns, at, a); err != nil || seen != own[i] {
+				t.Errorf("%s at %v sees left as %v (%v), want %v", name, a, seen, err, own[i])
+			}
+		}
+	}
+	if n := ports(t, p.h, "shared"); n != 2 {
+		t.Errorf("the bridge has %d ports, want those of two containers", n)
+	}
+}
+
+// ports counts the ports of a host's bridge.
+func ports(t *testing.T, h lab.Host, bridge string) (n int) {
+	t.Helper()
+	nl, err := sys.OpenNetlink(h.Netns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nl.Close()
+	b, err := nl.LinkByName(bridge)
+	if err != nil || b.Type() != "bridge" {
+		t.Fatalf("the bridge %s is %v, %v", bridge, b, err)
+	}
+	links, err := nl.LinkList()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, l := range links {
+		if l.Attrs().MasterIndex == b.Attrs().Index {
+			n++
+		}
+	}
+	return n
 }
 
 // podmanWithoutAgent: an error and no hang; containers can be removed, and the agent honours it when it is back.

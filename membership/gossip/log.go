@@ -19,7 +19,18 @@ type logWriter struct {
 	window     time.Time // start of the current window
 	lines      int       // in it
 	suppressed int
+	failures   map[string]*failure // by failureKind
 }
+
+// failure is a kind of failed send, of which memberlist logs every one.
+type failure struct {
+	told     time.Time // when it was last logged
+	last     string    // the last line that was not
+	repeated int       // how many were not since then
+}
+
+// A line about a failed send is logged once in this time, and then their number.
+const failureWindow = time.Minute
 
 const (
 	maxLogLine = 512 // bytes; some lines print metadata as decimal bytes
@@ -42,6 +53,50 @@ func (w *logWriter) pass(now time.Time) (ok bool, suppressed int) {
 		return false, 0
 	}
 	return true, suppressed
+}
+
+// failureKind is the part of a line about a failed send that does not depend on the destination and the error; "" for other lines.
+func failureKind(line string) string {
+	if !strings.HasPrefix(line, "Failed to send ") {
+		return ""
+	}
+	kind, _, _ := strings.Cut(line, ":")
+	if i := strings.IndexAny(kind, "[0123456789"); i > 0 {
+		kind = kind[:i]
+	}
+	return kind
+}
+
+// held reports whether a line repeats one that was logged less than a minute ago. If not, it returns what was held back meanwhile:
+// of its own kind, or of all kinds if the line is not about a failed send.
+func (w *logWriter) held(now time.Time, line string) (hold bool, over []failure) {
+	kind := failureKind(line)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if f := w.failures[kind]; f != nil && now.Sub(f.told) < failureWindow {
+		f.last, f.repeated = line, f.repeated+1
+		return true, nil
+	}
+	for k, f := range w.failures {
+		if (kind == "" || k == kind) && now.Sub(f.told) >= failureWindow {
+			if f.repeated > 0 {
+				over = append(over, *f)
+			}
+			delete(w.failures, k)
+		}
+	}
+	if kind == "" {
+		return false, over
+	}
+	if w.failures == nil {
+		w.failures = map[string]*failure{}
+	}
+	w.failures[kind] = &failure{told: now}
+	if len(over) > 0 { // it goes on: the number is enough
+		over[0].repeated, over[0].last = over[0].repeated+1, line
+		return true, over
+	}
+	return false, nil
 }
 
 func (w *logWriter) Write(b []byte) (int, error) {
@@ -67,6 +122,13 @@ func (w *logWriter) Write(b []byte) (int, error) {
 	}
 	l := w.g.log
 	if !l.Enabled(context.Background(), level) {
+		return n, nil
+	}
+	hold, over := w.held(time.Now(), line)
+	for _, f := range over {
+		l.Warn("gossip: "+f.last, "more", f.repeated, "since", f.told.Format(time.TimeOnly))
+	}
+	if hold {
 		return n, nil
 	}
 	ok, suppressed := w.pass(time.Now())

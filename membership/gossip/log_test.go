@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/tulle-net/tulle/membership"
@@ -98,6 +99,43 @@ func TestLogEvents(t *testing.T) {
 	if n := g.Stats().Dropped; n != 3 {
 		t.Errorf("%d dropped messages counted", n)
 	}
+}
+
+// While an address is gone, memberlist logs each packet that it cannot send: some a second.
+func TestFailedSendsAreCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, _, logged := quietGossip(t)
+		w := &logWriter{g: g}
+		fail := func() {
+			fmt.Fprint(w, "[ERR] memberlist: Failed to send gossip to 192.0.2.7:7946: write udp 192.0.2.1:7946->192.0.2.7:7946: sendmsg: network is unreachable\n")
+			fmt.Fprint(w, "[ERR] memberlist: Failed to send UDP ping: write udp 192.0.2.1:7946->192.0.2.7:7946: sendmsg: network is unreachable\n")
+		}
+		for range 5 * 60 {
+			fail()
+			time.Sleep(200 * time.Millisecond)
+		}
+		if s := logged.String(); strings.Count(s, "Failed to send gossip to 192.0.2.7") != 1 || strings.Count(s, "Failed to send UDP ping") != 1 {
+			t.Fatalf("a minute of failures:\n%s", s)
+		}
+		logged.Reset()
+		fail()
+		if s := logged.String(); strings.Count(s, "Failed") != 2 || strings.Count(s, "more=300") != 2 {
+			t.Fatalf("after a minute:\n%s", s)
+		}
+		fail()
+		logged.Reset()
+		time.Sleep(time.Hour)
+		fmt.Fprint(w, "[WARN] memberlist: something else\n") // it works again: what was held back is told with whatever comes next
+		if s := logged.String(); strings.Count(s, "more=1") != 2 || !strings.Contains(s, "something else") {
+			t.Fatalf("after an hour:\n%s", s)
+		}
+		logged.Reset()
+		time.Sleep(time.Hour)
+		fail()
+		if s := logged.String(); strings.Count(s, "Failed") != 2 || strings.Contains(s, "more=") {
+			t.Fatalf("later again:\n%s", s)
+		}
+	})
 }
 
 func TestExplainJoin(t *testing.T) {

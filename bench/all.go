@@ -18,13 +18,13 @@ import (
 // AllOptions configure one run of [All]. The zero value of each field except Helper means its default.
 type AllOptions struct {
 	Name    string   // prefix of the labs' names; default "bench"
-	Modes   []string // of [Modes]; default all
+	Modes   []string // of [Modes], or with "tulle-" in front; default all
 	Rounds  int      // default 5
 	MTU     int      // of the underlay, in bytes; default 1500
 	Wire    lab.Wire // between the hosts; default lab.WireCut
 	Timeout time.Duration
 	// Duration is the counted time of each measure; a warm-up of a third of it comes first. Each trial of the search
-	// for the highest UDP rate takes a quarter of it. Default 2 s.
+	// for the highest UDP rate takes a quarter of it. Default 1 s.
 	Duration time.Duration
 	// Binary is the tulle program, for agents. Default: the running one.
 	Binary string
@@ -85,7 +85,7 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 	if len(o.Helper) == 0 {
 		return o, errors.New("no command line for helper processes")
 	}
-	if err := o.lab("bench").Validate(); err != nil {
+	if err := o.lab("bench", "").Validate(); err != nil {
 		return o, err
 	}
 	_, err := chosen(o.Modes)
@@ -93,7 +93,7 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 }
 
 // DefaultDuration is AllOptions.Duration's default.
-const DefaultDuration = 2 * time.Second
+const DefaultDuration = time.Second
 
 const largest = 65507 // bytes of UDP payload: more does not fit into an IPv4 packet
 
@@ -175,7 +175,7 @@ func (run *allRun) up(ctx context.Context) error {
 	}
 	for i, m := range picked {
 		run.o.Progress("setting up " + m.name)
-		res := result.Mode{Name: m.name, What: m.what}
+		res := result.Mode{Name: m.name, What: m.what, Wiring: m.wiring, Tulle: m.paths != ""}
 		s, err := m.build(ctx, &run.o, fmt.Sprintf("%s-%d", run.o.Name, i))
 		if ctx.Err() != nil {
 			return errors.Join(ctx.Err(), err)

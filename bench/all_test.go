@@ -61,7 +61,7 @@ func TestAll(t *testing.T) {
 	}
 	for _, m := range r.Modes {
 		if m.Missing != "" {
-			if !m.Lacking || !slices.Contains([]string{KernelVXLAN, KernelIPIP, KernelWireGuard}, m.Name) {
+			if !m.Lacking || !slices.Contains([]string{KernelVXLAN, KernelIPIP, KernelFOU, KernelWireGuard, WireGuard}, m.Name) {
 				t.Errorf("%s was not measured: %s", m.Name, m.Missing)
 			}
 			continue
@@ -71,7 +71,8 @@ func TestAll(t *testing.T) {
 		}
 		for _, key := range []string{
 			"tcp1_gbps", "tcp4_gbps", "tunnel_cpu_s_per_gb", "softirq_s_per_gb", "rtt64_p50_us", "rtt64_p99_9_us", "rtt64_pinned_p50_us", "rtt1400_p50_us",
-			"open64_pinned_p50_us", "open64_pinned_loss", "rr_per_s", "rr_p99_us", "crr_per_s", "crr_p99_us", "udp64_kpps", "udp1300_kpps",
+			"open64_pinned_p50_us", "open64_pinned_loss", "rr_per_s", "rr_p99_us", "crr_per_s", "crr_p99_us", "udp64_kpps", "udp_full_kpps", "goodput_gbps",
+			"udp_flood1_gbps", "udp_flood1_loss", "udp_flood4_gbps", "udp_flood4_loss",
 		} {
 			if _, ok := m.Summary[key]; !ok {
 				t.Errorf("%s: no %s", m.Name, key)
@@ -79,7 +80,7 @@ func TestAll(t *testing.T) {
 		}
 		for _, metric := range r.Metrics {
 			s, ok := m.Summary[metric.Key]
-			userspace := m.Name == WireGuardGo || strings.HasPrefix(m.Name, "tulle-")
+			userspace := m.Name == WireGuardGo || m.Tulle
 			switch {
 			case metric.Key == "rss_mb" && !userspace:
 				if ok {

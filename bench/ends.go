@@ -7,8 +7,10 @@ import (
 	"net/netip"
 	"time"
 
+	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
+	"github.com/tulle-net/tulle/bench/machine"
 	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/bench/traffic"
 )
@@ -57,37 +59,83 @@ func (e *Ends) udpPair() (from, to int, err error) {
 	return from, to, nil
 }
 
-// udpTrial sends datagrams of payload bytes at a rate for d, and counts those that arrive. Sender and receiver run on their
-// own threads.
-func udpTrial(ctx context.Context, e *Ends, payload int, rate float64, d time.Duration) (result.Trial, error) {
+// udpFlow is a UDP flow from one end to the other, whose arrivals are counted until it is closed.
+type udpFlow struct {
+	source, in *ipv4.PacketConn
+	sink       traffic.Sink
+	ended      chan error // of the sink
+}
+
+func (e *Ends) udpFlow() (*udpFlow, error) {
 	from, to, err := e.udpPair()
 	if err != nil {
-		return result.Trial{}, err
+		return nil, err
 	}
-	source, err := traffic.PacketConn(from)
-	if err != nil {
+	f := &udpFlow{ended: make(chan error, 1)}
+	if f.source, err = traffic.PacketConn(from); err != nil {
 		unix.Close(to)
-		return result.Trial{}, err
+		return nil, err
 	}
-	defer source.Close()
-	in, err := traffic.PacketConn(to)
+	if f.in, err = traffic.PacketConn(to); err != nil {
+		f.source.Close()
+		return nil, err
+	}
+	go func() { f.ended <- f.sink.Run(f.in) }() // ends when in is closed
+	return f, nil
+}
+
+func (f *udpFlow) close() error {
+	f.source.Close()
+	f.in.Close()
+	return <-f.ended
+}
+
+// udpTrial sends datagrams of payload bytes for d, at a total rate over some flows (0: as fast as the senders can), and counts
+// those that arrive and the CPU time. Each sender and each receiver runs on its own thread. pids are the tunnel's processes.
+func udpTrial(ctx context.Context, e *Ends, payload, flows int, rate float64, d time.Duration, pids []int) (t result.Trial, err error) {
+	t.Offered = rate
+	var open []*udpFlow
+	defer func() {
+		for _, f := range open {
+			err = errors.Join(err, f.close())
+		}
+	}()
+	for range flows {
+		f, err := e.udpFlow()
+		if err != nil {
+			return t, err
+		}
+		open = append(open, f)
+	}
+	cpu, err := machine.Start(pids)
 	if err != nil {
-		return result.Trial{}, err
+		return t, err
 	}
-	t := result.Trial{Offered: rate}
-	var sink traffic.Sink
-	ended, sent := make(chan error, 1), make(chan error, 1)
-	go func() { ended <- sink.Run(in) }() // ends when in is closed
-	go func() { sent <- traffic.UDPSource(ctx, source, payload, d, &t) }()
-	err = <-sent
+	parts, sent := make([]result.Trial, flows), make(chan error, flows)
+	for i, f := range open {
+		parts[i].Offered = rate / float64(flows)
+		go func() { sent <- traffic.UDPSource(ctx, f.source, payload, d, &parts[i]) }()
+	}
+	for range open {
+		err = errors.Join(err, <-sent)
+	}
+	for _, p := range parts {
+		t.Sent, t.Seconds = t.Sent+p.Sent, max(t.Seconds, p.Seconds)
+	}
 	if err == nil {
-		err = traffic.Settle(ctx, t.Sent, traffic.Silence, func() (uint64, error) {
-			n, _, _ := sink.Count()
+		err = traffic.Settle(ctx, t.Sent, traffic.Silence, func() (n uint64, err error) {
+			for _, f := range open {
+				got, _, _ := f.sink.Count()
+				n += got
+			}
 			return n, nil
 		})
 	}
-	in.Close()
-	err = errors.Join(err, <-ended)
-	t.Received, t.Reordered, t.Arriving = sink.Count()
-	return t, err
+	use, cerr := cpu.Stop()
+	t.CPU = &use
+	for _, f := range open {
+		received, reordered, arriving := f.sink.Count()
+		t.Received, t.Reordered, t.Arriving = t.Received+received, t.Reordered+reordered, max(t.Arriving, arriving)
+	}
+	return t, errors.Join(err, cerr)
 }

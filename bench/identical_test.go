@@ -32,7 +32,7 @@ func TestIdenticalModes(t *testing.T) {
 	}
 	const again = "no-tunnel-again"
 	was := modes
-	modes = append(modes[:1:1], mode{again, "the same", "", setupNoTunnel})
+	modes = append(modes[:1:1], mode{again, "the same", "", "", setupNoTunnel})
 	defer func() { modes = was }()
 	o := labOptions(t, "twin", NoTunnel, again)
 	o.Rounds, o.Measures = 11, []string{Delay}

@@ -13,8 +13,8 @@ import (
 
 // The groups of measures of [AllOptions.Measures].
 const (
-	Throughput = "throughput" // TCP with one and four streams, CPU
-	Rate       = "rate"       // UDP datagrams a second without loss
+	Throughput = "throughput" // TCP with one and four streams, CPU; UDP with one and four flows, loss
+	Rate       = "rate"       // UDP datagrams a second without loss, goodput, CPU per packet
 	Delay      = "latency"    // ping-pong and fixed rate, TCP transactions
 	Memory     = "memory"
 	InParts    = "in-parts" // TCP requests in two writes without TCP_NODELAY; only when asked for
@@ -51,8 +51,10 @@ func (o *AllOptions) measures() []measure {
 	out = append(out,
 		measure{Delay, "TCP requests on one connection", true, takeLatency(result.RR, 0, false)},
 		measure{Delay, "TCP connections with a request", true, takeLatency(result.CRR, 0, false)},
+		measure{Throughput, "UDP throughput, one flow", false, takeFlood(1)},
+		measure{Throughput, "UDP throughput, four flows", false, takeFlood(4)},
 		measure{Rate, "UDP rate at 64 bytes", false, takeUDP(64)},
-		measure{Rate, "UDP rate at 1,300 bytes", false, takeUDP(1300)},
+		measure{Rate, "UDP rate of full packets", false, takeUDP(fullPackets)},
 		measure{Memory, "memory", false, takeMemory},
 	)
 	if len(o.Measures) == 0 {
@@ -107,13 +109,42 @@ func takeLatency(kind string, payload int, pinned bool) func(context.Context, *A
 	}
 }
 
+// fullPackets stands for the payload that fills the pods' MTU.
+const fullPackets = 0
+
+// fullPayload is the UDP payload of a packet that fills the pods' MTU, in bytes.
+func (s *stand) fullPayload() int {
+	if s.ends.ToAddr.Is6() {
+		return s.tunnel.mtu - 48
+	}
+	return s.tunnel.mtu - 28
+}
+
+// takeUDP searches for the highest rate without loss.
 func takeUDP(payload int) func(context.Context, *AllOptions, *stand, *result.Round) error {
 	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
-		found, err := traffic.SearchRate(payload, func(rate float64) (result.Trial, error) {
-			return udpTrial(ctx, &s.ends, payload, rate, o.Duration/4)
+		size := payload
+		if payload == fullPackets {
+			size = s.fullPayload()
+		}
+		found, err := traffic.SearchRate(size, func(rate float64) (result.Trial, error) {
+			return udpTrial(ctx, &s.ends, size, 1, rate, o.Duration/4, s.tunnel.pids)
 		})
 		if err == nil {
+			found.Full = payload == fullPackets
 			d.UDP = append(d.UDP, found)
+		}
+		return err
+	}
+}
+
+// takeFlood sends full packets as fast as the senders can.
+func takeFlood(flows int) func(context.Context, *AllOptions, *stand, *result.Round) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
+		size := s.fullPayload()
+		t, err := udpTrial(ctx, &s.ends, size, flows, 0, o.Duration, s.tunnel.pids)
+		if err == nil {
+			d.Floods = append(d.Floods, result.Flood{Flows: flows, Payload: size, Trial: t})
 		}
 		return err
 	}

@@ -13,39 +13,50 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
-// The modes of [All], in the order of each round.
+// The modes of [All].
 const (
 	NoTunnel        = "no-tunnel"
+	UDP             = "udp"
+	VXLAN           = "vxlan"
+	IPIP            = "ipip"
+	WireGuard       = "wireguard"
 	KernelVXLAN     = "kernel-vxlan"
 	KernelIPIP      = "kernel-ipip"
+	KernelFOU       = "kernel-fou"
 	KernelWireGuard = "kernel-wireguard"
 	WireGuardGo     = "wireguard-go"
-	TulleUDP        = "tulle-udp"
-	TulleVXLAN      = "tulle-vxlan"
-	TulleIPIP       = "tulle-ipip"
+	NoTunnelSubnet  = "no-tunnel-subnet"
+	Direct          = "direct"
 )
 
 // A mode is one way to connect two pods. Each has its own lab, so that nothing is set up between the measures of a round.
 type mode struct {
 	name, what string
 	paths      string // --paths of the agents; "" for a lab without agents
+	wiring     string // of the hosts: "" or result.OneSubnet
 	setup      func(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error)
 }
 
+// modes are in the order of the first round.
 var modes = []mode{
-	{NoTunnel, "the hosts and the router have routes to the pods", "", setupNoTunnel},
-	{KernelVXLAN, "the kernel's VXLAN device on each host", "", setupVXLAN},
-	{KernelIPIP, "the kernel's ipip device on each host", "", setupKernelIPIP},
-	{KernelWireGuard, "the kernel's WireGuard device on each host (encrypts)", "", setupKernelWireGuard},
-	{WireGuardGo, "wireguard-go on each host, from its own module (encrypts)", "", func(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error) {
+	{NoTunnel, "the hosts and the router have routes to the pods", "", "", setupNoTunnel},
+	{UDP, "a Tulle agent on each host, --paths udp", "udp", "", setupTulle},
+	{VXLAN, "a Tulle agent on each host, --paths vxlan", "vxlan", "", setupTulle},
+	{IPIP, "a Tulle agent on each host, --paths ipip", "ipip", "", setupTulle},
+	{WireGuard, "Tulle with encryption", "", "", setupWireGuard},
+	{KernelVXLAN, "the kernel's VXLAN device on each host", "", "", setupVXLAN},
+	{KernelIPIP, "the kernel's ipip device on each host", "", "", setupKernelIPIP},
+	{KernelFOU, "the kernel's ipip (IPv6: ip6tnl) device with FOU on each host: IP in UDP", "", "", setupKernelFOU},
+	{KernelWireGuard, "the kernel's WireGuard device on each host (encrypts)", "", "", setupKernelWireGuard},
+	{WireGuardGo, "wireguard-go on each host, from its own module (encrypts)", "", "", func(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error) {
 		return setupWireguardGo(ctx, l, o.Helper)
 	}},
-	{TulleUDP, "a Tulle agent on each host, --paths udp", "udp", setupTulle},
-	{TulleVXLAN, "a Tulle agent on each host, --paths vxlan", "vxlan", setupTulle},
-	{TulleIPIP, "a Tulle agent on each host, --paths ipip", "ipip", setupTulle},
+	{NoTunnelSubnet, "both hosts in one subnet, with routes to the pods: what direct is compared with", "", result.OneSubnet, setupNoTunnel},
+	{Direct, "a Tulle agent on each host, both in one subnet, --paths direct: no tunnel", "direct", result.OneSubnet, setupTulle},
 }
 
 // Modes lists the names of all modes.
@@ -95,46 +106,17 @@ func setupVXLAN(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error)
 	return &tunnel{mtu: l.Options().MTU - overhead}, err
 }
 
-func setupKernelIPIP(_ context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error) {
-	if o.Six {
-		return nil, lackError("the kernel's ipip device carries IPv4 only")
-	}
-	t := &tunnel{mtu: l.Options().MTU - 20}
-	for i, h := range l.Hosts() {
-		peer := l.Hosts()[1-i]
-		err := l.Do(h.Name, func() error {
-			link := &netlink.Iptun{
-				LinkAttrs: netlink.LinkAttrs{Name: "ipip0", MTU: t.mtu}, PMtuDisc: 1, Ttl: 64,
-				Local: h.Addr(false).AsSlice(), Remote: peer.Addr(false).AsSlice(),
-			}
-			if err := netlink.LinkAdd(link); err != nil {
-				return lack(err, "this kernel has no ipip device (CONFIG_NET_IPIP)")
-			}
-			return forwardInto("ipip0", podsOf(l, peer.Name))
-		})
-		if err != nil {
-			return nil, err
-		}
-	}
-	return t, setPodMTU(l, t.mtu)
-}
-
-func setupKernelWireGuard(_ context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error) {
-	err := l.Do(l.Hosts()[0].Name, func() error {
-		return netlink.LinkAdd(&netlink.Wireguard{LinkAttrs: netlink.LinkAttrs{Name: "wgk0"}})
-	})
-	if err != nil {
-		return nil, lack(err, "this kernel has no WireGuard device (CONFIG_WIREGUARD)")
-	}
-	return nil, lackError("this kernel has WireGuard, but this benchmark cannot configure it")
-}
-
 // lack replaces the kernel's error for an unknown kind of device by a lackError.
 func lack(err error, reason string) error {
 	if errors.Is(err, unix.EOPNOTSUPP) {
 		return lackError(reason)
 	}
 	return err
+}
+
+// setupWireGuard is for a mode that people look for.
+func setupWireGuard(context.Context, *lab.Lab, *AllOptions) (*tunnel, error) {
+	return nil, lackError("Tulle has no encapsulation that encrypts; " + KernelWireGuard + " and " + WireGuardGo + " do")
 }
 
 // setupTulle finds the agents that the lab has started, and checks that they use the encapsulation of the mode.
@@ -204,12 +186,17 @@ func (o *AllOptions) families() lab.Families {
 	return lab.IPv4Only
 }
 
-// lab is the lab of a mode: the least that a packet can cross between two hosts in two subnets.
-func (o *AllOptions) lab(name string) lab.Options {
-	return lab.Options{
+// lab is the lab of a mode: the least that a packet can cross between two hosts, in two subnets or in one. The links have
+// the same wire in both; hosts in one subnet have a switch between them in place of the router.
+func (o *AllOptions) lab(name, wiring string) lab.Options {
+	lo := lab.Options{
 		Name: name, Nodes: 2, Subnets: 2, Pods: 1, Straight: true, Wire: o.Wire, MTU: o.MTU, Underlay: o.families(), Overlay: o.families(),
 		Binary: o.Binary, Replace: true, Timeout: o.Timeout,
 	}
+	if wiring == result.OneSubnet {
+		lo.Subnets, lo.Straight = 1, false
+	}
+	return lo
 }
 
 // crossed is what has gone through the router so far, from the sender's host to the receiver's.
@@ -220,7 +207,7 @@ func (s *stand) crossed() (lab.Crossing, error) {
 
 // build creates a mode's lab and tunnel, and checks that the pods reach each other. If it fails it removes everything.
 func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, error) {
-	lo := o.lab(name)
+	lo := o.lab(name, m.wiring)
 	lo.Bare, lo.Paths = m.paths == "", m.paths
 	l, err := lab.Up(ctx, lo, nil)
 	if err != nil {
@@ -270,18 +257,27 @@ func needs() error {
 	return nil
 }
 
+// Canonical is a mode's name as [Modes] has it: names of Tulle's modes may begin with "tulle-", as they once did.
+func Canonical(name string) string { return strings.TrimPrefix(name, "tulle-") }
+
+// chosen are the modes of those names, and those that they are compared with where nothing else is.
 func chosen(names []string) ([]mode, error) {
 	if len(names) == 0 {
 		return modes, nil
 	}
+	var picked []string
 	for _, n := range names {
-		if !slices.Contains(Modes(), n) {
+		if !slices.Contains(Modes(), Canonical(n)) {
 			return nil, fmt.Errorf("no mode %q; there are %s", n, strings.Join(Modes(), ", "))
 		}
+		picked = append(picked, Canonical(n))
+	}
+	if slices.Contains(picked, Direct) {
+		picked = append(picked, NoTunnelSubnet)
 	}
 	var out []mode
 	for _, m := range modes {
-		if slices.Contains(names, m.name) {
+		if slices.Contains(picked, m.name) {
 			out = append(out, m)
 		}
 	}

@@ -28,7 +28,7 @@ func (run *allRun) profile(ctx context.Context) error {
 			return err
 		}
 		udp := func() error {
-			_, err := udpTrial(ctx, &s.ends, 64, 0, run.o.Duration+time.Second)
+			_, err := udpTrial(ctx, &s.ends, 64, 1, 0, run.o.Duration+time.Second, s.tunnel.pids)
 			return err
 		}
 		for name, traffic := range map[string]func() error{"tcp": tcp, "udp64": udp} {

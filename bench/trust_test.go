@@ -27,7 +27,7 @@ func TestWarnings(t *testing.T) {
 		"nothing wrong":          {func(*result.Run) {}, ""},
 		"whole wire":             {func(r *result.Run) { r.Wire, r.Modes[2].Rounds[0].Crossing.InBytes = string(lab.WireWhole), 1000*50000 }, ""},
 		"the router cuts":        {func(r *result.Run) { r.Modes[1].Rounds[0].Crossing.OutFrames = 40_331 }, "kernel-vxlan: the router sent 40.3 frames on for each"},
-		"the wire does not":      {func(r *result.Run) { r.Modes[2].Rounds[0].Crossing.InBytes = 1000 * 50000 }, "tulle-udp: frames of 50000 bytes"},
+		"the wire does not":      {func(r *result.Run) { r.Modes[2].Rounds[0].Crossing.InBytes = 1000 * 50000 }, "udp: frames of 50000 bytes"},
 		"kernel VXLAN is slow":   {func(r *result.Run) { r.Modes[1].Rounds[0].TCP[0].Gbps = 2.9 }, "kernel-vxlan carries 0.48 of no-tunnel"},
 		"no tunnel is slow":      {func(r *result.Run) { r.Modes[0].Rounds[0].TCP[0].Gbps = 4 }, "no tunnel is slower"},
 		"rounds disagree":        {func(r *result.Run) { r.Modes[2].Rounds = append(r.Modes[2].Rounds, oneRound(2, 1, 1, 1500)) }, "6.00 in another"},
@@ -35,7 +35,7 @@ func TestWarnings(t *testing.T) {
 		"the hypervisor is busy": {func(r *result.Run) { r.Steal.Max = 0.1 }, "10 % of the machine away"},
 	} {
 		r := &result.Run{MTU: 1500, References: references, Wire: string(lab.WireCut), Rounds: 1, Modes: []result.Mode{
-			{Name: NoTunnel, Rounds: []result.Round{good}}, {Name: KernelVXLAN, Rounds: []result.Round{oneRound(5, 1000, 1001, 1000*1500)}}, {Name: TulleUDP, Rounds: []result.Round{good}},
+			{Name: NoTunnel, Rounds: []result.Round{good}}, {Name: KernelVXLAN, Rounds: []result.Round{oneRound(5, 1000, 1001, 1000*1500)}}, {Name: UDP, Rounds: []result.Round{good}},
 			{Name: KernelIPIP, Missing: "this kernel has none", Lacking: true},
 		}}
 		for i := range r.Modes { // changes are to this case's own
@@ -71,17 +71,17 @@ func TestFloors(t *testing.T) {
 	r := &result.Run{References: references, Targets: slices.Clone(targets), Modes: []result.Mode{
 		{Name: "kernel-vxlan", Rounds: tcp(4, 4, 4)},
 		{Name: "no-tunnel", Rounds: tcp(8, 8, 5)},
-		{Name: "tulle-udp", Rounds: tcp(6, 2, 5)},
+		{Name: "udp", Tulle: true, Rounds: tcp(6, 2, 5)},
 	}}
 	r.Summarise()
 	if got, want := r.Modes[0].Summary["cpu_s_per_gb"], (result.Spread{N: 3, Median: 2, Min: 2, Max: 2}); got != want {
 		t.Errorf("CPU seconds per GB %+v, want %+v", got, want)
 	}
 	for _, f := range r.Targets {
-		if f.Mode == "tulle-ipip" && (f.Measured || f.Met) {
+		if f.Mode == "ipip" && (f.Measured || f.Met) {
 			t.Errorf("a floor of a mode that was not measured: %+v", f)
 		}
-		if f.Mode != "tulle-udp" || f.Metric != "tcp1_gbps" {
+		if f.Mode != "udp" || f.Metric != "tcp1_gbps" {
 			continue
 		}
 		want := map[string]result.Spread{KernelVXLAN: {N: 3, Median: 1.25, Min: 0.5, Max: 1.5}, NoTunnel: {N: 3, Median: 0.75, Min: 0.25, Max: 1}}[f.To]

@@ -97,13 +97,19 @@ func forwardInto(dev string, routes []netip.Prefix) error {
 	return nil
 }
 
+// wireguardMTU is the pods' MTU behind WireGuard.
+func wireguardMTU(l *lab.Lab) int {
+	mtu := l.Options().MTU - wireguardOverhead
+	if !l.Options().Underlay.V4 {
+		mtu -= 20 // an IPv6 header is that much longer
+	}
+	return mtu
+}
+
 // setupWireguardGo runs wireguard-go on both hosts of a bare lab.
 func setupWireguardGo(ctx context.Context, l *lab.Lab, helper []string) (*tunnel, error) {
 	six := !l.Options().Underlay.V4
-	t := &tunnel{mtu: l.Options().MTU - wireguardOverhead}
-	if six {
-		t.mtu -= 20 // an IPv6 header is that much longer
-	}
+	t := &tunnel{mtu: wireguardMTU(l)}
 	var keys [2]*ecdh.PrivateKey
 	for i := range keys {
 		var err error

@@ -64,13 +64,10 @@ func Pictures(r *result.Run) ([]Picture, error) {
 				continue
 			}
 			if to := r.Reference(); to != "" {
-				p := Picture{Name: "ratio-" + m.Key, Title: m.Title + ", ratio to " + to, Note: better(m) + " The thin lines are 95 % intervals, where there were at least five rounds."}
+				p := Picture{Name: "ratio-" + m.Key, Title: m.Title + ", ratio to " + to, Note: better(m) + " Ratio to " + r.Glance() + ". The thin lines are 95 % intervals, where there were at least five rounds."}
 				fill := func(pl *plot.Plot) (bool, error) {
-					return bars(pl, r, "× "+to, func(mode *result.Mode) (result.Spread, bool) {
-						if mode.Name == to {
-							return result.Spread{}, false
-						}
-						return r.Ratio(mode.Name, to, m.Key)
+					return bars(pl, r, "×", func(mode *result.Mode) (result.Spread, bool) {
+						return r.Ratio(mode.Name, r.ReferenceOf(mode), m.Key) // of a reference itself there is none
 					}, 1)
 				}
 				if err := add(p, fill, barHeight(r)); err != nil {

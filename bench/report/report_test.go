@@ -23,7 +23,7 @@ func sample() *result.Run {
 	r := &result.Run{
 		Format: result.Format, Version: result.Version, Kind: result.Lab, Started: time.Unix(1e9, 0).UTC(), Rounds: 5, Duration: 1, References: []string{"kernel-vxlan"},
 		Machines: []result.Machine{{Kernel: "6.1", CPU: "<b>CPU</b>"}}, Warnings: []string{"others <were> busy"},
-		Modes: []result.Mode{{Name: "kernel-vxlan"}, {Name: "tulle-udp"}, {Name: "kernel-ipip", Missing: "no such device", Lacking: true}},
+		Modes: []result.Mode{{Name: "kernel-vxlan"}, {Name: "udp", Tulle: true}, {Name: "kernel-ipip", Missing: "no such device", Lacking: true}},
 	}
 	for i := range 5 {
 		for m := range 2 {

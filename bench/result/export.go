@@ -55,7 +55,7 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 				continue
 			}
 			fmt.Fprintf(&b, " %s", Digits(s.Median))
-			if ratio, ok := r.Ratio(m.Name, to, c.Key); ok {
+			if ratio, ok := r.Ratio(m.Name, r.ReferenceOf(&m), c.Key); ok {
 				fmt.Fprintf(&b, "; %s×", ratio.interval(true))
 			}
 			b.WriteString(" |")
@@ -64,7 +64,7 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 	}
 	fmt.Fprintf(&b, "\nMedians of %d rounds", r.measuredRounds())
 	if to != "" {
-		fmt.Fprintf(&b, "; × is the ratio to `%s` within a round, with its 95 %% interval", to)
+		fmt.Fprintf(&b, "; × is the ratio within a round, with its 95 %% interval, to %s", r.Glance())
 	}
 	if len(r.Machines) > 0 {
 		m := r.Machines[0]

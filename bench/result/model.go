@@ -89,6 +89,8 @@ type Metric struct {
 type Mode struct {
 	Name    string            `json:"name"`
 	What    string            `json:"what"`
+	Tulle   bool              `json:"tulle,omitempty"`   // the mode is one of Tulle
+	Wiring  string            `json:"wiring,omitempty"`  // of the hosts: "" or OneSubnet
 	Missing string            `json:"missing,omitempty"` // why the mode could not be measured at all
 	Lacking bool              `json:"lacking,omitempty"` // this machine does not support the mode: Missing is no failure
 	MTU     int               `json:"mtu,omitempty"`
@@ -96,6 +98,9 @@ type Mode struct {
 	Summary map[string]Spread `json:"summary,omitempty"`
 	Rounds  []Round           `json:"rounds,omitempty"`
 }
+
+// OneSubnet is the wiring of hosts that have no router between them.
+const OneSubnet = "one subnet"
 
 // Round is all that one round found for one mode. Measures that failed are missing.
 type Round struct {

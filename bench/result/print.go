@@ -67,12 +67,13 @@ func (r *Run) measuredRounds() (n int) {
 
 // comparison says how the modes of Tulle fare.
 func (r *Run) comparison() string {
-	to := r.Reference()
 	var said []string
-	for _, m := range r.Modes {
-		if !strings.HasPrefix(m.Name, "tulle-") {
+	for i := range r.Modes {
+		m := &r.Modes[i]
+		if !m.Tulle {
 			continue
 		}
+		to := r.ReferenceOf(m)
 		var parts []string
 		for _, p := range []struct{ key, does, what string }{
 			{"tcp1_gbps", "carries", to + " in one TCP stream"}, {"cpu_s_per_gb", "takes", "its CPU"}, {"rtt64_pinned_p50_us", "has", "its latency"},
@@ -86,7 +87,7 @@ func (r *Run) comparison() string {
 			}
 		}
 		if len(parts) > 0 {
-			said = append(said, m.Name+" "+strings.Join(parts, ", "))
+			said = append(said, "Tulle "+m.Name+" "+strings.Join(parts, ", "))
 		}
 	}
 	if len(said) == 0 {
@@ -114,7 +115,6 @@ func (r *Run) path() string {
 }
 
 func (p *tables) lab(r *Run) {
-	to := r.Reference()
 	columns := glance[:0:0]
 	for _, g := range glance {
 		if r.has(g.key) {
@@ -145,7 +145,7 @@ func (p *tables) lab(r *Run) {
 			if s, ok := m.Summary[g.key]; ok {
 				value = Digits(s.Median)
 			}
-			if s, ok := r.Ratio(m.Name, to, g.key); ok {
+			if s, ok := r.Ratio(m.Name, r.ReferenceOf(&m), g.key); ok {
 				ratio = Digits(s.Median)
 			}
 			row = append(row, value, ratio)
@@ -161,8 +161,8 @@ func (p *tables) lab(r *Run) {
 	if r.Rounds == 1 {
 		medians = "One round"
 	}
-	p.paragraph(fmt.Sprintf("%s; × is the ratio to %s within a round. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
-		medians, to, r.Wire), "")
+	p.paragraph(fmt.Sprintf("%s; × is the ratio within a round, to %s. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
+		medians, r.Glance(), r.Wire), "")
 }
 
 func (r *Run) has(key string) bool {

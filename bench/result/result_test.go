@@ -74,7 +74,7 @@ func oneRound(gbps float64) Round {
 
 func TestAtAGlance(t *testing.T) {
 	r := &Run{MTU: 1500, References: []string{"kernel-vxlan"}, Wire: "cut", Rounds: 2, Modes: []Mode{
-		{Name: "kernel-vxlan", Rounds: []Round{oneRound(5), oneRound(4)}}, {Name: "tulle-udp", Rounds: []Round{oneRound(6), oneRound(5)}},
+		{Name: "kernel-vxlan", Rounds: []Round{oneRound(5), oneRound(4)}}, {Name: "udp", Tulle: true, Rounds: []Round{oneRound(6), oneRound(5)}},
 	}}
 	r.Summarise()
 	var table, csv bytes.Buffer
@@ -82,7 +82,7 @@ func TestAtAGlance(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, want := range []string{
-		"tulle-udp carries 1.23 × kernel-vxlan in one TCP stream, takes 1.00 × its CPU.\n", "kernel-vxlan  4.50         –     2.00       –\n", "tulle-udp     5.50         1.23  2.00       1.00\n",
+		"Tulle udp carries 1.23 × kernel-vxlan in one TCP stream, takes 1.00 × its CPU.\n", "kernel-vxlan  4.50         –     2.00       –\n", "udp           5.50         1.23  2.00       1.00\n",
 	} {
 		if !strings.Contains(table.String(), want) {
 			t.Errorf("lacks %q:\n%s", want, table.String())
@@ -146,7 +146,7 @@ func TestIntervalsCover(t *testing.T) {
 
 // tcpRun is a run of n rounds of two modes around given rates, in Gb/s, which vary by a few per cent.
 func tcpRun(rng *rand.Rand, n int, udp, vxlan float64) *Run {
-	r := &Run{Format: Format, Version: Version, Kind: Lab, References: []string{"kernel-vxlan"}, Modes: []Mode{{Name: "kernel-vxlan"}, {Name: "tulle-udp"}}}
+	r := &Run{Format: Format, Version: Version, Kind: Lab, References: []string{"kernel-vxlan"}, Modes: []Mode{{Name: "kernel-vxlan"}, {Name: "udp", Tulle: true}}}
 	for range n {
 		for i, base := range []float64{vxlan, udp} {
 			r.Modes[i].Rounds = append(r.Modes[i].Rounds, oneRound(base*(1+0.02*rng.NormFloat64())))
@@ -175,7 +175,7 @@ func TestCompare(t *testing.T) {
 			if c.Metric.Key != "tcp1_gbps" {
 				continue
 			}
-			want := c.Mode == "tulle-udp" && (tc.better || tc.worse)
+			want := c.Mode == "udp" && (tc.better || tc.worse)
 			if c.Beyond != want || want && c.Worse != tc.worse {
 				t.Errorf("%s: %+v", tc.name, c)
 			}
@@ -276,9 +276,9 @@ func TestVerdictNamesTheReference(t *testing.T) {
 		l.Times.Record(time.Duration(us) * time.Microsecond)
 		return Round{Latency: []Latency{l}}
 	}
-	r := &Run{References: []string{"kernel-vxlan"}, Modes: []Mode{{Name: "kernel-vxlan", Rounds: []Round{latency(10)}}, {Name: "tulle-udp", Rounds: []Round{latency(20)}}}}
+	r := &Run{References: []string{"kernel-vxlan"}, Modes: []Mode{{Name: "kernel-vxlan", Rounds: []Round{latency(10)}}, {Name: "udp", Tulle: true, Rounds: []Round{latency(20)}}}}
 	r.Summarise()
-	if got := r.Verdict(); got != "tulle-udp has 2.00 × kernel-vxlan's latency." {
+	if got := r.Verdict(); got != "Tulle udp has 2.00 × kernel-vxlan's latency." {
 		t.Errorf("got %q", got)
 	}
 }

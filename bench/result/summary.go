@@ -170,7 +170,7 @@ func (r *Run) Summarise() {
 	for _, m := range r.Modes {
 		for _, to := range r.References {
 			reference := r.Mode(to)
-			if reference == nil || m.Name == to {
+			if reference == nil || m.Name == to || m.Wiring != reference.Wiring {
 				continue
 			}
 			for _, metric := range r.Metrics {
@@ -224,11 +224,28 @@ func (r *Run) Groups() [][]Metric {
 }
 
 // Reference is the mode that the others are held against at a glance: the first reference that was measured, or "".
-func (r *Run) Reference() string {
+func (r *Run) Reference() string { return r.reference("") }
+
+// ReferenceOf is the reference of a mode at a glance: of those whose hosts are wired like its own.
+func (r *Run) ReferenceOf(m *Mode) string { return r.reference(m.Wiring) }
+
+func (r *Run) reference(wiring string) string {
 	for _, name := range r.References {
-		if r.Mode(name) != nil {
+		if m := r.Mode(name); m != nil && m.Wiring == wiring {
 			return name
 		}
 	}
 	return ""
+}
+
+// Glance says what the ratios at a glance are taken to.
+func (r *Run) Glance() string {
+	text := r.Reference()
+	for i := range r.Modes {
+		m := &r.Modes[i]
+		if to := r.ReferenceOf(m); m.Wiring != "" && m.Missing == "" && to != "" && to != m.Name {
+			text += fmt.Sprintf(", of %s to %s", m.Name, to)
+		}
+	}
+	return strings.TrimPrefix(text, ", ")
 }

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"os"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -13,26 +12,34 @@ import (
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
-const benchAllLong = `Compares the ways to connect two pods: no tunnel, the kernel's VXLAN, wireguard-go, and Tulle with udp, vxlan and ipip. Each mode
-has its own lab (two hosts in two subnets, a router, one pod per host). Modes are measured in interleaved rounds. The output
-begins with the result in one sentence, reasons not to trust it if there are any, and one table of medians and ratios. -v shows
-everything. A mode that this kernel does not support is listed with the reason. Ctrl-C ends the run after what it is measuring; the
-complete rounds are kept. Needs root, and no other programs.`
+const benchAllLong = `Compares the ways to connect two pods, each in a lab of its own: two hosts with a router between them, one pod per host, real agents
+and the kernel's real devices.
+
+  no-tunnel                                   routes only
+  udp, vxlan, ipip                            Tulle, by encapsulation
+  kernel-vxlan, kernel-ipip, kernel-fou       the kernel's own tunnels
+  kernel-wireguard, wireguard-go              WireGuard in the kernel and in Go (both encrypt)
+  no-tunnel-subnet, direct                    both hosts in one subnet, with a switch in place of the router: routes only, and Tulle without a tunnel
+  wireguard                                   Tulle with encryption, which it does not have: listed as lacking
+
+Modes are measured in interleaved rounds. The output begins with the result in one sentence, reasons not to trust it if there are any,
+and one table of medians and ratios. -v shows everything. A mode that this kernel does not support is listed with the reason.
+Ctrl-C ends the run after what it is measuring; the complete rounds are kept. Needs root, and no other programs.`
 
 func benchAll() *cobra.Command {
 	return benchLab("all", "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
 		"  tulle bench all\n"+
 			"  tulle bench all --rounds 9 -o json > result.json\n"+
-			"  tulle bench all --modes kernel-vxlan,tulle-udp --rounds 1 --profile /tmp/profile")
+			"  tulle bench all --modes kernel-vxlan,udp --rounds 1 --profile /tmp/profile")
 }
 
 func benchLatency() *cobra.Command {
 	return benchLab("latency", "The same for latency alone: datagrams one by one and at a fixed rate, TCP requests and connections",
-		"  tulle bench latency --modes no-tunnel,tulle-udp --sizes 64,1400 --rounds 5", bench.Delay)
+		"  tulle bench latency --modes no-tunnel,udp --sizes 64,1400 --rounds 5", bench.Delay)
 }
 
 func benchThroughput() *cobra.Command {
-	return benchLab("throughput", "The same for TCP throughput with one and four streams, and its CPU time, alone",
+	return benchLab("throughput", "The same for throughput alone: TCP and UDP with one and four streams, CPU time, UDP loss",
 		"  tulle bench throughput --six --rounds 5", bench.Throughput)
 }
 
@@ -73,7 +80,7 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	f.SortFlags = false
 	f.IntVar(&o.Rounds, "rounds", 5, "number of rounds: how often each measure is taken for each mode")
 	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "counted time of each measure, after a warm-up of a third of it")
-	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all): "+strings.Join(bench.Modes(), ", "))
+	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all), of those above; Tulle's may have \"tulle-\" in front")
 	if use != "throughput" {
 		f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1400}, "payloads of the datagrams whose latency is measured, in `BYTES`")
 	}

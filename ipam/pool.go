@@ -358,6 +358,10 @@ func (p *Pool) Cool(now time.Time, addr netip.Addr, until time.Time) {
 	p.cool(now, addr, rest{until: until})
 }
 
+// Rest continues a cool-down that Cooling has returned, in an earlier run of the program: a container that comes back with
+// its host gets its address.
+func (p *Pool) Rest(now time.Time, c Cooling) { p.cool(now, c.Addr, rest{c.Until, c.Key}) }
+
 func (p *Pool) cool(now time.Time, addr netip.Addr, r rest) {
 	if old, ok := p.cooling[addr]; !r.until.After(now) || ok && old.until.After(r.until) {
 		return
@@ -396,7 +400,7 @@ func (p *Pool) Cooling(now time.Time) []Cooling {
 	p.thaw(now)
 	out := make([]Cooling, 0, len(p.cooling))
 	for a, r := range p.cooling {
-		out = append(out, Cooling{Addr: a, Until: r.until})
+		out = append(out, Cooling{Addr: a, Until: r.until, Key: r.key})
 	}
 	slices.SortFunc(out, func(a, b Cooling) int { return a.Addr.Compare(b.Addr) })
 	return out

@@ -115,6 +115,25 @@ func TestPoolCooldown(t *testing.T) {
 	}
 }
 
+// A cool-down goes on in the pool of the next run, for whom it was and against all others.
+func TestPoolRest(t *testing.T) {
+	before, after := NewPool(time.Minute), NewPool(time.Minute)
+	for _, p := range []*Pool{before, after} {
+		p.Open(netip.MustParsePrefix("10.0.0.0/29"))
+	}
+	box, _ := before.Allocate(t0, Allocation{Key: "box"}, false)
+	before.Release(t0, "box")
+	for _, c := range before.Cooling(t0) {
+		after.Rest(t0, c)
+	}
+	if _, err := after.Allocate(t0, Allocation{Key: "other", Addr: box.Addr}, false); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("another one gets it: %v", err)
+	}
+	if a, err := after.Allocate(t0, Allocation{Key: "box", Addr: box.Addr}, false); err != nil || a.Addr != box.Addr {
+		t.Errorf("the one that had it gets %v, %v", a, err)
+	}
+}
+
 func TestPoolRequestedAddress(t *testing.T) {
 	p := NewPool(time.Minute)
 	p.Open(netip.MustParsePrefix("10.0.0.0/24"))

@@ -68,6 +68,7 @@ type Granted struct {
 type Cooling struct {
 	Addr  netip.Addr `json:"addr"`
 	Until time.Time  `json:"until"`
+	Key   string     `json:"key,omitempty"` // had the address last, and may have it again; empty if that is not known
 }
 
 // Promise is a node's promise that until a given time it lets only To forget Victim.

@@ -20,7 +20,7 @@ func aState(n int) *State {
 		Families: []Family{{netip.MustParsePrefix("10.244.0.0/16"), 24}, {netip.MustParsePrefix("fd00::/48"), 64}},
 		Table:    []byte{1, 0},
 		Blocks:   prefixes("10.244.1.0/24 fd00:0:0:1::/64"),
-		Cooling:  []Cooling{{netip.MustParseAddr("10.244.1.9"), t0}},
+		Cooling:  []Cooling{{netip.MustParseAddr("10.244.1.9"), t0, "pod"}, {Addr: netip.MustParseAddr("10.244.1.10"), Until: t0}},
 		Peers:    []Peer{{ID{3}, "b", netip.MustParseAddrPort("192.0.2.2:7946")}, {ID: ID{4}}},
 		Granted:  []Granted{{ID{3}, 99}},
 		Promises: []Promise{{ID{4}, ID{3}, t0}},

@@ -229,7 +229,7 @@ func (s *Machine) restore(now time.Time, st *ipam.State) error {
 		s.pool.Adopt(a)
 	}
 	for _, c := range st.Cooling {
-		s.pool.Cool(now, c.Addr, c.Until)
+		s.pool.Rest(now, c)
 	}
 	for _, p := range st.Peers {
 		s.peers[NodeID(p.ID)] = p

@@ -474,12 +474,26 @@ func TestRestart(t *testing.T) {
 	}
 
 	one, env := lone(t, "10.244.0.0/16")
+	had, err := one.Allocate(simStart, PodRequest{Key: "box"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := one.Release(simStart, "box"); err != nil {
+		t.Fatal(err)
+	}
 	back, err := New(simStart, Config{ID: one.Node()}, env.disk, env)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if back.Tick(simStart); back.Phase() != Ready || back.Cluster() != one.Cluster() {
 		t.Errorf("a lone node: %v", back.Status(simStart))
+	}
+	want := []netip.Addr{had[0].Addr}
+	if _, err := back.Allocate(simStart, PodRequest{Key: "other", Want: want}); !errors.Is(err, ipam.ErrUnavailable) {
+		t.Errorf("another pod gets an address that cools down: %v", err)
+	}
+	if got, err := back.Allocate(simStart, PodRequest{Key: "box", Want: want}); err != nil || got[0].Addr != want[0] {
+		t.Errorf("a container that comes back with its host gets %v, %v", got, err)
 	}
 	if _, err := New(simStart, Config{ID: NodeID{7}}, env.disk, env); err == nil {
 		t.Error("another node's state is taken")

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"time"
 
@@ -79,7 +80,21 @@ func serve(ctx context.Context, args []string, in io.Reader, warn io.Writer) (an
 	if args[0] == "teardown" {
 		return nil, teardown(ctx, &c)
 	}
+	if err := refuseRootless(); err != nil {
+		return nil, err
+	}
 	return setup(ctx, args[1], &c, warn)
+}
+
+// rootlessUser is the variable by which podman tells its children that it is in a user namespace of its own, and whose.
+const rootlessUser = "_CONTAINERS_ROOTLESS_UID"
+
+// refuseRootless says why podman of an ordinary user cannot have this driver: it sees neither the agent nor the host's network.
+func refuseRootless() error {
+	if uid := os.Getenv(rootlessUser); uid != "" && uid != "0" {
+		return fmt.Errorf("podman of user %s is rootless: this driver wires containers in the network namespace of the host, which is root's; run podman as root", uid)
+	}
+	return nil
 }
 
 // decode reads one JSON value. Keys that are not known are ignored: newer versions of podman send more.
@@ -168,6 +183,9 @@ func teardown(ctx context.Context, c *call) error {
 // create checks what the user asks for: a network is a name, and nothing else. The addresses are not podman's, so it answers with
 // the IPAM driver "none", which goes with no subnet.
 func create(in io.Reader) (any, error) {
+	if err := refuseRootless(); err != nil {
+		return nil, err
+	}
 	raw := map[string]any{}
 	var n network
 	var b json.RawMessage

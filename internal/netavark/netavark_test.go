@@ -42,6 +42,21 @@ func TestCreate(t *testing.T) {
 	}
 }
 
+// Rootless podman is told so before it makes a network, and for one that it has from elsewhere. What is not there can be torn down.
+func TestRootless(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "none.sock")
+	for uid, want := range map[string]string{"1000": "podman of user 1000 is rootless", "0": "no agent listens"} {
+		t.Setenv(rootlessUser, uid)
+		if code, _, raw := run(t, setupInput(socket, "", ""), "setup", "/proc/self/ns/net"); code != 1 || !strings.Contains(raw, want) {
+			t.Errorf("setup with user %s: %d %s, want %q", uid, code, raw, want)
+		}
+		code, _, raw := run(t, `{"name": "pods", "driver": "tulle"}`, "create")
+		if (code == 0) != (uid == "0") || code != 0 && !strings.Contains(raw, want) {
+			t.Errorf("create with user %s: %d %s", uid, code, raw)
+		}
+	}
+}
+
 // setupInput is the input of setup and teardown with one part exchanged.
 func setupInput(socket, old, replacement string) string {
 	return strings.Replace(`{"container_id": "752947ff91f961eb3cb47ffe9315016979f3ffbec09e4d96a4fae3fb03391697", "container_name": "box", "port_mappings": null,

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -23,6 +22,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/namespace"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
@@ -196,31 +196,7 @@ func boxTar(t *testing.T) string {
 }
 
 // seenAs connects from one network namespace to an address in another, and returns the source address that was seen there.
-func seenAs(from, at string, to netip.Addr) (netip.Addr, error) {
-	var l net.Listener
-	if err := sys.WithNetns(at, func() (err error) {
-		l, err = net.Listen("tcp", netip.AddrPortFrom(to, 0).String())
-		return err
-	}); err != nil {
-		return netip.Addr{}, err
-	}
-	defer l.Close()
-	if err := sys.WithNetns(from, func() error {
-		c, err := net.DialTimeout("tcp", l.Addr().String(), 10*time.Second)
-		if err == nil {
-			err = c.Close()
-		}
-		return err
-	}); err != nil {
-		return netip.Addr{}, err
-	}
-	c, err := l.Accept()
-	if err != nil {
-		return netip.Addr{}, err
-	}
-	defer c.Close()
-	return c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr().Unmap(), nil
-}
+var seenAs = namespace.SeenAs
 
 // TestContainerd: two hosts, each with a containerd that starts a container with the network that the agent publishes. The
 // containers reach each other, their host, the other host and the outside, through each encapsulation; only the outside sees another

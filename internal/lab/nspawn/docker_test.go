@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"os"
 	"os/exec"
@@ -17,8 +16,8 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/lab"
-	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/internal/testing/debian"
+	"github.com/tulle-net/tulle/internal/testing/namespace"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
@@ -94,21 +93,8 @@ func (d *docker) reached(name string) error {
 	if err != nil {
 		return err
 	}
-	var l net.Listener
-	if err := sys.WithNetns("/proc/"+f[0]+"/ns/net", func() (err error) {
-		l, err = net.Listen("tcp", netip.AddrPortFrom(addr, 0).String())
-		return err
-	}); err != nil {
-		return err
-	}
-	defer l.Close()
-	return sys.WithNetns(d.netns, func() error {
-		c, err := net.DialTimeout("tcp", l.Addr().String(), 5*time.Second)
-		if err != nil {
-			return err
-		}
-		return c.Close()
-	})
+	_, err = namespace.SeenAs(d.netns, "/proc/"+f[0]+"/ns/net", addr)
+	return err
 }
 
 // newDocker makes the engine's folder.

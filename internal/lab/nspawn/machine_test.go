@@ -265,10 +265,10 @@ func (m *machine) kill() {
 // socket is the path under which this machine's other processes see the agent's socket.
 func (m *machine) socket() string { return fmt.Sprintf("/proc/%d/root/run/tulle/tulle.sock", m.leader) }
 
-// machines are the hosts of a lab, made ready to boot.
-func machines(t *testing.T, l *lab.Lab, tree string) []*machine {
+// machines are the hosts of a lab, made ready to boot: each over the tree of its own, or all over one.
+func machines(t *testing.T, l *lab.Lab, trees ...string) []*machine {
 	t.Helper()
-	base := filepath.Join(debian.CacheDir, "hosts")
+	base := filepath.Join(debian.CacheDir, "hosts-"+l.Name())
 	clear := func() error {
 		for _, h := range l.Hosts() { // mounted only if an earlier run was killed
 			if err := unix.Unmount(filepath.Join(base, h.Name, "root"), 0); err != nil && err != unix.EINVAL && err != unix.ENOENT {
@@ -286,10 +286,10 @@ func machines(t *testing.T, l *lab.Lab, tree string) []*machine {
 		}
 	})
 	var ms []*machine
-	for _, h := range l.Hosts() {
+	for i, h := range l.Hosts() {
 		dir := filepath.Join(base, h.Name)
 		m := &machine{t: t, name: l.Name() + "-" + h.Name, host: h.Name, net: h.Netns}
-		m.root = debian.Overlay(t, tree, dir)
+		m.root = debian.Overlay(t, trees[min(i, len(trees)-1)], dir)
 		t.Cleanup(m.kill)
 		ms = append(ms, m)
 	}

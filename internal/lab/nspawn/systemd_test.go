@@ -48,7 +48,7 @@ func needTools(t *testing.T) {
 // heals by itself; a purge leaves nothing.
 func TestSystemdHosts(t *testing.T) {
 	needTools(t)
-	first, second := debs(t)
+	first, second := deb(t, "1.0.0"), deb(t, "1.0.1")
 	tree := debian.Tree(t, debian.Release(t))
 
 	// One such test at a time on a machine: the name, and so the rests of a killed run, are always the same.
@@ -132,20 +132,17 @@ func config(l *lab.Lab) string {
 	return b.String()
 }
 
-// debs builds the package in two versions, with the command that users build it with.
-func debs(t *testing.T) (first, second string) {
+// deb builds the package in a version, with the command that users build it with.
+func deb(t *testing.T, version string) string {
 	t.Helper()
-	build := func(version string) string {
-		cmd := exec.CommandContext(t.Context(), filepath.Join(repository, "packaging/build"), "deb", runtime.GOARCH)
-		cmd.Env = append(os.Environ(), "VERSION="+version, "OUT="+t.TempDir())
-		cmd.Stderr = t.Output()
-		out, err := cmd.Output()
-		if err != nil {
-			t.Fatalf("packaging/build deb: %v", err)
-		}
-		return strings.TrimSpace(string(out))
+	cmd := exec.CommandContext(t.Context(), filepath.Join(repository, "packaging/build"), "deb", runtime.GOARCH)
+	cmd.Env = append(os.Environ(), "VERSION="+version, "OUT="+t.TempDir())
+	cmd.Stderr = t.Output()
+	out, err := cmd.Output()
+	if err != nil {
+		t.Fatalf("packaging/build deb: %v", err)
 	}
-	return build("1.0.0"), build("1.0.1")
+	return strings.TrimSpace(string(out))
 }
 
 // prepare puts the configuration, and the packages to install, on a host's disk.

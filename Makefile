@@ -7,7 +7,7 @@ PACKAGES = \
 	tshark tcpdump prometheus \
 	iperf3 sockperf ethtool iproute2 nftables iptables procps \
 	containerd docker.io busybox-static containernetworking-plugins \
-	debootstrap systemd-container dbus iputils-ping
+	debootstrap systemd-container lxc dbus iputils-ping
 
 .PHONY: build demo test deps lint unit race fuzz deb release simulate soak cnikill cnitime interop bench clean
 

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"fmt"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -56,7 +57,7 @@ func (p *prober) car(peer string, mode encap.Mode, nonce uint64, says, size int,
 // askedOfTrain tells a peer how many packets of its train have arrived.
 func (p *prober) askedOfTrain(peer string, mode encap.Mode, nonce uint64) {
 	p.mu.Lock()
-	n, ok := p.paths.Arrived(peer, mode, nonce)
+	n, ok := p.paths.Arrived(time.Now(), peer, mode, nonce)
 	p.mu.Unlock()
 	if !ok {
 		return

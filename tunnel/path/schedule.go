@@ -39,6 +39,7 @@ type peer struct {
 	seen   [encap.NumModes]Info      // what the last look found
 	trains trains                    // toward it
 	coming [encap.NumModes]coming    // trains of its own
+	since  time.Time                 // it is known
 	next   time.Time                 // of the next look; zero after an event
 	tx, rx uint64                    // packets, at the last Traffic
 
@@ -93,7 +94,7 @@ func (s *Schedule) SetPeers(now time.Time, want map[string][]Candidate) {
 		}
 		p := s.peers[id]
 		if p == nil {
-			p = new(peer)
+			p = &peer{since: now}
 			s.peers[id] = p
 		}
 		p.set(now, s.rand, candidates)

@@ -204,17 +204,22 @@ func (s *Schedule) Car(id string, m encap.Mode, nonce uint64, i int) {
 	c.cars |= 1 << i
 }
 
+// trainMemory is how long a peer has to be known until this node says of a train that
+// nothing of it has arrived: it may have arrived before that, at an agent that has been
+// restarted since. It is longer than a peer asks about one train.
+const trainMemory = 5 * time.Second
+
 // Arrived is how many packets of a peer's train have arrived; ok is false for a peer
-// of whose trains nothing is noted.
-func (s *Schedule) Arrived(id string, m encap.Mode, nonce uint64) (n int, ok bool) {
+// of whose trains nothing is noted, or not for long enough.
+func (s *Schedule) Arrived(now time.Time, id string, m encap.Mode, nonce uint64) (n int, ok bool) {
 	p := s.peers[id]
 	if p == nil || int(m) >= len(p.coming) {
 		return 0, false
 	}
 	if c := p.coming[m]; c.nonce == nonce {
-		n = bits.OnesCount64(c.cars)
+		return bits.OnesCount64(c.cars), true
 	}
-	return n, true
+	return 0, now.Sub(p.since) >= trainMemory
 }
 
 // TrainAnswered takes a peer's answer of how many packets of a train have arrived.

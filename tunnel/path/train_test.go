@@ -122,12 +122,19 @@ func TestArrived(t *testing.T) {
 		n     int
 		ok    bool
 	}{{far, encap.UDP, 5, 4, true}, {far, encap.UDP, 6, 0, true}, {far, encap.VXLAN, 5, 0, true}, {"nobody", encap.UDP, 5, 0, false}, {far, 200, 5, 0, false}} {
-		if n, ok := f.s.Arrived(tc.id, tc.m, tc.nonce); n != tc.n || ok != tc.ok {
+		if n, ok := f.s.Arrived(f.now.Add(trainMemory), tc.id, tc.m, tc.nonce); n != tc.n || ok != tc.ok {
 			t.Errorf("%+v: %d, %v", tc, n, ok)
 		}
 	}
+	// The train may have reached this agent before it was restarted.
+	if _, ok := f.s.Arrived(f.now.Add(trainMemory-1), far, encap.UDP, 6); ok {
+		t.Error("an agent that has just begun says that nothing of a train has arrived")
+	}
+	if n, ok := f.s.Arrived(f.now.Add(trainMemory-1), far, encap.UDP, 5); n != 4 || !ok {
+		t.Errorf("of a train that it has seen: %d, %v", n, ok)
+	}
 	f.s.Car(far, encap.UDP, 6, 0)
-	if n, _ := f.s.Arrived(far, encap.UDP, 5); n != 0 {
+	if n, _ := f.s.Arrived(f.now, far, encap.UDP, 5); n != 0 {
 		t.Errorf("%d packets of an older train", n)
 	}
 }

@@ -175,6 +175,10 @@ func traffic(c api.Counters) string {
 		fmt.Sprintf("out %s packets, %s%s", count(c.TxPackets), byteSize(c.TxBytes), batch(c.TxPackets, c.TxSends, "send")),
 		fmt.Sprintf("in %s packets, %s%s", count(c.RxPackets), byteSize(c.RxBytes), batch(c.RxPackets, c.RxReceives, "receive")),
 	}
+	if c.DirectTxPackets+c.DirectRxPackets > 0 {
+		parts = append(parts, fmt.Sprintf("directly out %s packets, %s, in %s packets, %s",
+			count(c.DirectTxPackets), byteSize(c.DirectTxBytes), count(c.DirectRxPackets), byteSize(c.DirectRxBytes)))
+	}
 	for _, x := range []struct {
 		n    uint64
 		what string

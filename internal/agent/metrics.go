@@ -65,8 +65,10 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 var (
-	mPackets  = desc("packets_total", "Inner packets and super-packets moved.", "direction")
-	mBytes    = desc("bytes_total", "Inner bytes moved.", "direction")
+	mPackets  = desc("packets_total", "Inner packets and super-packets moved through the tunnel.", "direction")
+	mBytes    = desc("bytes_total", "Inner bytes moved through the tunnel.", "direction")
+	mDirectP  = desc("direct_packets_total", "Packets and super-packets that the kernel forwarded directly.", "direction")
+	mDirectB  = desc("direct_bytes_total", "Bytes that the kernel forwarded directly.", "direction")
 	mBatches  = desc("batches_total", "Messages handed to (tx) or taken from (rx) the underlay's sockets.", "direction")
 	mDrops    = desc("drops_total", "Packets dropped, by reason.", "reason")
 	mFallback = desc("gso_fallbacks_total", "Trains that the kernel refused and that were sent as single packets.")
@@ -85,7 +87,7 @@ var (
 	mRTT      = desc("peer_rtt_seconds", "Smoothed round trip time of the active path.", "peer", "encapsulation")
 	mLoss     = desc("peer_loss_ratio", "Loss of the active path's probes.", "peer", "encapsulation")
 	mMTU      = desc("peer_mtu_bytes", "Largest inner packet proven on the active path.", "peer", "encapsulation")
-	mPeerB    = desc("peer_bytes_total", "Inner bytes exchanged with the peer.", "peer", "direction")
+	mPeerB    = desc("peer_bytes_total", "Inner bytes exchanged with the peer, through the tunnel or directly.", "peer", "direction")
 )
 
 // Describe implements prometheus.Collector; the set depends on the peers, so it is left unchecked.
@@ -109,6 +111,10 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	counter(mPackets, k.RxPackets, "rx")
 	counter(mBytes, k.TxBytes, "tx")
 	counter(mBytes, k.RxBytes, "rx")
+	counter(mDirectP, k.DirectTxPackets, "tx")
+	counter(mDirectP, k.DirectRxPackets, "rx")
+	counter(mDirectB, k.DirectTxBytes, "tx")
+	counter(mDirectB, k.DirectRxBytes, "rx")
 	counter(mBatches, k.TxSends, "tx")
 	counter(mBatches, k.RxReceives, "rx")
 	for reason, n := range st.Drops {

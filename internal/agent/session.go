@@ -94,14 +94,15 @@ type masquerading struct {
 
 // hostSide reconciles the host's routes, addresses and nftables.
 type hostSide struct {
-	host       *hostnet.Reconciler
-	leftMTU    map[netip.Prefix]int               // of the routes that an earlier run left, in bytes
-	leftHosts  []hostnet.HostRoute                // likewise, of those to members' hosts
-	leftDirect map[netip.Prefix]hostnet.PeerRoute // likewise, the direct ones; loop's own
-	conflist   *conflist.Publisher
-	pods       *podnet.Host                 // source checks and routes of this host's pods
-	disturbed  chan struct{}                // another program changed the host's network
-	masquerade atomic.Pointer[masquerading] // a reload may change it
+	host          *hostnet.Reconciler
+	leftMTU       map[netip.Prefix]int               // of the routes that an earlier run left, in bytes
+	leftHosts     []hostnet.HostRoute                // likewise, of those to members' hosts
+	leftDirect    map[netip.Prefix]hostnet.PeerRoute // likewise, the direct ones; loop's own
+	conflist      *conflist.Publisher
+	directTraffic directTraffic
+	pods          *podnet.Host                 // source checks and routes of this host's pods
+	disturbed     chan struct{}                // another program changed the host's network
+	masquerade    atomic.Pointer[masquerading] // a reload may change it
 
 	mu        sync.Mutex        // guards the fields below, which loop writes and status reads
 	conflicts []hostnet.Problem // of the last reconcile

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
@@ -47,10 +48,13 @@ func (s *session) fill(st *api.Status) {
 	st.Node.Prefixes = v.own
 	st.Node.Blocks = s.blocks(now)
 	st.Cluster = s.clusterStatus(v)
-	for i := range v.peers {
-		st.Peers = append(st.Peers, s.peer(v, &v.peers[i]))
-	}
 	s.fillCounters(st)
+	direct, all := s.countDirect(v)
+	c := &st.Counters
+	c.DirectTxPackets, c.DirectTxBytes, c.DirectRxPackets, c.DirectRxBytes = all.TxPackets, all.TxBytes, all.RxPackets, all.RxBytes
+	for i := range v.peers {
+		st.Peers = append(st.Peers, s.peer(v, &v.peers[i], direct[v.peers[i].id]))
+	}
 	s.fillGossip(st)
 	st.IPAM = s.ipamSummary(v, st.Node.Blocks)
 	st.Problems = s.problems(v)
@@ -93,8 +97,8 @@ func (s *session) clusterStatus(v *view) api.Cluster {
 	return c
 }
 
-// peer is one line of `tulle peers`.
-func (s *session) peer(v *view, p *peerView) api.Peer {
+// peer is one line of `tulle peers`. direct is what was exchanged with it beside the tunnel.
+func (s *session) peer(v *view, p *peerView, direct hostnet.Counts) api.Peer {
 	count := s.engine.PeerStats(p.id)
 	var leaves []string
 	if named := s.sizes.Load().links; slices.ContainsFunc(p.leaves, func(d string) bool { return !slices.Contains(named, d) }) {
@@ -103,7 +107,8 @@ func (s *session) peer(v *view, p *peerView) api.Peer {
 	out := api.Peer{
 		Name: p.name, ID: p.id, Version: p.version, ClockSkewMS: s.probes.skew(p.id).Milliseconds(), State: p.state, Since: p.since, Reason: p.why, Underlay: p.underlay, Leaves: leaves, Prefixes: p.prefixes,
 		Path:      s.path(p, p.main(v)),
-		TxPackets: count.TxPackets, TxBytes: count.TxBytes, RxPackets: count.RxPackets, RxBytes: count.RxBytes,
+		TxPackets: count.TxPackets + direct.TxPackets, TxBytes: count.TxBytes + direct.TxBytes,
+		RxPackets: count.RxPackets + direct.RxPackets, RxBytes: count.RxBytes + direct.RxBytes,
 	}
 	for _, m := range s.modes(v, p) {
 		out.Candidates = append(out.Candidates, api.Candidate{Path: s.path(p, m), Active: p.active(v, m), Endpoint: s.outer(p, m)})

@@ -127,7 +127,7 @@ type Peer struct {
 	Prefixes    []netip.Prefix `json:"prefixes"`
 	Path        Path           `json:"path"`       // the one in use
 	Candidates  []Candidate    `json:"candidates"` // all of them, in order of preference
-	TxPackets   uint64         `json:"tx_packets"`
+	TxPackets   uint64         `json:"tx_packets"` // through the tunnel or directly, since the agent started
 	TxBytes     uint64         `json:"tx_bytes"`
 	RxPackets   uint64         `json:"rx_packets"`
 	RxBytes     uint64         `json:"rx_bytes"`
@@ -166,8 +166,13 @@ type Problem struct {
 	Since   time.Time `json:"since,omitzero"`
 }
 
-// Counters are totals since the agent started. Tx is from pods to the underlay, Rx the other direction. Both count inner packets.
+// Counters are totals since the agent started. Tx is from pods to the underlay, Rx the other direction. Both count inner packets
+// of the tunnel. The fields Direct… count those of the direct path, whose packets the kernel forwards; a super-packet is one.
 type Counters struct {
+	DirectTxPackets uint64 `json:"direct_tx_packets"`
+	DirectTxBytes   uint64 `json:"direct_tx_bytes"`
+	DirectRxPackets uint64 `json:"direct_rx_packets"`
+	DirectRxBytes   uint64 `json:"direct_rx_bytes"`
 	TxPackets       uint64 `json:"tx_packets"`
 	TxBytes         uint64 `json:"tx_bytes"`
 	TxSends         uint64 `json:"tx_sends"` // messages handed to the underlay's kernel; TxPackets/TxSends is the mean batch

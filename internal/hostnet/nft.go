@@ -101,6 +101,7 @@ type nftSet struct {
 	name     string
 	key      nftables.SetDatatype
 	interval bool
+	counted  bool // its elements have counters; unknown of a set that was read
 	elements []nftables.SetElement
 }
 
@@ -125,12 +126,14 @@ func (p *pass) reconcileTable() error {
 	if err != nil {
 		return fmt.Errorf("hostnet: read the nftables table inet %s: %w (is the kernel module nf_tables there?)", Table, err)
 	}
+	p.r.counts.want(want)
 	object := "nft table inet " + Table
 	is := object + " " + want.digest()
 	if have == nil || !have.sameShape(want) {
 		if err := c.write(want, have != nil); err != nil {
 			return fmt.Errorf("hostnet: write the nftables table inet %s: %w", Table, err)
 		}
+		p.r.counts.ended(have, nil)
 		was := ""
 		if have != nil {
 			was = "another content"
@@ -159,6 +162,7 @@ func (p *pass) reconcileTable() error {
 	if err := c.conn.Flush(); err != nil {
 		return fmt.Errorf("hostnet: change the sets of nftables table inet %s: %w", Table, err)
 	}
+	p.r.counts.ended(have, want)
 	for i, s := range want.sets {
 		if !slices.EqualFunc(have.sets[i].elements, s.elements, sameElement) {
 			p.put(object+" set "+s.name, have.sets[i].text(), s.text())
@@ -234,11 +238,15 @@ func (t *nftTable) sort() {
 	slices.SortFunc(t.chains, func(a, b nftChain) int { return cmp.Compare(a.name, b.name) })
 	slices.SortFunc(t.sets, func(a, b nftSet) int { return cmp.Compare(a.name, b.name) })
 	for _, s := range t.sets {
-		slices.SortFunc(s.elements, func(a, b nftables.SetElement) int {
-			// An interval's end may be the next one's start.
-			return cmp.Or(bytes.Compare(a.Key, b.Key), cmp.Compare(flag(b.IntervalEnd), flag(a.IntervalEnd)))
-		})
+		sortElements(s.elements)
 	}
+}
+
+func sortElements(all []nftables.SetElement) {
+	slices.SortFunc(all, func(a, b nftables.SetElement) int {
+		// An interval's end may be the next one's start.
+		return cmp.Or(bytes.Compare(a.Key, b.Key), cmp.Compare(flag(b.IntervalEnd), flag(a.IntervalEnd)))
+	})
 }
 
 func flag(b bool) int {
@@ -316,6 +324,12 @@ func (c *nftConn) write(t *nftTable, replace bool) error {
 // exchange puts the commands into the batch that make have's elements want's.
 func (c *nftConn) exchange(have, want nftSet) error {
 	set := want.object()
+	if want.counted { // what stays keeps its counters
+		if err := c.elements(c.conn.SetDeleteElements, set, otherIntervals(have.elements, want.elements)); err != nil {
+			return err
+		}
+		return c.elements(c.conn.SetAddElements, set, otherIntervals(want.elements, have.elements))
+	}
 	if want.interval {
 		// Neighbouring intervals share keys: exchanged as a whole. They are few.
 		c.conn.FlushSet(set)
@@ -356,7 +370,7 @@ func (c *nftConn) elements(put func(*nftables.Set, []nftables.SetElement) error,
 }
 
 func (s *nftSet) object() *nftables.Set {
-	return &nftables.Set{Table: ourTable, Name: s.name, KeyType: s.key, Interval: s.interval}
+	return &nftables.Set{Table: ourTable, Name: s.name, KeyType: s.key, Interval: s.interval, Counter: s.counted}
 }
 
 // remove deletes the table if it is there.

@@ -23,6 +23,10 @@ const (
 	setMembers  = "members"
 	setKept     = "no_masquerade"
 	setPorts    = "tunnel_ports"
+	setDirectTx = "direct_tx"
+	setDirectRx = "direct_rx"
+	chainIn     = "input"
+	chainFwd    = "forward"
 	chainPre    = "prerouting"
 	chainOut    = "output"
 	chainRawOut = "output_raw"
@@ -79,11 +83,17 @@ var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
 //     they would fill the connection table with one entry a source port;
 //   - output (priority filter): no ICMP error goes out about protocols 4 and 41, which
 //     our raw sockets serve beside the kernel, and no redirect into the tunnel;
-//   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade.
+//   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade;
+//   - input, forward, output (priority filter and above), with Direct only: the sets direct_tx and direct_rx count what goes to and comes
+//     from each peer's prefix beside the tunnel. The rules decide nothing.
 func buildTable(s *State) (*nftTable, error) {
 	pre := nftChain{name: chainPre, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw}
 	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
 	out := nftChain{name: chainOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter}
+	// What other chains drop is not counted.
+	late := nftables.ChainPriorityRef(*nftables.ChainPriorityFilter + 10)
+	fwd := nftChain{name: chainFwd, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: late}
+	input := nftChain{name: chainIn, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: late}
 	post := nftChain{name: chainPost, kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource}
 
 	t := &nftTable{}
@@ -110,7 +120,9 @@ func buildTable(s *State) (*nftTable, error) {
 			nftSet{name: setOwn + f.suffix, key: f.key, interval: true, elements: intervals(s.Own, f.v4)},
 			nftSet{name: setCluster + f.suffix, key: f.key, interval: true, elements: intervals(s.ClusterCIDRs, f.v4)},
 			nftSet{name: setKept + f.suffix, key: f.key, interval: true, elements: intervals(s.NoMasquerade, f.v4)},
-			nftSet{name: setMembers + f.suffix, key: f.key, elements: hosts(s.Members, f.v4)})
+			nftSet{name: setMembers + f.suffix, key: f.key, elements: hosts(s.Members, f.v4)},
+			nftSet{name: setDirectTx + f.suffix, key: f.key, interval: true, counted: true, elements: counted(s, f.v4)},
+			nftSet{name: setDirectRx + f.suffix, key: f.key, interval: true, counted: true, elements: counted(s, f.v4)})
 		isFamily := equal(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, f.proto)
 		isICMP := equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, f.icmp)
 		version := "IPv" + f.suffix
@@ -138,6 +150,16 @@ func buildTable(s *State) (*nftTable, error) {
 		add(&out, "no redirects into the tunnel, "+version, all(isFamily, isICMP,
 			equal(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, ifname(s.Tun)...),
 			equal(transport(0, 1), f.redirect), drop)...)
+		if s.Direct != "" {
+			beside := func(key expr.MetaKey, device string) []expr.Any {
+				return notEqual(&expr.Meta{Key: key, Register: 1}, ifname(device)...)
+			}
+			to, from := in(f.address(f.dst), setDirectTx+f.suffix), in(f.address(f.src), setDirectRx+f.suffix)
+			add(&fwd, "count what goes directly, "+version, all(isFamily, beside(expr.MetaKeyOIFNAME, s.Tun), beside(expr.MetaKeyIIFNAME, s.Direct), to)...)
+			add(&fwd, "count what comes directly, "+version, all(isFamily, beside(expr.MetaKeyIIFNAME, s.Tun), beside(expr.MetaKeyOIFNAME, s.Direct), from)...)
+			add(&out, "count what this host sends directly, "+version, all(isFamily, beside(expr.MetaKeyOIFNAME, s.Tun), to)...)
+			add(&input, "count what comes directly for this host, "+version, all(isFamily, beside(expr.MetaKeyIIFNAME, s.Tun), from)...)
+		}
 		if s.Masquerade {
 			add(&post, "masquerade own pods to the outside, "+version, all(isFamily,
 				in(f.address(f.src), setOwn+f.suffix),
@@ -150,6 +172,9 @@ func buildTable(s *State) (*nftTable, error) {
 		}
 	}
 	t.chains = append(t.chains, pre, rawOut, out)
+	if s.Direct != "" {
+		t.chains = append(t.chains, fwd, input)
+	}
 	if s.Masquerade {
 		t.chains = append(t.chains, post)
 	}

@@ -39,6 +39,7 @@ type Reconciler struct {
 	// applied holds what the last Reconcile wanted and got, by object: it tells a repair
 	// from a change that the State asked for.
 	applied map[string]string
+	counts  directCounts
 
 	wantMu sync.Mutex
 	want   wanted // what Watch compares events with

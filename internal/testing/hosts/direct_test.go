@@ -1,0 +1,147 @@
+package hosts_test
+
+import (
+	"fmt"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/testing/hosts"
+)
+
+// subnet makes hosts in one subnet, named a, b … at 10.0.1.11 and so on, and their agents, of which the first starts the cluster.
+func subnet(t *testing.T, count int, args ...string) (hs []*hosts.Host, agents []*hosts.Agent) {
+	t.Helper()
+	n := hosts.New(t)
+	sw := n.Switch()
+	for i := range count {
+		h := n.Host(string(rune('a' + i)))
+		h.Plug(sw, "eth0", fmt.Sprintf("10.0.1.%d/24", 11+i))
+		first := []string{"--join", "10.0.1.11"}
+		if i == 0 {
+			first = []string{"--bootstrap", "--cluster-cidr", "10.244.0.0/16"}
+		}
+		hs, agents = append(hs, h), append(agents, h.Agent(append(first, args...)...))
+	}
+	for _, a := range agents {
+		a.Ready(20 * time.Second)
+	}
+	return hs, agents
+}
+
+// goes is nil once packets to a peer go by a path.
+func goes(a *hosts.Agent, peer, mode string) error {
+	p, err := peerOf(a, peer)
+	if err == nil && (p.Path.Mode != mode || p.Path.State != api.PathUp) {
+		err = fmt.Errorf("%s to %s: %s is %s (%s)", a.Host.Name, peer, p.Path.Mode, p.Path.State, p.Path.Reason)
+	}
+	return err
+}
+
+func peerOf(a *hosts.Agent, name string) (api.Peer, error) {
+	st, err := a.TryStatus()
+	for _, p := range st.Peers {
+		if p.Name == name {
+			return p, nil
+		}
+	}
+	if err == nil {
+		err = fmt.Errorf("%s does not know %s", a.Host.Name, name)
+	}
+	return api.Peer{}, err
+}
+
+// Packets that the kernels forward directly count for the peer, each once, also while they take the tunnel for a time, and probes do not.
+func TestDirectTrafficCounts(t *testing.T) {
+	t.Parallel()
+	hs, agents := subnet(t, 2)
+	pa, pb := agents[0].Pod("pa"), agents[1].Pod("pb")
+	var to *net.UDPConn
+	if err := pb.Do(func() (err error) {
+		to, err = net.ListenUDP("udp4", net.UDPAddrFromAddrPort(netip.AddrPortFrom(pb.IPv4(), 7000)))
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer to.Close()
+	send := func(n int) {
+		t.Helper()
+		var from net.Conn
+		if err := pa.Do(func() (err error) {
+			from, err = net.Dial("udp4", netip.AddrPortFrom(pb.IPv4(), 7000).String())
+			return err
+		}); err != nil {
+			t.Fatal(err)
+		}
+		defer from.Close()
+		buf := make([]byte, 100)
+		for i := range n { // one after the other: none is lost, none is joined to another
+			if _, err := from.Write(buf); err != nil {
+				t.Fatal(err)
+			}
+			_ = to.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if _, err := to.Read(buf); err != nil {
+				t.Fatalf("datagram %d: %v", i, err)
+			}
+		}
+	}
+	const n, size = 50, 128
+	check := func(when string, before [2]api.Peer, direct uint64) {
+		t.Helper()
+		hosts.Within(t, 5*time.Second, when, func() error {
+			after, before := [2]api.Peer{}, before
+			for i, name := range []string{"b", "a"} {
+				var err error
+				if after[i], err = peerOf(agents[i], name); err != nil {
+					return err
+				}
+			}
+			tx, rx := after[0].TxPackets-before[0].TxPackets, after[1].RxPackets-before[1].RxPackets
+			txBytes, rxBytes := after[0].TxBytes-before[0].TxBytes, after[1].RxBytes-before[1].RxBytes
+			if tx != n || rx != n || txBytes != n*size || rxBytes != n*size {
+				return fmt.Errorf("%s: %d packets and %d bytes sent, %d and %d received, want %d and %d", when, tx, txBytes, rx, rxBytes, n, n*size)
+			}
+			if c := agents[0].Status().Counters; c.DirectTxPackets != direct {
+				return fmt.Errorf("%s: %d packets directly, want %d", when, c.DirectTxPackets, direct)
+			}
+			return nil
+		})
+	}
+	now := func() (out [2]api.Peer) {
+		t.Helper()
+		for i, name := range []string{"b", "a"} {
+			var err error
+			if out[i], err = peerOf(agents[i], name); err != nil {
+				t.Fatal(err)
+			}
+		}
+		return out
+	}
+	both := func(mode string) {
+		t.Helper()
+		hosts.Within(t, 30*time.Second, "packets go by "+mode, func() error {
+			if err := goes(agents[0], "b", mode); err != nil {
+				return err
+			}
+			return goes(agents[1], "a", mode)
+		})
+	}
+	both("direct")
+	send(1) // neighbours are found
+	already := agents[0].Status().Counters.DirectTxPackets
+	before := now()
+	send(n)
+	check("directly", before, already+n)
+	hs[1].Run("nft", "add table inet t; add chain inet t c { type filter hook prerouting priority -300; }; add rule inet t c iifname eth0 ip saddr 10.244.0.0/16 drop")
+	both("udp")
+	before = now()
+	send(n)
+	check("through the tunnel", before, already+n)
+	hs[1].Run("nft", "delete table inet t")
+	both("direct")
+	before = now()
+	send(n)
+	check("directly again", before, already+2*n)
+}

@@ -17,11 +17,12 @@ const (
 	Rate       = "rate"       // UDP datagrams a second without loss, goodput, CPU per packet
 	Delay      = "latency"    // ping-pong and fixed rate, TCP transactions
 	Memory     = "memory"
-	InParts    = "in-parts" // TCP requests in two writes without TCP_NODELAY; only when asked for
+	Time       = "breakdown" // where the time of packets goes in Tulle's agents
+	InParts    = "in-parts"  // TCP requests in two writes without TCP_NODELAY; only when asked for
 )
 
 // Measures lists the groups of measures.
-func Measures() []string { return []string{Throughput, Delay, Rate, Memory, InParts} }
+func Measures() []string { return []string{Throughput, Delay, Rate, Memory, Time, InParts} }
 
 // measure is one measure of a round. take fills in a part of the round.
 type measure struct {
@@ -51,10 +52,13 @@ func (o *AllOptions) measures() []measure {
 	out = append(out,
 		measure{Delay, "TCP requests on one connection", true, takeLatency(result.RR, 0, false)},
 		measure{Delay, "TCP connections with a request", true, takeLatency(result.CRR, 0, false)},
+		measure{Time, "time in the agents, ping-pong", true, takeBreakdown(result.TracePing)},
 		measure{Throughput, "UDP throughput, one flow", false, takeFlood(1)},
 		measure{Throughput, "UDP throughput, four flows", false, takeFlood(4)},
 		measure{Rate, "UDP rate at 64 bytes", false, takeUDP(64)},
 		measure{Rate, "UDP rate of full packets", false, takeUDP(fullPackets)},
+		measure{Time, "time in the agents, TCP", false, takeBreakdown(result.TraceTCP)},
+		measure{Time, "time in the agents, UDP", false, takeBreakdown(result.TraceUDP)},
 		measure{Memory, "memory", false, takeMemory},
 	)
 	if len(o.Measures) == 0 {

@@ -19,6 +19,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/trace"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
@@ -62,6 +63,7 @@ type Engine struct {
 
 	drops    [encap.NumDrops]atomic.Uint64
 	tap      capture.Tap
+	tracer   trace.Tracer
 	stats    stats
 	updated  chan struct{} // closed by the first Update
 	first    sync.Once     // of Update

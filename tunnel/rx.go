@@ -11,6 +11,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/trace"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
@@ -73,6 +74,7 @@ type rxWorker struct {
 
 	in     header.Inner
 	counts batchStats
+	span   trace.Span
 	sign
 }
 
@@ -120,24 +122,41 @@ func (w *rxWorker) refresh() {
 func (w *rxWorker) drain() (got int, err error) {
 	for !w.e.stopping.Load() {
 		w.refresh()
+		w.span.Begin(&w.e.tracer)
+		w.span.To(trace.Receive)
 		n, err := w.sock.Recv(w.batch)
+		w.span.To(trace.Decapsulate)
 		if err != nil {
+			w.span.End()
 			if errors.Is(err, sys.ErrAgain) {
 				return got, nil
 			}
 			return got, err
 		}
 		got += n
+		if w.span.On() {
+			w.span.Received(w.datagrams(n))
+		}
 		for i := range n {
 			w.datagram(w.batch.At(i))
 		}
 		w.flush()
+		w.span.End()
 		w.counts.flush(w.e)
 		if n < w.slots {
 			return got, nil
 		}
 	}
 	return got, nil
+}
+
+// datagrams is how many packets are in the first n slots.
+func (w *rxWorker) datagrams(n int) (sum int) {
+	for i := range n {
+		r := w.batch.At(i)
+		sum += int(segments(len(r.Data), r.SegmentSize))
+	}
+	return sum
 }
 
 // datagram handles one receive slot: one packet, or a train that UDP_GRO has joined.
@@ -288,8 +307,7 @@ func (w *rxWorker) deliver(inner []byte) {
 		// network card would have cut it and written that.
 		if h, joined := offload.RawVnetHdr(inner, w.from.mtu); joined {
 			w.flush()
-			w.counts.writes++
-			w.tun.write(w.e, h, inner)
+			w.write(h, inner)
 			return
 		}
 	}
@@ -298,15 +316,24 @@ func (w *rxWorker) deliver(inner []byte) {
 	}
 	w.flush()
 	if !w.join.Add(inner) {
-		w.counts.writes++
-		w.tun.write(w.e, offload.VnetHdr{}, inner)
+		w.write(offload.VnetHdr{}, inner)
 	}
+}
+
+// write writes one packet, or one that the kernel has joined.
+func (w *rxWorker) write(h offload.VnetHdr, inner []byte) {
+	w.counts.writes++
+	was := w.span.To(trace.Write)
+	w.tun.write(w.e, h, inner)
+	w.span.To(was)
 }
 
 // flush writes the joined packets.
 func (w *rxWorker) flush() {
 	if h, parts, ok := w.join.Flush(); ok {
 		w.counts.writes++
+		was := w.span.To(trace.Write)
 		w.tun.writev(w.e, h, parts)
+		w.span.To(was)
 	}
 }

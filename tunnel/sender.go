@@ -4,6 +4,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/trace"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
@@ -123,7 +124,12 @@ func (s *sender) flush(w *txWorker) {
 
 // transmit sends the batch.
 func (s *sender) transmit(w *txWorker) {
+	was := w.span.To(trace.Send)
 	r, err := s.sock.Send(s.batch)
+	if w.span.On() {
+		w.span.To(was)
+		w.span.Sent(r.Sent)
+	}
 	w.e.sent(s.sock, r, err)
 }
 

@@ -1,9 +1,12 @@
 package tunnel
 
 import (
+	"context"
 	"sync/atomic"
+	"time"
 
 	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/trace"
 )
 
 // stats has the engine's counters, without those of drops and peers.
@@ -58,6 +61,12 @@ func (e *Engine) Stats() Stats {
 		s.LastSendError = *p
 	}
 	return s
+}
+
+// Trace measures where the time of packets goes in the workers: one of every so many batches of each is timed, for d. It fails
+// with [trace.ErrBusy] if another Trace is at work.
+func (e *Engine) Trace(ctx context.Context, every uint32, d time.Duration) (trace.Totals, error) {
+	return e.tracer.Run(ctx, every, d)
 }
 
 // PeerStats are the totals of one peer; inner packets and bytes.

@@ -11,6 +11,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/trace"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
@@ -80,6 +81,7 @@ type txWorker struct {
 	in     header.Inner
 	prefix [header.VXLANFrameLen]byte // of the present packet
 	counts batchStats
+	span   trace.Span
 	sign
 }
 
@@ -123,10 +125,13 @@ func (w *txWorker) refresh() {
 // number of reads that returned a packet.
 func (w *txWorker) drain() (got int, err error) {
 	w.refresh()
+	w.span.Begin(&w.e.tracer)
 	for reads := 1; ; reads++ {
+		w.span.To(trace.Read)
 		n, err := w.queue.Read(w.arena[w.used+spare : w.used+spare+maxRead])
 		if err != nil {
 			w.flush()
+			w.span.End()
 			if errors.Is(err, sys.ErrAgain) {
 				return got, nil
 			}
@@ -136,10 +141,12 @@ func (w *txWorker) drain() (got int, err error) {
 		w.read(w.arena[w.used : w.used+spare+n])
 		if w.used+spare+maxRead > len(w.arena) || reads == maxReads {
 			w.flush()
+			w.span.End()
 			if w.e.stopping.Load() {
 				return got, nil
 			}
 			w.refresh()
+			w.span.Begin(&w.e.tracer)
 			reads = 0
 		}
 	}
@@ -148,6 +155,7 @@ func (w *txWorker) drain() (got int, err error) {
 // read takes what one read of the queue gave: buf is the arena's, just behind what is used, and begins with the spare
 // part of the head room.
 func (w *txWorker) read(buf []byte) {
+	w.span.To(trace.Lookup)
 	if w.vnet.Decode(buf[spare:]) != nil {
 		w.drop(nil, nil, encap.DropTxMalformed)
 		return
@@ -181,6 +189,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		w.icmp.answer(w.fwd, pkt, header.TooBig, t.mtu)
 		return false
 	}
+	w.span.To(trace.Encapsulate)
 	o := w.out[outer(t.six)]
 	if o == nil {
 		w.refuse(pkt, t, encap.DropNoEncapSocket)
@@ -304,6 +313,7 @@ func (w *txWorker) flush() {
 
 // send sends everything; the arena's packets are no longer referenced.
 func (w *txWorker) send() {
+	w.span.To(trace.Encapsulate)
 	for _, o := range w.out {
 		if o == nil {
 			continue

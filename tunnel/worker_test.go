@@ -16,6 +16,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/trace"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
@@ -144,10 +145,15 @@ func (r *memRig) receive(slots ...underlay.Received) {
 	if r.rx.fwd == nil {
 		r.rx.fwd = r.e.fwd.Load()
 	}
+	r.rx.span.Begin(&r.e.tracer) // as drain does
+	r.rx.span.To(trace.Receive)
+	r.rx.span.To(trace.Decapsulate)
 	for _, s := range slots {
+		r.rx.span.Received(int(segments(len(s.Data), s.SegmentSize)))
 		r.rx.datagram(s)
 	}
 	r.rx.flush()
+	r.rx.span.End()
 	r.rx.counts.flush(r.e)
 }
 

@@ -86,6 +86,13 @@ func Pictures(r *result.Run) ([]Picture, error) {
 			}
 		}
 	}
+	for _, b := range traffics(r) {
+		p := Picture{Name: "breakdown-" + b.Traffic, Title: "Where the time of a packet goes in Tulle's agents, " + b.Title(), Note: breakdownNote}
+		fill := func(pl *plot.Plot) (bool, error) { return stacked(pl, r, b.Traffic) }
+		if err := add(p, fill, 6.5*vg.Centimeter); err != nil {
+			return nil, err
+		}
+	}
 	return out, nil
 }
 
@@ -97,7 +104,13 @@ func better(m result.Metric) string {
 }
 
 func barHeight(r *result.Run) vg.Length {
-	return vg.Length(len(r.Modes))*0.75*vg.Centimeter + 1.8*vg.Centimeter
+	measured := 0
+	for _, m := range r.Modes {
+		if m.Missing == "" {
+			measured++
+		}
+	}
+	return vg.Length(measured)*0.75*vg.Centimeter + 1.8*vg.Centimeter
 }
 
 // latencies are the measures of latency, once each.

@@ -62,6 +62,9 @@ func Compare(a, b *Run, threshold float64) (*Diff, error) {
 			continue
 		}
 		for _, metric := range a.Metrics {
+			if metric.explains() {
+				continue
+			}
 			va, vb := Column(m.Rounds, metric.Key), Column(other.Rounds, metric.Key)
 			switch {
 			case len(va) >= IntervalRounds && len(vb) >= IntervalRounds:

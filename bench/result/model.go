@@ -110,7 +110,9 @@ type Round struct {
 	Latency []Latency          `json:"latency,omitempty"`
 	UDP     []RateSearch       `json:"udp,omitempty"`
 	Floods  []Flood            `json:"floods,omitempty"`
-	RSS     uint64             `json:"rss_bytes,omitempty"` // of the largest process of the tunnel
+	// Breakdown is where the time of packets goes inside the agents, for several kinds of traffic.
+	Breakdown []Breakdown `json:"breakdown,omitempty"`
+	RSS       uint64      `json:"rss_bytes,omitempty"` // of the largest process of the tunnel
 	// Crossing is what went through a lab's router while TCP was measured.
 	Crossing Crossing `json:"crossing,omitzero"`
 }

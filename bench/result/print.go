@@ -351,7 +351,7 @@ func Digits(v float64) string {
 
 // Compared reports whether ratios of a metric are printed: medians and totals, not the tails.
 func (m Metric) Compared() bool {
-	return !strings.HasSuffix(m.Unit, "%") && m.Key != "rss_mb" && m.Group != "CPU per packet" &&
+	return !m.explains() && !strings.HasSuffix(m.Unit, "%") && m.Key != "rss_mb" && m.Group != "CPU per packet" &&
 		(m.Unit != "µs" || strings.HasSuffix(m.Key, "_p50_us")) && (m.Group != "CPU" || m.Key == "cpu_s_per_gb")
 }
 

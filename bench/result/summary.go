@@ -91,6 +91,9 @@ func (d *Round) derive(f *found) {
 		f.add(Metric{key + "_gbps", title, "Gb/s", true, "UDP throughput"}, fl.Trial.Rate()*float64(fl.Payload)*8/1e9)
 		f.add(Metric{key + "_loss", title + " loss", "%", false, "UDP throughput"}, 100*fl.Trial.Loss())
 	}
+	for _, b := range d.Breakdown {
+		b.derive(f)
+	}
 	if d.RSS > 0 {
 		f.add(Metric{"rss_mb", "memory", "MB", false, "memory"}, float64(d.RSS)/1e6)
 	}

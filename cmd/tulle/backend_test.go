@@ -267,6 +267,10 @@ var echoRequest = []byte{
 	8, 0, 0, 0, 0, 7, 0, 1,
 }
 
+func (f *fixture) Trace(context.Context, api.TraceRequest) (api.Trace, error) {
+	return api.Trace{}, nil
+}
+
 func (f *fixture) Capture(ctx context.Context, _ api.CaptureRequest, each func(api.CaptureEvent) error) error {
 	for _, e := range []api.CaptureEvent{
 		{Time: f.born},

@@ -147,6 +147,11 @@ func (c *Client) LogLevel(ctx context.Context, req LogLevelRequest) (LogLevel, e
 	return call[LogLevel](ctx, c, "POST", "/v1/log-level", req)
 }
 
+// Trace times a sample of packets in the agent. It answers when the trace has ended.
+func (c *Client) Trace(ctx context.Context, req TraceRequest) (Trace, error) {
+	return call[Trace](ctx, c, "POST", "/v1/trace", req)
+}
+
 // call is a function because methods have no type parameters.
 func call[Resp any](ctx context.Context, c *Client, method, path string, req any) (resp Resp, err error) {
 	res, err := c.open(ctx, method, path, req)

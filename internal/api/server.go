@@ -83,6 +83,7 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	get(s, "POST /v1/reload", b.Reload)
 	post(s, "POST /v1/log-level", LogLevelRequest.validate, b.LogLevel)
 	s.mux.HandleFunc("POST /v1/capture", s.capture)
+	post(s, "POST /v1/trace", TraceRequest.validate, b.Trace)
 
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		fail(w, Errorf(CodeNotFound, "this agent does not know %s %s", r.Method, r.URL.Path).

@@ -113,6 +113,10 @@ func (e *echo) Reload(ctx context.Context) (ReloadResult, error) {
 func (e *echo) LogLevel(ctx context.Context, r LogLevelRequest) (LogLevel, error) {
 	return LogLevel{Old: "info", New: r.Level}, e.do(ctx, r)
 }
+func (e *echo) Trace(ctx context.Context, r TraceRequest) (Trace, error) {
+	return Trace{Sent: 7, Stages: []TraceStage{{Name: "read", Time: time.Microsecond, PerPacket: 142.9}}}, e.do(ctx, r)
+}
+
 func (e *echo) Capture(ctx context.Context, r CaptureRequest, each func(CaptureEvent) error) error {
 	if err := e.do(ctx, r); err != nil {
 		return err
@@ -167,7 +171,7 @@ func TestEveryVerb(t *testing.T) {
 		"Free":     FreeRequest{ID: "pod/eth0"}, "Forget": ForgetRequest{Node: "node-b", Force: true},
 		"ExternalAdd": ExternalRequest{Prefix: prefix, Endpoint: netip.MustParseAddr("192.0.2.9"), Encapsulation: "ipip"}, "ExternalRemove": netip.MustParsePrefix("fd00::/64"),
 		"KeyInstall": KeyRequest{Key: []byte(strings.Repeat("k", KeySize))}, "KeyUse": KeyRequest{ID: "k1"}, "KeyRemove": KeyRequest{ID: "k1"},
-		"LogLevel": LogLevelRequest{Level: "debug"},
+		"LogLevel": LogLevelRequest{Level: "debug"}, "Trace": TraceRequest{Duration: time.Second, Every: 3},
 	}
 	for m := range verbs.Methods() {
 		if m.Name == "Capture" { // it streams: TestCapture

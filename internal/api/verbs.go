@@ -36,6 +36,9 @@ type Backend interface {
 	Reload(ctx context.Context) (ReloadResult, error)
 	LogLevel(ctx context.Context, req LogLevelRequest) (LogLevel, error)
 
+	// Trace times a sample of packets in the agent for a while.
+	Trace(ctx context.Context, req TraceRequest) (Trace, error)
+
 	// Capture calls each with packets until ctx ends or each returns an error. It calls each once at the start, with an
 	// event without a packet, and again now and then while there is no packet.
 	Capture(ctx context.Context, req CaptureRequest, each func(CaptureEvent) error) error

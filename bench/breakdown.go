@@ -1,0 +1,106 @@
+package bench
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
+	"github.com/tulle-net/tulle/internal/api"
+)
+
+// traceMargin is how much longer than a trace its traffic runs.
+const traceMargin = 200 * time.Millisecond
+
+// takeBreakdown lets the agents of a mode trace a sample of packets while traffic of a kind runs. Where no agent carries
+// packets nothing is measured: what the kernel's tunnels and wireguard-go do inside is not known.
+func takeBreakdown(kind string) func(context.Context, *AllOptions, *stand, *result.Round) error {
+	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
+		if s.paths == "" || s.paths == Direct {
+			return nil
+		}
+		length := min(o.Duration, api.MaxTrace)
+		moved := make(chan error, 1)
+		go func() { moved <- s.move(ctx, kind, o.warm()+length+traceMargin) }()
+		err := traffic.Sleep(ctx, o.warm())
+		var b result.Breakdown
+		if err == nil {
+			b, err = s.traceAgents(ctx, length)
+		}
+		if err := errors.Join(err, <-moved); err != nil {
+			return err
+		}
+		b.Traffic = kind
+		d.Breakdown = append(d.Breakdown, b)
+		return nil
+	}
+}
+
+// move runs traffic of a kind of Breakdown for d.
+func (s *stand) move(ctx context.Context, kind string, d time.Duration) error {
+	var err error
+	switch kind {
+	case result.TraceTCP:
+		_, err = measureTCP(ctx, &s.ends, 1, 0, d, s.tunnel.pids)
+	case result.TraceUDP:
+		_, err = udpTrial(ctx, &s.ends, 64, 1, 0, d, s.tunnel.pids)
+	default:
+		_, err = placed(s.tunnel.pids, true, func(cpus Sides) (*result.Latency, error) {
+			return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) { return traffic.PingPong(ctx, fd, 64, 0, d) })
+		})
+	}
+	return err
+}
+
+// traceAgents traces both agents at once. Of the agent that sends it takes the stages until the packet is sent, of the other
+// one those after that.
+func (s *stand) traceAgents(ctx context.Context, d time.Duration) (result.Breakdown, error) {
+	type outcome struct {
+		api.Trace
+		err error
+	}
+	var found [2]outcome
+	ended := make(chan int, 2)
+	for i, h := range s.lab.Hosts() {
+		go func() {
+			c, err := s.lab.Client(h.Name)
+			if err == nil {
+				found[i].Trace, err = c.Trace(ctx, api.TraceRequest{Duration: d})
+			}
+			found[i].err = err
+			ended <- i
+		}()
+	}
+	var b result.Breakdown
+	var err error
+	for range found {
+		if i := <-ended; found[i].err != nil {
+			err = errors.Join(err, fmt.Errorf("trace the agent on %s: %w", s.lab.Hosts()[i].Name, found[i].err))
+		}
+	}
+	if err != nil {
+		return b, err
+	}
+	b.Sent, b.Received = found[0].Sent, found[1].Received
+	if b.Sent == 0 || b.Received == 0 {
+		return b, fmt.Errorf("the agents have sampled %d sent and %d received packets in %v: none passed through them", b.Sent, b.Received, d)
+	}
+	b.Interrupted = found[0].Interrupted + found[1].Interrupted
+	for i, stage := range found[0].Stages {
+		if stage.Name == result.FirstReceiving {
+			b.Stages = append(b.Stages, stagesOf(found[1].Stages[i:])...)
+			break
+		}
+		b.Stages = append(b.Stages, stagesOf(found[0].Stages[i:i+1])...)
+	}
+	return b, nil
+}
+
+func stagesOf(in []api.TraceStage) (out []result.StageTime) {
+	for _, s := range in {
+		out = append(out, result.StageTime{Name: s.Name, Nanoseconds: s.PerPacket})
+	}
+	return out
+}

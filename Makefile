@@ -7,9 +7,10 @@ PACKAGES = \
 	tshark tcpdump prometheus \
 	iperf3 sockperf ethtool iproute2 nftables iptables procps \
 	containerd docker.io busybox-static containernetworking-plugins \
-	debootstrap systemd-container lxc dbus iputils-ping
+	debootstrap systemd-container lxc dbus iputils-ping \
+	qemu-user lintian
 
-.PHONY: build demo test deps lint unit race fuzz deb release simulate soak cnikill cnitime interop bench clean
+.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop bench clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -19,13 +20,17 @@ demo: build
 	bin/tulle lab demo
 
 # Installs what the tests need, and runs all of them.
-test: deps lint build unit race fuzz
+test: deps lint arm64 build unit race fuzz
 
 deps:
 	.ci/install $(PACKAGES)
 
 lint:
 	.ci/lint
+
+# For arm64: vet over everything, and the tests of the packages without I/O, under QEMU.
+arm64:
+	.ci/arm64
 
 unit:
 	TULLE_NSPAWN=1 $(GO) test -timeout 20m ./...

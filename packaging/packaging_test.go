@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"strconv"
 	"strings"
 	"testing"
@@ -130,5 +131,25 @@ func TestSysctlNames(t *testing.T) {
 		if _, err := os.Stat(path); err != nil {
 			t.Errorf("%q: %v", line, err)
 		}
+	}
+}
+
+// Debian's own checker has nothing to say about the package that is built here; what is overridden has its reason in
+// deb/lintian-overrides.
+func TestLintian(t *testing.T) {
+	if testing.Short() {
+		t.Skip("builds the package")
+	}
+	needs(t, "lintian")
+	needs(t, "dpkg-deb")
+	cmd := exec.Command("./build", "deb", runtime.GOARCH)
+	cmd.Env, cmd.Stderr = append(os.Environ(), "VERSION=1.0.0", "OUT="+t.TempDir()), t.Output()
+	deb, err := cmd.Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("lintian", "--allow-root", "--display-info", "--fail-on", "error,warning,info", strings.TrimSpace(string(deb))).CombinedOutput()
+	if tags := strings.TrimSpace(regexp.MustCompile("(?m)^running with root .*$").ReplaceAllString(string(out), "")); err != nil || tags != "" {
+		t.Errorf("lintian: %v\n%s", err, out)
 	}
 }

@@ -202,7 +202,7 @@ func TestDecisionsAreListed(t *testing.T) {
 func TestMakeTargets(t *testing.T) {
 	makefile := page(t, "Makefile")
 	for _, name := range pages(t) {
-		for _, m := range regexp.MustCompile("(?m)(?:^ {4}|`)make ([a-z]+)").FindAllStringSubmatch(page(t, name), -1) {
+		for _, m := range regexp.MustCompile("(?m)(?:^ {4}|`)make ([a-z0-9]+)").FindAllStringSubmatch(page(t, name), -1) {
 			if !strings.Contains(makefile, "\n"+m[1]+":") {
 				t.Errorf("%s: there is no `make %s`", name, m[1])
 			}

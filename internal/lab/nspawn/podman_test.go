@@ -26,7 +26,8 @@ var podmanFiles = map[string]string{
 	"etc/containers/containers.conf": "[containers]\ncgroups = \"disabled\"\nkeyring = false\n[engine]\ncgroup_manager = \"cgroupfs\"\n" +
 		"events_logger = \"file\"\n",
 	"etc/systemd/system/podman-restart.service.d/tulle.conf": "[Unit]\nAfter=tulle.service\n",
-	"etc/containers/systemd/web.container": "[Unit]\nAfter=tulle.service\n\n[Container]\nImage=localhost/box\nNetwork=pods\nExec=/bin/busybox sleep 600\n" +
+	// Installed when its image and its network are there: else podman would look for the image elsewhere.
+	"root/web.container": "[Unit]\nAfter=tulle.service\n\n[Container]\nImage=localhost/box\nNetwork=pods\nExec=/bin/busybox sleep 600\n" +
 		"PodmanArgs=--cgroups=disabled --stop-signal=KILL\n\n[Install]\nWantedBy=multi-user.target\n",
 }
 
@@ -137,7 +138,7 @@ func TestPodmanHosts(t *testing.T) {
 	podmanRootless(t, ms)
 	each(t, ms, func(m *machine) error { return podmanRuns(m, l, networks[slices.Index(ms, m)]) })
 	each(t, ms, func(m *machine) error { _, err := m.run("systemctl", "enable", "--now", "podman-restart"); return err })
-	if _, err := ms[0].run("systemctl", "start", "web"); err != nil {
+	if _, err := ms[0].run("sh", "-ec", "install -D -m 644 /root/web.container /etc/containers/systemd/web.container; systemctl daemon-reload; systemctl start web"); err != nil {
 		t.Fatal(err)
 	}
 

@@ -11,7 +11,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -130,19 +129,6 @@ func config(l *lab.Lab) string {
 	}
 	b.WriteString("cluster_cidr: [10.244.0.0/16, \"fd00:10:244::/48\"]\n")
 	return b.String()
-}
-
-// deb builds the package in a version, with the command that users build it with.
-func deb(t *testing.T, version string) string {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(repository, "packaging/build"), "deb", runtime.GOARCH)
-	cmd.Env = append(os.Environ(), "VERSION="+version, "OUT="+t.TempDir())
-	cmd.Stderr = t.Output()
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("packaging/build deb: %v", err)
-	}
-	return strings.TrimSpace(string(out))
 }
 
 // prepare puts the configuration, and the packages to install, on a host's disk.

@@ -10,7 +10,7 @@ PACKAGES = \
 	debootstrap systemd-container lxc dbus iputils-ping \
 	qemu-user lintian
 
-.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop bench clean
+.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop bench report clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -77,9 +77,9 @@ interop:
 bench: build
 	bin/tulle bench all
 
-# The published run: docs/bench, and the table of the README drawn from it; takes most of an hour, wants a quiet machine.
+# The published run: docs/bench, and the table of the README drawn from it; takes about 22 minutes, wants a quiet machine.
 report: build
-	bin/tulle bench all --rounds 9 -v --report docs/bench
+	bin/tulle bench all --rounds 7 -v --report docs/bench
 	.ci/bench-table bin/tulle
 
 clean:

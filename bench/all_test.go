@@ -82,17 +82,31 @@ func TestAll(t *testing.T) {
 			s, ok := m.Summary[metric.Key]
 			userspace := m.Name == WireGuardGo || m.Tulle
 			switch {
+			case strings.HasPrefix(metric.Key, "trace_"):
+				if traced := slices.Contains([]string{UDP, VXLAN, IPIP}, m.Name); traced != ok {
+					t.Errorf("%s: %s is there: %v, its packets pass through agents: %v", m.Name, metric.Key, ok, traced)
+				}
 			case metric.Key == "rss_mb" && !userspace:
 				if ok {
 					t.Errorf("%s has no process, but a memory of %v", m.Name, s)
 				}
-			case (metric.Key == "cpu_s_per_gb" || metric.Key == "gbps_per_cpu") && !ok: // others used all of the machine
+			case (metric.Key == "cpu_s_per_gb" || metric.Key == "gbps_per_cpu" || metric.Group == "CPU per packet") && !ok: // others used all of the machine, or no rate held
 			case !ok || s.N != 1 || math.IsNaN(s.Median) || math.IsInf(s.Median, 0) || s.Median < 0:
 				t.Errorf("%s: %s = %+v, measured %v", m.Name, metric.Key, s, ok)
 			}
 		}
 		if c := m.Crossing(); c.Cut() > cutAllowed || c.FrameBytes() > float64(r.MTU+14) || c.FrameBytes() < float64(r.MTU)/2 {
 			t.Errorf("%s: on a wire that cuts, %d frames of %.0f bytes came to the router and %d left it", m.Name, c.InFrames, c.FrameBytes(), c.OutFrames)
+		}
+		for _, b := range m.Rounds[0].Breakdown {
+			if len(b.Stages) != 7 || b.Stages[0].Name != "read" || b.Stages[6].Name != "write" {
+				t.Errorf("%s: the stages of %s are %+v", m.Name, b.Traffic, b.Stages)
+			}
+			for _, s := range b.Stages {
+				if s.Nanoseconds <= 0 && b.Interrupted == 0 {
+					t.Errorf("%s: %s takes no time for %s", m.Name, s.Name, b.Traffic)
+				}
+			}
 		}
 		for _, u := range m.Rounds[0].UDP {
 			if len(u.Trials) == 0 || u.Trials[0].Received == 0 {
@@ -110,7 +124,7 @@ func TestAll(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Log("\n" + text.String())
-	for _, want := range append(Modes(), "FLOOR", "half RTT", r.Machines[0].Kernel) {
+	for _, want := range append(Modes(), "FLOOR", "half RTT", "TCP 1 stream: TUN read, ns", "ping-pong 64 B: sum, ns", r.Machines[0].Kernel) {
 		if !strings.Contains(text.String(), want) {
 			t.Errorf("the table lacks %q", want)
 		}

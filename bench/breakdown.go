@@ -11,8 +11,14 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// traceMargin is how much longer than a trace its traffic runs.
-const traceMargin = 200 * time.Millisecond
+const (
+	// traceMargin is how much longer than a trace its traffic runs.
+	traceMargin = 200 * time.Millisecond
+	// traceLeast is how long a trace is at least, and traceTimes how often it is tried: on a machine that is busy with other
+	// work, the sample of a short one may be empty.
+	traceLeast = 300 * time.Millisecond
+	traceTimes = 3
+)
 
 // takeBreakdown lets the agents of a mode trace a sample of packets while traffic of a kind runs. Where no agent carries
 // packets nothing is measured: what the kernel's tunnels and wireguard-go do inside is not known.
@@ -21,20 +27,25 @@ func takeBreakdown(kind string) func(context.Context, *AllOptions, *stand, *resu
 		if s.paths == "" || s.paths == Direct {
 			return nil
 		}
-		length := min(o.Duration, api.MaxTrace)
-		moved := make(chan error, 1)
-		go func() { moved <- s.move(ctx, kind, o.warm()+length+traceMargin) }()
-		err := traffic.Sleep(ctx, o.warm())
-		var b result.Breakdown
-		if err == nil {
-			b, err = s.traceAgents(ctx, length)
+		length := min(max(o.Duration, traceLeast), api.MaxTrace)
+		for range traceTimes {
+			moved := make(chan error, 1)
+			go func() { moved <- s.move(ctx, kind, o.warm()+length+traceMargin) }()
+			err := traffic.Sleep(ctx, o.warm())
+			var b result.Breakdown
+			if err == nil {
+				b, err = s.traceAgents(ctx, length)
+			}
+			if err := errors.Join(err, <-moved); err != nil {
+				return err
+			}
+			if b.Sent > 0 && b.Received > 0 {
+				b.Traffic = kind
+				d.Breakdown = append(d.Breakdown, b)
+				return nil
+			}
 		}
-		if err := errors.Join(err, <-moved); err != nil {
-			return err
-		}
-		b.Traffic = kind
-		d.Breakdown = append(d.Breakdown, b)
-		return nil
+		return fmt.Errorf("the agents have sampled no packets in %d times %v: none passed through them", traceTimes, length)
 	}
 }
 
@@ -84,9 +95,6 @@ func (s *stand) traceAgents(ctx context.Context, d time.Duration) (result.Breakd
 		return b, err
 	}
 	b.Sent, b.Received = found[0].Sent, found[1].Received
-	if b.Sent == 0 || b.Received == 0 {
-		return b, fmt.Errorf("the agents have sampled %d sent and %d received packets in %v: none passed through them", b.Sent, b.Received, d)
-	}
 	b.Interrupted = found[0].Interrupted + found[1].Interrupted
 	for i, stage := range found[0].Stages {
 		if stage.Name == result.FirstReceiving {

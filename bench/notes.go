@@ -29,6 +29,11 @@ func notes(o *AllOptions) []string {
 		fmt.Sprintf("UDP rate: the highest rate with at most %.1f %% loss in a trial of %v, counted at the receiver. Sent with sendmmsg about every %v, "+
 			"received with recvmmsg. Two of three confirming trials must hold; the result is their median. If the unpaced sender loses nothing, the sender is the limit.",
 			100*traffic.LossAllowed, o.Duration/4, traffic.Pace),
+		"UDP throughput: full packets for the pods' MTU, as fast as the senders can; each flow has its own sockets and threads. Goodput: the payload of the UDP rate of full packets.",
+		"CPU per million packets: all CPU time of the machine in the trial that gave the UDP rate, until the last datagram has arrived, per 10^6 datagrams received.",
+		"Time in the agents: mean time of each step for each packet as the underlay carries it, in one of eight batches. System calls: CPU time of the thread; the rest: elapsed. " +
+			"Waiting is not in it. Only where agents of Tulle carry the packets.",
+		"direct and no-tunnel-subnet: both hosts in one subnet, with a switch in place of the router, and the same links. They are compared with each other only.",
 		"CPU: all CPU time of the machine during one TCP stream (softirqs, sender and receiver included), without unrelated processes, per 10^9 bytes received.",
 		"Memory: resident set of the larger of the tunnel's two processes at the end of each round.",
 	}

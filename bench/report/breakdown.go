@@ -30,7 +30,7 @@ const breakdownNote = "Mean time for each packet as the underlay carries it, on 
 // stacked draws a horizontal bar for each mode that was traced, with a part for each stage.
 func stacked(p *plot.Plot, r *result.Run, traffic string) (bool, error) {
 	p.X.Label.Text = "ns per packet"
-	p.Legend.Top, p.Legend.YOffs = true, 0
+	p.Legend.Top, p.Legend.Padding = true, 2
 	var ticks []plot.Tick
 	row, most := 0, 0.0
 	for i := range slices.Backward(r.Modes) {
@@ -55,12 +55,12 @@ func stacked(p *plot.Plot, r *result.Run, traffic string) (bool, error) {
 			below = b
 			p.Add(b)
 			if row == 0 {
-				p.Legend.Add(s.Title(), b)
+				p.Legend.Add(s.Title()+"    ", b) // room: a browser's font may be wider
 			}
 			sum += s.Nanoseconds
 		}
 		most = max(most, sum)
-		ticks = append(ticks, plot.Tick{Value: float64(row), Label: fmt.Sprintf("%s  %s ", m.Name, result.Digits(sum))})
+		ticks = append(ticks, plot.Tick{Value: float64(row), Label: fmt.Sprintf("%s  %s    ", m.Name, result.Digits(sum))})
 		row++
 	}
 	p.Y.Tick.Marker = plot.ConstantTicks(ticks)

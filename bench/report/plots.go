@@ -22,6 +22,7 @@ import (
 type Picture struct {
 	Name  string // of its files, without ending
 	Title string
+	Part  string // of the page: one of Parts
 	Note  string // how to read it
 	SVG   []byte // with a transparent ground; black is currentColor
 	PNG   []byte // on white
@@ -31,6 +32,17 @@ type Picture struct {
 var palette = []color.Color{
 	color.RGBA{0x00, 0x72, 0xb2, 0xff}, color.RGBA{0xd5, 0x5e, 0x00, 0xff}, color.RGBA{0x00, 0x9e, 0x73, 0xff}, color.RGBA{0xcc, 0x79, 0xa7, 0xff},
 	color.RGBA{0xe6, 0x9f, 0x00, 0xff}, color.RGBA{0x56, 0xb4, 0xe9, 0xff}, color.RGBA{0x99, 0x55, 0xcc, 0xff}, color.RGBA{0x88, 0x88, 0x88, 0xff},
+}
+
+// Parts are the parts of the page with plots, in their order.
+var Parts = []string{"Throughput, rates and CPU", "Latency", "Where the time goes"}
+
+// part is where a metric's plots belong.
+func part(m result.Metric) string {
+	if m.Unit == "µs" || m.Unit == "1/s" {
+		return Parts[1]
+	}
+	return Parts[0]
 }
 
 // Pictures draws all plots of a run.
@@ -53,7 +65,7 @@ func Pictures(r *result.Run) ([]Picture, error) {
 		if l.Pinned {
 			key += "-pinned"
 		}
-		p := Picture{Name: key, Title: latencyTitle(&l), Note: "Each line shows which time is not exceeded by which share of the answers, over all rounds. Further right is rarer; lower is better. Both scales are logarithmic."}
+		p := Picture{Name: key, Part: Parts[1], Title: latencyTitle(&l), Note: "Each line shows which time is not exceeded by which share of the answers, over all rounds. Further right is rarer; lower is better. Both scales are logarithmic."}
 		if err := add(p, func(pl *plot.Plot) (bool, error) { return percentiles(pl, r, &l) }, 8*vg.Centimeter); err != nil {
 			return nil, err
 		}
@@ -64,7 +76,7 @@ func Pictures(r *result.Run) ([]Picture, error) {
 				continue
 			}
 			if to := r.Reference(); to != "" {
-				p := Picture{Name: "ratio-" + m.Key, Title: m.Title + ", ratio to " + to, Note: better(m) + " Ratio to " + r.Glance() + ". The thin lines are 95 % intervals, where there were at least five rounds."}
+				p := Picture{Name: "ratio-" + m.Key, Part: part(m), Title: m.Title + ", ratio to " + to, Note: better(m) + " Ratio to " + r.Glance() + ". The thin lines are 95 % intervals, where there were at least five rounds."}
 				fill := func(pl *plot.Plot) (bool, error) {
 					return bars(pl, r, "×", func(mode *result.Mode) (result.Spread, bool) {
 						return r.Ratio(mode.Name, r.ReferenceOf(mode), m.Key) // of a reference itself there is none
@@ -74,7 +86,7 @@ func Pictures(r *result.Run) ([]Picture, error) {
 					return nil, err
 				}
 			}
-			p := Picture{Name: "value-" + m.Key, Title: m.Title + ", " + m.Unit, Note: better(m)}
+			p := Picture{Name: "value-" + m.Key, Part: part(m), Title: m.Title + ", " + m.Unit, Note: better(m)}
 			fill := func(pl *plot.Plot) (bool, error) {
 				return bars(pl, r, m.Unit, func(mode *result.Mode) (result.Spread, bool) {
 					s, ok := mode.Summary[m.Key]
@@ -87,7 +99,7 @@ func Pictures(r *result.Run) ([]Picture, error) {
 		}
 	}
 	for _, b := range traffics(r) {
-		p := Picture{Name: "breakdown-" + b.Traffic, Title: "Where the time of a packet goes in Tulle's agents, " + b.Title(), Note: breakdownNote}
+		p := Picture{Name: "breakdown-" + b.Traffic, Part: Parts[2], Title: "Where the time of a packet goes in Tulle's agents, " + b.Title(), Note: "Shorter is better. The number is the sum, in ns."}
 		fill := func(pl *plot.Plot) (bool, error) { return stacked(pl, r, b.Traffic) }
 		if err := add(p, fill, 6.5*vg.Centimeter); err != nil {
 			return nil, err
@@ -104,13 +116,17 @@ func better(m result.Metric) string {
 }
 
 func barHeight(r *result.Run) vg.Length {
-	measured := 0
-	for _, m := range r.Modes {
+	return vg.Length(place(r, len(r.Modes)))*0.75*vg.Centimeter + 1.8*vg.Centimeter
+}
+
+// place is the place of a mode among those that were measured: a mode has its colour in all plots.
+func place(r *result.Run, mode int) (n int) {
+	for _, m := range r.Modes[:mode] {
 		if m.Missing == "" {
-			measured++
+			n++
 		}
 	}
-	return vg.Length(measured)*0.75*vg.Centimeter + 1.8*vg.Centimeter
+	return n
 }
 
 // latencies are the measures of latency, once each.
@@ -150,6 +166,7 @@ func latencyTitle(l *result.Latency) string {
 func newPlot() *plot.Plot {
 	p := plot.New()
 	p.BackgroundColor = nil
+	p.X.Tick.Marker = plainTicks{}
 	for _, f := range []*draw.TextStyle{&p.Title.TextStyle, &p.X.Label.TextStyle, &p.Y.Label.TextStyle, &p.X.Tick.Label, &p.Y.Tick.Label, &p.Legend.TextStyle} {
 		f.Font.Variant = "Sans"
 		f.Font.Size = 10
@@ -187,8 +204,9 @@ func percentiles(p *plot.Plot, r *result.Run, what *result.Latency) (bool, error
 		if err != nil {
 			return false, err
 		}
-		line.Color, line.Width = palette[i%len(palette)], 1.5
-		if i >= len(palette) {
+		n := place(r, i)
+		line.Color, line.Width = palette[n%len(palette)], 1.5
+		if n >= len(palette) {
 			line.Dashes = []vg.Length{4, 2}
 		}
 		p.Add(line)
@@ -197,6 +215,20 @@ func percentiles(p *plot.Plot, r *result.Run, what *result.Latency) (bool, error
 	}
 	p.X.Max += 0.25 // room for the last label
 	return some, nil
+}
+
+// plainTicks labels a linear scale with as many digits as needed.
+type plainTicks struct{}
+
+// Ticks implements plot.Ticker.
+func (plainTicks) Ticks(low, high float64) []plot.Tick {
+	out := plot.DefaultTicks{}.Ticks(low, high)
+	for i := range out {
+		if out[i].Label != "" {
+			out[i].Label = fmt.Sprintf("%.6g", out[i].Value)
+		}
+	}
+	return out
 }
 
 // logTicks labels 1, 2 and 5 of each power of ten, or more where there are too few of them to read the scale.
@@ -237,7 +269,7 @@ func bars(p *plot.Plot, r *result.Run, unit string, value func(*result.Mode) (re
 		if err != nil {
 			return false, err
 		}
-		b.Horizontal, b.XMin, b.Color = true, float64(row), palette[i%len(palette)]
+		b.Horizontal, b.XMin, b.Color = true, float64(row), palette[place(r, i)%len(palette)]
 		b.LineStyle.Width = 0
 		p.Add(b)
 		if s.Certain() {
@@ -249,7 +281,7 @@ func bars(p *plot.Plot, r *result.Run, unit string, value func(*result.Mode) (re
 			p.Add(interval)
 		}
 		most = max(most, s.Median, s.High)
-		ticks = append(ticks, plot.Tick{Value: float64(row), Label: fmt.Sprintf("%s  %s ", m.Name, result.Digits(s.Median))})
+		ticks = append(ticks, plot.Tick{Value: float64(row), Label: fmt.Sprintf("%s  %s    ", m.Name, result.Digits(s.Median))})
 		row++
 	}
 	if row == 0 {
@@ -286,19 +318,19 @@ func (e errorBar) XError(int) (low, high float64) { return e.s.Median - e.s.Low,
 
 // render draws a plot in both forms.
 func render(p *plot.Plot, height vg.Length) (svg, png []byte, err error) {
-	const width = 18 * vg.Centimeter
+	const width, margin = 14 * vg.Centimeter, 0.35 * vg.Centimeter // of the margin the last label of the scale may need half
 	vector := vgsvg.New(width, height)
-	p.Draw(draw.New(vector))
+	p.Draw(draw.Crop(draw.New(vector), 0, -margin, 0, 0))
 	var out bytes.Buffer
 	if _, err := vector.WriteTo(&out); err != nil {
 		return nil, nil, fmt.Errorf("draw SVG: %w", err)
 	}
 	text := out.String()
 	text = text[strings.Index(text, "<svg"):]
-	text = strings.NewReplacer("#000000", "currentColor", "font-family:Liberation Sans", "font-family:system-ui,Liberation Sans").Replace(text)
+	text = strings.NewReplacer("#000000", "currentColor", "font-family:Liberation Sans", "font-family:Liberation Sans,Arial,Helvetica,sans-serif").Replace(text)
 	p.BackgroundColor = color.White
-	bitmap := vgimg.PngCanvas{Canvas: vgimg.NewWith(vgimg.UseWH(width, height), vgimg.UseDPI(144))}
-	p.Draw(draw.New(bitmap))
+	bitmap := vgimg.PngCanvas{Canvas: vgimg.NewWith(vgimg.UseWH(width, height), vgimg.UseDPI(192))}
+	p.Draw(draw.Crop(draw.New(bitmap), 0, -margin, 0, 0))
 	var image bytes.Buffer
 	if _, err := bitmap.WriteTo(&image); err != nil {
 		return nil, nil, fmt.Errorf("draw PNG: %w", err)

@@ -22,8 +22,15 @@ var pageTemplate string
 // page is what the template gets.
 type page struct {
 	*result.Run
-	Pictures  []picture
+	Parts     []section
 	JSON, CSV template.URL
+}
+
+// section is a part of the page with plots.
+type section struct {
+	Title, ID string
+	Note      string
+	Pictures  []picture
 }
 
 type picture struct {
@@ -50,15 +57,31 @@ func Files(r *result.Run) (map[string][]byte, error) {
 	}
 	files["result.json"], files["result.csv"] = raw.Bytes(), table.Bytes()
 	p := page{Run: r, JSON: dataURL("application/json", raw.Bytes()), CSV: dataURL("text/csv", table.Bytes())}
-	for _, d := range pictures {
-		files[d.Name+".svg"], files[d.Name+".png"] = d.SVG, d.PNG
-		p.Pictures = append(p.Pictures, picture{
-			Picture: d, Inline: template.HTML(d.SVG), AsSVG: dataURL("image/svg+xml", d.SVG), AsPNG: dataURL("image/png", d.PNG),
-		})
+	for i, title := range Parts {
+		s := section{Title: title, ID: fmt.Sprintf("part%d", i+1)}
+		for _, d := range pictures {
+			if d.Part != title {
+				continue
+			}
+			files[d.Name+".svg"], files[d.Name+".png"] = d.SVG, d.PNG
+			s.Pictures = append(s.Pictures, picture{
+				Picture: d, Inline: template.HTML(d.SVG), AsSVG: dataURL("image/svg+xml", d.SVG), AsPNG: dataURL("image/png", d.PNG),
+			})
+		}
+		if title == Parts[2] {
+			s.Note = breakdownNote
+		}
+		if len(s.Pictures) > 0 {
+			p.Parts = append(p.Parts, s)
+		}
 	}
 	t, err := template.New("page").Funcs(template.FuncMap{
 		"digits": result.Digits,
 		"spread": func(m result.Mode, key string) result.Spread { return m.Summary[key] },
+		"ratio": func(m result.Mode, key string) result.Spread {
+			s, _ := r.Ratio(m.Name, r.ReferenceOf(&m), key)
+			return s
+		},
 	}).Parse(pageTemplate)
 	if err != nil {
 		return nil, err

@@ -33,8 +33,9 @@ func sample() *result.Run {
 				l.Answers++
 			}
 			r.Modes[m].Rounds = append(r.Modes[m].Rounds, result.Round{
-				Latency: []result.Latency{l},
-				TCP:     []result.TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: float64(5+m) + float64(i)/10, CPU: result.CPUUse{Busy: 2}}},
+				Latency:   []result.Latency{l},
+				Breakdown: []result.Breakdown{{Traffic: result.TraceTCP, Stages: []result.StageTime{{Name: "read", Nanoseconds: 100}, {Name: "send", Nanoseconds: float64(1000 * (m + 1))}}}},
+				TCP:       []result.TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: float64(5+m) + float64(i)/10, CPU: result.CPUUse{Busy: 2}}},
 			})
 		}
 	}
@@ -58,7 +59,7 @@ func TestReport(t *testing.T) {
 	html := read("index.html")
 	for _, want := range []string{
 		"NOT TO BE TRUSTED", "others &lt;were&gt; busy", "&lt;b&gt;CPU&lt;/b&gt;", "prefers-color-scheme: dark", "kernel-ipip</b>: . Not measured: no such device",
-		`download="result.json" href="data:application/json;base64,`, `id="latency-ping-pong-64"`, `id="ratio-tcp1_gbps"`, `id="value-cpu_s_per_gb"`,
+		`download="result.json" href="data:application/json;base64,`, `id="latency-ping-pong-64"`, `id="ratio-tcp1_gbps"`, `id="value-cpu_s_per_gb"`, `id="breakdown-tcp"`, "TUN read", "time of a packet", "kernel-vxlan",
 	} {
 		if !strings.Contains(html, want) {
 			t.Errorf("the page lacks %q", want)
@@ -71,7 +72,7 @@ func TestReport(t *testing.T) {
 		}
 	}
 	for _, m := range regexp.MustCompile(`(?:href|src)="([^"]{0,40})`).FindAllStringSubmatch(html, -1) {
-		if !strings.HasPrefix(m[1], "data:") {
+		if !strings.HasPrefix(m[1], "data:") && !strings.Contains(html, `id="`+strings.TrimPrefix(m[1], "#")+`"`) {
 			t.Errorf("the page links to %q", m[1])
 		}
 	}

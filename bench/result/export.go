@@ -29,12 +29,7 @@ func (r *Run) WriteCSV(w io.Writer) error {
 func (r *Run) WriteMarkdown(w io.Writer) error {
 	var b strings.Builder
 	to := r.Reference()
-	var columns []Metric
-	for _, g := range glance {
-		if r.has(g.key) {
-			columns = append(columns, r.Metric(g.key))
-		}
-	}
+	columns := r.Overview()
 	if len(columns) == 0 {
 		return fmt.Errorf("the run has none of the measures of the table")
 	}

@@ -3,6 +3,7 @@ package result
 import (
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -12,6 +13,21 @@ import (
 var glance = []struct{ key, title string }{
 	{"tcp1_gbps", "TCP 1, Gb/s"}, {"tcp4_gbps", "TCP 4, Gb/s"}, {"cpu_s_per_gb", "CPU, s/GB"},
 	{"rtt64_pinned_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
+}
+
+// Overview are the metrics that are read first, as far as the run has them.
+func (r *Run) Overview() (out []Metric) {
+	for _, g := range glance {
+		if r.has(g.key) {
+			out = append(out, r.Metric(g.key))
+		}
+	}
+	return out
+}
+
+// Has reports whether the mode has a value of one of the metrics.
+func (m *Mode) Has(metrics []Metric) bool {
+	return slices.ContainsFunc(metrics, func(k Metric) bool { return m.Summary[k.Key].N > 0 })
 }
 
 // nothing is printed where there is no value.
@@ -308,7 +324,7 @@ func (p *tables) group(r *Run, metrics []Metric) {
 			s, ok := m.Summary[k.Key]
 			row = append(row, s.cell(ok))
 		}
-		if m.Missing == "" {
+		if m.Has(metrics) {
 			rows = append(rows, row)
 		}
 	}

@@ -34,7 +34,7 @@ var allowed = map[string][]string{
 	"tunnel/route":               {},
 	"tunnel/capture":             {"tunnel/header"},
 	"tunnel/trace":               {},
-	"tunnel/direct":              {"internal/sys", "tunnel/device", "tunnel/encap", "tunnel/header"},
+	"tunnel/direct":              {"tunnel/device", "tunnel/encap", "tunnel/header"},
 	"membership":                 {},
 	"membership/keyring":         {},
 	"membership/gossip":          {"membership", "membership/keyring", "membership/seed"},

@@ -1,6 +1,7 @@
 package device
 
 import (
+	"context"
 	"errors"
 	"net"
 	"net/netip"
@@ -411,5 +412,56 @@ func TestWait(t *testing.T) {
 	}
 	if err := q.Write([][]byte{make([]byte, VnetHdrLen), {0x45, 0, 0, 20}}); !errors.Is(err, ErrGone) {
 		t.Errorf("Write: %v, want ErrGone", err)
+	}
+}
+
+// Receive delivers every packet, ends with its context, and says when the device is gone.
+func TestReceive(t *testing.T) {
+	h := newHost(t)
+	d := h.open(Options{Name: "tulle0"})
+	q := d.Queues()[0]
+	buf := make([]byte, VnetHdrLen+MaxPacket)
+	got := make(chan int, 100)
+	packet := func(b []byte) {
+		select {
+		case got <- len(b):
+		default:
+		}
+	}
+	ended := make(chan error)
+	for range 2 {
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() { ended <- q.Receive(ctx, buf, packet) }()
+		h.Netlink(func(nl *sys.Netlink) error { // the kernel's own router solicitations and MLD reports
+			l, err := nl.LinkByIndex(d.Index())
+			if err == nil {
+				err = errors.Join(nl.LinkSetDown(l), nl.LinkSetUp(l))
+			}
+			return err
+		})
+		select {
+		case n := <-got:
+			if n <= VnetHdrLen {
+				t.Errorf("a packet of %d bytes", n)
+			}
+		case <-time.After(10 * time.Second):
+			t.Fatal("no packet")
+		}
+		cancel()
+		if err := <-ended; err != nil {
+			t.Errorf("after its context: %v", err)
+		}
+	}
+	go func() { ended <- q.Receive(t.Context(), buf, packet) }()
+	h.Netlink(func(nl *sys.Netlink) error {
+		return nl.LinkDel(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.Index()}})
+	})
+	select {
+	case err := <-ended:
+		if !errors.Is(err, ErrGone) {
+			t.Errorf("%v, want ErrGone", err)
+		}
+	case <-time.After(10 * time.Second):
+		t.Fatal("it does not notice that the device is gone")
 	}
 }

@@ -1,8 +1,10 @@
 package device
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"os"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -42,6 +44,43 @@ func (q *Queue) Wait() error {
 		return q.explain(unix.EBADFD)
 	}
 	return err
+}
+
+// Receive reads packets into buf and passes them to packet, until ctx is done, which is
+// not an error, or reading fails. It is for a queue with few packets: it waits in the
+// runtime's poller, which costs less than Wait, and where a packet waits longer.
+func (q *Queue) Receive(ctx context.Context, buf []byte, packet func([]byte)) error {
+	fd, err := unix.FcntlInt(uintptr(q.fd), unix.F_DUPFD_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("%s: duplicate the descriptor: %w", q.dev.name, err)
+	}
+	f := os.NewFile(uintptr(fd), q.dev.name) // it does not block, so the runtime polls it
+	defer f.Close()
+	raw, err := f.SyscallConn()
+	if err != nil {
+		return fmt.Errorf("%s: %w", q.dev.name, err)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = f.SetReadDeadline(time.Unix(1, 0)) })
+	defer stop()
+	var failed error
+	err = raw.Read(func(uintptr) (done bool) {
+		for ctx.Err() == nil {
+			n, err := q.Read(buf)
+			if err == sys.ErrAgain {
+				return false
+			}
+			if err != nil {
+				failed = err
+				return true
+			}
+			packet(buf[:n])
+		}
+		return true
+	})
+	if failed != nil || ctx.Err() != nil {
+		return failed
+	}
+	return q.explain(err)
 }
 
 // Pause sleeps for d, or until Wake is called, so that packets gather in the queue.

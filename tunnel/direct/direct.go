@@ -20,7 +20,6 @@ import (
 	"sync"
 	"sync/atomic"
 
-	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
@@ -131,25 +130,9 @@ func (p *Prober) Probe(peer string, m encap.Mode, payload []byte, size int) erro
 
 // Run receives probes until ctx is done.
 func (p *Prober) Run(ctx context.Context) error {
-	q := p.dev.Queues()[0]
-	stop := context.AfterFunc(ctx, func() {
-		p.stopping.Store(true)
-		q.Wake()
-	})
-	defer stop()
-	buf := make([]byte, device.VnetHdrLen+device.MaxPacket)
-	for !p.stopping.Load() {
-		n, err := q.Read(buf)
-		switch {
-		case errors.Is(err, sys.ErrAgain):
-			if err := q.Wait(); err != nil && !errors.Is(err, sys.ErrWoken) {
-				return fmt.Errorf("direct probes: %w", err)
-			}
-		case err != nil:
-			return fmt.Errorf("direct probes: %w", err)
-		default:
-			p.packet(buf[:n])
-		}
+	defer p.stopping.Store(true)
+	if err := p.dev.Queues()[0].Receive(ctx, make([]byte, device.VnetHdrLen+device.MaxPacket), p.packet); err != nil {
+		return fmt.Errorf("direct probes: %w", err)
 	}
 	return nil
 }

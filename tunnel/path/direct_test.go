@@ -1,6 +1,7 @@
 package path
 
 import (
+	"fmt"
 	"math/rand/v2"
 	"strings"
 	"testing"
@@ -179,4 +180,59 @@ func TestDirectChoice(t *testing.T) {
 			t.Fatalf("it flaps: %+v", f.switches[n:])
 		}
 	})
+}
+
+// TestDirectManyPeers: the number of direct probes that a host sends is bounded, and so is the time that a route is kept which has
+// failed.
+func TestDirectManyPeers(t *testing.T) {
+	for _, tc := range []struct {
+		peers  int
+		most   float64       // probes a second
+		leaves time.Duration // a path that has failed
+	}{{10, 10 * 3.5, time.Second}, {100, 350, time.Second}, {1000, 350, 5 * time.Second}} {
+		s := NewSchedule(rand.New(rand.NewPCG(1, 1)))
+		want := map[string][]Candidate{}
+		for i := range tc.peers {
+			want[fmt.Sprint("peer ", i)] = []Candidate{{Mode: encap.Direct, Max: 1500, Hop: "1"}, {Mode: encap.UDP, Max: 1472}}
+		}
+		now := epoch
+		s.SetPeers(now, want)
+		sent, wakes, dead := 0, 0, false
+		run := func(d time.Duration) {
+			for end := now.Add(d); now.Before(end); {
+				r := s.Look(now)
+				wakes++
+				for _, p := range r.Probes {
+					if p.Mode == encap.Direct {
+						sent++
+					}
+					if p.Mode != encap.Direct || !dead {
+						s.Answered(now, p.Peer, p.Mode, p.Nonce, p.Size)
+					}
+				}
+				now = later(r.Next, now.Add(time.Millisecond))
+			}
+		}
+		run(time.Minute)
+		for id := range want {
+			if !s.Direct(id, false) {
+				t.Fatalf("%d peers: not direct after a minute", tc.peers)
+			}
+		}
+		sent, wakes = 0, 0
+		run(20 * time.Second)
+		if rate := float64(sent) / 20; rate > tc.most || rate < tc.most/3 {
+			t.Errorf("%d peers: %.0f direct probes a second, want at most %.0f", tc.peers, rate, tc.most)
+		}
+		if rate := wakes / 20; tc.peers == 10 && rate > 40 { // of each path there are a probe and its deadline, and those of its size
+			t.Errorf("%d peers: %d looks a second", tc.peers, rate)
+		}
+		dead = true
+		run(tc.leaves)
+		for id := range want {
+			if s.Direct(id, false) {
+				t.Fatalf("%d peers: a direct path is in use %v after it has failed", tc.peers, tc.leaves)
+			}
+		}
+	}
 }

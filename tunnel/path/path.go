@@ -41,6 +41,11 @@ type Config struct {
 	DownAfter int           // unanswered probes in a row that may bring the path down: 3
 	Silence   time.Duration // without any answer, before they do: 3 s
 
+	// Grid brings liveness probes of an answering path to multiples of it since Origin, a little early, so that probes of many paths
+	// wake this host together: none.
+	Grid   time.Duration
+	Origin time.Time
+
 	Likely    []mtu.TUN     // sizes that a search tries before it halves, largest first: none
 	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2)
 	Raise     time.Duration // until a larger size is tried again: 600 s (RFC 8899 §5.1.1)
@@ -185,7 +190,7 @@ func (s *State) Due(now time.Time) (Probe, bool) {
 	s.expire(now)
 	if !now.Before(s.nextLive) {
 		s.lastLive = now
-		s.nextLive = now.Add(s.interval(now))
+		s.nextLive = s.aligned(now, s.interval(now))
 		s.seq++
 		s.outcomes[s.seq%window] = unknown
 		return s.send(now, pending{size: s.cfg.Small, seq: s.seq}), true
@@ -211,6 +216,20 @@ func (s *State) send(now time.Time, p pending) Probe {
 	s.pending = append(slices.Delete(s.pending, 0, old), p)
 	s.probed++
 	return Probe{Nonce: p.nonce, Size: int(p.size)}
+}
+
+// aligned is the time of the liveness probe after d, on the grid.
+func (s *State) aligned(now time.Time, d time.Duration) time.Time {
+	if g := s.cfg.Grid; g > 0 && s.up && s.misses == 0 && d > g {
+		return s.cfg.Origin.Add((now.Add(d).Sub(s.cfg.Origin) / g) * g)
+	}
+	return now.Add(d)
+}
+
+// setPace changes how often the path is probed while it answers.
+func (s *State) setPace(busy, confirm time.Duration) {
+	s.want.Busy, s.want.Confirm = busy, confirm
+	s.cfg.Busy, s.cfg.Confirm = busy, confirm
 }
 
 // interval is the time to the liveness probe after the one that is sent at now.
@@ -325,7 +344,7 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 		s.change(now, true, ReasonAnswered)
 		s.upSent = p.sent
 		s.pmtu.start(now)
-		s.nextLive = now.Add(s.interval(now))
+		s.nextLive = s.aligned(now, s.interval(now))
 	}
 	if p.forMTU && p.epoch == s.pmtu.epoch {
 		s.pmtu.answered(now, nonce, min(p.size, mtu.TUN(size)))

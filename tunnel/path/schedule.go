@@ -27,6 +27,8 @@ const lookAgain = 30 * time.Second
 type Schedule struct {
 	rand  *rand.Rand
 	peers map[string]*peer
+
+	origin time.Time // of the grid of direct paths' probes; zero before the first one
 }
 
 // peer is one peer's paths.
@@ -64,20 +66,44 @@ type Candidate struct {
 }
 
 // Pace of the direct path's probes. The agent does not see the traffic of its route, and so always probes it like a busy
-// path. It leaves the route within a second of failing: Busy + 3 × Fast.
+// path. It leaves the route within a second of failing: Busy + 3 × Fast. Where there are
+// more than directMost of them, Busy and Confirm grow, so that this host sends no more
+// probes than to so many: with a thousand it leaves a route within five seconds.
 const (
 	directBusy    = 400 * time.Millisecond
 	directFast    = 200 * time.Millisecond
 	directConfirm = 2 * time.Second
+	directGrid    = 100 * time.Millisecond
+	directMost    = 100
 )
 
 // config is the configuration of the candidate's path.
-func (c *Candidate) config() Config {
+func (s *Schedule) config(c *Candidate, now time.Time) Config {
 	cfg := Config{Max: c.Max, Base: Base, Likely: likely(*c)}
 	if c.Mode.IsDirect() {
+		if s.origin.IsZero() {
+			s.origin = now.Add(-time.Duration(s.rand.Int64N(int64(directGrid)))) // not that of all hosts
+		}
 		cfg.Busy, cfg.Fast, cfg.Confirm = directBusy, directFast, directConfirm
+		cfg.Grid, cfg.Origin = directGrid, s.origin
 	}
 	return cfg
+}
+
+// paceDirect sets the time between probes of direct paths, by their number.
+func (s *Schedule) paceDirect() {
+	var paths []*State
+	for _, p := range s.peers {
+		for _, m := range directs {
+			if st := p.paths[m]; st != nil {
+				paths = append(paths, st)
+			}
+		}
+	}
+	times := time.Duration(max(len(paths), directMost))
+	for _, st := range paths {
+		st.setPace(directBusy*times/directMost, directConfirm*times/directMost)
+	}
 }
 
 // SetPeers sets the peers to probe and their candidates, at least one, the preferred one
@@ -97,11 +123,12 @@ func (s *Schedule) SetPeers(now time.Time, want map[string][]Candidate) {
 			p = &peer{since: now}
 			s.peers[id] = p
 		}
-		p.set(now, s.rand, candidates)
+		p.set(now, s, candidates)
 	}
+	s.paceDirect()
 }
 
-func (p *peer) set(now time.Time, r *rand.Rand, candidates []Candidate) {
+func (p *peer) set(now time.Time, s *Schedule, candidates []Candidate) {
 	var order []encap.Mode
 	for _, c := range candidates {
 		order = append(order, c.Mode)
@@ -109,7 +136,7 @@ func (p *peer) set(now time.Time, r *rand.Rand, candidates []Candidate) {
 		p.wanted[c.Mode] = c
 		switch st := p.paths[c.Mode]; {
 		case st == nil || was.Hop != c.Hop:
-			p.paths[c.Mode], p.seen[c.Mode] = New(c.config(), now, r), Info{}
+			p.paths[c.Mode], p.seen[c.Mode] = New(s.config(&c, now), now, s.rand), Info{}
 			if f, ok := family(c.Mode); ok {
 				p.direct[f] = choice{}
 			}

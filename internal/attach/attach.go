@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
@@ -27,7 +28,7 @@ type Request struct {
 	ID        api.PodID
 	Name      string           // for people
 	Netns     string           // path; empty hands the pod's end over (podnet.Config)
-	Requested []netip.Addr     // at most one of each family; empty: any
+	Requested []netip.Addr     // at most one of each family, repetitions aside; empty: any
 	From      string           // an ID that holds the addresses until now (api.AllocateRequest)
 	MAC       net.HardwareAddr // nil: any
 	Bridge    string           // of this host, which the pod is to be behind; empty: none
@@ -55,7 +56,7 @@ func Add(ctx context.Context, r Request) (res Result, err error) {
 		return res, fmt.Errorf("%s of %s is there already (%s): %w", r.ID.Interface, r.ID.Container, podnet.InterfaceName(id), fs.ErrExist)
 	}
 	c := api.NewClient(r.Socket)
-	res.Allocation, err = c.Allocate(ctx, api.AllocateRequest{ID: id, Name: r.Name, Netns: r.Netns, Requested: r.Requested, From: r.From})
+	res.Allocation, err = c.Allocate(ctx, api.AllocateRequest{ID: id, Name: r.Name, Netns: r.Netns, Requested: distinct(r.Requested), From: r.From})
 	if err != nil {
 		return res, err
 	}
@@ -80,6 +81,16 @@ func Add(ctx context.Context, r Request) (res Result, err error) {
 		return res, errors.Join(err, ferr)
 	}
 	return res, nil
+}
+
+// distinct leaves repetitions out: `podman network reload` requests the addresses that the user wanted, and those that the container has.
+func distinct(addrs []netip.Addr) (out []netip.Addr) {
+	for _, a := range addrs {
+		if !slices.Contains(out, a) {
+			out = append(out, a)
+		}
+	}
+	return out
 }
 
 // Remove takes the interface and its addresses back, by the ID alone. What is gone is no error. If the agent does not answer, it

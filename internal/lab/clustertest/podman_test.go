@@ -207,15 +207,20 @@ func TestPodman(t *testing.T) {
 	}
 }
 
-// twoPodmen: a container on each host, one of them with fixed addresses that it keeps when it is restarted.
+// twoPodmen: a container on each host, one of them with fixed addresses that it keeps when it is restarted, and when its network is made again.
 func twoPodmen(t *testing.T, p []*podmanHost, network string) {
 	t.Helper()
 	fixed := fixedAddrs(t, p[1].h.Socket)
 	const mac = "02:00:00:aa:bb:01"
 	p[0].run("box", network)
 	p[1].run("box", network, "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "--mac-address", mac)
+	_, had, _ := p[0].container("box", network)
+	p[0].do("network", "reload", "box")
 	from, own, _ := p[0].container("box", network)
-	for range 2 {
+	if !slices.Equal(own, had) {
+		t.Errorf("a container with any addresses had %v, has %v after podman network reload", had, own)
+	}
+	for _, then := range [][]string{{"restart", "-t", "0", "box"}, {"network", "reload", "box"}, {"stop", "-t", "0", "box"}} {
 		at, far, has := p[1].container("box", network)
 		if !slices.Equal(far, fixed) || has != mac {
 			t.Errorf("addresses %v, %s, want %v, %s", far, has, fixed, mac)
@@ -228,7 +233,7 @@ func twoPodmen(t *testing.T, p []*podmanHost, network string) {
 			}
 		}
 		p[0].do("exec", "box", "ping", "-c1", "-W5", far[0].String())
-		p[1].do("restart", "-t", "0", "box")
+		p[1].do(then...)
 	}
 	p[1].refused(fixed[0].String(), "run", "--network", network, "--ip", fixed[0].String(), "box", "true")
 	p[1].do("rm", "-f", "-a", "-t", "0")

@@ -22,7 +22,7 @@ import (
 func RoundTrips(ctx context.Context, e *Ends, pids []int, d time.Duration) (*result.Latency, error) {
 	defer manyProcessors()()
 	return placed(pids, true, func(cpus Sides) (*result.Latency, error) {
-		return overUDP(e, cpus, func(fd int) (*result.Latency, error) { return traffic.PingPong(ctx, fd, 64, d/3, d) })
+		return overUDP(e, cpus, func(fd int) (*result.Latency, error) { return traffic.PingPong(ctx, fd, 64, d/3, d, 0) })
 	})
 }
 
@@ -145,7 +145,7 @@ func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time
 					}
 				}
 			}
-			l, err = traffic.Transactions(ctx, kind, warm, d, one)
+			l, err = traffic.Transactions(ctx, kind, warm, d, 0, one)
 			return err
 		})
 	})

@@ -97,7 +97,7 @@ func takeLatency(kind string, payload int, pinned bool) func(context.Context, *A
 			switch kind {
 			case result.PingPong:
 				return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {
-					return traffic.PingPong(ctx, fd, payload, o.warm(), o.Duration)
+					return traffic.PingPong(ctx, fd, payload, o.warm(), o.Duration, 0)
 				})
 			case result.OpenLoop:
 				return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {

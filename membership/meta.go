@@ -38,6 +38,9 @@ type Meta struct {
 // CapHostByTunnel is the capability of a member that accepts packets for its own underlay addresses from the tunnel.
 const CapHostByTunnel uint32 = 1 << 0
 
+// CapBench is the capability of a member that understands requests for a benchmark, whether or not it grants them.
+const CapBench uint32 = 1 << 1
+
 // The encoding has a fixed part, then lists. Later versions may append fields: a
 // decoder ignores bytes that it does not know.
 //

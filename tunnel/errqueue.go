@@ -110,7 +110,7 @@ func (e *Engine) relay(f *forwarding, t *target, u underlay.Err) {
 	// Whoever forges such an error has to know a peer, and can only speak of packets that could have been sent.
 	from, _ := f.table.Lookup(in.Src)
 	to, _ := f.table.Lookup(in.Dst)
-	if from == nil || !from.local || to != t {
+	if from == nil || !from.local || !t.same(to) {
 		return
 	}
 	e.relays.mu.Lock()

@@ -28,6 +28,14 @@ type Peer struct {
 	MTU         mtu.TUN        // largest inner packet that the path to it takes
 	Kernel      bool           // it has no agent but a kernel's tunnel, of which packets may come without their own checksums
 	Unreachable bool           // gossip and data path agree that it is gone: answer ICMP host unreachable
+	Detours     []Detour       // addresses inside Prefixes to which another encapsulation is used: a benchmark compares them
+}
+
+// Detour is one address of a peer with an encapsulation of its own.
+type Detour struct {
+	Addr netip.Addr
+	Mode encap.Mode
+	MTU  mtu.TUN // largest inner packet by Mode
 }
 
 // Local is what the engine knows of its own node.
@@ -89,6 +97,18 @@ type forwarding struct {
 	underlay map[netip.Addr]struct{} // of members and of this node: where a nested tunnel packet would go
 	tun      [2]netip.Addr           // our own addresses: IPv4, IPv6; invalid if there is none
 	mac      header.MAC              // of our VTEP
+	detours  []detour
+}
+
+// detour is a route to one address of a peer by another encapsulation: a target of its own with the peer's state.
+type detour struct {
+	prefix netip.Prefix
+	to     *target
+}
+
+// same reports whether two lookups ended at the same peer, by whatever encapsulation; t may be nil, u not.
+func (u *target) same(t *target) bool {
+	return t == u || t != nil && t.state != nil && t.state == u.state
 }
 
 // newForwarding builds the tables. states finds or makes the state of a peer.
@@ -135,6 +155,11 @@ func newForwarding(local Local, peers []Peer, states func(id string) *peerState)
 			f.underlay[a] = struct{}{}
 		}
 		f.peers[p.ID] = t
+		for _, d := range p.Detours {
+			by := *t
+			by.mode, by.mtu = d.Mode, int(d.MTU)
+			f.detours = append(f.detours, detour{netip.PrefixFrom(d.Addr, d.Addr.BitLen()), &by})
+		}
 	}
 	f.table = route.Build(f.routes(local, peers))
 	return f
@@ -148,6 +173,11 @@ func (f *forwarding) routes(local Local, peers []Peer) iter.Seq2[netip.Prefix, *
 				if !yield(prefix, f.peers[p.ID]) {
 					return
 				}
+			}
+		}
+		for _, d := range f.detours {
+			if !yield(d.prefix, d.to) {
+				return
 			}
 		}
 		own := &target{local: true}

@@ -276,7 +276,7 @@ func (w *rxWorker) MaySend(src netip.Addr) bool {
 	if src == w.lastSrc {
 		return true
 	}
-	if w.owner != w.from && !slices.Contains(w.from.underlay, src) {
+	if !w.from.same(w.owner) && !slices.Contains(w.from.underlay, src) {
 		return false
 	}
 	w.lastSrc = src

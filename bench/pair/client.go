@@ -30,8 +30,8 @@ func isEOF(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
 }
 
-// dial opens a control connection.
-func dial(ctx context.Context, o *RunOptions) (*client, error) {
+// dial opens a control connection, from an address of this host if from is one.
+func dial(ctx context.Context, o *RunOptions, from netip.Addr) (*client, error) {
 	host, port, err := net.SplitHostPort(o.Host)
 	if err != nil {
 		host, port = strings.Trim(o.Host, "[]"), strconv.Itoa(DefaultPort)
@@ -41,6 +41,9 @@ func dial(ctx context.Context, o *RunOptions) (*client, error) {
 		network = "tcp6"
 	}
 	d := net.Dialer{Timeout: patience}
+	if from.IsValid() {
+		d.LocalAddr = net.TCPAddrFromAddrPort(netip.AddrPortFrom(from, 0))
+	}
 	conn, err := d.DialContext(ctx, network, net.JoinHostPort(host, port))
 	if err != nil {
 		return nil, fmt.Errorf("%w: is `tulle bench serve` running there, and is TCP and UDP port %s open?", err, port)

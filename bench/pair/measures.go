@@ -52,7 +52,7 @@ func (rn *runner) overUDP(d *result.Round, measure func(fd int) (*result.Latency
 func (rn *runner) pingPong(payload int) func(context.Context, *result.Round) error {
 	return func(ctx context.Context, d *result.Round) error {
 		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
-			return traffic.PingPong(ctx, fd, payload, rn.o.warm(), rn.o.Duration)
+			return traffic.PingPong(ctx, fd, payload, rn.o.warm(), rn.o.Duration, rn.o.every())
 		})
 	}
 }
@@ -96,8 +96,11 @@ func (rn *runner) connections(ctx context.Context, d *result.Round) error {
 
 func (rn *runner) transactions(ctx context.Context, d *result.Round, kind string, one func() error) error {
 	return onThread(func() error {
-		l, err := traffic.Transactions(ctx, kind, rn.o.warm(), rn.o.Duration, one)
+		l, err := traffic.Transactions(ctx, kind, rn.o.warm(), rn.o.Duration, rn.o.every(), one)
 		if err == nil {
+			if rn.o.Gentle {
+				l.Offered = rn.o.Rate
+			}
 			d.Latency = append(d.Latency, *l)
 		}
 		return err

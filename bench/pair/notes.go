@@ -44,9 +44,35 @@ func warnings(r *result.Run) []string {
 	return out
 }
 
+// limits say what a gentle run holds back.
+func (rn *runner) limits() []string {
+	if !rn.o.Gentle {
+		return nil
+	}
+	return []string{fmt.Sprintf("Held to %s Mb/s and to %s exchanges a second, so that others on this network notice little: throughput is at most that, whatever the paths could carry.",
+		result.Digits(rn.c.welcome.MaxRate/1e6), result.Digits(rn.o.Rate))}
+}
+
+// gentleNotes describe the method of a run between members.
+func (rn *runner) gentleNotes() []string {
+	o := &rn.o
+	return append(rn.limits(),
+		fmt.Sprintf("%d rounds of %v for each measure, after %v of warm-up; in each round the paths come one after the other, and another is the first.", o.Rounds, o.Duration, o.warm().Round(time.Millisecond)),
+		"Traffic goes between addresses of the two hosts themselves, through the agents as pods' packets do; a pod's own link is not part of it. Pods' packets keep the way that they had.",
+		"Half RTT: one UDP datagram at a time; half of the round trip. CPUs may halt between exchanges and nothing is pinned: this includes what it costs to wake a process.",
+		"Fixed rate: datagrams go whether or not answers come; each time counts from when the datagram was due.",
+		"UDP: full packets at the limit; what does not arrive is lost.",
+		"The path MTU of each way is the largest packet with the don't-fragment bit that was answered.",
+		"Intervals: 95 %, of the median, by bootstrap over the rounds; none for fewer than five.",
+	)
+}
+
 // notes describe the method.
 func (rn *runner) notes() []string {
 	o := &rn.o
+	if o.Gentle {
+		return rn.gentleNotes()
+	}
 	n := []string{
 		fmt.Sprintf("Traffic goes from this end to the server; only answers come back. %d rounds of %v for each measure, after %v of warm-up. Each round begins with another measure.",
 			o.Rounds, o.Duration, o.warm().Round(time.Millisecond)),

@@ -1,9 +1,11 @@
 package pair
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"runtime"
 	"time"
 
@@ -22,9 +24,13 @@ type RunOptions struct {
 	Sizes    []int         // payloads whose latency is measured, in bytes; default 64 and 1,200
 	Streams  int           // "several", of TCP and UDP; default 4
 	Rate     float64       // of the open loop, in datagrams a second; default 1,000
-	Six      bool          // IPv6 only
-	Version  string        // of the program
-	Progress func(string)  // may be nil
+	// Gentle keeps to Rate in all latency measures, and leaves out those that look for a limit: what the server's rate limit
+	// lets through is sent and no more. It is for networks that others use.
+	Gentle   bool
+	MaxRate  float64      // in bits of payload a second, below the server's own limit; 0: none
+	Six      bool         // IPv6 only
+	Version  string       // of the program
+	Progress func(string) // may be nil
 }
 
 const shortest = 50 * time.Millisecond
@@ -79,6 +85,14 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 
 func (o *RunOptions) warm() time.Duration { return o.Duration / 3 }
 
+// every is the least time from one exchange to the next; 0: none.
+func (o *RunOptions) every() time.Duration {
+	if !o.Gentle {
+		return 0
+	}
+	return time.Duration(float64(time.Second) / o.Rate)
+}
+
 // runner is a running Run.
 type runner struct {
 	o    RunOptions
@@ -86,7 +100,10 @@ type runner struct {
 	r    *result.Run
 	full int  // payload of a datagram that fills the path MTU, in bytes
 	one  bool // both ends are on one machine
-	used []float64
+	// label goes before what is measured, where several paths are.
+	label string
+	most  int // the largest packet to try, in bytes of IP; 0: the link's MTU
+	used  []float64
 }
 
 // Run measures the path to a server. When ctx ends, or the server, the result has the rounds that were complete; an error
@@ -98,7 +115,7 @@ func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
 	}
 	was := runtime.GOMAXPROCS(max(16, 4*runtime.NumCPU())) // threads that return from system calls wait for no processor
 	defer runtime.GOMAXPROCS(was)
-	c, err := dial(ctx, &o)
+	c, err := dial(ctx, &o, netip.Addr{})
 	if err != nil {
 		return nil, err
 	}
@@ -128,10 +145,10 @@ func (rn *runner) prepare() error {
 	from := machine.Facts(c.from.Addr())
 	from.End, from.Tulle = "from", o.Version
 	link := from.LinkMTU
-	if link == 0 {
+	if link = cmp.Or(rn.most, link); link == 0 {
 		link = 65535
 	}
-	o.Progress("finding the path MTU")
+	o.Progress(rn.label + "finding the path MTU")
 	if _, err := c.order(jobEcho, 1); err != nil {
 		return err
 	}
@@ -169,6 +186,15 @@ func (rn *runner) measures() []measure {
 		out = append(out, measure{fmt.Sprintf("latency at %d bytes", n), rn.pingPong(n)})
 	}
 	several := rn.o.Streams
+	if rn.o.Gentle {
+		return append(out,
+			measure{fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
+			measure{"TCP requests on one connection", rn.requests},
+			measure{"TCP connections with a request", rn.connections},
+			measure{"TCP, one stream", rn.tcp(1)},
+			measure{"UDP, one flow", rn.flood(1)},
+		)
+	}
 	return append(out,
 		measure{fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
 		measure{"TCP requests on one connection", rn.requests},
@@ -194,7 +220,7 @@ func (rn *runner) round(ctx context.Context, n int) error {
 	for k := range all {
 		i := (k + n) % len(all)
 		m := all[i]
-		rn.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, rn.o.Rounds, m.what))
+		rn.o.Progress(fmt.Sprintf("round %d of %d: %s%s", n+1, rn.o.Rounds, rn.label, m.what))
 		if err := m.take(ctx, &parts[i]); err != nil {
 			if ctx.Err() != nil || rn.gone(err) {
 				return err
@@ -242,7 +268,7 @@ func (rn *runner) finish(ctx context.Context, ended error) {
 	}
 	r.Steal = result.SpreadOf(steal)
 	r.Summarise()
-	r.Notes, r.Warnings = rn.notes(), warnings(r)
+	r.Notes, r.Limits, r.Warnings = rn.notes(), rn.limits(), warnings(r)
 	if ended != nil {
 		r.Interrupted = true
 		if ctx.Err() == nil {

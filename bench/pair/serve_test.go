@@ -27,7 +27,7 @@ func local(t *testing.T, o ServeOptions) (at string) {
 
 func client1(t *testing.T, at, token string) (*client, error) {
 	t.Helper()
-	c, err := dial(t.Context(), &RunOptions{Host: at, Token: token})
+	c, err := dial(t.Context(), &RunOptions{Host: at, Token: token}, netip.Addr{})
 	if err == nil {
 		t.Cleanup(func() { c.conn.Close() })
 	}

@@ -51,7 +51,7 @@ func Compare(a, b *Run, threshold float64) (*Diff, error) {
 	var pairs []both
 	for _, m := range a.Modes {
 		other := b.Mode(m.Name)
-		if a.Kind == Pair && b.Kind == Pair && len(b.Modes) == 1 {
+		if a.Kind == Pair && b.Kind == Pair && len(a.Modes) == 1 && len(b.Modes) == 1 {
 			other = &b.Modes[0] // two labels of one path
 		}
 		if m.Missing != "" {

@@ -39,10 +39,12 @@ type Run struct {
 	// Warnings are reasons not to trust figures.
 	Warnings []string `json:"warnings"`
 	Notes    []string `json:"notes"` // on the method
-	Metrics  []Metric `json:"metrics"`
-	Modes    []Mode   `json:"modes"`
-	Ratios   []Ratio  `json:"ratios,omitempty"` // of the modes to the references, round by round
-	Targets  []Target `json:"targets,omitempty"`
+	// Limits say what the run held back, so that figures are lower than what the network could do.
+	Limits  []string `json:"limits,omitempty"`
+	Metrics []Metric `json:"metrics"`
+	Modes   []Mode   `json:"modes"`
+	Ratios  []Ratio  `json:"ratios,omitempty"` // of the modes to the references, round by round
+	Targets []Target `json:"targets,omitempty"`
 	// Others is the share of the machine's CPU time that other processes used just before each round, without traffic.
 	Others Spread `json:"others_cpu_share"`
 	// Steal is the share of the machine's CPU time that the hypervisor took during the TCP measures.
@@ -52,7 +54,7 @@ type Run struct {
 // The kinds of runs.
 const (
 	Lab  = "lab"  // modes side by side, in network namespaces of one machine
-	Pair = "pair" // one path between two ends
+	Pair = "pair" // one path between two ends, or several that lead to the same one
 )
 
 // Machine describes one end.
@@ -85,7 +87,7 @@ type Metric struct {
 	Group  string `json:"group"` // the table or plot it belongs to
 }
 
-// Mode is one way to connect two pods, and what was found for it. A run of kind Pair has one.
+// Mode is one way to connect two pods, and what was found for it. A run of kind Pair has one, or one for each path.
 type Mode struct {
 	Name    string            `json:"name"`
 	What    string            `json:"what"`
@@ -156,7 +158,7 @@ type Latency struct {
 	Kind    string  `json:"kind"`
 	Payload int     `json:"payload"`       // bytes of payload each way
 	Pinned  bool    `json:"pinned"`        // each side had its own CPUs
-	Offered float64 `json:"offered_per_s"` // of OpenLoop; else 0
+	Offered float64 `json:"offered_per_s"` // of OpenLoop, and of others that were held to a rate; else 0
 	Seconds float64 `json:"seconds"`       // counted
 	Answers int64   `json:"answers"`
 	Lost    int64   `json:"lost"` // not answered in time

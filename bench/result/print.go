@@ -9,8 +9,17 @@ import (
 	"time"
 )
 
+// column is a metric in a table.
+type column struct{ key, title string }
+
+// pathColumns are the metrics of the one table that is read first, for several paths to one host.
+var pathColumns = []column{
+	{"rtt64_p50_us", "HALF RTT, µs"}, {"open64_p99_us", "p99 AT A FIXED RATE, µs"}, {"rr_p50_us", "TCP REQUEST, µs"}, {"tcp1_gbps", "TCP 1, Gb/s"},
+	{"udp_flood1_loss", "UDP LOSS, %"},
+}
+
 // glance are the metrics of the one table that is read first, for a lab.
-var glance = []struct{ key, title string }{
+var glance = []column{
 	{"tcp1_gbps", "TCP 1, Gb/s"}, {"tcp4_gbps", "TCP 4, Gb/s"}, {"cpu_s_per_gb", "CPU, s/GB"},
 	{"rtt64_pinned_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
 }
@@ -115,7 +124,7 @@ func (r *Run) comparison() string {
 // path says what one path between two ends can do.
 func (r *Run) path() string {
 	if len(r.Modes) != 1 {
-		return "Nothing was measured."
+		return r.compared()
 	}
 	m := &r.Modes[0]
 	var parts []string
@@ -131,19 +140,21 @@ func (r *Run) path() string {
 }
 
 func (p *tables) lab(r *Run) {
-	columns := glance[:0:0]
-	for _, g := range glance {
-		if r.has(g.key) {
-			columns = append(columns, g)
-		}
-	}
+	columns := r.some(glance)
 	if len(columns) == 0 { // a run of other measures
 		for _, m := range r.Metrics {
 			if strings.HasSuffix(m.Key, "_p50_us") || strings.HasSuffix(m.Key, "bps") {
-				columns = append(columns, struct{ key, title string }{m.Key, m.Title + ", " + m.Unit})
+				columns = append(columns, column{m.Key, m.Title + ", " + m.Unit})
 			}
 		}
 	}
+	p.glance(r, columns)
+	p.paragraph(fmt.Sprintf("%s; × is the ratio within a round, to %s. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
+		medians(r.Rounds), r.Glance(), r.Wire), "")
+}
+
+// glance is a table with a line for each mode, each value with its ratio to the mode's reference.
+func (p *tables) glance(r *Run, columns []column) {
 	head := []string{"MODE"}
 	for _, g := range columns {
 		head = append(head, g.title, "×")
@@ -173,12 +184,18 @@ func (p *tables) lab(r *Run) {
 	for _, m := range missing {
 		p.paragraph("Not measured: "+m, "  ")
 	}
-	medians := fmt.Sprintf("Medians of %d rounds", r.Rounds)
-	if r.Rounds == 1 {
-		medians = "One round"
+}
+
+func medians(rounds int) string {
+	if rounds == 1 {
+		return "One round"
 	}
-	p.paragraph(fmt.Sprintf("%s; × is the ratio within a round, to %s. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
-		medians, r.Glance(), r.Wire), "")
+	return fmt.Sprintf("Medians of %d rounds", rounds)
+}
+
+// some are the columns that the run has values for.
+func (r *Run) some(columns []column) []column {
+	return slices.DeleteFunc(slices.Clone(columns), func(c column) bool { return !r.has(c.key) })
 }
 
 func (r *Run) has(key string) bool {
@@ -193,6 +210,7 @@ func (r *Run) has(key string) bool {
 // pair is the one table of a path.
 func (p *tables) pair(r *Run) {
 	if len(r.Modes) != 1 {
+		p.paths(r)
 		return
 	}
 	rows := [][]string{{"MEASURE", "MEDIAN", "95 % INTERVAL", "UNIT"}}
@@ -207,6 +225,30 @@ func (p *tables) pair(r *Run) {
 	p.table(rows)
 	p.line("")
 	p.paragraph(fmt.Sprintf("Medians of %d rounds. Half RTT is half of a UDP datagram's round trip. CPU is that of both ends, sender and receiver.", r.measuredRounds()), "")
+}
+
+// paths is the one table of several paths to one host.
+func (p *tables) paths(r *Run) {
+	p.glance(r, r.some(pathColumns))
+	p.paragraph(fmt.Sprintf("%s; × is the ratio to %s within a round. Half RTT is half of the round trip of a 64-byte UDP datagram.",
+		medians(r.measuredRounds()), r.Reference()), "")
+	for _, n := range r.Limits {
+		p.paragraph(n, "")
+	}
+}
+
+// compared says in a sentence how several paths to one host compare.
+func (r *Run) compared() string {
+	var parts []string
+	for _, m := range r.Modes {
+		if s, ok := m.Summary["rtt64_p50_us"]; ok {
+			parts = append(parts, fmt.Sprintf("%s has half a round trip of %s µs with path MTU %d", m.Name, Digits(s.Median), m.MTU))
+		}
+	}
+	if len(parts) == 0 {
+		return "Nothing was measured."
+	}
+	return strings.Join(parts, ", ") + "."
 }
 
 func (p *tables) everything(r *Run) {

@@ -125,6 +125,9 @@ func (l *Latency) derive(f *found) {
 	}
 	switch l.Kind {
 	case RR, CRR, Nagle:
+		if l.Offered > 0 { // held to a rate: how many there were says nothing
+			return
+		}
 		f.add(Metric{key + "_per_s", title, "1/s", true, title}, float64(l.Answers)/l.Seconds)
 	default:
 		f.add(Metric{key + "_loss", title + " loss", "%", false, title}, 100*float64(l.Lost)/float64(max(l.Lost+l.Answers, 1)))

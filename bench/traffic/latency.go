@@ -33,13 +33,13 @@ func Echo(fd int, got *atomic.Int64, stop *atomic.Bool) {
 const Least = 8
 
 // PingPong sends datagrams of payload bytes to an [Echo], each when the previous one was answered or is given up
-// (ReadTimeout), and records the round trips that begin between warm and warm+d.
-func PingPong(ctx context.Context, fd, payload int, warm, d time.Duration) (*result.Latency, error) {
+// (ReadTimeout) and every has passed, and records the round trips that begin between warm and warm+d.
+func PingPong(ctx context.Context, fd, payload int, warm, d, every time.Duration) (*result.Latency, error) {
 	l := &result.Latency{Kind: result.PingPong, Payload: payload, Times: result.NewHistogram(), Seconds: d.Seconds()}
 	out, in := make([]byte, max(payload, Least)), make([]byte, 1<<16)
 	begin := time.Now()
 	for seq := uint64(1); ; seq++ {
-		if seq%256 == 0 && ctx.Err() != nil {
+		if (seq%256 == 0 || every > 0) && ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 		binary.BigEndian.PutUint64(out, seq)
@@ -64,6 +64,15 @@ func PingPong(ctx context.Context, fd, payload int, warm, d time.Duration) (*res
 		if took := end.Sub(begin); took >= warm+d && (l.Answers > 0 || took >= warm+d+patience) {
 			return l, nil
 		}
+		rest(start, every)
+	}
+}
+
+// rest sleeps on its thread until every has passed since start. Sleep would hand the thread over to others.
+func rest(start time.Time, every time.Duration) {
+	if wait := every - time.Since(start); every > 0 && wait > 0 {
+		ts := unix.NsecToTimespec(int64(wait))
+		_ = unix.Nanosleep(&ts, nil) // a signal ends it early
 	}
 }
 

@@ -124,9 +124,9 @@ func Respond(fd int, stop *atomic.Bool) {
 	}
 }
 
-// Transactions calls one again and again, and records how long the calls took that began between warm and warm+d. Call it
+// Transactions calls one again and again, not sooner than every after the last call began, and records how long the calls took that began between warm and warm+d. Call it
 // with kind RR and [Exchange] of one connection, or with CRR and a function that also connects and closes.
-func Transactions(ctx context.Context, kind string, warm, d time.Duration, one func() error) (*result.Latency, error) {
+func Transactions(ctx context.Context, kind string, warm, d, every time.Duration, one func() error) (*result.Latency, error) {
 	l := &result.Latency{Kind: kind, Payload: Request, Times: result.NewHistogram()}
 	begin := time.Now()
 	for {
@@ -146,6 +146,7 @@ func Transactions(ctx context.Context, kind string, warm, d time.Duration, one f
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
+		rest(start, every)
 	}
 }
 

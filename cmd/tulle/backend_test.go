@@ -271,6 +271,10 @@ func (f *fixture) Trace(context.Context, api.TraceRequest) (api.Trace, error) {
 	return api.Trace{}, nil
 }
 
+func (f *fixture) Bench(context.Context, api.BenchRequest, func(api.BenchEvent) error) error {
+	return api.Errorf(api.CodeRefused, "node-b: it allows no benchmarks (bench_mbps is 0)").WithRemedy("set bench_mbps there and reload")
+}
+
 func (f *fixture) Capture(ctx context.Context, _ api.CaptureRequest, each func(api.CaptureEvent) error) error {
 	for _, e := range []api.CaptureEvent{
 		{Time: f.born},

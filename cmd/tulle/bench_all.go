@@ -100,7 +100,7 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	return cmd
 }
 
-// benchHelper is the hidden command that `tulle bench all` runs as a child process.
+// benchHelper is the hidden command that `tulle bench all` and an agent run as a child process.
 func benchHelper() *cobra.Command {
 	return &cobra.Command{
 		Use:    "helper NAME",
@@ -108,6 +108,9 @@ func benchHelper() *cobra.Command {
 		Hidden: true,
 		Args:   exactly("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if args[0] == "serve" {
+				return benchHelperServe(cmd.Context(), cmd.InOrStdin(), cmd.OutOrStdout())
+			}
 			return bench.Helper(args[0], cmd.InOrStdin(), cmd.OutOrStdout())
 		},
 	}

@@ -74,22 +74,43 @@ func token(file string) (string, error) {
 
 const benchRunLong = `Measures the path to a host where ` + "`tulle bench serve`" + ` runs, over any network: latency, TCP requests and connections, TCP and UDP
 throughput, packet rate without loss, CPU time, path MTU. Needs no root and no agent. Takes less than three minutes. To compare two
-networks, store a result of each with -o json and use ` + "`tulle bench diff`" + `. Ctrl-C keeps the rounds that are complete.`
+networks, store a result of each with -o json and use ` + "`tulle bench diff`" + `. Ctrl-C keeps the rounds that are complete.
+
+With --to it measures the paths from this member of the cluster to another one over the live network: through each encapsulation, and
+directly where that is proven. It asks this node's agent (root), and that the other's, for addresses of their own for each path, so pods'
+packets keep the way they had. It keeps to a rate (--max-mbps, and bench_mbps of both agents) and to --rate exchanges a second, so
+throughput is what the limit lets through. When it ends or is killed, both agents take back what they added.`
 
 func benchRun() *cobra.Command {
 	o := pair.RunOptions{Version: api.Version()}
-	out, tokenFile := benchOutput{form: "table"}, ""
+	out, tokenFile, to := benchOutput{form: "table"}, "", benchTo{}
 	cmd := &cobra.Command{
-		Use:     "run HOST",
-		Short:   "Measure the path to `tulle bench serve`, anywhere, without root",
-		Long:    benchRunLong,
-		Example: "  tulle bench run 10.0.0.7\n  tulle bench run server.example --label flannel -o json > flannel.json",
-		Args:    exactly("HOST"),
+		Use:   "run HOST | run --to NODE",
+		Short: "Measure the path to `tulle bench serve`, anywhere, without root; or every path to a member of the cluster",
+		Long:  benchRunLong,
+		Example: "  tulle bench run 10.0.0.7\n  tulle bench run server.example --label flannel -o json > flannel.json\n" +
+			"  tulle bench run --to node-b\n  tulle bench run --to node-b --modes direct,udp --max-mbps 20 --report out",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if to.node != "" && len(args) == 0 {
+				return nil
+			}
+			if to.node != "" {
+				return usagef("%s and --to %s exclude each other: HOST is where `tulle bench serve` runs, --to names a member of the cluster", args[0], to.node)
+			}
+			return exactly("HOST")(cmd, args)
+		},
 		RunE: func(cmd *cobra.Command, args []string) (err error) {
 			if err := out.check(); err != nil {
 				return err
 			}
-			o.Host = args[0]
+			if to.node != "" {
+				o.Host = to.node
+				if err := to.check(cmd); err != nil {
+					return err
+				}
+			} else {
+				o.Host = args[0]
+			}
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
 			}
@@ -100,6 +121,9 @@ func benchRun() *cobra.Command {
 				return err
 			}
 			o.Progress = stopwatch(cmd.ErrOrStderr())
+			if to.node != "" {
+				return out.measure(cmd, func(ctx context.Context) (*result.Run, error) { return to.run(ctx, o, cmd.ErrOrStderr()) })
+			}
 			return out.measure(cmd, func(ctx context.Context) (*result.Run, error) { return pair.Run(ctx, o) })
 		},
 	}
@@ -112,7 +136,8 @@ func benchRun() *cobra.Command {
 	f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1200}, "payloads of the datagrams whose latency is measured, in `BYTES`")
 	f.IntVar(&o.Streams, "streams", 4, "how many TCP streams and UDP flows run at a time where several do")
 	f.Float64Var(&o.Rate, "rate", 1000, "datagrams per second where latency is measured at a fixed rate")
-	f.BoolVar(&o.Six, "six", false, "IPv6 only, if HOST is a name with addresses of both families")
+	f.BoolVar(&o.Six, "six", false, "IPv6 only, if HOST is a name with addresses of both families; IPv6 packets of pods with --to")
+	to.flags(cmd)
 	out.flags(cmd)
 	return cmd
 }

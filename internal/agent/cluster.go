@@ -25,6 +25,7 @@ type cluster struct {
 
 	ownership *ownership.Machine
 	gossip    *gossip.Gossip
+	bench     *benches
 }
 
 // outgoing is one message; to is zero for a broadcast.
@@ -175,6 +176,12 @@ func (c *cluster) received(kind string, from membership.NodeID, err error) {
 
 // Message implements gossip.Handler.
 func (c *cluster) Message(from membership.NodeID, b []byte) {
+	if len(b) > 0 && b[0] == benchTag {
+		if err := c.bench.letter(from, b[1:]); err != nil {
+			c.log.Warn("message about a benchmark refused", "node", from, "error", err)
+		}
+		return
+	}
 	c.received("message", from, c.ownership.HandleMessage(time.Now(), from, b))
 }
 

@@ -28,6 +28,9 @@ type view struct {
 	own    []netip.Prefix
 	tun    []netip.Addr
 	peers  []peerView // members by name, then external peers
+
+	bench       []benchDetour // of the benchmarks in force
+	benchChange uint64        // their number, for benches.done
 }
 
 // peerView is one member or external peer.
@@ -54,6 +57,7 @@ type peerView struct {
 	probed    bool
 	trains    path.TrainInfo
 	direct    [2]directWay // for IPv4 and IPv6 packets
+	bench     bool         // it understands requests for benchmarks
 	host      bool         // it takes packets for its underlay addresses out of the tunnel
 	gone      bool         // gossip and data path have both lost it: packets to it are answered with host unreachable
 	replaced  bool         // another node has its address: packets for it are not sent there, and packets from there are not its own
@@ -89,6 +93,7 @@ func (s *session) look(now time.Time) *view {
 		v.peers = append(v.peers, *p)
 	}
 	v.yieldAddresses(s.link.Addrs)
+	s.benchDetours(v)
 	for i := range v.peers {
 		s.findDirect(&v.peers[i])
 	}
@@ -217,7 +222,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
-		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0,
+		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0, bench: m.Meta.Capabilities&membership.CapBench != 0,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.findWay(&p)
@@ -331,7 +336,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 		}
 		out[i] = tunnel.Peer{
 			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, VXLANPort: p.vxlanPort, VTEPMAC: p.mac, Prefixes: p.prefixes,
-			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal, Unreachable: p.gone, Singles: p.trains.Off,
+			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal, Unreachable: p.gone, Singles: p.trains.Off, Detours: v.detours(&p),
 		}
 	}
 	return out
@@ -425,6 +430,7 @@ func (s *session) hostState(v *view) hostnet.State {
 		}
 	}
 	s.directHost(v, &h)
+	v.benchHost(&h)
 	if s.tooSmallFor6(v.status.Params.Families).What != "" {
 		return without6(h)
 	}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -30,6 +31,9 @@ func (a *agent) Pods(context.Context) ([]api.Pod, error) {
 	}
 	byKey := map[string]*api.Pod{}
 	for _, l := range s.ownership.Allocations() {
+		if strings.HasPrefix(l.Key, benchKeyPrefix) {
+			continue // no pod
+		}
 		p := byKey[l.Key]
 		if p == nil {
 			p = &api.Pod{ID: l.Key, Name: l.Pod, State: api.PodUnwired, Since: l.Since, Netns: l.Netns}

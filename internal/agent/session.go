@@ -40,6 +40,7 @@ type session struct {
 	dataPath
 	clusterSide
 	hostSide
+	bench *benches
 
 	pulse   pulse        // of loop, which wakes at least every second
 	outlive func() error // lets the TUN device stay when this process ends
@@ -117,7 +118,7 @@ func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
 		ProbeAddrs: s.probeAddrs(), UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
-		Capabilities: membership.CapHostByTunnel, Version: announcedVersion(),
+		Capabilities: membership.CapHostByTunnel | membership.CapBench, Version: announcedVersion(),
 	}
 }
 
@@ -133,7 +134,7 @@ func (s *session) run(ctx context.Context) error {
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	for _, f := range []func(context.Context) error{
-		s.runDirect, s.engine.Run, s.gossip.Run, s.outliveOnceListening, s.cluster.deliver, s.probes.run, s.loop,
+		s.runDirect, s.engine.Run, s.gossip.Run, s.outliveOnceListening, s.cluster.deliver, s.probes.run, s.loop, s.bench.run,
 		func(ctx context.Context) error { return s.host.Watch(ctx, func() { signal(s.disturbed) }) },
 	} {
 		wg.Go(func() {
@@ -333,6 +334,7 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 		was.host = h
 	}
 	packets()
+	s.bench.done(v.benchChange)
 	return nil
 }
 

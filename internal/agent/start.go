@@ -39,6 +39,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist},
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
 	}
+	s.bench = newBenches(s, a.cfg.BenchMbps)
 	s.masquerade.Store(&masquerading{a.cfg.Masquerade, a.cfg.NoMasquerade})
 	prefer, err := newPreference(a.cfg.Paths)
 	if err != nil {
@@ -259,7 +260,7 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 			return err
 		}
 	}
-	s.cluster = &cluster{log: s.log, store: s.store, probes: s.probes, outbox: make(chan outgoing, outboxSize), moved: s.membersMoved}
+	s.cluster = &cluster{log: s.log, store: s.store, probes: s.probes, outbox: make(chan outgoing, outboxSize), moved: s.membersMoved, bench: s.bench}
 	cidrs := s.cfg.ClusterCIDRs
 	if s.cfg.Bootstrap {
 		cidrs = s.cfg.BootstrapCIDRs()
@@ -272,6 +273,7 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 		return err
 	}
 	s.cluster.ownership = s.ownership
+	s.releaseBench("") // of a run that was killed
 	if err := errors.Join(s.honourFreed(), s.takeStock()); err != nil {
 		return err
 	}

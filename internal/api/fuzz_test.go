@@ -10,7 +10,7 @@ import (
 // No request makes the server panic (a panic would be answered as CodeFailed with "the agent failed on"), and whatever
 // reaches the backend has passed its checks.
 func FuzzRequest(f *testing.F) {
-	for _, path := range []string{"/v1/ping", "/v1/ipam/allocate", "/v1/external", "/v1/keys/install", "/v1/forget", "/v1/ipam/release"} {
+	for _, path := range []string{"/v1/ping", "/v1/ipam/allocate", "/v1/external", "/v1/keys/install", "/v1/forget", "/v1/ipam/release", "/v1/bench"} {
 		f.Add("POST", path, `{"node":"a","count":3}`)
 		f.Add("POST", path, `{"id":"a","requested":["10.0.0.1","fd00::1"]}`)
 	}

@@ -84,12 +84,18 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	post(s, "POST /v1/log-level", LogLevelRequest.validate, b.LogLevel)
 	s.mux.HandleFunc("POST /v1/capture", s.capture)
 	post(s, "POST /v1/trace", TraceRequest.validate, b.Trace)
+	s.mux.HandleFunc("POST /v1/bench", s.bench)
 
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		fail(w, Errorf(CodeNotFound, "this agent does not know %s %s", r.Method, r.URL.Path).
+		fail(w, Errorf(CodeNotFound, "%s", unknownCall(r.Method, r.URL.Path)).
 			WithRemedy("agent and command line are of different versions: restart the agent"))
 	})
 	return s
+}
+
+// unknownCall is the message of an agent of another version.
+func unknownCall(method, path string) string {
+	return fmt.Sprintf("this agent does not know %s %s", method, path)
 }
 
 // Serve answers requests on l until ctx ends. It then closes l, and returns nil when the last request has been answered or

@@ -130,6 +130,17 @@ func (e *echo) Capture(ctx context.Context, r CaptureRequest, each func(CaptureE
 	return nil
 }
 
+func (e *echo) Bench(ctx context.Context, r BenchRequest, each func(BenchEvent) error) error {
+	if err := e.do(ctx, r); err != nil {
+		return err
+	}
+	if err := each(BenchEvent{Node: NodeRef{Name: "node-b"}, Ways: []BenchWay{{Mode: "udp", From: addr, To: netip.AddrPortFrom(addr, 7), MTU: 1472}}, Token: "t", Mbps: 5}); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return nil
+}
+
 var quiet = slog.New(slog.DiscardHandler)
 
 // start serves b on a socket of its own until the test ends.
@@ -174,7 +185,7 @@ func TestEveryVerb(t *testing.T) {
 		"LogLevel": LogLevelRequest{Level: "debug"}, "Trace": TraceRequest{Duration: time.Second, Every: 3},
 	}
 	for m := range verbs.Methods() {
-		if m.Name == "Capture" { // it streams: TestCapture
+		if m.Name == "Capture" || m.Name == "Bench" { // they stream: TestCapture, TestBench
 			continue
 		}
 		t.Run(m.Name, func(t *testing.T) {
@@ -232,6 +243,30 @@ func TestCapture(t *testing.T) {
 		if err := c.Capture(t.Context(), bad, nil); CodeOf(err) != CodeUsage {
 			t.Errorf("%.80v: %v", bad, err)
 		}
+	}
+}
+
+// A benchmark's paths arrive, and last until its caller has enough.
+func TestBench(t *testing.T) {
+	e := new(echo)
+	c := start(t, e)
+	req := BenchRequest{Node: "node-b", Modes: []string{"udp", "direct"}, Six: true}
+	enough := errors.New("enough")
+	var got BenchEvent
+	err := c.Bench(t.Context(), req, func(e BenchEvent) error { got = e; return enough })
+	want := BenchEvent{Node: NodeRef{Name: "node-b"}, Ways: []BenchWay{{Mode: "udp", From: addr, To: netip.AddrPortFrom(addr, 7), MTU: 1472}}, Token: "t", Mbps: 5}
+	if !errors.Is(err, enough) || !reflect.DeepEqual(e.got, req) || !reflect.DeepEqual(got, want) {
+		t.Errorf("%v; the backend got %+v and answered %+v", err, e.got, got)
+	}
+	for _, bad := range []BenchRequest{{}, {Node: "a\x00b"}, {Node: "b", Modes: []string{"gre"}}, {Node: "b", Modes: []string{"udp", "udp"}}} {
+		if err := c.Bench(t.Context(), bad, nil); CodeOf(err) != CodeUsage {
+			t.Errorf("%+v: %v", bad, err)
+		}
+	}
+	// An agent that does not know the request is an older one.
+	e.fail = func(context.Context) error { return Errorf(CodeNotFound, "%s", unknownCall("POST", "/v1/bench")) }
+	if err := c.Bench(t.Context(), req, nil); CodeOf(err) != CodeRefused || !strings.Contains(err.Error(), "older version") {
+		t.Errorf("an older agent: %v", err)
 	}
 }
 

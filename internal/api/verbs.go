@@ -42,6 +42,10 @@ type Backend interface {
 	// Capture calls each with packets until ctx ends or each returns an error. It calls each once at the start, with an
 	// event without a packet, and again now and then while there is no packet.
 	Capture(ctx context.Context, req CaptureRequest, each func(CaptureEvent) error) error
+
+	// Bench opens paths to another member and calls each with them, then every second, until ctx ends or each returns an
+	// error. It closes them before it returns.
+	Bench(ctx context.Context, req BenchRequest, each func(BenchEvent) error) error
 }
 
 // Kinds of destination in a RouteAnswer.

@@ -60,6 +60,7 @@ type Config struct {
 	StateDir      string
 	Socket        string
 	Metrics       string // HOST:PORT; empty: not served
+	BenchMbps     int    // the most that a benchmark from or to another member may send, Mb/s of payload; 0: none may run
 	LogLevel      slog.Level
 	LogFormat     string // text or json
 

@@ -46,9 +46,9 @@ func TestDefaults(t *testing.T) {
 		t.Errorf("node %q, bootstrap %v, join %v, cluster %v", c.NodeName, c.Bootstrap, c.Join, c.ClusterCIDRs)
 	}
 	got := []any{c.NodePrefixLen4, c.NodePrefixLen6, c.GossipPort, c.UDPPort, c.VXLANPort, c.VNI, c.Tun, c.MTU, c.Masquerade,
-		c.StateDir, c.Socket, c.Metrics, c.LogLevel, c.LogFormat, strings.Join(c.Paths, " ")}
+		c.StateDir, c.Socket, c.Metrics, c.BenchMbps, c.LogLevel, c.LogFormat, strings.Join(c.Paths, " ")}
 	want := []any{24, 64, uint16(7946), uint16(6080), uint16(4789), uint32(1), "tun0", 0, true,
-		"/var/lib/tulle", "/run/tulle/tulle.sock", "127.0.0.1:9646", slog.LevelInfo, "text", "direct udp vxlan ipip"}
+		"/var/lib/tulle", "/run/tulle/tulle.sock", "127.0.0.1:9646", 100, slog.LevelInfo, "text", "direct udp vxlan ipip"}
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %v\nwant %v", got, want)
 	}
@@ -89,6 +89,7 @@ docker_socket: /run/docker/plugins/tulle.sock
 state_dir: /srv/tulle/
 socket: /run/t.sock
 metrics: off
+bench_mbps: 250
 log_level: debug
 log_format: json
 `
@@ -101,7 +102,7 @@ func TestEveryKey(t *testing.T) {
 		"gossip_port": "7950", "gossip_key_file": "/etc/tulle/gossip.key", "udp_port": "6081", "vxlan_port": "4790", "vni": "77",
 		"vtep_mac": "02:00:5e:10:00:01",
 		"paths":    "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "no_masquerade": "192.0.2.7/32,198.51.100.0/24,2001:db8:9::/48", "cni_dir": "/etc/cni/net.d", "cni_bin_dir": "/opt/cni/bin", "cni_bridge": "pods", "docker_socket": "/run/docker/plugins/tulle.sock", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
-		"metrics": "off", "log_level": "debug", "log_format": "json",
+		"metrics": "off", "bench_mbps": "250", "log_level": "debug", "log_format": "json",
 	}
 	for _, k := range keys {
 		if got := k.show(&c); got != want[k.name] {

@@ -172,6 +172,12 @@ var keys = []key{
 		help: "address of the HTTP server for Prometheus metrics, /healthz and /readyz",
 		set:  text(func(c *Config, s string) (err error) { c.Metrics, err = parseMetrics(s); return }),
 		show: func(c *Config) string { return cmp.Or(c.Metrics, "off") }},
+	{name: "bench_mbps", arg: "MBPS", def: "100", live: true,
+		help: "how many Mb/s `tulle bench run --to` may send to this node from another member, and from this node; 0: refuse benchmarks",
+		doc: "0 to 100000. A benchmark between members is one at a time, ends after ten minutes, and uses addresses of its own. Between two nodes the lower value counts. " +
+			"A reload applies to the next benchmark.",
+		set:  text(func(c *Config, s string) (err error) { c.BenchMbps, err = parseBenchMbps(s); return }),
+		show: func(c *Config) string { return strconv.Itoa(c.BenchMbps) }},
 	{name: "log_level", arg: "LEVEL", def: "info", live: true,
 		help: "debug, info, warn or error",
 		set:  text(func(c *Config, s string) (err error) { c.LogLevel, err = parseLevel(s); return }),

@@ -294,6 +294,17 @@ func parseMTU(s string) (int, error) {
 // maxQueues bounds --queues: each queue costs a few MB of buffers.
 const maxQueues = 64
 
+func parseBenchMbps(s string) (int, error) {
+	n, err := strconv.Atoi(s)
+	if err != nil || n < 0 || n > maxBenchMbps {
+		return 0, fmt.Errorf("%q: want 0 (refuse benchmarks) to %d", s, maxBenchMbps)
+	}
+	return n, nil
+}
+
+// maxBenchMbps is the largest bench_mbps: no link of a host carries more.
+const maxBenchMbps = 100_000
+
 func parseQueues(s string) (int, error) {
 	if s == "auto" {
 		return 0, nil

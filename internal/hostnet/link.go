@@ -80,7 +80,7 @@ func (p *pass) addAddrs(link netlink.Link) error {
 		return err
 	}
 	var errs []error
-	for _, want := range p.s.TunAddrs {
+	for _, want := range p.s.deviceAddrs() {
 		object := "address " + want.String()
 		is := fmt.Sprintf("address %s dev %s", netip.PrefixFrom(want, want.BitLen()), p.s.Tun)
 		was, good := "", false
@@ -129,7 +129,7 @@ func (p *pass) removeStaleAddrs(link netlink.Link) error {
 	var errs []error
 	for i := range have {
 		h := &have[i]
-		if slices.Contains(p.s.TunAddrs, addrOf(h.IP)) {
+		if slices.Contains(p.s.deviceAddrs(), addrOf(h.IP)) {
 			continue
 		}
 		err := p.r.rt.AddrDel(link, h)

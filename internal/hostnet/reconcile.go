@@ -246,7 +246,7 @@ func (r *Reconciler) setWanted(s *State, index int, routes map[routeKey]routeSpe
 		addrs: map[netip.Addr]bool{}, clusters: s.ClusterCIDRs, own: s.Own,
 		prefixes: make(map[netip.Prefix]bool, len(routes)), routes: routes, uplinks: s.Uplinks, members: s.Members,
 	}
-	for _, a := range s.TunAddrs {
+	for _, a := range s.deviceAddrs() {
 		w.addrs[a] = true
 	}
 	for k, spec := range routes {

@@ -43,6 +43,8 @@ type State struct {
 	MTU int
 	// TunAddrs are the device's addresses, at most one per family, as /32 and /128.
 	TunAddrs []netip.Addr
+	// Extra are more addresses of the device, any number of each family. None is the preferred source of a route.
+	Extra []netip.Addr
 	// ClusterCIDRs are routed into the TUN device as a whole, so that the agent answers
 	// packets to addresses that nobody owns.
 	ClusterCIDRs []netip.Prefix
@@ -131,6 +133,13 @@ func (s State) validate() (State, error) {
 		}
 		seen[a.Is4()] = a
 	}
+	s.Extra = slices.Clone(s.Extra)
+	for i, a := range s.Extra {
+		if a = a.Unmap(); !a.IsGlobalUnicast() {
+			errs = append(errs, fmt.Errorf("hostnet: %v cannot be an address of the TUN device", a))
+		}
+		s.Extra[i] = a
+	}
 	var err error
 	if s.ClusterCIDRs, err = canonical("cluster CIDR", s.ClusterCIDRs); err != nil {
 		errs = append(errs, err)
@@ -200,6 +209,9 @@ func canonical(what string, in []netip.Prefix) ([]netip.Prefix, error) {
 	slices.SortFunc(out, netip.Prefix.Compare)
 	return slices.Compact(out), nil
 }
+
+// deviceAddrs are all addresses of the TUN device.
+func (s *State) deviceAddrs() []netip.Addr { return slices.Concat(s.TunAddrs, s.Extra) }
 
 // uses reports whether the state has anything of the family.
 func (s *State) uses(v4 bool) bool {

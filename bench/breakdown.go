@@ -59,7 +59,7 @@ func (s *stand) move(ctx context.Context, kind string, d time.Duration) error {
 		_, err = udpTrial(ctx, &s.ends, 64, 1, 0, d, s.tunnel.pids)
 	default:
 		_, err = placed(s.tunnel.pids, true, func(cpus Sides) (*result.Latency, error) {
-			return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) { return traffic.PingPong(ctx, fd, 64, 0, d) })
+			return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) { return traffic.PingPong(ctx, fd, 64, 0, d, 0) })
 		})
 	}
 	return err

@@ -56,6 +56,14 @@ func dial(ctx context.Context, o *RunOptions, from netip.Addr) (*client, error) 
 	return c, nil
 }
 
+// goodbye ends the run and waits until the server has ended it: it takes another one then.
+func (c *client) goodbye() {
+	if t, ok := c.conn.(*net.TCPConn); ok && t.CloseWrite() == nil {
+		_ = c.conn.SetReadDeadline(time.Now().Add(patience))
+		_, _ = io.Copy(io.Discard, c.conn)
+	}
+}
+
 // enter asks to be admitted.
 func (c *client) enter(token string) error {
 	if _, err := c.conn.Write(appendPreamble(nil, kindControl, secret{}, 0)); err != nil {

@@ -106,7 +106,9 @@ func (rn *runner) connected(ctx context.Context, p Path, do func() error) error 
 	defer c.conn.Close()
 	stop := context.AfterFunc(ctx, func() { c.conn.Close() })
 	defer stop()
-	return do()
+	err = do()
+	c.goodbye()
+	return err
 }
 
 // round takes one round of each path.

@@ -24,7 +24,7 @@ import (
 
 // A benchmark between two members has a pair of addresses for each way to send: one out of each node's own space, on its TUN
 // device. Each end sends to the other's address by that way, whatever it uses for pods (tunnel.Detour, and a host route for
-// the direct path). So nothing changes for anybody else's packets. docs/decisions/0028-bench-between-members.md.
+// the direct path). So nothing changes for anybody else's packets. docs/decisions/0032-bench-between-members.md.
 const (
 	benchKeyPrefix = "bench/"         // of the keys of its addresses in the list of allocations
 	benchMaxTime   = 10 * time.Minute // of one benchmark

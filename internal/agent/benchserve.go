@@ -23,7 +23,7 @@ func (b *benches) serve(ctx context.Context, l inLetter) {
 	ctx, stop := context.WithTimeout(ctx, benchMaxTime)
 	defer stop()
 	side := &benchSide{id: l.ID, node: l.from, peer: l.from.String(), stop: stop, lease: time.Now().Add(benchAnswer + benchLease), until: time.Now().Add(benchMaxTime)}
-	err := b.take(side)
+	err := b.take(ctx, side)
 	if err == nil {
 		defer b.takeBack(context.WithoutCancel(ctx), side)
 		err = b.serveSide(ctx, l, side)
@@ -37,8 +37,20 @@ func (b *benches) serve(ctx context.Context, l inLetter) {
 	}
 }
 
-// take makes side the one that is served.
-func (b *benches) take(side *benchSide) error {
+// take makes side the one that is served. A node that asks again has ended its last benchmark: that is waited for.
+func (b *benches) take(ctx context.Context, side *benchSide) error {
+	for deadline := time.Now().Add(2 * sendTimeout); time.Now().Before(deadline) && ctx.Err() == nil; {
+		b.mu.Lock()
+		before := b.served
+		if again := before != nil && before.node == side.node; !again {
+			b.mu.Unlock()
+			break
+		}
+		before.reason = "the asking node begins another one"
+		before.stop()
+		b.mu.Unlock()
+		time.Sleep(20 * time.Millisecond)
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.mbps.Load() == 0 {

@@ -417,6 +417,9 @@ func (s *session) hostState(v *view) hostnet.State {
 	for _, f := range v.status.Params.Families {
 		h.ClusterCIDRs = append(h.ClusterCIDRs, f.CIDR)
 	}
+	if time.Since(s.started) <= unseenFor { // gossip may not have told of all of them yet
+		h.Members = append(h.Members, s.leftMembers...)
+	}
 	for _, p := range v.peers {
 		h.Members = append(h.Members, p.underlay...)
 		for _, prefix := range p.prefixes {

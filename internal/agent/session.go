@@ -98,6 +98,7 @@ type hostSide struct {
 	host          *hostnet.Reconciler
 	leftMTU       map[netip.Prefix]int               // of the routes that an earlier run left, in bytes
 	leftHosts     []hostnet.HostRoute                // likewise, of those to members' hosts
+	leftMembers   []netip.Addr                       // likewise, the underlay addresses of members
 	leftDirect    map[netip.Prefix]hostnet.PeerRoute // likewise, the direct ones; loop's own
 	conflist      *conflist.Publisher
 	directTraffic directTraffic
@@ -105,12 +106,13 @@ type hostSide struct {
 	disturbed     chan struct{}                // another program changed the host's network
 	masquerade    atomic.Pointer[masquerading] // a reload may change it
 
-	mu        sync.Mutex        // guards the fields below, which loop writes and status reads
-	conflicts []hostnet.Problem // of the last reconcile
-	hostErr   error             // of the last reconcile
-	cniErr    error             // of the last time that the network was published to container engines
-	hostDone  bool              // a reconcile has given this host its addresses and routes
-	repairs   uint64
+	mu         sync.Mutex        // guards the fields below, which loop writes and status reads
+	conflicts  []hostnet.Problem // of the last reconcile
+	hostErr    error             // of the last reconcile
+	cniErr     error             // of the last time that the network was published to container engines
+	reconciled bool              // once: what differs after that, somebody else has changed
+	hostDone   bool              // a reconcile has given this host its addresses and routes
+	repairs    uint64
 }
 
 // meta returns this node's metadata for other members.
@@ -355,6 +357,16 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 		return
 	}
 	rep.Repaired, err = append(rep.Repaired, pods...), errors.Join(err, podErr)
+	s.mu.Lock()
+	first := !s.reconciled
+	s.reconciled = true
+	s.mu.Unlock()
+	if first {
+		for _, r := range rep.Repaired {
+			s.log.Info("host state of an earlier run brought up to date", "object", r)
+		}
+		rep.Repaired = nil
+	}
 	for _, r := range rep.Repaired {
 		s.log.Warn("host state repaired: somebody else had changed it", "object", r)
 	}

@@ -187,6 +187,9 @@ func (s *session) openData(a *agent) (err error) {
 	if s.leftHosts, err = hostnet.LeftHosts(s.cfg.Tun); err != nil {
 		return err
 	}
+	if s.leftMembers, err = hostnet.LeftMembers(); err != nil {
+		return err
+	}
 	if s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")}); err != nil {
 		return err
 	}

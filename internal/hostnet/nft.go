@@ -171,6 +171,34 @@ func (p *pass) reconcileTable() error {
 	return nil
 }
 
+// LeftMembers returns the members' underlay addresses in the nftables table that an earlier run left in the calling thread's network
+// namespace.
+func LeftMembers() (out []netip.Addr, err error) {
+	c, err := openNFT()
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, c.close()) }()
+	t, err := c.read()
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: read the nftables table inet %s: %w (is the kernel module nf_tables there?)", Table, err)
+	}
+	if t == nil {
+		return nil, nil
+	}
+	for _, s := range t.sets {
+		if s.name != setMembers+"4" && s.name != setMembers+"6" {
+			continue
+		}
+		for _, e := range s.elements {
+			if a, ok := netip.AddrFromSlice(e.Key); ok {
+				out = append(out, a)
+			}
+		}
+	}
+	return out, nil
+}
+
 // read gives the table as it is; nil when there is none.
 func (c *nftConn) read() (*nftTable, error) {
 	// A change in between shows as a missing object: ask again, a few times. The library

@@ -120,6 +120,9 @@ func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
 	if err != nil {
 		return Attachment{}, fmt.Errorf("podnet: find the pod's end %s: %w", peerName(c), err)
 	}
+	if err := limitGSO(pod, peer, c); err != nil {
+		return a, err
+	}
 	a.MAC, a.HostMAC = peer.Attrs().HardwareAddr, link.Attrs().HardwareAddr
 	if err := h.hostSide(ctx, c, &a); err != nil {
 		return a, fmt.Errorf("podnet: the host's end: %w", err)
@@ -135,6 +138,28 @@ func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
 		up = append(up, c.Bridge)
 	}
 	return a, errors.Join(pod.WaitUp(ctx, c.Interface), h.nl.WaitUp(ctx, up...))
+}
+
+// limitGSO bounds what the pod sends: the kernel gives the limits with which a pair is made to the host's end alone.
+func limitGSO(pod *sys.Netlink, peer netlink.Link, c *Config) error {
+	have := peer.Attrs()
+	for _, limit := range []struct {
+		what       string
+		have, want int
+		set        func(netlink.Link, int) error
+	}{
+		{"bytes", int(have.GSOMaxSize), c.GSOMaxSize, pod.LinkSetGSOMaxSize},
+		{"bytes of IPv4", int(have.GSOIPv4MaxSize), c.GSOMaxSize, pod.LinkSetGSOIPv4MaxSize},
+		{"segments", int(have.GSOMaxSegs), c.GSOMaxSegs, pod.LinkSetGSOMaxSegs},
+	} {
+		if limit.want == 0 || limit.have == 0 || limit.want == limit.have {
+			continue // nothing is wanted, the kernel does not know the limit, or it is so already
+		}
+		if err := limit.set(peer, limit.want); err != nil {
+			return fmt.Errorf("podnet: limit super-packets of the pod's end %s to %d %s: %w", have.Name, limit.want, limit.what, err)
+		}
+	}
+	return nil
 }
 
 func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {

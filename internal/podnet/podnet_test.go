@@ -115,6 +115,40 @@ func TestAddIsAtomic(t *testing.T) {
 	}
 }
 
+// A pod's link has the MTU and the limits of super-packets that its caller wants, at both ends, and its offloads are on.
+func TestLinkLimits(t *testing.T) {
+	for _, bridge := range []string{"", "pods"} {
+		w := newWorldBehind(t, bridge)
+		c := Config{
+			ID: "test/carol", Netns: namespace(t), Interface: "eth0", Addresses: addrs("10.244.0.5", "fd00:244::5"), MTU: 1412,
+			GSOMaxSize: 20000, GSOMaxSegs: 13, Bridge: bridge, OnLink: blocks,
+		}
+		a, err := w.host.Add(w.ctx, c)
+		check(t, err)
+		pod, err := sys.OpenNetlink(c.Netns)
+		check(t, err)
+		defer pod.Close()
+		for _, end := range []struct {
+			nl   *sys.Netlink
+			name string
+		}{{w.host.nl, a.HostInterface}, {pod, c.Interface}} {
+			link, err := end.nl.LinkByName(end.name)
+			check(t, err)
+			if at := link.Attrs(); at.MTU != 1412 || at.GSOMaxSize != 20000 || at.GSOMaxSegs != 13 || at.GSOIPv4MaxSize != 20000 {
+				t.Errorf("bridge %q, %s: MTU %d, GSO %d bytes (IPv4 %d), %d segments", bridge, end.name, at.MTU, at.GSOMaxSize, at.GSOIPv4MaxSize, at.GSOMaxSegs)
+			}
+		}
+		check(t, sys.WithNetns(c.Netns, func() error {
+			for name, offload := range map[string]sys.Offload{"TSO": sys.TSO, "GSO": sys.GSO} {
+				if on, err := sys.GetOffload(c.Interface, offload); err != nil || !on {
+					t.Errorf("bridge %q: %s is off in the pod (%v)", bridge, name, err)
+				}
+			}
+			return nil
+		}))
+	}
+}
+
 // names lists the host's devices and chains.
 func (w *world) names() []string {
 	w.t.Helper()

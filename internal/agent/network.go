@@ -183,7 +183,8 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 		k := known[id]
 		p := peerView{
 			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
-			udpPort: s.cfg.UDPPort, prefixes: ps, mode: s.prefer.Load().first(),
+			udpPort: s.cfg.UDPPort, vxlanPort: s.cfg.VXLANPort, mac: vtepMAC(id), // as it has them unless it is told otherwise
+			prefixes: ps, mode: s.prefer.Load().first(),
 			why: "not heard of since this agent started",
 		}
 		if k.Addr.IsValid() {

@@ -97,8 +97,16 @@ func (s *snapshot) ports() []hostnet.Port {
 	return out
 }
 
+// links are the interfaces that carry the tunnel, as far as the agent says.
+func (s *snapshot) links() []string {
+	if s.status == nil {
+		return nil
+	}
+	return s.status.Node.Links
+}
+
 func gatherPorts(_ context.Context, s *snapshot) {
-	s.blocked.problems, s.blocked.err = hostnet.PortProblems(s.ports())
+	s.blocked.problems, s.blocked.err = hostnet.PortProblems(hostnet.Outer{Ports: s.ports(), Links: s.links(), Pods: s.ClusterCIDRs})
 	if s.taken = nil; s.status == nil {
 		for _, p := range s.ports() {
 			if p.Number != 0 && inUse(p) {
@@ -393,7 +401,7 @@ func judgeManagers(s *snapshot) Result {
 	// It does nothing to a link whose state is pending (for udev) or initialized.
 	if slices.Contains([]string{"configuring", "configured", "failed", "linger"}, m.linkState) {
 		out = append(out, Finding{State: Failed, What: fmt.Sprintf("systemd-networkd manages %s (%s): it takes its addresses and routes away", s.Tun, m.linkState), Remedy: "tell it to leave the device alone",
-			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && networkctl reload`, s.Tun)})
+			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s %s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && networkctl reload`, s.Tun, hostnet.DirectDevice)})
 	}
 	if m.networkd && !m.routesKept {
 		out = append(out, Finding{State: Warning, What: "systemd-networkd removes the agent's routes when it configures a link again: the agent restores them, and packets are lost in between",
@@ -405,7 +413,7 @@ func judgeManagers(s *snapshot) Result {
 	}
 	if m.nmManaged == "true" {
 		out = append(out, Finding{State: Failed, What: fmt.Sprintf("NetworkManager manages %s: it changes its addresses and routes", s.Tun), Remedy: "tell it to leave the device alone",
-			Command: fmt.Sprintf(`mkdir -p /etc/NetworkManager/conf.d && printf '[device-tulle]\nmatch-device=interface-name:%s\nmanaged=0\n' > /etc/NetworkManager/conf.d/90-tulle.conf && nmcli general reload && nmcli device set %[1]s managed no`, s.Tun)})
+			Command: fmt.Sprintf(`mkdir -p /etc/NetworkManager/conf.d && printf '[device-tulle]\nmatch-device=interface-name:%s,interface-name:%s\nmanaged=0\n' > /etc/NetworkManager/conf.d/90-tulle.conf && nmcli general reload && nmcli device set %[1]s managed no`, s.Tun, hostnet.DirectDevice)})
 	}
 	return result(strings.Join(text, "; "), out...)
 }

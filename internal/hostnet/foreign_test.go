@@ -137,7 +137,15 @@ func TestPortProblems(t *testing.T) {
 		{name: "policy drop, the interface accepted", setup: drop + "nft add rule inet f in iifname eth0 accept"},
 		{name: "policy drop, a set accepted", setup: drop + "nft add rule inet f in udp dport '{ 53, 6080 }' accept"},
 		{name: "policy drop, a range accepted", setup: drop + "nft add rule inet f in udp dport 6000-6100 accept"},
-		{name: "policy drop, another chain", setup: drop + "nft add chain inet f more; nft add rule inet f in jump more"},
+		{name: "policy drop, another chain", setup: drop + "nft add chain inet f more; nft add rule inet f in jump more", want: []string{"none names UDP port 6080"}},
+		{name: "another chain accepts it", setup: drop + "nft add chain inet f more; nft add rule inet f more udp dport 6080 accept; nft add rule inet f in jump more"},
+		{name: "another chain drops it", setup: accept + "nft add chain inet f more; nft add rule inet f more udp dport 6080 drop; nft add rule inet f in jump more", want: []string{"inet f more drops", "nft delete rule inet f more handle"}},
+		{name: "another chain for another interface", setup: drop + "nft add chain inet f more; nft add rule inet f more accept; nft add rule inet f in iifname docker0 jump more", want: []string{"none names UDP port 6080"}},
+		{name: "another chain for pods", setup: drop + "nft add chain inet f more; nft add rule inet f more accept; nft add rule inet f in ip saddr 10.244.0.0/16 goto more; nft add rule inet f in ip6 saddr fd00:244::/48 goto more", want: []string{"none names UDP port 6080"}},
+		{name: "another chain for the interface", setup: drop + "nft add chain inet f more; nft add rule inet f more accept; nft add rule inet f in iifname eth\\* goto more"},
+		{name: "a verdict by a map", setup: drop + "nft add chain inet f more; nft add rule inet f more accept; nft add rule inet f in iifname vmap '{ eth0 : goto more }'"},
+		{name: "policy drop, a set without the port accepted", setup: drop + "nft add rule inet f in udp dport '{ 53, 67 }' accept; nft add rule inet f in meta l4proto '{ icmp, ipv6-icmp }' accept", want: []string{"none names UDP port 6080"}},
+		{name: "as ufw begins", setup: "iptables -P INPUT DROP; iptables -A INPUT -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT", want: []string{"none names UDP port 6080"}},
 		{name: "on its way out", setup: "nft add table ip f; nft add chain ip f out '{ type filter hook output priority 0; }'; nft add rule ip f out udp dport 6080 drop", want: []string{"ip f out drops what is sent by UDP port 6080"}},
 		{name: "of a protocol", setup: accept + "nft add rule inet f in meta l4proto 4 drop", ports: []Port{{Proto: 4}}, want: []string{"IP protocol 4"}},
 		{name: "of a protocol, by the header", setup: "nft add table ip f; nft add chain ip f in '{ type filter hook input priority 0; }'; nft add rule ip f in ip protocol 4 drop", ports: []Port{{Proto: 4}}, want: []string{"IP protocol 4"}},
@@ -162,7 +170,9 @@ func TestPortProblems(t *testing.T) {
 			if c.ports == nil {
 				c.ports = udp
 			}
-			check := func() ([]Problem, error) { return PortProblems(c.ports) }
+			check := func() ([]Problem, error) {
+				return PortProblems(Outer{Ports: c.ports, Links: []string{"eth0"}, Pods: pfx("10.244.0.0/16", "fd00:244::/48")})
+			}
 			if c.want != nil {
 				h.mended(check, c.want...)
 			} else if got := h.found(check); len(got) != 0 {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
@@ -45,30 +46,50 @@ func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error)
 		if how == "" || slices.ContainsFunc(rules, acceptsAll) {
 			continue
 		}
-		handled := false
-		for _, other := range chains {
-			if other.Table.Name != c.Table.Name || other.Table.Family != c.Table.Family {
-				continue
-			}
-			rules, err := conn.GetRules(other.Table, other)
-			if err != nil {
-				return nil, fmt.Errorf("hostnet: list the rules of nftables chain %s %s: %w", other.Table.Name, other.Name, err)
-			}
-			if slices.ContainsFunc(rules, func(r *nftables.Rule) bool { return lets(r, tun, clusterCIDRs) }) {
-				handled = true
-				break
-			}
+		missing, err := unhandled(conn, chains, c.Table, tun, clusterCIDRs)
+		if err != nil {
+			return nil, err
 		}
-		if !handled {
+		if len(missing) > 0 {
+			remedy := forwardRemedy(c, tun, missing)
 			out = append(out, Problem{
-				What:    fmt.Sprintf("nftables chain %s %s %s on the forward hook %s and names neither %s nor the cluster: pods' packets are dropped", familyName(c.Table.Family), c.Table.Name, c.Name, how, tun),
-				Remedy:  forwardRemedy(c, tun),
-				Command: forwardRemedy(c, tun),
+				What:    fmt.Sprintf("nftables chain %s %s %s on the forward hook %s and does not name %s: pods' packets are dropped", familyName(c.Table.Family), c.Table.Name, c.Name, how, strings.Join(missing, ", ")),
+				Remedy:  remedy,
+				Command: remedy,
 			})
 		}
 	}
 	legacy, err := legacyForward(tun, clusterCIDRs)
 	return append(out, legacy...), err
+}
+
+// unhandled says of what the table's chains should let pass, and have no rule about: the TUN device or the cluster, one of which is
+// enough. firewalld decides by a packet's source or by the interface by which it comes, and pods' packets come by the pods' own
+// links: so there it is each of them.
+func unhandled(conn *nftables.Conn, chains []*nftables.Chain, table *nftables.Table, tun string, clusters []netip.Prefix) (missing []string, err error) {
+	var all []*nftables.Rule
+	for _, c := range chains {
+		if c.Table.Name != table.Name || c.Table.Family != table.Family {
+			continue
+		}
+		rules, err := conn.GetRules(c.Table, c)
+		if err != nil {
+			return nil, fmt.Errorf("hostnet: list the rules of nftables chain %s %s: %w", c.Table.Name, c.Name, err)
+		}
+		all = append(all, rules...)
+	}
+	if !slices.ContainsFunc(all, func(r *nftables.Rule) bool { return lets(r, tun, nil) }) {
+		missing = append(missing, tun)
+	}
+	for _, p := range clusters {
+		if !slices.ContainsFunc(all, func(r *nftables.Rule) bool { return lets(r, "", []netip.Prefix{p}) }) {
+			missing = append(missing, p.Masked().String())
+		}
+	}
+	if table.Name != firewalld && len(missing) < 1+len(clusters) {
+		return nil, nil
+	}
+	return missing, nil
 }
 
 func familyName(f nftables.TableFamily) string {
@@ -82,10 +103,18 @@ func familyName(f nftables.TableFamily) string {
 	}
 }
 
-func forwardRemedy(c *nftables.Chain, tun string) string {
+func forwardRemedy(c *nftables.Chain, tun string, missing []string) string {
 	switch {
-	case c.Table.Name == "firewalld":
-		return fmt.Sprintf("firewall-cmd --permanent --zone=trusted --add-interface=%s && firewall-cmd --reload", tun)
+	case c.Table.Name == firewalld:
+		var commands []string
+		for _, m := range missing { // firewall-cmd takes interfaces and sources only apart
+			kind := "source"
+			if m == tun {
+				kind = "interface"
+			}
+			commands = append(commands, fmt.Sprintf("firewall-cmd --permanent --zone=trusted --add-%s=%s", kind, m))
+		}
+		return strings.Join(append(commands, "firewall-cmd --reload"), " && ")
 	case c.Table.Name == "filter" && c.Name == "FORWARD": // iptables-nft's names
 		tool := "iptables"
 		if c.Table.Family == nftables.TableFamilyIPv6 {
@@ -142,13 +171,11 @@ func lets(r *nftables.Rule, tun string, clusters []netip.Prefix) bool {
 		if !ok || c.Op != expr.CmpOpEq {
 			continue
 		}
-		if name := append([]byte(tun), 0); bytes.HasPrefix(c.Data, name) || string(c.Data) == tun {
+		if name := append([]byte(tun), 0); tun != "" && (bytes.HasPrefix(c.Data, name) || string(c.Data) == tun) {
 			return true
 		}
 		for _, p := range clusters {
-			// Whole bytes are compared alone, other lengths with the full address after a mask.
-			network := p.Masked().Addr().AsSlice()
-			if bytes.Equal(c.Data, network) || p.Bits()%8 == 0 && bytes.Equal(c.Data, network[:p.Bits()/8]) {
+			if isPrefix(c.Data, p) {
 				return true
 			}
 		}

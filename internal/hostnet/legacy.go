@@ -241,7 +241,7 @@ func legacyPorts(ports []Port) ([]Problem, error) {
 	return out, nil
 }
 
-// legacyBlocked weighs one chain for one port, as portBlocked does.
+// legacyBlocked weighs one chain for one port, as a weigher does.
 func legacyBlocked(tool, chain string, rules []legacyRule, policy int32, p Port) (Problem, bool) {
 	for i, r := range rules {
 		if slices.Contains(r.matches, "inverted") {

@@ -59,6 +59,61 @@ func Tree(t *testing.T, suite string) string {
 	return dir
 }
 
+// With returns a tree that has more packages than another one, for Overlay. It is kept like the other one. Nothing is started.
+func With(t *testing.T, tree string, packages ...string) string {
+	t.Helper()
+	dir := fmt.Sprintf("%s+%s", tree, strings.Join(packages, "+"))
+	lock, err := os.Open(CacheDir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lock.Close()
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
+		t.Fatal(err)
+	}
+	upper := filepath.Join(dir, "upper")
+	if _, err := os.Stat(dir); err == nil {
+		return upper + ":" + tree
+	}
+	half := dir + ".new"
+	if err := os.RemoveAll(half); err != nil {
+		t.Fatal(err)
+	}
+	for _, d := range []string{"upper", "work", "root"} {
+		if err := os.MkdirAll(filepath.Join(half, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("installing %v into %s, for this and later runs", packages, dir)
+	cmd := exec.CommandContext(t.Context(), "unshare", append([]string{"-m", "sh", "-ec", installInto, "sh", tree, half}, packages...)...)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("install %v: %v\n%s", packages, err, tail(out, 20))
+	}
+	if err := os.Rename(half, dir); err != nil {
+		t.Fatal(err)
+	}
+	return upper + ":" + tree
+}
+
+// installInto installs packages with this machine's way to the mirror, in a mount namespace of its own.
+const installInto = `
+tree=$1 half=$2 root=$2/root
+shift 2
+mount --make-rprivate /
+mount -t overlay overlay -o "lowerdir=$tree,upperdir=$half/upper,workdir=$half/work" "$root"
+mount --rbind /dev "$root/dev"
+mount -t proc proc "$root/proc"
+mount -t tmpfs tmpfs "$root/run"
+cp /etc/resolv.conf "$root/etc/resolv.conf"
+mount --bind /etc/apt "$root/etc/apt"
+printf '#!/bin/sh\nexit 101\n' >"$root/usr/sbin/policy-rc.d"
+chmod 755 "$root/usr/sbin/policy-rc.d"
+export DEBIAN_FRONTEND=noninteractive
+chroot "$root" apt-get update -qq
+chroot "$root" apt-get install -y -qq --no-install-recommends "$@"
+rm -rf "$root"/var/lib/apt/lists/*
+`
+
 // Release is this machine's release, by its code name.
 func Release(t *testing.T) string {
 	t.Helper()

@@ -15,6 +15,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/internal/testing/debian"
 	"github.com/tulle-net/tulle/internal/testing/namespace"
 )
@@ -26,9 +27,39 @@ var podmanFiles = map[string]string{
 	"etc/containers/containers.conf": "[containers]\ncgroups = \"disabled\"\nkeyring = false\n[engine]\ncgroup_manager = \"cgroupfs\"\n" +
 		"events_logger = \"file\"\n",
 	"etc/systemd/system/podman-restart.service.d/tulle.conf": "[Unit]\nAfter=tulle.service\n",
+	// A service in the network namespace of a pod, as docs/operations.md has it.
+	"etc/systemd/system/pod@.service": "[Unit]\nAfter=tulle.service\n\n[Service]\nType=oneshot\nRemainAfterExit=yes\n" +
+		"ExecStart=/usr/bin/tulle pod add %i --new\nExecStop=/usr/bin/tulle pod del %i\n",
+	"etc/systemd/system/alone.service": "[Unit]\nRequires=pod@" + alonePod + ".service\nAfter=pod@" + alonePod + ".service\n\n[Service]\n" +
+		"NetworkNamespacePath=/run/netns/" + alonePod + "\nExecStart=/bin/sleep 600\n\n[Install]\nWantedBy=multi-user.target\n",
 	// Installed when its image and its network are there: else podman would look for the image elsewhere.
 	"root/web.container": "[Unit]\nAfter=tulle.service\n\n[Container]\nImage=localhost/box\nNetwork=pods\nExec=/bin/busybox sleep 600\n" +
 		"PodmanArgs=--cgroups=disabled --stop-signal=KILL\n\n[Install]\nWantedBy=multi-user.target\n",
+}
+
+// alonePod is the pod of a service. Its name is this machine's own, whose network namespaces hosts share.
+const alonePod = "tulle-podman-alone"
+
+// aloneBox is the service as a container.
+func (m *machine) aloneBox(l *lab.Lab) (podmanBox, error) {
+	b := podmanBox{name: m.host + "'s service"}
+	pid, err := m.run("systemctl", "show", "--property=MainPID", "--value", "alone")
+	if err != nil {
+		return b, err
+	}
+	b.netns = fmt.Sprintf("/proc/%d/root/proc/%s/ns/net", m.leader, strings.TrimSpace(pid))
+	c, err := l.Client(m.host)
+	if err != nil {
+		return b, err
+	}
+	pods, err := c.Pods(context.Background())
+	for _, p := range pods {
+		if p.Name == alonePod && p.State == api.PodUp && strings.TrimSpace(pid) != "0" {
+			b.addrs = p.Addresses
+			return b, nil
+		}
+	}
+	return b, fmt.Errorf("%s, process %s, is not among the pods %+v: %w", b.name, pid, pods, err)
 }
 
 // podmanRuns starts the container "box" with fixed addresses of the host's own, in a network of this name.
@@ -112,7 +143,7 @@ func (m *machine) podmanBox(l *lab.Lab, name, network string) (podmanBox, error)
 // TestPodmanHosts: podman 5 of Debian 13 with the plugin for netavark, and podman 4.3 of Debian 12 with the network that the agent publishes,
 // on hosts that boot systemd and have nothing but the package, set up as docs/podman.md says. Containers with fixed addresses reach each
 // other while the agent restarts, after their own restart, and after a reboot of all hosts that nobody lends a hand. So does
-// the container of a unit.
+// the container of a unit, and a service in the network namespace of a pod.
 func TestPodmanHosts(t *testing.T) {
 	needTools(t)
 	pkg, image := deb(t, "1.0.0"), box(t)
@@ -125,6 +156,7 @@ func TestPodmanHosts(t *testing.T) {
 			t.Error(err)
 		}
 	})
+	t.Cleanup(func() { _ = os.Remove(sys.NetnsPath(alonePod)) }) // where a machine did not come to an orderly end
 	ms := machines(t, l, debian.Tree(t, "trixie"), debian.Tree(t, "bookworm"))
 	networks := []string{"pods", "tulle"}
 	each(t, ms, func(m *machine) error {
@@ -138,7 +170,7 @@ func TestPodmanHosts(t *testing.T) {
 	podmanRootless(t, ms)
 	each(t, ms, func(m *machine) error { return podmanRuns(m, l, networks[slices.Index(ms, m)]) })
 	each(t, ms, func(m *machine) error { _, err := m.run("systemctl", "enable", "--now", "podman-restart"); return err })
-	if _, err := ms[0].run("sh", "-ec", "install -D -m 644 /root/web.container /etc/containers/systemd/web.container; systemctl daemon-reload; systemctl start web"); err != nil {
+	if _, err := ms[0].run("sh", "-ec", "install -D -m 644 /root/web.container /etc/containers/systemd/web.container; systemctl daemon-reload; systemctl start web; systemctl enable --now alone"); err != nil {
 		t.Fatal(err)
 	}
 
@@ -207,7 +239,7 @@ func podmanRootless(t *testing.T, ms []*machine) {
 // podmenMeet waits until the containers run, connects each to each, and returns the addresses of those that have fixed ones.
 func podmenMeet(t *testing.T, l *lab.Lab, ms []*machine, networks []string, when string) (fixed []netip.Addr) {
 	t.Helper()
-	boxes := make([]podmanBox, 3)
+	boxes := make([]podmanBox, 4)
 	for i, want := range []struct {
 		m             *machine
 		name, network string
@@ -223,6 +255,10 @@ func podmenMeet(t *testing.T, l *lab.Lab, ms []*machine, networks []string, when
 		if want.name == "box" {
 			fixed = append(fixed, boxes[i].addrs...)
 		}
+	}
+	err := ms[0].until("the service "+when, time.Minute, func() (err error) { boxes[3], err = ms[0].aloneBox(l); return err })
+	if err != nil {
+		t.Fatal(err)
 	}
 	for _, from := range boxes {
 		for _, to := range boxes {

@@ -68,7 +68,7 @@ cnikill:
 cnitime:
 	TULLE_CNI_ADDS=200 $(GO) test -count=1 -timeout 10m -run 'TestCNITime$$' -v ./internal/lab/clustertest
 
-# Against the tunnels of Debian's kernel, booted by QEMU in software; takes a minute, and downloads a kernel once.
+# Against the tunnels of Debian's kernel, booted by QEMU in software, and benchmarks of them; takes two minutes, and downloads a kernel once.
 interop:
 	.ci/install qemu-system-x86 busybox-static iproute2 nftables
 	kernel=$$(.ci/kernel) && TULLE_INTEROP=$$kernel $(GO) test -count=1 -timeout 10m -v ./internal/lab/interop

@@ -246,12 +246,15 @@ func (r *Run) reference(wiring string) string {
 
 // Glance says what the ratios at a glance are taken to.
 func (r *Run) Glance() string {
-	text := r.Reference()
+	var parts []string
+	if to := r.Reference(); to != "" {
+		parts = append(parts, to)
+	}
 	for i := range r.Modes {
 		m := &r.Modes[i]
 		if to := r.ReferenceOf(m); m.Wiring != "" && m.Missing == "" && to != "" && to != m.Name {
-			text += fmt.Sprintf(", of %s to %s", m.Name, to)
+			parts = append(parts, fmt.Sprintf("of %s to %s", m.Name, to))
 		}
 	}
-	return strings.TrimPrefix(text, ", ")
+	return strings.Join(parts, ", ")
 }

@@ -54,7 +54,7 @@ type guest struct {
 func boot(t testing.TB, sw *hosts.Host, kernel string) *guest {
 	t.Helper()
 	dir := t.TempDir()
-	image := initramfs(t, dir, kernel)
+	image := initramfs(t, dir, kernel, modules, initScript)
 	sw.IP("tuntap add tap0 mode tap", "link set tap0 master br0 up")
 	g := &guest{t: t, lines: make(chan string, 64), log: filepath.Join(dir, "console")}
 	cmd := exec.Command("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "256", "-nodefaults", "-display", "none", "-no-reboot",
@@ -133,14 +133,15 @@ func (g *guest) await(limit time.Duration) (string, error) {
 	}
 }
 
-// initramfs packs what the guest needs into an archive: busybox, ip(8) with its libraries, the modules.
-func initramfs(t testing.TB, dir, kernel string) string {
+// initramfs packs what the guest needs into an archive: busybox, ip(8) with its libraries, the modules, the script that runs
+// first, and what is in dir/root already.
+func initramfs(t testing.TB, dir, kernel, modules, script string) string {
 	t.Helper()
 	root := filepath.Join(dir, "root")
-	for _, d := range []string{"bin", "proc", "dev", "modules"} {
+	for _, d := range []string{"bin", "proc", "dev", "sys", "run", "modules"} {
 		check(t, os.MkdirAll(filepath.Join(root, d), 0o755))
 	}
-	check(t, os.WriteFile(filepath.Join(root, "init"), []byte(initScript), 0o755))
+	check(t, os.WriteFile(filepath.Join(root, "init"), []byte(script), 0o755))
 	check(t, os.WriteFile(filepath.Join(root, "modules/order"), []byte(modules), 0o644))
 	busybox, err := exec.LookPath("busybox")
 	check(t, err)

@@ -1,0 +1,64 @@
+package interop
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
+)
+
+// benchModules are those of the kernel's tunnels that `tulle bench all` compares, and of the labs, each after those that it needs.
+const benchModules = `veth tunnel4 ip_tunnel tunnel6 ipip ip6_tunnel udp_tunnel ip6_udp_tunnel fou fou6
+	libchacha chacha-x86_64 poly1305-x86_64 libchacha20poly1305 libcurve25519-generic curve25519-x86_64 wireguard
+	nfnetlink libcrc32c nf_tables nft_objref`
+
+// benchScript is the first process of a guest that runs the benchmark and ends.
+const benchScript = `#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+mount -t sysfs sys /sys
+mount -t tmpfs run /run
+for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
+ifconfig lo up
+tulle bench throughput --modes kernel-ipip,kernel-fou,kernel-wireguard --rounds 1 --duration 200ms --timeout 3m -o csv
+tulle bench throughput --six --modes kernel-fou,kernel-wireguard --rounds 1 --duration 200ms --timeout 3m -o csv | sed 's/^/six,/'
+poweroff -f
+`
+
+// TestBenchModes measures the tunnels that the kernel of the tests' machine may lack, in one that has them: they carry packets, over both families. How fast they are in software emulation is nobody's concern.
+func TestBenchModes(t *testing.T) {
+	kernel := os.Getenv("TULLE_INTEROP")
+	if kernel == "" {
+		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
+	}
+	dir := t.TempDir()
+	check(t, testbuild.Tulle(filepath.Join(dir, "root/bin/tulle"), []string{"CGO_ENABLED=0"}))
+	image := initramfs(t, dir, kernel, benchModules, benchScript)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "768", "-smp", "2", "-nodefaults", "-display", "none", "-no-reboot",
+		"-kernel", one(t, filepath.Join(kernel, "boot/vmlinuz-*")), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio").CombinedOutput()
+	if err != nil {
+		t.Fatalf("QEMU: %v: %s", err, out)
+	}
+	text := strings.ReplaceAll(string(out), "\r", "")
+	for _, mode := range []string{"kernel-ipip", "kernel-fou", "kernel-wireguard", "six,kernel-fou", "six,kernel-wireguard"} {
+		// In emulation on a busy machine a measure may see no byte in its short time: one of a kind has to.
+		for _, either := range [][2]string{{"tcp1_gbps", "tcp4_gbps"}, {"udp_flood1_gbps", "udp_flood4_gbps"}} {
+			has := func(metric string) bool { return strings.Contains(text, "\n"+mode+","+metric+",") }
+			if !has(either[0]) && !has(either[1]) {
+				t.Errorf("%s has neither %s nor %s", mode, either[0], either[1])
+			}
+		}
+	}
+	if t.Failed() {
+		t.Logf("the guest said:\n%s", text)
+	}
+}

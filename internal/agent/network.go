@@ -226,6 +226,10 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0, bench: m.Meta.Capabilities&membership.CapBench != 0,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
+	// The last words of a node that left and was stopped at once may have been lost. The table has not lost them, and nobody misses a node without space.
+	if m.State == gossip.StateDead && len(prefixes) == 0 {
+		p.state = api.PeerLeft
+	}
 	s.findWay(&p)
 	limit := s.limit(p.mode, &p)
 	p.mtu = limit

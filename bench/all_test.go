@@ -176,6 +176,25 @@ func TestAllRefuses(t *testing.T) {
 	}
 }
 
+// Modes have one name and, as they once had another, an alias; direct brings what it is compared with.
+func TestChosen(t *testing.T) {
+	for _, tc := range []struct{ in, want []string }{
+		{nil, Modes()},
+		{[]string{"kernel-fou", "tulle-udp", "udp"}, []string{UDP, KernelFOU}},
+		{[]string{"direct"}, []string{NoTunnelSubnet, Direct}},
+		{strings.Split("no-tunnel,direct,udp,ipip,vxlan,wireguard,kernel-vxlan,kernel-ipip,kernel-fou,kernel-wireguard,wireguard-go", ","), Modes()},
+	} {
+		picked, err := chosen(tc.in)
+		var got []string
+		for _, m := range picked {
+			got = append(got, m.name)
+		}
+		if err != nil || !slices.Equal(got, tc.want) {
+			t.Errorf("%v: got %v, want %v (%v)", tc.in, got, tc.want, err)
+		}
+	}
+}
+
 func TestSplit(t *testing.T) {
 	set := func(cpus ...int) (s unix.CPUSet) {
 		for _, c := range cpus {

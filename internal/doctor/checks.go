@@ -39,7 +39,7 @@ func checks() []check {
 		{name: "cluster", about: "hosts of other clusters", judge: judgeTold(api.CheckCluster, Failed, seenCluster)},
 		{name: "paths", about: "encapsulations that are blocked, and in which direction", judge: judgePaths},
 		{name: "mtu", about: "path MTUs against those of the links", judge: judgeMTU},
-		{name: "trains", about: "UDP_SEGMENT trains that a kernel or network card breaks", judge: judgeTrains},
+		{name: "trains", about: "UDP_SEGMENT trains that a kernel or network card breaks", gather: gatherKernel, judge: judgeTrains},
 		{name: "space", about: "address space: enough of it, and nothing claimed twice", judge: judgeSpace},
 		{name: "owners", about: "owners of address space that are not reachable", judge: judgeTold(api.CheckOwners, Failed, seenOwners)},
 		{name: "addresses", about: "addresses of pods that are gone", gather: gatherAddresses, judge: judgeAddresses, fix: fixAddresses},

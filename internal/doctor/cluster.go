@@ -141,15 +141,21 @@ func judgeMTU(s *snapshot) Result {
 }
 
 func judgeTrains(s *snapshot) Result {
+	text := "kernel " + s.kernel.release
+	var out []Finding
+	if breaksTrains(s.kernel.release) {
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("kernel %s is one of those (7.0 to 7.1.4) that cut UDP_SEGMENT trains wrongly with some network cards", s.kernel.release),
+			Remedy: "update it; until then the agent sends single packets to each peer that trains do not reach, which costs CPU time and loses nothing"})
+	}
 	if s.status == nil {
-		return skip(noAgent)
+		return result(text+"; "+noAgent+" whether trains arrive", out...)
 	}
 	o := s.status.Offload
-	text := fmt.Sprintf("UDP_SEGMENT %v, TSO %v, USO %v, %d trains refused by the kernel", o.UDPGSO, o.TunTSO, o.TunUSO, s.status.Counters.GSOFallbacks)
+	text += fmt.Sprintf(", UDP_SEGMENT %v, TSO %v, USO %v, %d trains refused by the kernel", o.UDPGSO, o.TunTSO, o.TunUSO, s.status.Counters.GSOFallbacks)
 	if o.Reason != "" {
 		text += ": " + o.Reason
 	}
-	return result(text, s.told(api.CheckTrains, Warning)...) // nothing is lost
+	return result(text, append(s.told(api.CheckTrains, Warning), out...)...) // nothing is lost
 }
 
 func judgeSpace(s *snapshot) Result {

@@ -214,6 +214,23 @@ func (s *snapshot) skewed() (out []Finding) {
 	return out
 }
 
+func gatherKernel(_ context.Context, s *snapshot) {
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		s.kernel.release = unix.ByteSliceToString(u.Release[:])
+	}
+}
+
+// breaksTrains reports whether a kernel is one of those that cut UDP_SEGMENT trains wrongly with some network cards: 7.0 to 7.1.4
+// (as reported to Tailscale, github.com/tailscale/tailscale issues 19777, 19918 and 21335).
+func breaksTrains(release string) bool {
+	var major, minor, patch int
+	if n, _ := fmt.Sscanf(release, "%d.%d.%d", &major, &minor, &patch); n < 2 {
+		return false
+	}
+	return major == 7 && (minor == 0 || minor == 1 && patch <= 4)
+}
+
 func gatherBuffers(_ context.Context, s *snapshot) {
 	k := &s.kernel
 	k.buffer, k.bufferErr = 0, nil

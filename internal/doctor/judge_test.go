@@ -69,6 +69,14 @@ func TestJudge(t *testing.T) {
 		{"not ready", "agent", snapshot{status: agent(func(st *api.Status) { st.Ready = false })}, Failed, "not ready"},
 		{"a problem of no other check", "agent", snapshot{status: agent(func(st *api.Status) { st.Problems = []api.Problem{{What: "odd"}} })}, Failed, "odd"},
 
+		{"trains of kernel 6.12.48+deb13-amd64", "trains", snapshot{kernel: kernel{release: "6.12.48+deb13-amd64"}}, OK, ""},
+		{"trains of kernel 7.0.0-rc3", "trains", snapshot{kernel: kernel{release: "7.0.0-rc3"}}, Warning, "kernel 7.0.0-rc3 is one of those"},
+		{"trains of kernel 7.1.4-1-pve", "trains", snapshot{kernel: kernel{release: "7.1.4-1-pve"}}, Warning, "7.1.4-1-pve"},
+		{"trains of kernel 7.1.5", "trains", snapshot{kernel: kernel{release: "7.1.5"}}, OK, ""},
+		{"trains of kernel 7.2.1", "trains", snapshot{kernel: kernel{release: "7.2.1"}}, OK, ""},
+		{"trains of kernel 6.1", "trains", snapshot{kernel: kernel{release: "6.1"}}, OK, ""},
+		{"trains of kernel odd", "trains", snapshot{kernel: kernel{release: "odd"}}, OK, ""},
+
 		{"networkd manages it", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "configured", routesKept: true}}, Failed, "networkctl reload"},
 		{"networkd leaves it alone", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true}}, OK, ""},
 		{"networkd waits", "managers", snapshot{managers: managers{networkd: true, linkState: "pending", routesKept: true}}, OK, ""},

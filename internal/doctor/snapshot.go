@@ -71,8 +71,9 @@ type network struct {
 
 // kernel is the state of the machine.
 type kernel struct {
-	conntrack, conntrackMax int // -1: not loaded
-	buffer                  int // bytes of a receive buffer that this process gets, of the wanted ones
+	release                 string // uname -r
+	conntrack, conntrackMax int    // -1: not loaded
+	buffer                  int    // bytes of a receive buffer that this process gets, of the wanted ones
 	rmemMax                 int
 	bufferErr               error
 	synced                  bool // the clock follows NTP

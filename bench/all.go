@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -168,9 +169,32 @@ type allRun struct {
 	steal  []float64
 }
 
+// clearEarlier removes the labs of an earlier run of the name that was killed. It may have had more modes.
+func (run *allRun) clearEarlier(ctx context.Context) error {
+	labs, err := lab.List()
+	if err != nil {
+		return err
+	}
+	for _, name := range labs {
+		number, ours := strings.CutPrefix(name, run.o.Name+"-")
+		if _, err := strconv.Atoi(number); !ours || err != nil {
+			continue
+		}
+		if gone, err := lab.DownIfAbandoned(ctx, name); err != nil {
+			return fmt.Errorf("remove what an earlier run left: %w", err)
+		} else if gone {
+			run.o.Progress("removed lab " + name + ", which an earlier run left")
+		}
+	}
+	return nil
+}
+
 func (run *allRun) up(ctx context.Context) error {
 	picked, err := chosen(run.o.Modes)
 	if err != nil {
+		return err
+	}
+	if err := run.clearEarlier(ctx); err != nil {
 		return err
 	}
 	for i, m := range picked {

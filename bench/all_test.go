@@ -2,6 +2,7 @@ package bench
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math"
 	"os"
@@ -30,6 +31,15 @@ func TestMain(m *testing.M) {
 			os.Exit(1)
 		}
 		os.Exit(0)
+	}
+	if len(os.Args) == 3 && os.Args[1] == "all" { // a run that TestAllKilled kills
+		o := AllOptions{
+			Name: os.Args[2], Modes: []string{NoTunnel, KernelVXLAN}, Rounds: 1000, Measures: []string{Delay}, Duration: shortest, Binary: "/bin/false",
+			Helper: []string{os.Args[0], "helper"}, Progress: func(s string) { fmt.Println(s) },
+		}
+		_, err := All(context.Background(), o)
+		fmt.Println(err)
+		os.Exit(1)
 	}
 	os.Exit(m.Run())
 }

@@ -196,6 +196,20 @@ func measured(t *testing.T, n *namespace.Namespace, binary string, args ...strin
 	return r
 }
 
+// What needs root says so to others, before it does anything.
+func TestNeedsRoot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it runs the program as another user")
+	}
+	binary := tulle(t)
+	for _, what := range []string{"all", "latency", "throughput"} {
+		c, errs := command(t, binary, what)
+		if err := c.Run(); c.ProcessState.ExitCode() != 1 || !strings.Contains(errs.String(), "needs root") || !strings.Contains(errs.String(), "sudo") {
+			t.Errorf("bench %s as an ordinary user: %v: %s", what, err, errs)
+		}
+	}
+}
+
 // A wire that delays each packet by 1 ms is seen to delay by 1 ms: never less, and more only by what a wire without delay
 // and the late timers of this process add. What is compared is the time that a twentieth of the answers do not exceed:
 // a machine that others use as well adds to most answers, but not to all. A busy machine has three attempts.

@@ -170,6 +170,15 @@ func Down(ctx context.Context, name string) error {
 	return remove(ctx, name)
 }
 
+// DownIfAbandoned removes a lab whose maker is gone, and says whether it did.
+func DownIfAbandoned(ctx context.Context, name string) (bool, error) {
+	st, err := loadState(name)
+	if err != nil || st.Maker.alive() { // one without a state that can be read is removed by the next Up of its name
+		return false, nil
+	}
+	return true, Down(ctx, name)
+}
+
 // remove removes the lab and its folder, which is locked.
 func remove(ctx context.Context, name string) error {
 	if err := clean(ctx, name); err != nil {

@@ -84,7 +84,8 @@ type network struct {
 
 type peer struct {
 	Member
-	gen int // of the network that last saw it alive
+	gen     int       // of the network that last saw it alive
+	doubted time.Time // when a probe of it last failed
 }
 
 // New checks the configuration. It starts nothing.
@@ -208,7 +209,7 @@ func (g *Gossip) listen(addr netip.AddrPort) (*transport, error) {
 	if err != nil {
 		return nil, err
 	}
-	tr.reach = g.reach(tr)
+	tr.reach, tr.doubt = g.reach(tr), g.doubts
 	for _, a := range g.cfg.Also {
 		if err := tr.add(a.Unmap()); err != nil {
 			g.log.Warn("gossip: not reachable by the other family", "addr", a, "err", err)

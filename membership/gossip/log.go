@@ -149,6 +149,9 @@ func (g *Gossip) logEvent(line string) (told bool) {
 	case strings.HasPrefix(line, "Suspect ") && strings.HasSuffix(line, " has failed, no acks received"):
 		name, _, _ := strings.Cut(strings.TrimPrefix(line, "Suspect "), " ")
 		g.suspected(name)
+	case strings.HasPrefix(line, "Refuting a suspect message (from: "): // it does not hear this node
+		name, _, _ := strings.Cut(strings.TrimPrefix(line, "Refuting a suspect message (from: "), ")")
+		g.doubt(name)
 	case strings.HasPrefix(line, "Was able to connect to "):
 		name, _, _ := strings.Cut(strings.TrimPrefix(line, "Was able to connect to "), " ")
 		g.udpBlocked(name)

@@ -270,6 +270,9 @@ func (g *Gossip) suspected(name string) {
 	g.mu.Lock()
 	p := g.peers[id]
 	changed := p != nil && p.State == StateAlive
+	if p != nil {
+		p.doubted = time.Now()
+	}
 	if changed {
 		p.State, p.Since = StateSuspect, time.Now()
 	}

@@ -3,6 +3,7 @@ package gossip
 import (
 	"net/netip"
 	"slices"
+	"time"
 
 	"github.com/tulle-net/tulle/membership"
 )
@@ -30,6 +31,35 @@ func (g *Gossip) reach(tr *transport) func(string, netip.AddrPort) []netip.AddrP
 		}
 		return usable
 	}
+}
+
+// doubtFor is how long a member gets datagrams by both families after a probe of it has failed: a firewall may drop those of one, and
+// nothing tells. Where it still does after that, one more probe fails, and the member is suspect for a moment.
+const doubtFor = 10 * time.Minute
+
+// doubt records that datagrams to or from a member are lost.
+func (g *Gossip) doubt(name string) {
+	id, err := membership.ParseNodeID(name)
+	if err != nil {
+		return
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p := g.peers[id]; p != nil {
+		p.doubted = time.Now()
+	}
+}
+
+// doubts reports whether a member gets datagrams at all its addresses.
+func (g *Gossip) doubts(name string) bool {
+	id, err := membership.ParseNodeID(name)
+	if err != nil {
+		return false
+	}
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	p := g.peers[id]
+	return p != nil && !p.doubted.IsZero() && time.Since(p.doubted) < doubtFor
 }
 
 // addrsOf are a member's announced address and those of the other family at the same port.

@@ -25,6 +25,8 @@ type transport struct {
 	traffic *traffic
 	// reach gives the addresses to try for a member, best first; name is "" if it is not known. nil: the one given.
 	reach func(name string, addr netip.AddrPort) []netip.AddrPort
+	// doubt reports that a member may not get what is sent to its first address, though nothing says so: it gets datagrams at all of them.
+	doubt func(name string) bool
 
 	via atomic.Pointer[transport] // sends what this one is given, while the address changes
 
@@ -255,11 +257,12 @@ func (t *transport) writeTo(b []byte, name, to string) (time.Time, error) {
 	if err != nil {
 		return time.Time{}, err
 	}
+	all := t.doubt != nil && t.doubt(name)
 	for i, a := range t.addrsOf(name, unmapPort(dst)) {
 		if e := t.send(b, a); e == nil || i == 0 {
 			err = e
 		}
-		if err == nil {
+		if err == nil && !all {
 			break
 		}
 	}

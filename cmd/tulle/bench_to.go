@@ -139,21 +139,21 @@ func benchHelperServe(ctx context.Context, in io.Reader, out io.Writer) error {
 		stop()
 	}()
 	var work sync.WaitGroup
-	var is api.BenchServing
 	listening := make(chan struct{}, len(want.Addresses))
-	is.Ports = make([]uint16, len(want.Addresses))
+	ports := make([]uint16, len(want.Addresses)) // each is written before listening has its value
 	failed := make(chan error, len(want.Addresses))
 	for i, a := range want.Addresses {
 		work.Go(func() {
 			err := pair.Serve(ctx, pair.ServeOptions{
 				Address: netip.AddrPortFrom(a, 0).String(), Token: want.Token, MaxTime: want.MaxTime, MaxRate: float64(want.Mbps) * 1e6, Version: api.Version(),
-				Listening: func(at netip.AddrPort) { is.Ports[i] = at.Port(); listening <- struct{}{} },
+				Listening: func(at netip.AddrPort) { ports[i] = at.Port(); listening <- struct{}{} },
 			})
 			if err != nil {
 				failed <- err
 			}
 		})
 	}
+	is := api.BenchServing{Ports: ports}
 	var err error
 	for range want.Addresses {
 		select {

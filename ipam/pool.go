@@ -359,8 +359,13 @@ func (p *Pool) Cool(now time.Time, addr netip.Addr, until time.Time) {
 }
 
 // Rest continues a cool-down that Cooling has returned, in an earlier run of the program: a container that comes back with
-// its host gets its address.
-func (p *Pool) Rest(now time.Time, c Cooling) { p.cool(now, c.Addr, rest{c.Until, c.Key}) }
+// its host gets its address. It lasts no longer than a new one: the host's clock may have been ahead.
+func (p *Pool) Rest(now time.Time, c Cooling) {
+	if most := now.Add(p.cooldown); c.Until.After(most) {
+		c.Until = most
+	}
+	p.cool(now, c.Addr, rest{c.Until, c.Key})
+}
 
 func (p *Pool) cool(now time.Time, addr netip.Addr, r rest) {
 	if old, ok := p.cooling[addr]; !r.until.After(now) || ok && old.until.After(r.until) {

@@ -326,3 +326,16 @@ func TestSubtractAndAggregateAreInverse(t *testing.T) {
 		}
 	})
 }
+
+// The host's clock was ahead when the cool-down was saved, and is right again.
+func TestPoolRestAfterClockWasAhead(t *testing.T) {
+	p := NewPool(time.Minute)
+	a := netip.MustParseAddr("10.0.0.7")
+	p.Rest(t0, Cooling{Addr: a, Until: t0.Add(5 * time.Hour)})
+	if got := p.Cooling(t0); len(got) != 1 || got[0].Until.After(t0.Add(time.Minute)) {
+		t.Errorf("%+v, want a minute", got)
+	}
+	if got := p.Cooling(t0.Add(time.Minute)); len(got) != 0 {
+		t.Errorf("after a minute: %+v", got)
+	}
+}

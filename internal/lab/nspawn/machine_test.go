@@ -32,6 +32,7 @@ type machine struct {
 	net  string // path of its network namespace
 
 	options []string // of systemd-nspawn, besides boot's
+	apart   bool     // has named network namespaces of its own, and none of this machine's
 
 	groups []string      // its cgroups, where there is no systemd to keep them
 	leader int           // its init, as this machine's kernel numbers it
@@ -62,11 +63,14 @@ func (m *machine) boot() error {
 	args := []string{
 		"--quiet", "--boot", "--directory=" + m.root, "--machine=" + m.name, "--hostname=" + m.host,
 		"--network-namespace-path=" + m.net,
-		// The agent needs the TUN device; its pods' namespaces are this machine's, by the same paths.
-		"--bind=/dev/net/tun", "--bind=/run/netns", "--capability=CAP_NET_ADMIN,CAP_NET_RAW",
+		// The agent needs the TUN device.
+		"--bind=/dev/net/tun", "--capability=CAP_NET_ADMIN,CAP_NET_RAW",
 		"--console=pipe", "--resolv-conf=off", "--timezone=off", "--link-journal=no",
 	}
 	args = append(args, m.options...)
+	if !m.apart {
+		args = append(args, "--bind=/run/netns") // the namespaces of its pods are this machine's, by the same paths
+	}
 	shell := `exec systemd-nspawn "$@"`
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
 		// No systemd runs this machine: nobody to register with, and nobody who would give each container a cgroup.

@@ -216,7 +216,8 @@ func TestBenchTo(t *testing.T) {
 						rest += n
 					}
 				}
-				if kinds[mode] < 1000 || rest > kinds[mode]/4 {
+				// How many there are depends on how busy the machine is; by what way they come does not.
+				if kinds[mode] < 200 || rest > kinds[mode]/4 {
 					t.Errorf("h2 got these packets while %s was measured: %v", mode, kinds)
 				}
 				m := r.Mode(mode)

@@ -111,7 +111,7 @@ chmod 755 "$root/usr/sbin/policy-rc.d"
 export DEBIAN_FRONTEND=noninteractive
 chroot "$root" apt-get update -qq
 chroot "$root" apt-get install -y -qq --no-install-recommends "$@"
-rm -rf "$root"/var/lib/apt/lists/*
+rm -rf "$root"/var/lib/apt/lists/* "$root/usr/sbin/policy-rc.d"
 `
 
 // Release is this machine's release, by its code name.

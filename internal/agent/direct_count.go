@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"maps"
 	"net/netip"
 	"sync"
 
@@ -41,9 +42,7 @@ func (d *directTraffic) add(now map[netip.Prefix]hostnet.Counts, owner func(neti
 	if now != nil {
 		d.last = now
 	}
-	for id, c := range d.peers {
-		peers[id] = c
-	}
+	maps.Copy(peers, d.peers)
 	return peers, d.all
 }
 

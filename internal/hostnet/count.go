@@ -3,6 +3,7 @@ package hostnet
 import (
 	"bytes"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 
@@ -28,9 +29,7 @@ func (r *Reconciler) DirectCounts() (map[netip.Prefix]Counts, error) {
 		return nil, nil
 	}
 	now := map[netip.Prefix]Counts{}
-	for p, c := range r.counts.past {
-		now[p] = c
-	}
+	maps.Copy(now, r.counts.past)
 	for _, f := range families {
 		for _, name := range []string{setDirectTx, setDirectRx} {
 			set := nftSet{name: name + f.suffix, key: f.key, interval: true}

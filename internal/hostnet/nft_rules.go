@@ -91,7 +91,7 @@ func buildTable(s *State) (*nftTable, error) {
 	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
 	out := nftChain{name: chainOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter}
 	// What other chains drop is not counted.
-	late := nftables.ChainPriorityRef(*nftables.ChainPriorityFilter + 10)
+	late := new(*nftables.ChainPriorityFilter + 10)
 	fwd := nftChain{name: chainFwd, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: late}
 	input := nftChain{name: chainIn, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: late}
 	post := nftChain{name: chainPost, kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource}

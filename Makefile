@@ -10,7 +10,7 @@ PACKAGES = \
 	debootstrap systemd-container lxc dbus iputils-ping \
 	qemu-user lintian
 
-.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop bench report clean
+.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop critest bench report clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -72,6 +72,11 @@ cnitime:
 interop:
 	.ci/install qemu-system-x86 busybox-static iproute2 nftables
 	kernel=$$(.ci/kernel) && TULLE_INTEROP=$$kernel $(GO) test -count=1 -timeout 10m -v ./internal/lab/interop
+
+# The Kubernetes project's tests of container runtimes, those about networking, with containerd; builds them once, which takes a minute or two.
+critest:
+	.ci/install containerd containernetworking-plugins busybox-static iproute2 nftables iptables
+	critest=$$(.ci/critest) && TULLE_CRITEST=$$critest $(GO) test -count=1 -timeout 10m -run 'TestCRITest$$' -v ./internal/lab/clustertest
 
 # Tulle beside no tunnel, the kernel's VXLAN and wireguard-go; takes minutes, wants a quiet machine.
 bench: build

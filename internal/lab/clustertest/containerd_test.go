@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"syscall"
 	"testing"
@@ -36,8 +37,19 @@ type machine struct {
 
 const boxImage = "localhost/box:latest"
 
-// newMachine starts containerd in the host's network namespace. The host's agent publishes its network in networks.
+// newMachine starts containerd without the interface for Kubernetes, with an image.
 func newMachine(t *testing.T, h lab.Host, plugins, networks, image string) *machine {
+	t.Helper()
+	m := startContainerd(t, h, plugins, networks, `disabled_plugins = ["io.containerd.grpc.v1.cri"]`)
+	if err := m.ctr("image", "import", "--snapshotter", "native", image); err != nil {
+		t.Fatal(err)
+	}
+	return m
+}
+
+// startContainerd starts containerd in the host's network namespace, with these lines first in its configuration. The host's agent publishes
+// its network in networks.
+func startContainerd(t *testing.T, h lab.Host, plugins, networks, config string) *machine {
 	t.Helper()
 	// A socket's path has 107 bytes at most, and containerd adds its own to this one.
 	dir, err := os.MkdirTemp("", "ctd")
@@ -50,8 +62,8 @@ func newMachine(t *testing.T, h lab.Host, plugins, networks, image string) *mach
 			t.Fatal(err)
 		}
 	}
-	conf := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\ndisabled_plugins = [%q]\n[grpc]\n  address = %q\n",
-		filepath.Join(dir, "root"), filepath.Join(dir, "state"), "io.containerd.grpc.v1.cri", m.socket())
+	conf := fmt.Sprintf("version = 2\nroot = %q\nstate = %q\n%s\n[grpc]\n  address = %q\n",
+		filepath.Join(dir, "root"), filepath.Join(dir, "state"), config, m.socket())
 	if err := os.WriteFile(filepath.Join(dir, "config.toml"), []byte(conf), 0o600); err != nil {
 		t.Fatal(err)
 	}
@@ -73,9 +85,6 @@ func newMachine(t *testing.T, h lab.Host, plugins, networks, image string) *mach
 		_ = os.RemoveAll(dir)
 	})
 	until(t, "containerd answers", func() error { return m.ctr("version") })
-	if err := m.ctr("image", "import", "--snapshotter", "native", image); err != nil {
-		t.Fatal(err)
-	}
 	return m
 }
 
@@ -90,11 +99,16 @@ func (m *machine) command(out io.Writer, args ...string) *exec.Cmd {
 }
 
 func (m *machine) ctr(args ...string) error {
+	_, err := m.ctrOutput(args...)
+	return err
+}
+
+func (m *machine) ctrOutput(args ...string) (string, error) {
 	var out bytes.Buffer
 	if err := m.command(&out, append([]string{"ctr", "-a", m.socket()}, args...)...).Run(); err != nil {
-		return fmt.Errorf("ctr %v on %s: %w: %s", args, m.h.Name, err, out.Bytes())
+		return "", fmt.Errorf("ctr %v on %s: %w: %s", args, m.h.Name, err, out.Bytes())
 	}
-	return nil
+	return out.String(), nil
 }
 
 // container starts one that sleeps, and removes it when the test ends: ctr calls the plugin both times.
@@ -176,19 +190,21 @@ func boxLayer(t *testing.T) []byte {
 	return packTar(t, map[string][]byte{"bin/busybox": busybox}, "bin/sleep", "bin/ping", "bin/true")
 }
 
-// boxTar is an image of it, in the form of `docker save`.
-func boxTar(t *testing.T) string {
+// boxTar is an image of it.
+func boxTar(t *testing.T) string { return imageTar(t, boxImage, boxLayer(t)) }
+
+// imageTar is an image of one layer, in the form of `docker save`, whose containers run cmd unless they are told otherwise.
+func imageTar(t *testing.T, name string, layer []byte, cmd ...string) string {
 	t.Helper()
-	layer := boxLayer(t)
 	config, err := json.Marshal(map[string]any{
-		"architecture": "amd64", "os": "linux", "config": map[string]any{"Env": []string{"PATH=/bin"}},
+		"architecture": runtime.GOARCH, "os": "linux", "config": map[string]any{"Env": []string{"PATH=/bin"}, "Cmd": cmd},
 		"rootfs": map[string]any{"type": "layers", "diff_ids": []string{fmt.Sprintf("sha256:%x", sha256.Sum256(layer))}},
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
-	manifest := fmt.Appendf(nil, `[{"Config": "config.json", "RepoTags": [%q], "Layers": ["layer.tar"]}]`, boxImage)
-	path := filepath.Join(t.TempDir(), "box.tar")
+	manifest := fmt.Appendf(nil, `[{"Config": "config.json", "RepoTags": [%q], "Layers": ["layer.tar"]}]`, name)
+	path := filepath.Join(t.TempDir(), "image.tar")
 	if err := os.WriteFile(path, packTar(t, map[string][]byte{"config.json": config, "manifest.json": manifest, "layer.tar": layer}), 0o600); err != nil {
 		t.Fatal(err)
 	}

@@ -77,7 +77,9 @@ func TestCRITest(t *testing.T) {
 		args = append(args, "--ginkgo.focus", regexp.QuoteMeta(name)+"$")
 	}
 	var out bytes.Buffer
-	if err := m.command(&out, args...).Run(); err != nil {
+	c := m.command(&out, args...)
+	c.Env = append(os.Environ(), "TMPDIR="+m.dir) // it leaves the logs of pods whose tests fail
+	if err := c.Run(); err != nil {
 		t.Errorf("critest: %v:\n%s", err, out.Bytes())
 	}
 	checkCRISpecs(t, report)

@@ -7,7 +7,9 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"path/filepath"
 	"runtime"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -78,7 +80,8 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	serve(a.watch)
 	if plugin != nil {
 		driver := docker.New(cfg.Socket, log)
-		serve(func(ctx context.Context) error { return driver.Run(ctx, plugin) })
+		name := strings.TrimSuffix(filepath.Base(cfg.DockerSocket), ".sock")
+		serve(func(ctx context.Context) error { return driver.Run(ctx, plugin, name, cfg.DockerAPI) })
 	}
 	if cfg.Metrics != "" {
 		serve(a.serveMetrics)

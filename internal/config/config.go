@@ -57,6 +57,7 @@ type Config struct {
 	CNIBinDir     string         // their plugins; empty: not looked at
 	CNIBridge     string         // on the host, which pods of these engines are behind; empty: none
 	DockerSocket  string         // of the driver for Docker; empty: not served
+	DockerAPI     string         // the socket where the engine serves; empty: it is not asked
 	StateDir      string
 	Socket        string
 	Metrics       string // HOST:PORT; empty: not served

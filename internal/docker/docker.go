@@ -6,11 +6,12 @@
 // CreateEndpoint has again. So the addresses belong to the MAC address first, and pass to the endpoint then.
 //
 // The engine waits without limit for an answer, and does not start a container again whose network has failed. So every call ends
-// within a bounded time, and waits that long for an agent that is starting. Activation and Join need no cluster.
+// within a bounded time, and waits that long for an agent that is starting. Activation and Join need no cluster. Containers that
+// were left stopped are started by the driver (reviver).
 //
 // A Driver serves any number of calls at once.
 //
-// Sources: moby/libnetwork docs/remote.md, docs/ipam.md; moby docs/extend/plugin_api.md.
+// Sources: moby/libnetwork docs/remote.md, docs/ipam.md; moby docs/extend/plugin_api.md, api/swagger.yaml.
 package docker
 
 import (
@@ -40,6 +41,7 @@ type Driver struct {
 	agent *api.Client
 	log   *slog.Logger
 	mux   *http.ServeMux
+	early chan struct{} // a call came that the agent could not serve yet
 
 	mu        sync.Mutex
 	endpoints map[string]*endpoint // by the engine's ID: those of this process
@@ -51,7 +53,7 @@ type Driver struct {
 
 // New makes a driver that gets addresses from the agent behind socket.
 func New(socket string, log *slog.Logger) *Driver {
-	d := &Driver{agent: api.NewClient(socket), log: log, mux: http.NewServeMux(), endpoints: map[string]*endpoint{}}
+	d := &Driver{agent: api.NewClient(socket), log: log, mux: http.NewServeMux(), early: make(chan struct{}, 1), endpoints: map[string]*endpoint{}}
 	handle(d, "/Plugin.Activate", func(context.Context, empty) (manifest, error) {
 		return manifest{Implements: []string{"NetworkDriver", "IpamDriver"}}, nil
 	})
@@ -85,13 +87,18 @@ func New(socket string, log *slog.Logger) *Driver {
 	return d
 }
 
-// Run serves the engine on l, and gives addresses back that it has left, until ctx ends.
-func (d *Driver) Run(ctx context.Context, l net.Listener) error {
+// Run serves the engine on l, and gives addresses back that it has left, until ctx ends. Containers that
+// were left stopped because nobody served l, or the agent was not ready, are started through the engine's API: name is the driver's in
+// the engine, and engine the API's socket; empty: they are not started.
+func (d *Driver) Run(ctx context.Context, l net.Listener, name, engine string) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	wg.Go(func() { d.sweep(ctx) })
+	if engine != "" {
+		wg.Go(func() { newReviver(d, name, engine).run(ctx) })
+	}
 	err := api.Serve(ctx, l, d, d.log)
 	d.calls.Wait()
 	return err
@@ -121,7 +128,15 @@ func handle[Req, Resp any](d *Driver, path string, call func(context.Context, Re
 		if err != nil {
 			d.log.Warn("a call of Docker failed", "call", path, "error", err)
 			w.WriteHeader(http.StatusInternalServerError)
-			resp = failure{Err: "tulle: " + err.Error()}
+			text := "tulle: "
+			if passes(err) {
+				text = notReady
+				select {
+				case d.early <- struct{}{}:
+				default: // one is enough
+				}
+			}
+			resp = failure{Err: text + err.Error()}
 		}
 		if err := json.NewEncoder(w).Encode(resp); err != nil {
 			d.log.Debug("Docker did not read an answer", "call", path, "error", err)

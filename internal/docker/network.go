@@ -103,7 +103,7 @@ func (d *Driver) join(_ context.Context, r joinRequest) (joinResponse, error) {
 	defer d.mu.Unlock()
 	e := d.endpoints[r.EndpointID]
 	if e == nil {
-		return joinResponse{}, fmt.Errorf("endpoint %s was made by an agent that is gone; start the container again", r.EndpointID)
+		return joinResponse{}, api.Errorf(api.CodeUnhealthy, "endpoint %s was made by an agent that is gone", r.EndpointID).WithRemedy("start the container again")
 	}
 	for _, other := range d.endpoints {
 		if other != e && other.sandbox == r.SandboxKey {

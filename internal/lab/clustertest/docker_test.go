@@ -56,7 +56,8 @@ func newDocker(t *testing.T, l *lab.Lab, h lab.Host, image string) *dockerHost {
 func (d *dockerHost) plugins() string { return filepath.Join(d.dir, "p") }
 
 func (d *dockerHost) startAgent(l *lab.Lab) error {
-	return l.StartAgent(d.t.Context(), d.h.Name, "--docker-socket", filepath.Join(d.plugins(), "tulle.sock"))
+	return l.StartAgent(d.t.Context(), d.h.Name, "--docker-socket", filepath.Join(d.plugins(), "tulle.sock"),
+		"--docker-api", filepath.Join(d.dir, "s"))
 }
 
 // launch starts the engine, with mounts of its own.
@@ -148,7 +149,7 @@ func (d *dockerHost) container(name, network string) (netns string, addrs []neti
 }
 
 // TestDocker: two hosts, each with a Docker engine. Containers in networks of the driver reach each other under their own
-// addresses, keep fixed ones when they are restarted, and come back after the engine was started while the agent was dead.
+// addresses, keep fixed ones when they are restarted, and come back by themselves after the engine was started while the agent was dead.
 func TestDocker(t *testing.T) {
 	t.Parallel()
 	l := up(t, "dkr", lab.Options{Nodes: 2, Subnets: 2, Pods: -1, ClusterCIDRs: dualCIDRs})
@@ -166,10 +167,13 @@ func TestDocker(t *testing.T) {
 		d.do(append(create, "--ipv6", "--subnet", dualCIDRs[0].String(), "--subnet", dualCIDRs[1].String(), "both")...)
 	}
 	fixed := fixedAddrs(t, d[1].h.Socket)
-	d[0].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--restart", "always", "--network", "both", "box", "/bin/sleep", "600")
+	for name, restart := range map[string]string{"box": "always", "kept": "unless-stopped", "stopped": "unless-stopped", "once": "no"} {
+		d[0].do("run", "-d", "--stop-signal", "KILL", "--name", name, "--restart", restart, "--network", "both", "box", "/bin/sleep", "600")
+	}
+	d[0].do("stop", "stopped")
 	d[1].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--network", "both", "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "box", "/bin/sleep", "600")
 	ns, far := d[1].container("box", "both")
-	meet(t, d[0], ns, far)
+	meet(t, d[0], "box", ns, far)
 
 	// Docker repeats calls for half a minute before it gives up: the other host's part is done meanwhile.
 	withoutAgent(t, l, d[0], func() { secondHost(t, d[1], fixed, create) })
@@ -177,9 +181,14 @@ func TestDocker(t *testing.T) {
 	if !slices.Equal(far, fixed) {
 		t.Errorf("addresses %v, want %v", far, fixed)
 	}
-	meet(t, d[0], ns, far)
+	meet(t, d[0], "box", ns, far)
+	meet(t, d[0], "kept", ns, far)
 	ns, far = d[1].container("four", "plain")
-	meet(t, d[0], ns, far)
+	meet(t, d[0], "box", ns, far)
+	// The look that has started the others is long over.
+	if names := strings.Fields(d[0].do("ps", "--format", "{{.Names}}")); len(names) != 2 {
+		t.Errorf("running are %v, want box and kept only", names)
+	}
 }
 
 // secondHost restarts a container that has fixed addresses, makes one in another network, and tries what must be refused.
@@ -201,7 +210,8 @@ func secondHost(t *testing.T, d *dockerHost, fixed []netip.Addr, create []string
 	}
 }
 
-// withoutAgent starts the engine again while the agent is dead: an error, no hang. With the agent back, the container starts.
+// withoutAgent starts the engine again while the agent is dead: an error, no hang. With the agent back, the containers start that
+// would have started with the engine, and no others.
 func withoutAgent(t *testing.T, l *lab.Lab, d *dockerHost, meanwhile func()) {
 	t.Helper()
 	d.stop()
@@ -211,19 +221,26 @@ func withoutAgent(t *testing.T, l *lab.Lab, d *dockerHost, meanwhile func()) {
 	d.launch()
 	meanwhile()
 	d.await()
-	if state := d.do("inspect", "-f", "{{.State.Running}} {{.State.Error}}", "box"); !strings.HasPrefix(state, "false ") || len(state) < 10 {
-		t.Errorf("without an agent the container is %q", state)
+	for _, name := range []string{"box", "kept"} {
+		if state := d.do("inspect", "-f", "{{.State.Running}} {{.State.Error}}", name); !strings.HasPrefix(state, "false ") || len(state) < 10 {
+			t.Errorf("without an agent the container %s is %q", name, state)
+		}
 	}
 	if err := d.startAgent(l); err != nil {
 		t.Fatal(err)
 	}
-	d.do("start", "box")
+	untilWithin(t, 2*patience, "the containers start", func() error {
+		if names := d.do("ps", "--format", "{{.Names}}"); !strings.Contains(names, "box") || !strings.Contains(names, "kept") {
+			return fmt.Errorf("running are %q", names)
+		}
+		return nil
+	})
 }
 
-// meet connects from the first host's container to another one, which must see it under its own address.
-func meet(t *testing.T, d *dockerHost, at string, to []netip.Addr) {
+// meet connects from a container of the host to another one, which must see it under its own address.
+func meet(t *testing.T, d *dockerHost, name, at string, to []netip.Addr) {
 	t.Helper()
-	from, own := d.container("box", "both")
+	from, own := d.container(name, "both")
 	for i, a := range to {
 		var seen netip.Addr
 		until(t, "the container reaches "+a.String(), func() (err error) { seen, err = seenAs(from, at, a); return err })

@@ -308,7 +308,14 @@ func TestAddresses(t *testing.T) {
 		t.Errorf("requested outside: %v", err)
 	}
 
-	// All of it is used up.
+	// All of it is used up. Owners have names as soon as gossip has told them.
+	until(t, "h1 knows the name of h2", func() error {
+		st, err := c.Status(t.Context())
+		if err == nil && !slices.ContainsFunc(st.Peers, func(p api.Peer) bool { return p.Name == "h2" }) {
+			err = fmt.Errorf("it has the peers %+v", st.Peers)
+		}
+		return err
+	})
 	var full error
 	for i := 0; full == nil && i < 200; i++ {
 		until(t, "an answer", func() error {

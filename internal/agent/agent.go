@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -50,6 +51,10 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	// The packet loops wait without giving up their processor (sys.Poller). Each active flow keeps two of them, and the
 	// rest of the agent must not wait for these.
 	runtime.GOMAXPROCS(runtime.NumCPU() + 4)
+	// Most of the live heap is the packet loops' buffers, which never grow. Go would let garbage take as much again.
+	if os.Getenv("GOGC") == "" {
+		debug.SetGCPercent(50)
+	}
 	seeds, err := seed.New(cfg.Join, cfg.GossipPort, nil, log)
 	if err != nil {
 		return err

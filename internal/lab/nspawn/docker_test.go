@@ -32,6 +32,9 @@ type docker struct {
 
 func (d *docker) plugins() string { return filepath.Join(d.dir, "p") }
 
+// socket is the engine's API, in a folder that the machine has too.
+func (d *docker) socket() string { return filepath.Join(d.dir, "a", "docker.sock") }
+
 // launch starts the engine.
 func (d *docker) launch() {
 	d.t.Helper()
@@ -43,7 +46,7 @@ func (d *docker) launch() {
 	defer log.Close()
 	d.daemon = exec.Command("nsenter", "--net="+d.netns, "unshare", "-m", "sh", "-c", `mount --bind "$1" /run/docker/plugins && shift && exec "$@"`, "sh", d.plugins(),
 		"dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs", "--data-root", in("d"), "--exec-root", in("x"),
-		"--pidfile", in("pid"), "-H", "unix://"+in("s"))
+		"--pidfile", in("pid"), "-H", "unix://"+d.socket())
 	d.daemon.Stdout, d.daemon.Stderr = log, log
 	if err := d.daemon.Start(); err != nil {
 		d.t.Fatal(err)
@@ -63,7 +66,7 @@ func (d *docker) stop() {
 func (d *docker) try(args ...string) (string, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "docker", append([]string{"-H", "unix://" + filepath.Join(d.dir, "s")}, args...)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "docker", append([]string{"-H", "unix://" + d.socket()}, args...)...).CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("docker %v: %w: %s", args, err, out)
 	}
@@ -105,7 +108,7 @@ func newDocker(t *testing.T, netns string) *docker {
 		t.Fatal(err)
 	}
 	d := &docker{t: t, netns: netns, dir: dir}
-	if err := errors.Join(os.Mkdir(d.plugins(), 0o755), os.MkdirAll("/run/docker/plugins", 0o755)); err != nil {
+	if err := errors.Join(os.Mkdir(d.plugins(), 0o755), os.Mkdir(filepath.Dir(d.socket()), 0o755), os.MkdirAll("/run/docker/plugins", 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
@@ -141,7 +144,7 @@ func box(t *testing.T) string {
 }
 
 // TestDockerHost: the driver works in the sandbox of the packaged service, set up as docs/docker.md says. A container of Docker with
-// --restart=always stays reachable while the service restarts, and comes back by itself after a reboot in which Docker starts first.
+// --restart=always stays reachable while the service restarts, and comes back by itself after a reboot in which Docker starts first, and when Docker was started while the service was stopped.
 func TestDockerHost(t *testing.T) {
 	needTools(t)
 	binary := filepath.Join(t.TempDir(), "tulle")
@@ -161,10 +164,13 @@ func TestDockerHost(t *testing.T) {
 	d := newDocker(t, l.Hosts()[0].Netns)
 	m := machines(t, l, tree)[0]
 	t.Cleanup(d.stop) // before the machine ends, for whose agent it would wait
-	m.options = []string{"--bind=" + d.plugins() + ":/run/docker/plugins"}
+	m.options = []string{"--bind=" + d.plugins() + ":/run/docker/plugins", "--bind=" + filepath.Dir(d.socket()) + ":/run/engine"}
+	// The engine's socket is where the agent looks for it without being told.
+	link := filepath.Join(m.root, "etc/tmpfiles.d/engine.conf")
 	dropIn := filepath.Join(m.root, "etc/systemd/system/tulle.service.d/docker.conf")
 	err = errors.Join(install(m, binary, config(l)+"docker_socket: /run/docker/plugins/tulle.sock\n"), os.MkdirAll(filepath.Dir(dropIn), 0o755),
-		os.WriteFile(dropIn, []byte("[Service]\nRuntimeDirectory=docker/plugins\n"), 0o644), m.boot())
+		os.WriteFile(dropIn, []byte("[Service]\nRuntimeDirectory=docker/plugins\n"), 0o644),
+		os.WriteFile(link, []byte("L /run/docker.sock - - - - /run/engine/docker.sock\n"), 0o644), m.boot())
 	if err == nil {
 		_, err = m.run("systemctl", "enable", "tulle")
 	}
@@ -192,6 +198,11 @@ func TestDockerHost(t *testing.T) {
 	reach("after a restart of the service")
 	d.do("restart", "-t", "0", "box")
 	reach("after its own restart")
+	withoutService(t, m, l, d)
+	reach("after a start of Docker without the service")
+	if names := d.do("ps", "--format", "{{.Names}}"); names != "box" {
+		t.Errorf("running are %q, want box only", names)
+	}
 
 	d.stop()
 	left, err := filepath.Glob(filepath.Join(d.plugins(), "*"))
@@ -208,4 +219,26 @@ func TestDockerHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	reach("after a reboot")
+}
+
+// withoutService starts the engine again while the service is stopped, and has taken its socket away, and then the service. There is
+// also a container that its user has stopped.
+func withoutService(t *testing.T, m *machine, l *lab.Lab, d *docker) {
+	t.Helper()
+	d.do("run", "-d", "--stop-signal", "KILL", "--name", "stopped", "--restart", "unless-stopped", "--network", "pods", "box", "/bin/busybox", "sleep", "600")
+	d.do("stop", "stopped")
+	d.stop()
+	if _, err := m.run("systemctl", "stop", "tulle"); err != nil {
+		t.Fatal(err)
+	}
+	d.launch()
+	if err := m.until("Docker", time.Minute, func() error { _, err := d.try("version"); return err }); err != nil {
+		t.Fatal(err)
+	}
+	if reason := d.do("inspect", "-f", "{{.State.Error}}", "box"); !strings.Contains(reason, "not found") {
+		t.Errorf("without the service the container has the error %q", reason)
+	}
+	if err := start(m, l, "start"); err != nil {
+		t.Fatal(err)
+	}
 }

@@ -152,7 +152,7 @@ func TestDockerHost(t *testing.T) {
 		t.Fatal(err)
 	}
 	tree := debian.Tree(t, debian.Release(t))
-	l, err := lab.Up(t.Context(), lab.Options{Name: "tulle-docker", Bare: true, Nodes: 1, Subnets: 1, Pods: -1, Replace: true}, nil)
+	l, err := lab.Up(t.Context(), lab.Options{Name: labName("docker"), Bare: true, Nodes: 1, Subnets: 1, Pods: -1, Replace: true}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -58,6 +58,9 @@ func (b *lockedBuffer) String() string {
 	return b.b.String()
 }
 
+// labName is the name of a lab that no other run has: machines of one name would share their cgroups.
+func labName(of string) string { return fmt.Sprintf("n%d-%s", os.Getpid(), of) }
+
 // boot starts the machine and waits until its init has started everything.
 func (m *machine) boot() error {
 	args := []string{

@@ -146,7 +146,7 @@ func (m *machine) podmanBox(l *lab.Lab, name, network string) (podmanBox, error)
 func TestPodmanHosts(t *testing.T) {
 	needTools(t)
 	pkg, image := deb(t, "1.0.0"), box(t)
-	l, err := lab.Up(t.Context(), lab.Options{Name: "tulle-podman", Bare: true, Nodes: 2, Subnets: 2, Pods: -1, Replace: true}, nil)
+	l, err := lab.Up(t.Context(), lab.Options{Name: labName("podman"), Bare: true, Nodes: 2, Subnets: 2, Pods: -1, Replace: true}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

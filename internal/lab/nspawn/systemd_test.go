@@ -17,6 +17,8 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"golang.org/x/sys/unix"
+
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/testing/debian"
 )
@@ -48,10 +50,10 @@ func needTools(t *testing.T) {
 func TestSystemdHosts(t *testing.T) {
 	needTools(t)
 	first, second := deb(t, "1.0.0"), deb(t, "1.0.1")
-	tree := debian.Tree(t, debian.Release(t))
+	tree := debian.With(t, debian.Tree(t, debian.Release(t)), "iputils-ping")
 
 	// One such test at a time on a machine: the name, and so the rests of a killed run, are always the same.
-	l, err := lab.Up(t.Context(), lab.Options{Name: "tulle-systemd", Bare: true, Pods: -1, Replace: true}, nil)
+	l, err := lab.Up(t.Context(), lab.Options{Name: labName("systemd"), Bare: true, Pods: -1, Replace: true}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -62,13 +64,16 @@ func TestSystemdHosts(t *testing.T) {
 	})
 	ms := machines(t, l, tree)
 	each(t, ms, func(m *machine) error {
-		if err := errors.Join(prepare(m, config(l), first, second), m.boot()); err != nil {
+		if err := errors.Join(prepare(m, config(l), first), m.boot()); err != nil {
 			return err
 		}
-		return m.install(first)
+		out, err := m.walk(t, "install")
+		if err == nil && !strings.Contains(out, "Setting up tulle") {
+			err = fmt.Errorf("%s: nothing was installed:\n%s", m.host, out)
+		}
+		return errors.Join(err, active(m, l))
 	})
-	// With its configuration in place, a new package has started the agent.
-	each(t, ms, func(m *machine) error { return start(m, l, "start") })
+	walkPods(t, ms)
 	for _, m := range ms {
 		for range 2 {
 			if _, err := l.AddPod(t.Context(), m.host); err != nil {
@@ -127,13 +132,14 @@ func config(l *lab.Lab) string {
 	for _, h := range l.Hosts() {
 		fmt.Fprintf(&b, "  - %s\n", h.Addr(false))
 	}
-	b.WriteString("cluster_cidr: [10.244.0.0/16, \"fd00:10:244::/48\"]\n")
+	// Two queues, on however few CPUs: a restart has to keep all of them.
+	b.WriteString("cluster_cidr: [10.244.0.0/16, \"fd00:10:244::/48\"]\nqueues: 2\n")
 	return b.String()
 }
 
 // prepare puts the configuration, and the packages to install, on a host's disk.
 func prepare(m *machine, config string, packages ...string) error {
-	files := map[string][]byte{"etc/systemd/system/tulle.service.d/watchdog.conf": []byte(watchdogConf), "etc/hostname": []byte(m.host + "\n"), "etc/tulle/tulle.yaml": []byte(config)}
+	files := map[string][]byte{"etc/systemd/system/tulle.service.d/watchdog.conf": []byte(watchdogConf), "etc/hostname": []byte(m.host + "\n"), "root/tulle.yaml": []byte(config)}
 	for _, p := range packages {
 		deb, err := os.ReadFile(p)
 		if err != nil {
@@ -153,12 +159,68 @@ func prepare(m *machine, config string, packages ...string) error {
 	return nil
 }
 
-// install installs a package that prepare has put there, as its user would.
+// walk runs the commands that docs/operations.md has under that name, where prepare has put the files, and with words replaced. So the page
+// and what is tried are the same.
+func (m *machine) walk(t *testing.T, name string, replace ...string) (string, error) {
+	page, err := os.ReadFile(filepath.Join(repository, "docs/operations.md"))
+	if err != nil {
+		return "", err
+	}
+	_, block, found := strings.Cut(string(page), "<!-- walk: "+name+" -->\n```sh\n")
+	commands, _, ended := strings.Cut(block, "```\n")
+	if !found || !ended {
+		return "", fmt.Errorf("docs/operations.md has no commands for %q", name)
+	}
+	out, err := m.run("env", "DEBIAN_FRONTEND=noninteractive", "sh", "-ec", "cd /root\n"+strings.NewReplacer(replace...).Replace(commands))
+	t.Logf("%s: %s:\n%s", m.host, name, out)
+	return out, err
+}
+
+// walkPods makes a pod on each host, and pings from the first one's to the others'.
+func walkPods(t *testing.T, ms []*machine) {
+	t.Helper()
+	for i, m := range ms {
+		clear := func() { // the hosts' named namespaces are this machine's, and outlive them
+			space := filepath.Join("/run/netns", "pod-"+m.host)
+			_ = unix.Unmount(space, unix.MNT_DETACH)
+			if err := os.Remove(space); err != nil && !errors.Is(err, os.ErrNotExist) {
+				t.Error(err)
+			}
+		}
+		clear()
+		t.Cleanup(clear)
+		out, err := m.walk(t, "pod")
+		addrs := regexp.MustCompile(`\b10\.244\.\d+\.\d+\b|\bfd00:10:244:[0-9a-f:]+`).FindAllString(out, -1)
+		if err != nil || len(addrs) < 2 {
+			t.Fatalf("%v: addresses %v", err, addrs)
+		}
+		for _, a := range addrs[:min(2, 2*i)] {
+			if out, err := ms[0].walk(t, "ping", "ADDRESS", a); err != nil || !strings.Contains(out, " 0% packet loss") || !strings.Contains(out, " 0 failed") {
+				t.Errorf("%v\n%s", err, out)
+			}
+		}
+	}
+}
+
+// install installs a package that prepare has put there.
 func (m *machine) install(deb string) error {
 	out, err := m.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "--yes", "--no-install-recommends", "/root/"+filepath.Base(deb))
 	if err == nil && !strings.Contains(out, "Setting up tulle") {
 		err = fmt.Errorf("%s: nothing was installed:\n%s", m.host, out)
 	}
+	return err
+}
+
+// upgrade installs a newer package in place of the one that is there, as the page says.
+func (m *machine) upgrade(t *testing.T, old, newer string) error {
+	deb, err := os.ReadFile(newer)
+	if err == nil {
+		err = errors.Join(os.Remove(filepath.Join(m.root, "root", filepath.Base(old))), os.WriteFile(filepath.Join(m.root, "root", filepath.Base(newer)), deb, 0o644))
+	}
+	if err != nil {
+		return err
+	}
+	_, err = m.walk(t, "upgrade")
 	return err
 }
 
@@ -173,8 +235,11 @@ func withoutLoss(t *testing.T, l *lab.Lab, ms []*machine, first, second string) 
 			t.Errorf("%s: %d pings lost, at most %d may be; %v\n%s", what, lost, most, err, h2.journal())
 		}
 	}
-	during("systemctl restart", 0, func() error { return start(h2, l, "restart") })
-	during("apt-get install of a newer version", 0, func() error { return h2.install(second) })
+	for range 2 { // a second run has descriptors that a first one took over
+		during("systemctl restart", 0, func() error { return start(h2, l, "restart") })
+	}
+	kept(t, h2)
+	during("apt-get install of a newer version", 0, func() error { return h2.upgrade(t, first, second) })
 	if out, err := h2.run("tulle", "version"); err != nil || strings.Count(out, "1.0.1") != 2 {
 		t.Errorf("after the upgrade, program and agent have these versions: %v\n%s", err, out)
 	}
@@ -185,6 +250,17 @@ func withoutLoss(t *testing.T, l *lab.Lab, ms []*machine, first, second string) 
 		return restarted(h2, l, 1)
 	})
 	watchdogActs(t, l, h2)
+}
+
+// kept checks that the service manager keeps the queues of the TUN and the sockets of both, and that a run took them over.
+func kept(t *testing.T, m *machine) {
+	t.Helper()
+	out, err := m.run("journalctl", "--no-pager", "--unit=tulle", "--output=cat", "--grep=the service manager kept")
+	for _, want := range []string{"adopted the TUN device", "adopted the sockets"} {
+		if n := strings.Count(out, want); err != nil || n != 2 {
+			t.Errorf("after two restarts the journal says %d times %q: %v\n%s", n, want, err, out)
+		}
+	}
 }
 
 // watchdogActs stops the whole agent, and then one worker of the data path: systemd starts the agent again both times.
@@ -213,7 +289,7 @@ func watchdogActs(t *testing.T, l *lab.Lab, m *machine) {
 
 // purge removes the package with everything that it has made, and says what.
 func purge(t *testing.T, m *machine) {
-	out, err := m.run("env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "purge", "--yes", "tulle")
+	out, err := m.walk(t, "remove")
 	for _, want := range []string{"removing tun0, routes and nftables tables", "purging /var/lib/tulle", "tulle forget " + m.host, "purging /etc/tulle"} {
 		if err != nil || !strings.Contains(out, want) {
 			t.Errorf("purge does not say %q: %v\n%s", want, err, out)

@@ -196,6 +196,8 @@ func preparePodman(m *machine, conf, pkg, image string) error {
 		path := filepath.Join(m.root, name)
 		errs = append(errs, os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(data), 0o644))
 	}
+	configFile := filepath.Join(m.root, "etc/tulle/tulle.yaml")
+	errs = append(errs, os.MkdirAll(filepath.Dir(configFile), 0o755), os.WriteFile(configFile, []byte(conf), 0o644))
 	return errors.Join(errs...)
 }
 

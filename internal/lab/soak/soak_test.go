@@ -97,12 +97,19 @@ func (c *cluster) suffer(f fault, r *report) {
 	mend()
 	flowing, whole := c.heal(name, time.Now())
 	r.healed[f.name] = append(r.healed[f.name], healed{flowing, whole})
-	sent, lost := c.traffic.quiet(calm)
+	sent, lost, worst := c.traffic.quiet(calm)
 	r.calmSent, r.calmLost = r.calmSent+sent, r.calmLost+lost
-	if text := fmt.Sprintf("after %s had healed, %d of %d datagrams were lost", name, lost, sent); lost > 0 && strings.HasPrefix(f.name, "MTU") {
-		c.t.Log(text) // rare, and not understood yet: docs/reliability.md
-	} else if lost > 0 {
+	// An agent may conclude from probes that were lost before the end of such a fault that the MTU is smaller. Then the datagram
+	// by which a pod's kernel learns it (RFC 1191) is lost, one for each pair.
+	allowed := uint64(0)
+	if strings.HasPrefix(f.name, "MTU") {
+		allowed = 1
+	}
+	text := fmt.Sprintf("after %s had healed, %d of %d datagrams were lost, by one pair at most %d", name, lost, sent, worst)
+	if worst > allowed {
 		c.t.Error(text)
+	} else if lost > 0 {
+		c.t.Log(text)
 	}
 	c.sound(name)
 }

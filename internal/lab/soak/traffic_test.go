@@ -203,8 +203,9 @@ func (x *traffic) wrongs() int {
 	return len(x.wrong)
 }
 
-// quiet lets time pass in which nothing is broken, and returns how many datagrams were sent in it, and how many of them did not arrive.
-func (x *traffic) quiet(length time.Duration) (sent, lost uint64) {
+// quiet lets time pass in which nothing is broken, and returns how many datagrams were sent in it, how many of them did not arrive, and
+// the most that one pair of pods lost.
+func (x *traffic) quiet(length time.Duration) (sent, lost, worst uint64) {
 	numbers := func() (out []uint64) {
 		for i := range x.round {
 			out = append(out, x.round[i].Load())
@@ -221,15 +222,17 @@ func (x *traffic) quiet(length time.Duration) (sent, lost uint64) {
 			if i == j {
 				continue
 			}
+			missing := uint64(0)
 			p.mu.Lock()
 			for n := from[i] + 1; n <= to[i]; n++ {
 				sent++
 				if !p.seen[n] {
-					lost++
+					missing++
 				}
 			}
 			p.mu.Unlock()
+			lost, worst = lost+missing, max(worst, missing)
 		}
 	}
-	return sent, lost
+	return sent, lost, worst
 }

@@ -215,15 +215,36 @@ func imageTar(t *testing.T, name string, layer []byte, cmd ...string) string {
 var seenAs = namespace.SeenAs
 
 // TestContainerd: two hosts, each with a containerd that starts a container with the network that the agent publishes. The
-// containers reach each other, their host, the other host and the outside, through each encapsulation; only the outside sees another
-// address.
+// containers reach each other, their host, the other host and the outside, through each encapsulation and without one; only the outside sees
+// another address.
 func TestContainerd(t *testing.T) {
-	t.Parallel()
+	for _, c := range []struct {
+		name    string
+		subnets int
+		modes   []string
+	}{
+		{"ctd", 2, []string{"udp", "vxlan", "ipip"}},
+		{"ctdd", 1, []string{"direct"}},
+	} {
+		t.Run(c.modes[0], func(t *testing.T) {
+			t.Parallel()
+			l, pods := containerds(t, c.name, c.subnets)
+			for _, mode := range c.modes {
+				onlyBy(t, l, mode)
+				containersReach(t, l, mode, pods)
+			}
+		})
+	}
+}
+
+// containerds is a lab of two hosts, each with a containerd and a container.
+func containerds(t *testing.T, name string, subnets int) (*lab.Lab, []api.Pod) {
+	t.Helper()
 	plugins, networks := t.TempDir(), filepath.Join(t.TempDir(), "net.d")
 	if err := errors.Join(testbuild.Command("tulle-cni", filepath.Join(plugins, "tulle-cni"), nil), os.Mkdir(networks, 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	l := up(t, "ctd", lab.Options{Nodes: 2, Subnets: 2, Pods: -1, ClusterCIDRs: dualCIDRs})
+	l := up(t, name, lab.Options{Nodes: 2, Subnets: subnets, Pods: -1, ClusterCIDRs: dualCIDRs})
 	settled(t, l)
 	image := boxTar(t)
 	var pods []api.Pod
@@ -233,12 +254,9 @@ func TestContainerd(t *testing.T) {
 		if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "10-tulle.conflist"), []byte(conf), 0o644)); err != nil {
 			t.Fatal(err)
 		}
-		pods = append(pods, newMachine(t, h, plugins, dir, image).container("box-"+h.Name))
+		pods = append(pods, newMachine(t, h, plugins, dir, image).container("box-"+l.Name()+"-"+h.Name))
 	}
-	for _, mode := range []string{"udp", "vxlan", "ipip"} {
-		onlyBy(t, l, mode)
-		containersReach(t, l, mode, pods)
-	}
+	return l, pods
 }
 
 // onlyBy pins the encapsulation on all hosts of a lab that has no Paths of its own.

@@ -212,11 +212,20 @@ func (x *traffic) quiet(length time.Duration) (sent, lost, worst uint64) {
 		}
 		return out
 	}
-	const late = 500 * time.Millisecond // more than any datagram needs
 	from := numbers()
 	time.Sleep(length)
 	to := numbers()
-	time.Sleep(late)
+	// A machine that stands still for seconds delays datagrams, and loses none.
+	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+		sent, lost, worst = x.missing(from, to)
+		if lost == 0 || time.Now().After(deadline) {
+			return sent, lost, worst
+		}
+	}
+}
+
+// missing counts the datagrams behind the numbers from, up to those of to, and how many of them have not arrived so far.
+func (x *traffic) missing(from, to []uint64) (sent, lost, worst uint64) {
 	for i, row := range x.pairs {
 		for j, p := range row {
 			if i == j {

@@ -82,25 +82,7 @@ func (s *Server) bench(w http.ResponseWriter, r *http.Request) {
 		fail(w, err)
 		return
 	}
-	control := http.NewResponseController(w)
-	if err := control.SetReadDeadline(time.Time{}); err != nil { // a benchmark lasts longer than a request
-		fail(w, err)
-		return
-	}
-	began := false
-	err = s.backend.Bench(r.Context(), req, func(e BenchEvent) error {
-		if !began {
-			w.Header().Set("Content-Type", "application/x-ndjson")
-			began = true
-		}
-		if err := json.NewEncoder(w).Encode(e); err != nil {
-			return err
-		}
-		return control.Flush()
-	})
-	if err != nil && !began {
-		fail(w, err)
-	}
+	stream(w, func(send func(BenchEvent) error) error { return s.backend.Bench(r.Context(), req, send) })
 }
 
 // Bench asks for a benchmark and calls each with its events, the first of which has the paths, until ctx ends (nil), or each

@@ -75,26 +75,7 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
 		fail(w, err)
 		return
 	}
-	// A capture may last; the deadline for the request is behind us.
-	control := http.NewResponseController(w)
-	if err := control.SetReadDeadline(time.Time{}); err != nil {
-		fail(w, err)
-		return
-	}
-	began := false
-	err = s.backend.Capture(r.Context(), req, func(e CaptureEvent) error {
-		if !began {
-			w.Header().Set("Content-Type", "application/x-ndjson")
-			began = true
-		}
-		if err := json.NewEncoder(w).Encode(e); err != nil {
-			return err
-		}
-		return control.Flush()
-	})
-	if err != nil && !began {
-		fail(w, err)
-	}
+	stream(w, func(send func(CaptureEvent) error) error { return s.backend.Capture(r.Context(), req, send) })
 }
 
 // Capture calls each with the packets of a capture until ctx ends, or each returns an error, which Capture then returns. It

@@ -85,7 +85,7 @@ type pace struct {
 	seeds                         time.Duration // in a cluster, and seeds are silent
 	returning                     time.Duration // while peers still have this node's old address
 	presence                      time.Duration // for an answer of whoever has an address
-	conflict                      time.Duration // one identity at two addresses is reported after this
+	conflict                      time.Duration // after which the addresses of one identity are asked, and asked again
 	keySettle, keyTimeout, leaves time.Duration
 }
 

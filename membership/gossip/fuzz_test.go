@@ -87,7 +87,7 @@ func FuzzReceived(f *testing.F) {
 		_ = g.checkAlive(sighting{name: string(b), meta: b}, g.bind)
 		_ = g.checkMerge([]sighting{{name: string(b), meta: b, alive: true}}, g.bind)
 		g.memberEvent(sighting{name: string(b), meta: b}, StateAlive)
-		g.conflict(sighting{name: string(b), meta: b}, sighting{meta: b})
+		g.sawConflict(sighting{name: string(b), meta: b}, sighting{meta: b})
 		if g.Problems(); len(g.problems.byKey) > maxProblems {
 			t.Fatal("problems pile up")
 		}

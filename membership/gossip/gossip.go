@@ -65,6 +65,7 @@ type Gossip struct {
 	pruned    time.Time
 	keys      keyWaiters
 	presence  presenceWaiters
+	conflicts conflicts
 }
 
 // retransmitMult scales the number of retransmissions of a broadcast by each member:
@@ -107,6 +108,7 @@ func New(cfg Config) (*Gossip, error) {
 		keyReqs:      make(chan envelope, 64),
 		presenceReqs: make(chan envelope, 64),
 		inbox:        newInbox(),
+		conflicts:    conflicts{of: map[membership.NodeID]conflict{}, wake: make(chan struct{}, 1)},
 		bind:         netip.AddrPortFrom(cfg.Bind.Unmap(), uint16(cfg.Port)),
 		peers:        map[membership.NodeID]*peer{},
 		known:        map[netip.AddrPort]time.Time{},
@@ -175,6 +177,7 @@ func (g *Gossip) Run(ctx context.Context) error {
 	wg.Go(func() { g.callSeeds(ctx) })
 	wg.Go(func() { g.answerKeys(ctx) })
 	wg.Go(func() { g.answerPresence(ctx) })
+	wg.Go(func() { g.investigateConflicts(ctx) })
 	var err error
 	select {
 	case <-ctx.Done():
@@ -449,7 +452,7 @@ func (d *delegate) NotifyMerge(nodes []*memberlist.Node) error {
 }
 
 func (d *delegate) NotifyConflict(existing, other *memberlist.Node) {
-	d.g.conflict(sighted(existing), sighted(other))
+	d.g.sawConflict(sighted(existing), sighted(other))
 }
 
 func (d *delegate) AckPayload() []byte { return nil }

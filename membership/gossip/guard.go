@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"sync"
-	"time"
 
 	"github.com/tulle-net/tulle/membership"
 )
@@ -44,7 +43,6 @@ type guardState struct {
 	elsewhere   *elsewhere                                 // this node's identity, seen at another address
 	returning   bool                                       // peers may still know this node at an old address
 	stale       int                                        // how many of them said so in the present round
-	conflicts   map[string]time.Time                       // identities announced from two addresses, and since when
 }
 
 type elsewhere struct {
@@ -295,33 +293,6 @@ func (g *Gossip) liveAddrs(n int) (addrs []netip.AddrPort) {
 		}
 	}
 	return addrs
-}
-
-// conflict is called with memberlist's node lock held, when a member's identity
-// is announced from a second address. memberlist has refused it. Where a host has
-// moved that lasts for a moment: only what lasts longer is reported.
-func (g *Gossip) conflict(existing, other sighting) {
-	if existing.name == g.cfg.ID.String() {
-		g.sawSelfElsewhere(other, nil)
-		return
-	}
-	now := time.Now()
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	since, seen := g.guard.conflicts[existing.name]
-	if !seen || now.Sub(since) > problemExpiry {
-		if g.guard.conflicts == nil || len(g.guard.conflicts) >= maxProblems {
-			g.guard.conflicts = map[string]time.Time{}
-		}
-		g.guard.conflicts[existing.name] = now
-		return
-	}
-	if now.Sub(since) < g.cfg.pace.conflict {
-		return
-	}
-	g.noteLocked("conflict "+existing.name,
-		fmt.Sprintf("node ID %.32s is announced by %s at %v and by %s at %v", existing.name, hostName(existing), existing.addr, hostName(other), other.addr),
-		"if the host has changed its address, this heals within about a minute; otherwise one disk is a clone of the other: stop the clone and give it a fresh state directory")
 }
 
 // stateOfClone reports whether a push/pull came from a host with the ID of this node, or

@@ -7,7 +7,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/tulle-net/tulle/membership"
@@ -235,40 +234,3 @@ func TestPartitionHeals(t *testing.T) {
 // forgotten reports whether memberlist has dropped its dead: they have been so
 // for longer than gossipToTheDead and two rounds of probes.
 func (n *node) forgotten() bool { return n.lostFor() > 3*time.Second }
-
-// A host that moves, and moves back later, is announced from two addresses for a moment each time. That is no conflict that lasts.
-func TestMovesAreNoConflict(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		g, peer, _ := quietGossip(t)
-		at := func(addr string, alive bool) sighting {
-			wire, err := (&membership.Meta{ID: peer, Cluster: membership.ClusterID{4, 5, 6}, Name: "node-a"}).Encode(nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return sighting{name: peer.String(), addr: netip.MustParseAddrPort(addr), meta: wire, alive: alive}
-		}
-		old, other := "192.0.2.7:7946", "192.0.2.8:7946"
-		for range 3 {
-			g.conflict(at(old, true), at(other, true))
-			time.Sleep(time.Second)
-			g.memberEvent(at(old, false), StateDead)
-			g.memberEvent(at(other, true), StateAlive)
-			time.Sleep(g.cfg.pace.conflict)
-			g.conflict(at(other, true), at(old, true)) // word of the old address that was late
-			if p := g.Problems(); len(p) > 0 {
-				t.Fatalf("a host that has moved: %v", p)
-			}
-			old, other = other, old
-		}
-		time.Sleep(g.cfg.pace.conflict)
-		g.conflict(at(old, true), at(other, true))
-		if p := g.Problems(); len(p) != 1 {
-			t.Fatalf("a conflict that lasts: %v", p)
-		}
-		g.memberEvent(at(old, false), StateDead)
-		g.memberEvent(at(other, true), StateAlive)
-		if p := g.Problems(); len(p) > 0 {
-			t.Fatalf("after it has moved: %v", p)
-		}
-	})
-}

@@ -146,10 +146,6 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 		state = StateLeft
 	}
 	p.gen = g.gen
-	if state == StateAlive && p.Addr != n.addr { // it has moved, and this node takes it at its new address
-		delete(g.guard.conflicts, n.name)
-		g.problems.drop("conflict " + n.name)
-	}
 	at := g.near(&peer{Member: Member{Addr: n.addr, Meta: p.Meta}})
 	if before := g.near(p); before != at {
 		delete(g.known, before)

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -168,19 +167,12 @@ func (g *Gossip) askPresence(ctx context.Context, a presenceAsk, whom []netip.Ad
 func (g *Gossip) lives(ctx context.Context, a presenceAsk) bool {
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.pace.presence)
 	defer cancel()
-	answers := make([]bool, 1+presenceTries)
+	var present, pinged bool
 	var wg sync.WaitGroup
-	wg.Go(func() { answers[0] = g.askPresence(ctx, a, []netip.AddrPort{a.at}) == presenceLives })
-	for i := range presenceTries {
-		wg.Go(func() {
-			if pause(ctx, time.Duration(i)*g.cfg.pace.presence/4) {
-				_, err := g.ping(a.node, a.at)
-				answers[1+i] = err == nil
-			}
-		})
-	}
+	wg.Go(func() { present = g.askPresence(ctx, a, []netip.AddrPort{a.at}) == presenceLives })
+	wg.Go(func() { pinged = g.pings(ctx, a.node, a.at) })
 	wg.Wait()
-	return slices.Contains(answers, true)
+	return present || pinged
 }
 
 // pause waits, and reports whether ctx has let it.

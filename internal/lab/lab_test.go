@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"syscall"
@@ -354,6 +355,21 @@ func TestRouterKeepsItsMAC(t *testing.T) {
 	}
 	if after := get(gatewayName(1)).Attrs().HardwareAddr; !bytes.Equal(before, after) {
 		t.Errorf("the router's address changed from %v to %v", before, after)
+	}
+	// Nobody else answers for it: a switch's address changes with its ports.
+	gateway := underlayAddrs(1, routerHost, IPv4Only)[0].String()
+	out, err := exec.Command("nsenter", "--net="+l.Hosts()[0].Netns, "busybox", "arping", "-c3", "-w3", "-I", "eth0", gateway).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	answers := regexp.MustCompile(`\[([0-9a-f:]+)\]`).FindAllStringSubmatch(string(out), -1)
+	if len(answers) == 0 {
+		t.Errorf("nobody answers for %s: %s", gateway, out)
+	}
+	for _, a := range answers {
+		if a[1] != before.String() {
+			t.Errorf("%s answers for %s, which is %v: %s", a[1], gateway, before, out)
+		}
 	}
 }
 

@@ -86,7 +86,8 @@ func (l *Lab) buildSubnet(ctx context.Context, h *sys.Netlink, subnet int) error
 		return err
 	}
 	for _, dev := range []string{switchName(subnet), uplinkName(subnet)} {
-		if err := sysctl(path, [2]string{"ipv6/conf/" + dev + "/disable_ipv6", "1"}); err != nil {
+		// An interface answers ARP for all addresses of its namespace otherwise, and so for the router's.
+		if err := sysctl(path, [2]string{"ipv4/conf/" + dev + "/arp_ignore", "8"}, [2]string{"ipv6/conf/" + dev + "/disable_ipv6", "1"}); err != nil {
 			return err
 		}
 	}

@@ -38,8 +38,11 @@ type AllOptions struct {
 	Measures []string
 	Sizes    []int
 	Six      bool
-	Version  string       // of the program, for the result
-	Progress func(string) // receives progress messages; may be nil
+	// Congestion is the TCP congestion control of the pods; default cubic, the kernel's own default. It changes the ratios: bbr paces
+	// its sending by timers, and favours kernel tunnels.
+	Congestion string
+	Version    string       // of the program, for the result
+	Progress   func(string) // receives progress messages; may be nil
 }
 
 func (o AllOptions) withDefaults() (AllOptions, error) {
@@ -60,6 +63,9 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 	}
 	if o.Duration == 0 {
 		o.Duration = DefaultDuration
+	}
+	if o.Congestion == "" {
+		o.Congestion = DefaultCongestion
 	}
 	if len(o.Sizes) == 0 {
 		o.Sizes = []int{64, 1400}
@@ -96,6 +102,9 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 // DefaultDuration is AllOptions.Duration's default.
 const DefaultDuration = time.Second
 
+// DefaultCongestion is AllOptions.Congestion's default.
+const DefaultCongestion = "cubic"
+
 const largest = 65507 // bytes of UDP payload: more does not fit into an IPv4 packet
 
 const shortest = 100 * time.Millisecond // lower limit of AllOptions.Duration
@@ -127,6 +136,7 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 		family = "IPv6"
 	}
 	m := machine.Facts(netip.Addr{})
+	m.Congestion = o.Congestion
 	m.Awake = "CPUs kept awake by SCHED_IDLE threads while latency is measured"
 	m.Affinity = "free, except in the pinned measures: each side on its half of the CPUs"
 	r := &result.Run{

@@ -215,12 +215,23 @@ func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, er
 	}
 	s := &stand{mode: m, lab: l}
 	if s.tunnel, err = m.setup(ctx, l, o); err == nil {
-		err = s.reach(ctx)
+		err = errors.Join(s.congestion(o.Congestion), s.reach(ctx))
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.down(ctx))
 	}
 	return s, nil
+}
+
+// congestion sets the pods' TCP congestion control.
+func (s *stand) congestion(name string) error {
+	for _, p := range s.lab.Pods() {
+		err := s.lab.Do(p.Name, func() error { return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte(name), 0) })
+		if err != nil {
+			return fmt.Errorf("TCP congestion control %q (--congestion; sysctl net.ipv4.tcp_available_congestion_control lists those of this kernel): %w", name, err)
+		}
+	}
+	return nil
 }
 
 // reach fills in the ends, and pings in both directions.

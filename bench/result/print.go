@@ -149,8 +149,11 @@ func (p *tables) lab(r *Run) {
 		}
 	}
 	p.glance(r, columns)
-	p.paragraph(fmt.Sprintf("%s; × is the ratio within a round, to %s. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.",
-		medians(r.Rounds), r.Glance(), r.Wire), "")
+	text := medians(r.Rounds)
+	if to := r.Glance(); to != "" {
+		text += "; × is the ratio within a round, to " + to
+	}
+	p.paragraph(fmt.Sprintf("%s. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.", text, r.Wire), "")
 }
 
 // glance is a table with a line for each mode, each value with its ratio to the mode's reference.

@@ -89,6 +89,7 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	}
 	f.BoolVar(&o.Six, "six", false, "IPv6, for pods and hosts")
 	f.IntVar(&o.MTU, "mtu", 1500, "MTU of the underlay, in `BYTES`")
+	f.StringVar(&o.Congestion, "congestion", bench.DefaultCongestion, "TCP congestion control of the pods")
 	addWire(cmd, &wire)
 	if use == "all" {
 		f.StringVar(&o.Profile, "profile", "", "after the rounds, record a CPU profile of each mode into `DIR` with perf")

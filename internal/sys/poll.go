@@ -31,8 +31,11 @@ func NewPoller(fd int) (*Poller, error) {
 
 // hotWait is how long WaitRead keeps its processor (P of the Go scheduler) before it
 // releases it: longer than the gaps between packets of an active flow, and too short to
-// matter when idle.
-const hotWait = time.Millisecond
+// matter when idle. It is also longer than a tick of the kernel (10 ms at most). A wait
+// that ends before the next tick would be the CPU's next timer event: the kernel programs
+// the CPU's timer for it, and again when a packet ends the wait. Each time a virtual
+// machine has to leave to its hypervisor, which takes microseconds.
+const hotWait = 20 * time.Millisecond
 
 // WaitRead blocks until fd is readable (nil), its error queue is not empty
 // (ErrErrQueue), or Wake has been called since the last ErrWoken (ErrWoken). It checks
@@ -45,11 +48,11 @@ const hotWait = time.Millisecond
 // other system call. A pending preemption (by the garbage collector, say) interrupts
 // the wait by a signal.
 func (p *Poller) WaitRead() error {
+	p.timeout = unix.NsecToTimespec(int64(hotWait))
 	for hot := true; ; {
 		var n uintptr
 		var errno unix.Errno
-		if hot {
-			p.timeout = unix.NsecToTimespec(int64(hotWait)) // the kernel writes back the remaining time
+		if hot { // the kernel writes the remaining time back
 			n, _, errno = unix.RawSyscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 2, uintptr(unsafe.Pointer(&p.timeout)), 0, 0, 0)
 		} else {
 			n, _, errno = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 2, 0, 0, 0, 0)

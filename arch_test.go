@@ -43,7 +43,7 @@ var allowed = map[string][]string{
 	"bench":                      {"bench/...", "internal/lab", "internal/agent", "internal/api", "membership/..."},
 	"bench/result":               {},
 	"bench/machine":              {"bench/result", "internal/sys"},
-	"bench/traffic":              {"bench/result"},
+	"bench/traffic":              {"bench/result", "internal/sys"},
 	"bench/report":               {"bench/result"},
 	"bench/pair":                 {"bench/result", "bench/machine", "bench/traffic"},
 	"internal/agent":             {"internal/config", "internal/ownership", "tunnel/...", "membership/...", "ipam", "internal/hostnet", "internal/podnet", "internal/cni/conflist", "internal/docker", "internal/api", "internal/sys"},
@@ -68,6 +68,8 @@ var allowed = map[string][]string{
 	"internal/testing/damage":    {},
 	"internal/testing/debian":    {},
 	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},
+	"internal/testing/detour":    {},
+	"internal/testing/dockerd":   {},
 	"internal/testing/namespace": {"internal/sys"},
 	"internal/testing/testbuild": {},
 }

@@ -1,16 +1,14 @@
 package bench
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math"
-	"math/rand/v2"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -21,116 +19,119 @@ import (
 	"github.com/tulle-net/tulle/bench/traffic"
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/detour"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
-// detour sends all that the router of a lab forwards between its two hosts through this process, which holds each packet for
-// the same time and loses a share of those from the first host. The kernel forwards it before and after: whatever the
-// hosts' tunnel is, its outer packets are delayed and lost.
-type detour struct {
-	delay     atomic.Int64  // nanoseconds
-	loss      atomic.Uint64 // the share, as the bits of a float64
-	lost, all atomic.Int64  // of large enough packets from the first host
-	stop      atomic.Bool
-	work      sync.WaitGroup
-}
-
-func newDetour(t *testing.T, l *lab.Lab) *detour {
+// newDetour has all that goes from one host of a lab to the other pass through this process: whatever the hosts' tunnel is, its
+// outer packets are delayed, and large ones from the first host lost. It takes what the lab's router forwards, and hands it
+// back to the router; or, where the hosts are in one subnet, it connects the two halves of the switch.
+func newDetour(t *testing.T, l *lab.Lab) *detour.Detour {
 	t.Helper()
-	d := &detour{}
-	for i, h := range l.Hosts() {
-		name, table, fd := fmt.Sprintf("slow%d", i), 1000+i, -1
-		err := l.Do(lab.Router, func() (err error) {
-			if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0); err != nil {
-				return err
-			}
-			if err := sys.TunAttach(fd, name, unix.IFF_TUN|unix.IFF_NO_PI); err != nil {
-				return err
-			}
-			link, err := netlink.LinkByName(name)
-			if err != nil {
-				return err
-			}
-			if err := errors.Join(netlink.LinkSetMTU(link, 1500), netlink.LinkSetTxQLen(link, 4096), netlink.LinkSetUp(link)); err != nil {
-				return err
-			}
-			for _, filter := range []string{"all", name} { // what comes back has the other host's address
-				if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+filter+"/rp_filter", []byte("0"), 0); err != nil {
-					return err
-				}
-			}
-			to, err := netlink.RouteGet(h.Addr(false).AsSlice())
-			if err != nil {
-				return err
-			}
-			port, err := netlink.LinkByIndex(to[0].LinkIndex)
-			if err != nil {
-				return err
-			}
-			rule := netlink.NewRule()
-			rule.Family, rule.IifName, rule.Table, rule.Priority = unix.AF_INET, port.Attrs().Name, table, 100
-			return errors.Join(
-				netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Table: table, Scope: netlink.SCOPE_LINK, Dst: ipNet(everything4)}),
-				netlink.RuleAdd(rule))
-		})
-		if err != nil {
-			t.Fatalf("detour in the router: %v", err)
-		}
-		d.work.Go(func() { d.carry(fd, i == 0) })
+	d := &detour.Detour{Loses: func(p []byte) bool { return len(p) >= truthPayload }} // not what agents and WireGuard say to each other
+	hosts := l.Hosts()
+	if l.Options().Subnets == 1 {
+		between(t, d, l, &hosts[1])
+		return d
+	}
+	for i, h := range hosts {
+		through(t, d, l, &h, i)
 	}
 	return d
 }
 
-func (d *detour) end() {
-	d.stop.Store(true)
-	d.work.Wait()
+// between unplugs a host from the switch, and plugs it into another one. This process is the cable between the two.
+func between(t *testing.T, d *detour.Detour, l *lab.Lab, h *lab.Host) {
+	t.Helper()
+	var fds [2]int
+	err := l.Do(lab.Router, func() error {
+		other := &netlink.Bridge{LinkAttrs: sys.LinkAttrs("slow"), MulticastSnooping: new(bool)}
+		if err := errors.Join(netlink.LinkAdd(other), netlink.LinkSetUp(other)); err != nil {
+			return err
+		}
+		port, err := netlink.LinkByName(h.Name)
+		if err != nil {
+			return err
+		}
+		first, err := netlink.LinkByIndex(port.Attrs().MasterIndex)
+		if err != nil {
+			return err
+		}
+		for i, plug := range []netlink.Link{first, other} {
+			fd, link, err := tapOrTun(fmt.Sprintf("slow%d", i), unix.IFF_TAP)
+			if err == nil {
+				err = netlink.LinkSetMaster(link, plug)
+			}
+			if err != nil {
+				return err
+			}
+			fds[i] = fd
+		}
+		return netlink.LinkSetMaster(port, other)
+	})
+	if err != nil {
+		t.Fatalf("detour in the switch: %v", err)
+	}
+	d.Carry(fds[0], fds[1], true)
+	d.Carry(fds[1], fds[0], false)
 }
 
-// carry moves packets one way: back into the device that they came out of.
-func (d *detour) carry(fd int, first bool) {
-	runtime.LockOSThread()
-	defer unix.Close(fd)
-	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1000, 0, 0, 0)
-	type packet struct {
-		due  time.Time
-		data []byte
+// tapOrTun makes a TUN or TAP device in the namespace of the lab's router.
+func tapOrTun(name string, kind uint16) (fd int, link netlink.Link, err error) {
+	if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0); err != nil {
+		return fd, nil, err
 	}
-	var queue []packet
-	rng := rand.New(rand.NewPCG(1, 1))
-	buf := make([]byte, 1<<16)
-	for !d.stop.Load() {
-		wait := 20 * time.Millisecond
-		if len(queue) > 0 {
-			wait = max(time.Until(queue[0].due), 0)
+	if err := sys.TunAttach(fd, name, kind|unix.IFF_NO_PI); err != nil {
+		return fd, nil, err
+	}
+	if link, err = netlink.LinkByName(name); err != nil {
+		return fd, nil, err
+	}
+	return fd, link, errors.Join(netlink.LinkSetMTU(link, 1500), netlink.LinkSetTxQLen(link, 4096), netlink.LinkSetUp(link))
+}
+
+// through takes what the router forwards from a host.
+func through(t *testing.T, d *detour.Detour, l *lab.Lab, h *lab.Host, i int) {
+	t.Helper()
+	name, table, fd := fmt.Sprintf("slow%d", i), 1000+i, -1
+	six := !l.Options().Underlay.V4
+	err := l.Do(lab.Router, func() (err error) {
+		var link netlink.Link
+		if fd, link, err = tapOrTun(name, unix.IFF_TUN); err != nil {
+			return err
 		}
-		ts := unix.NsecToTimespec(int64(wait))
-		_, _ = unix.Ppoll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, &ts, nil)
-		for len(queue) > 0 && !time.Now().Before(queue[0].due) {
-			_, _ = unix.Write(fd, queue[0].data)
-			queue = queue[1:]
-		}
-		n, err := unix.Read(fd, buf)
-		if err != nil {
-			continue
-		}
-		if first && n >= truthPayload { // not what agents and WireGuard say to each other
-			d.all.Add(1)
-			if rng.Float64() < math.Float64frombits(d.loss.Load()) {
-				d.lost.Add(1)
-				continue
+		for _, filter := range []string{"all", name} { // what comes back has the other host's address
+			if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+filter+"/rp_filter", []byte("0"), 0); err != nil {
+				return err
 			}
 		}
-		queue = append(queue, packet{time.Now().Add(time.Duration(d.delay.Load())), append([]byte(nil), buf[:n]...)})
+		to, err := netlink.RouteGet(h.Addr(six).AsSlice())
+		if err != nil {
+			return err
+		}
+		port, err := netlink.LinkByIndex(to[0].LinkIndex)
+		if err != nil {
+			return err
+		}
+		rule, everything := netlink.NewRule(), netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+		rule.Family, rule.IifName, rule.Table, rule.Priority = unix.AF_INET, port.Attrs().Name, table, 100
+		if six {
+			rule.Family, everything = unix.AF_INET6, netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+		}
+		return errors.Join(
+			netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Table: table, Scope: netlink.SCOPE_LINK, Dst: ipNet(everything)}),
+			netlink.RuleAdd(rule))
+	})
+	if err != nil {
+		t.Fatalf("detour in the router: %v", err)
 	}
+	d.Carry(fd, fd, i == 0)
 }
-
-// everything4 is the default route.
-var everything4 = netip.MustParsePrefix("0.0.0.0/0")
 
 // truthPayload is the size of the datagrams that are measured, in bytes: larger than a handshake of WireGuard.
 const truthPayload = 900
 
-// An injected delay of 1 ms is found as 1 ms, and an injected loss as that loss, in every mode whose hosts are in two subnets. The delay
+// An injected delay of 1 ms is found as 1 ms, and an injected loss as that loss, in every mode, over IPv4 and IPv6. The delay
 // is that which a twentieth of the answers do not exceed, less the same without delay, as in TestKnownDelay of package pair. A busy
 // machine has three attempts.
 func TestKnownTruth(t *testing.T) {
@@ -142,46 +143,67 @@ func TestKnownTruth(t *testing.T) {
 	if err := testbuild.Tulle(o.Binary, nil); err != nil {
 		t.Fatal(err)
 	}
-	o, err := o.withDefaults()
-	if err != nil {
-		t.Fatal(err)
+	type site struct {
+		name string
+		o    AllOptions
+		s    *stand
+		err  error
 	}
-	for i, m := range modes {
-		if m.wiring == result.OneSubnet {
-			continue // a switch has no place for it
+	var sites []*site
+	for _, family := range []string{"IPv4", "IPv6"} {
+		o := o
+		o.Six = family == "IPv6"
+		o, err := o.withDefaults()
+		if err != nil {
+			t.Fatal(err)
 		}
-		t.Run(m.name, func(t *testing.T) {
-			s, err := m.build(t.Context(), &o, fmt.Sprintf("%s-%d", o.Name, i))
-			if _, lacking := errors.AsType[lackError](err); lacking {
-				t.Log(err)
+		for _, m := range modes {
+			sites = append(sites, &site{name: m.name + " " + family, o: o})
+		}
+	}
+	var work sync.WaitGroup
+	for i, x := range sites {
+		work.Go(func() { x.s, x.err = modes[i%len(modes)].build(t.Context(), &x.o, fmt.Sprintf("%s-%d", x.o.Name, i)) })
+	}
+	work.Wait()
+	for _, x := range sites {
+		t.Run(x.name, func(t *testing.T) {
+			if x.s != nil {
+				defer func() {
+					if err := x.s.down(context.Background()); err != nil {
+						t.Error(err)
+					}
+				}()
+			}
+			if _, lacking := errors.AsType[lackError](x.err); lacking {
+				t.Log(x.err)
 				return
 			}
-			if err != nil {
-				t.Fatal(err)
+			if x.err != nil {
+				t.Fatal(x.err)
 			}
-			defer func() {
-				if err := s.down(t.Context()); err != nil {
-					t.Error(err)
-				}
-			}()
-			d := newDetour(t, s.lab)
-			defer d.end()
-			for attempt := 1; ; attempt++ {
-				wrong := s.truths(t, &o, d)
-				if len(wrong) == 0 {
-					return
-				}
-				t.Logf("attempt %d: %q", attempt, wrong)
-				if attempt == 3 {
-					t.Fatal("what was injected is not what was found")
-				}
-			}
+			x.s.knownTruth(t, &x.o)
 		})
 	}
 }
 
+func (s *stand) knownTruth(t *testing.T, o *AllOptions) {
+	d := newDetour(t, s.lab)
+	defer d.End()
+	for attempt := 1; ; attempt++ {
+		wrong := s.truths(t, o, d)
+		if len(wrong) == 0 {
+			return
+		}
+		t.Logf("attempt %d: %q", attempt, wrong)
+		if attempt == 3 {
+			t.Fatal("what was injected is not what was found")
+		}
+	}
+}
+
 // truths injects a delay and a loss, and returns what was not seen as it is.
-func (s *stand) truths(t *testing.T, o *AllOptions, d *detour) (wrong []string) {
+func (s *stand) truths(t *testing.T, o *AllOptions, d *detour.Detour) (wrong []string) {
 	t.Helper()
 	cpus, err := allCPUs()
 	if err != nil {
@@ -199,10 +221,10 @@ func (s *stand) truths(t *testing.T, o *AllOptions, d *detour) (wrong []string) 
 	pingPong := func(fd int) (*result.Latency, error) {
 		return traffic.PingPong(t.Context(), fd, truthPayload, o.warm(), o.Duration, 0)
 	}
-	d.loss.Store(0)
-	d.delay.Store(0)
+	d.Loss(0)
+	d.Delay(0)
 	before := measure(pingPong).At(5)
-	d.delay.Store(int64(delay))
+	d.Delay(delay)
 	with := measure(pingPong)
 	added := with.At(5) - before
 	if low := with.At(0); low < 999 {
@@ -211,19 +233,18 @@ func (s *stand) truths(t *testing.T, o *AllOptions, d *detour) (wrong []string) 
 	if added < 900 || added > 1250 {
 		wrong = append(wrong, fmt.Sprintf("a delay of 1000 µs was found as %.0f", added))
 	}
-	d.delay.Store(0)
+	d.Delay(0)
 	const share = 0.1
-	d.loss.Store(math.Float64bits(share))
-	d.lost.Store(0)
-	d.all.Store(0)
+	d.Loss(share)
 	l := measure(func(fd int) (*result.Latency, error) {
 		return traffic.Paced(t.Context(), fd, truthPayload, openRate, 0, o.Duration)
 	})
 	n := float64(l.Answers + l.Lost)
+	lost, all := d.Lost()
 	// What the detour lost is known exactly; the share that was asked for within four standard errors.
 	if got := float64(l.Lost) / n; math.Abs(got-share) > 4*math.Sqrt(share*(1-share)/n) {
-		wrong = append(wrong, fmt.Sprintf("a loss of %v was found as %.3f: %d of %.0f, and the router lost %d of %d", share, got, l.Lost, n, d.lost.Load(), d.all.Load()))
+		wrong = append(wrong, fmt.Sprintf("a loss of %v was found as %.3f: %d of %.0f, and the router lost %d of %d", share, got, l.Lost, n, lost, all))
 	}
-	t.Logf("a delay of 1000 µs is found as %.0f, a loss of 10 %% as %.1f %% (the router lost %d, missing are %d)", added, 100*float64(l.Lost)/n, d.lost.Load(), l.Lost)
+	t.Logf("a delay of 1000 µs is found as %.0f, a loss of 10 %% as %.1f %% (the router lost %d, missing are %d)", added, 100*float64(l.Lost)/n, lost, l.Lost)
 	return wrong
 }

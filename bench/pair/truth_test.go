@@ -7,15 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"math"
-	"math/rand/v2"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -25,39 +21,26 @@ import (
 
 	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/detour"
 	"github.com/tulle-net/tulle/internal/testing/namespace"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
-// wire is a wire between two namespaces whose faults are known: each end is a TUN device, and this process carries the
-// packets. It delays every packet by the same time and loses a share of the UDP datagrams from the first end to the
-// second; larger packets than mtu it loses without a word.
-type wire struct {
-	delay     time.Duration
-	loss      float64
-	mtu       int
-	lost, all atomic.Int64 // datagrams from the first end
-}
-
-// start makes the namespaces 10.99.0.1 and 10.99.0.2 and carries packets until the test ends.
-func (w *wire) start(t *testing.T) (a, b *namespace.Namespace) {
+// carry makes a wire between two namespaces, 10.99.0.1 and 10.99.0.2, whose faults are known: each end is a TUN device, and this
+// process carries the packets until the test ends. It delays every packet by the same time and loses a share of the UDP datagrams from the first end to the
+// second; larger packets than its MTU it loses without a word.
+func carry(t *testing.T, w *detour.Detour) (a, b *namespace.Namespace) {
 	t.Helper()
 	a, b = namespace.New(t), namespace.New(t)
-	ends := [2]int{w.end(t, a, "10.99.0.1/24", "fd99::1/64"), w.end(t, b, "10.99.0.2/24", "fd99::2/64")}
-	var stop atomic.Bool
-	var work sync.WaitGroup
-	work.Go(func() { w.carry(ends[0], ends[1], true, &stop) })
-	work.Go(func() { w.carry(ends[1], ends[0], false, &stop) })
-	t.Cleanup(func() {
-		stop.Store(true)
-		work.Wait()
-		unix.Close(ends[0])
-		unix.Close(ends[1])
-	})
+	w.Loses = udp
+	first, second := end(t, a, "10.99.0.1/24", "fd99::1/64"), end(t, b, "10.99.0.2/24", "fd99::2/64")
+	w.Carry(first, second, true)
+	w.Carry(second, first, false)
+	t.Cleanup(w.End)
 	return a, b
 }
 
-func (w *wire) end(t *testing.T, n *namespace.Namespace, addrs ...string) (fd int) {
+func end(t *testing.T, n *namespace.Namespace, addrs ...string) (fd int) {
 	t.Helper()
 	n.Do(func() (err error) {
 		if fd, err = unix.Open("/dev/net/tun", unix.O_RDWR|unix.O_CLOEXEC|unix.O_NONBLOCK, 0); err != nil {
@@ -79,43 +62,6 @@ func (w *wire) end(t *testing.T, n *namespace.Namespace, addrs ...string) (fd in
 		return nl.LinkSetUp(link)
 	})
 	return fd
-}
-
-// carry moves packets one way.
-func (w *wire) carry(from, to int, first bool, stop *atomic.Bool) {
-	runtime.LockOSThread()
-	_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 1000, 0, 0, 0)
-	type packet struct {
-		due  time.Time
-		data []byte
-	}
-	var queue []packet
-	rng := rand.New(rand.NewPCG(1, 1))
-	buf := make([]byte, 1<<16)
-	for !stop.Load() {
-		wait := 20 * time.Millisecond
-		if len(queue) > 0 {
-			wait = max(time.Until(queue[0].due), 0)
-		}
-		ts := unix.NsecToTimespec(int64(wait))
-		_, _ = unix.Ppoll([]unix.PollFd{{Fd: int32(from), Events: unix.POLLIN}}, &ts, nil)
-		for len(queue) > 0 && !time.Now().Before(queue[0].due) {
-			_, _ = unix.Write(to, queue[0].data)
-			queue = queue[1:]
-		}
-		n, err := unix.Read(from, buf)
-		if err != nil || w.mtu > 0 && n > w.mtu {
-			continue
-		}
-		if first && udp(buf[:n]) {
-			w.all.Add(1)
-			if rng.Float64() < w.loss {
-				w.lost.Add(1)
-				continue
-			}
-		}
-		queue = append(queue, packet{time.Now().Add(w.delay), append([]byte(nil), buf[:n]...)})
-	}
 }
 
 func udp(p []byte) bool {
@@ -235,8 +181,9 @@ func delayed(t *testing.T, binary string, delay time.Duration) (wrong []string) 
 	t.Helper()
 	base := map[string]float64{}
 	for i, d := range []time.Duration{0, delay} {
-		w := &wire{delay: d}
-		a, b := w.start(t)
+		w := &detour.Detour{}
+		w.Delay(d)
+		a, b := carry(t, w)
 		serving(t, b, binary)
 		r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "250ms")
 		for _, l := range []*result.Latency{
@@ -277,12 +224,13 @@ func TestKnownLoss(t *testing.T) {
 	}
 	binary := tulle(t)
 	for host, mtu := range map[string]int{"10.99.0.2": 1400, "fd99::2": 1500} {
-		w := &wire{loss: 0.1, mtu: mtu}
-		a, b := w.start(t)
+		w := &detour.Detour{MTU: mtu}
+		w.Loss(0.1)
+		a, b := carry(t, w)
 		serving(t, b, binary)
 		r := measured(t, a, binary, host, "--rounds", "1", "--duration", "500ms")
 		if r.MTU != mtu || !strings.Contains(r.Verdict(), fmt.Sprintf("path MTU %d", mtu)) {
-			t.Errorf("%s: a path MTU of %d was found, not %d", host, r.MTU, w.mtu)
+			t.Errorf("%s: a path MTU of %d was found, not %d", host, r.MTU, mtu)
 		}
 		// Below the devices' MTU it is a black hole for TCP, which is said.
 		if hole := strings.Contains(strings.Join(r.Modes[0].Errors, " "), "TCP, one stream: no byte arrived"); hole != (mtu < 1500) {
@@ -290,9 +238,10 @@ func TestKnownLoss(t *testing.T) {
 		}
 		l := r.Modes[0].Merged(result.OpenLoop, 64, false)
 		n := float64(l.Answers + l.Lost)
+		lost, all := w.Lost()
 		share, noise := float64(l.Lost)/n, 4*math.Sqrt(0.1*0.9/n)
 		if n != 500 || math.Abs(share-0.1) > noise {
-			t.Errorf("%s: %d of %.0f datagrams lost, %.3f; the wire lost %d of %d", host, l.Lost, n, share, w.lost.Load(), w.all.Load())
+			t.Errorf("%s: %d of %.0f datagrams lost, %.3f; the wire lost %d of %d", host, l.Lost, n, share, lost, all)
 		}
 		flood := r.Modes[0].Rounds[0].Floods[0].Trial
 		if flood.Received > flood.Sent || flood.Loss() < 0.05 {

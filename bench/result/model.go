@@ -164,6 +164,9 @@ type Latency struct {
 	Lost    int64   `json:"lost"` // not answered in time
 	// Times are the whole round trips or transactions in nanoseconds.
 	Times *Histogram `json:"times"`
+	// Waking is the part of Times after the answer had reached this end's kernel, by its timestamp (SO_TIMESTAMP, socket(7)):
+	// until the receiver ran. nil where there are none.
+	Waking *Histogram `json:"waking,omitempty"`
 }
 
 // scale is the factor from a time in nanoseconds to the microseconds that are reported.

@@ -123,6 +123,9 @@ func (l *Latency) derive(f *found) {
 	for _, p := range percentiles {
 		f.add(Metric{key + "_" + p.key + "_us", title + " " + p.title, "µs", false, title}, l.At(p.percent))
 	}
+	if l.Waking != nil && l.Waking.TotalCount() > 0 {
+		f.add(Metric{key + "_waking_p50_us", title + ", of it waking the receiver", "µs", false, title}, float64(l.Waking.ValueAtQuantile(50))/1e3)
+	}
 	switch l.Kind {
 	case RR, CRR, Nagle:
 		if l.Offered > 0 { // held to a rate: how many there were says nothing

@@ -11,6 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/internal/sys"
 )
 
 // Echo returns every datagram to its sender, until stop, and counts their bytes of payload in got. fd is a connected
@@ -35,7 +36,8 @@ const Least = 8
 // PingPong sends datagrams of payload bytes to an [Echo], each when the previous one was answered or is given up
 // (ReadTimeout) and every has passed, and records the round trips that begin between warm and warm+d.
 func PingPong(ctx context.Context, fd, payload int, warm, d, every time.Duration) (*result.Latency, error) {
-	l := &result.Latency{Kind: result.PingPong, Payload: payload, Times: result.NewHistogram(), Seconds: d.Seconds()}
+	l := &result.Latency{Kind: result.PingPong, Payload: payload, Times: result.NewHistogram(), Waking: result.NewHistogram(), Seconds: d.Seconds()}
+	_, _ = sys.ArrivedAt(fd) // from now on the kernel notes when datagrams arrive
 	out, in := make([]byte, max(payload, Least)), make([]byte, 1<<16)
 	begin := time.Now()
 	for seq := uint64(1); ; seq++ {
@@ -56,6 +58,9 @@ func PingPong(ctx context.Context, fd, payload int, warm, d, every time.Duration
 			if answered {
 				l.Times.Record(end.Sub(start))
 				l.Answers++
+				if at, err := sys.ArrivedAt(fd); err == nil && end.After(at) {
+					l.Waking.Record(time.Duration(end.UnixNano() - at.UnixNano()))
+				}
 			} else {
 				l.Lost++
 			}

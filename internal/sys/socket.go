@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net/netip"
 	"runtime"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -173,4 +174,15 @@ func GetBytes(fd, level, opt int, b []byte) (int, error) {
 		return 0, fmt.Errorf("getsockopt %d of level %d: %w", opt, level, errno)
 	}
 	return int(size), nil
+}
+
+// ArrivedAt is when the datagram that was read last from a socket reached this host's kernel, by the wall clock (SIOCGSTAMPNS,
+// socket(7)). The first call on a socket makes the kernel note these times, and is an error.
+func ArrivedAt(fd int) (time.Time, error) {
+	var ts unix.Timespec
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCGSTAMPNS_OLD, uintptr(unsafe.Pointer(&ts)))
+	if errno != 0 {
+		return time.Time{}, fmt.Errorf("SIOCGSTAMPNS: %w", errno)
+	}
+	return time.Unix(ts.Unix()), nil
 }

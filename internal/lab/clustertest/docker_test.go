@@ -1,14 +1,11 @@
 package clustertest
 
 import (
-	"bytes"
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -17,107 +14,31 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testing/dockerd"
 )
 
 // dockerHost is a host with a real Docker engine, which finds the agent's driver.
 type dockerHost struct {
-	t      *testing.T
-	h      lab.Host
-	dir    string
-	daemon *exec.Cmd
+	*dockerd.Engine
+	t *testing.T
+	h lab.Host
 }
 
 // newDocker starts the host's agent again with a driver's socket, and a Docker engine in the host's network namespace.
 func newDocker(t *testing.T, l *lab.Lab, h lab.Host, image string) *dockerHost {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "dkr") // short: the engine's sockets are in it
-	if err != nil {
+	d := &dockerHost{dockerd.New(t, h.Netns), t, h}
+	if err := errors.Join(l.StopAgent(t.Context(), h.Name, syscall.SIGTERM), d.startAgent(l)); err != nil {
 		t.Fatal(err)
 	}
-	d := &dockerHost{t: t, h: h, dir: dir}
-	if err := errors.Join(os.Mkdir(d.plugins(), 0o755), os.MkdirAll("/run/docker/plugins", 0o755), l.StopAgent(t.Context(), h.Name, syscall.SIGTERM), d.startAgent(l)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		d.stop()
-		if b, err := os.ReadFile(filepath.Join(dir, "log")); err == nil && t.Failed() {
-			t.Logf("the log of Docker on %s:\n%s", h.Name, b[max(0, len(b)-8000):])
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	d.launch()
-	d.await()
-	d.do("import", "--change", "ENV PATH=/bin", image, "box")
+	d.Start()
+	d.Await()
+	d.Do("import", "--change", "ENV PATH=/bin", image, "box")
 	return d
 }
 
-func (d *dockerHost) plugins() string { return filepath.Join(d.dir, "p") }
-
 func (d *dockerHost) startAgent(l *lab.Lab) error {
-	return l.StartAgent(d.t.Context(), d.h.Name, "--docker-socket", filepath.Join(d.plugins(), "tulle.sock"),
-		"--docker-api", filepath.Join(d.dir, "s"))
-}
-
-// launch starts the engine, with mounts of its own.
-func (d *dockerHost) launch() {
-	d.t.Helper()
-	log, err := os.OpenFile(filepath.Join(d.dir, "log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	defer log.Close()
-	in := func(name string) string { return filepath.Join(d.dir, name) }
-	d.daemon = exec.Command("nsenter", "--net="+d.h.Netns, "unshare", "-m", "sh", "-c", `mount --bind "$1" /run/docker/plugins && shift && exec "$@"`, "sh", d.plugins(),
-		"dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs", "--data-root", in("d"), "--exec-root", in("x"),
-		"--pidfile", in("pid"), "-H", "unix://"+in("s"))
-	d.daemon.Stdout, d.daemon.Stderr = log, log
-	if err := d.daemon.Start(); err != nil {
-		d.t.Fatal(err)
-	}
-}
-
-func (d *dockerHost) await() {
-	d.t.Helper()
-	untilWithin(d.t, 2*patience, "Docker answers", func() error { _, err := d.try("version"); return err })
-}
-
-// stop stops the engine, and with it the containers.
-func (d *dockerHost) stop() {
-	if d.daemon != nil {
-		_ = d.daemon.Process.Signal(syscall.SIGTERM)
-		_ = d.daemon.Wait()
-		d.daemon = nil
-	}
-}
-
-// try runs the command line, which never waits for long.
-func (d *dockerHost) try(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, "docker", append([]string{"-H", "unix://" + filepath.Join(d.dir, "s")}, args...)...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("docker %v on %s: %w: %s", args, d.h.Name, err, out)
-	}
-	return string(bytes.TrimSpace(out)), nil
-}
-
-func (d *dockerHost) do(args ...string) string {
-	d.t.Helper()
-	out, err := d.try(args...)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	return out
-}
-
-// refused runs a command that must fail and say why.
-func (d *dockerHost) refused(why string, args ...string) {
-	d.t.Helper()
-	if out, err := d.try(args...); err == nil || !strings.Contains(err.Error(), why) {
-		d.t.Errorf("docker %v: %q, %v; want an error with %q", args, out, err, why)
-	}
+	return l.StartAgent(d.t.Context(), d.h.Name, "--docker-socket", filepath.Join(d.Plugins, "tulle.sock"), "--docker-api", d.Socket)
 }
 
 // container is what the engine says of one, with its addresses.
@@ -129,7 +50,7 @@ func (d *dockerHost) container(name, network string) (netns string, addrs []neti
 			Networks map[string]struct{ NetworkID, EndpointID, IPAddress, GlobalIPv6Address string }
 		}
 	}
-	if err := json.Unmarshal([]byte(d.do("inspect", name)), &list); err != nil || len(list) != 1 {
+	if err := json.Unmarshal([]byte(d.Do("inspect", name)), &list); err != nil || len(list) != 1 {
 		d.t.Fatal(err, list)
 	}
 	n := list[0].NetworkSettings.Networks[network]
@@ -164,14 +85,14 @@ func TestDocker(t *testing.T) {
 	settled(t, l)
 	create := []string{"network", "create", "-d", "tulle", "--ipam-driver", "tulle"}
 	for _, d := range d {
-		d.do(append(create, "--ipv6", "--subnet", dualCIDRs[0].String(), "--subnet", dualCIDRs[1].String(), "both")...)
+		d.Do(append(create, "--ipv6", "--subnet", dualCIDRs[0].String(), "--subnet", dualCIDRs[1].String(), "both")...)
 	}
 	fixed := fixedAddrs(t, d[1].h.Socket)
 	for name, restart := range map[string]string{"box": "always", "kept": "unless-stopped", "stopped": "unless-stopped", "once": "no"} {
-		d[0].do("run", "-d", "--stop-signal", "KILL", "--name", name, "--restart", restart, "--network", "both", "box", "/bin/sleep", "600")
+		d[0].Do("run", "-d", "--stop-signal", "KILL", "--name", name, "--restart", restart, "--network", "both", "box", "/bin/sleep", "600")
 	}
-	d[0].do("stop", "stopped")
-	d[1].do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--network", "both", "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "box", "/bin/sleep", "600")
+	d[0].Do("stop", "stopped")
+	d[1].Do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--network", "both", "--ip", fixed[0].String(), "--ip6", fixed[1].String(), "box", "/bin/sleep", "600")
 	ns, far := d[1].container("box", "both")
 	meet(t, d[0], "box", ns, far)
 
@@ -186,7 +107,7 @@ func TestDocker(t *testing.T) {
 	ns, far = d[1].container("four", "plain")
 	meet(t, d[0], "box", ns, far)
 	// The look that has started the others is long over.
-	if names := strings.Fields(d[0].do("ps", "--format", "{{.Names}}")); len(names) != 2 {
+	if names := strings.Fields(d[0].Do("ps", "--format", "{{.Names}}")); len(names) != 2 {
 		t.Errorf("running are %v, want box and kept only", names)
 	}
 }
@@ -195,16 +116,16 @@ func TestDocker(t *testing.T) {
 func secondHost(t *testing.T, d *dockerHost, fixed []netip.Addr, create []string) {
 	t.Helper()
 	run := []string{"run", "-d", "--stop-signal", "KILL", "--network"}
-	d.do("restart", "-t", "0", "box")
-	d.do(append(create, "plain")...)
+	d.Do("restart", "-t", "0", "box")
+	d.Do(append(create, "plain")...)
 	for _, name := range []string{"four", "short"} {
-		d.do(append(run, "plain", "--name", name, "box", "/bin/sleep", "600")...)
+		d.Do(append(run, "plain", "--name", name, "box", "/bin/sleep", "600")...)
 	}
-	d.refused(fixed[0].String(), append(run, "both", "--ip", fixed[0].String(), "box", "/bin/true")...)
-	d.refused("already", "network", "connect", "plain", "box")
-	d.refused("--subnet 192.0.2.0/24", append(create, "--subnet", "192.0.2.0/24", "other")...)
-	d.refused("--ipam-driver tulle", "network", "create", "-d", "tulle", "--subnet", "192.0.2.0/24", "other")
-	d.do("rm", "-f", "short")
+	d.Refused(fixed[0].String(), append(run, "both", "--ip", fixed[0].String(), "box", "/bin/true")...)
+	d.Refused("already", "network", "connect", "plain", "box")
+	d.Refused("--subnet 192.0.2.0/24", append(create, "--subnet", "192.0.2.0/24", "other")...)
+	d.Refused("--ipam-driver tulle", "network", "create", "-d", "tulle", "--subnet", "192.0.2.0/24", "other")
+	d.Do("rm", "-f", "short")
 	if pods, err := api.NewClient(d.h.Socket).Pods(t.Context()); err != nil || len(pods) != 2 {
 		t.Errorf("two containers are left, and these pods: %+v (%v)", pods, err)
 	}
@@ -214,15 +135,15 @@ func secondHost(t *testing.T, d *dockerHost, fixed []netip.Addr, create []string
 // would have started with the engine, and no others.
 func withoutAgent(t *testing.T, l *lab.Lab, d *dockerHost, meanwhile func()) {
 	t.Helper()
-	d.stop()
+	d.Stop()
 	if err := l.StopAgent(t.Context(), d.h.Name, syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
-	d.launch()
+	d.Start()
 	meanwhile()
-	d.await()
+	d.Await()
 	for _, name := range []string{"box", "kept"} {
-		if state := d.do("inspect", "-f", "{{.State.Running}} {{.State.Error}}", name); !strings.HasPrefix(state, "false ") || len(state) < 10 {
+		if state := d.Do("inspect", "-f", "{{.State.Running}} {{.State.Error}}", name); !strings.HasPrefix(state, "false ") || len(state) < 10 {
 			t.Errorf("without an agent the container %s is %q", name, state)
 		}
 	}
@@ -230,7 +151,7 @@ func withoutAgent(t *testing.T, l *lab.Lab, d *dockerHost, meanwhile func()) {
 		t.Fatal(err)
 	}
 	untilWithin(t, 2*patience, "the containers start", func() error {
-		if names := d.do("ps", "--format", "{{.Names}}"); !strings.Contains(names, "box") || !strings.Contains(names, "kept") {
+		if names := d.Do("ps", "--format", "{{.Names}}"); !strings.Contains(names, "box") || !strings.Contains(names, "kept") {
 			return fmt.Errorf("running are %q", names)
 		}
 		return nil

@@ -8,83 +8,21 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/testing/debian"
+	"github.com/tulle-net/tulle/internal/testing/dockerd"
 	"github.com/tulle-net/tulle/internal/testing/namespace"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
-// docker is a Docker engine beside a machine: it runs in the machine's network namespace, and finds what the agent puts into the
-// machine's /run/docker/plugins.
-type docker struct {
-	t      *testing.T
-	netns  string
-	dir    string
-	daemon *exec.Cmd
-}
-
-func (d *docker) plugins() string { return filepath.Join(d.dir, "p") }
-
-// socket is the engine's API, in a folder that the machine has too.
-func (d *docker) socket() string { return filepath.Join(d.dir, "a", "docker.sock") }
-
-// launch starts the engine.
-func (d *docker) launch() {
-	d.t.Helper()
-	in := func(name string) string { return filepath.Join(d.dir, name) }
-	log, err := os.OpenFile(in("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	defer log.Close()
-	d.daemon = exec.Command("nsenter", "--net="+d.netns, "unshare", "-m", "sh", "-c", `mount --bind "$1" /run/docker/plugins && shift && exec "$@"`, "sh", d.plugins(),
-		"dockerd", "--iptables=false", "--ip6tables=false", "--bridge=none", "--storage-driver=vfs", "--data-root", in("d"), "--exec-root", in("x"),
-		"--pidfile", in("pid"), "-H", "unix://"+d.socket())
-	d.daemon.Stdout, d.daemon.Stderr = log, log
-	if err := d.daemon.Start(); err != nil {
-		d.t.Fatal(err)
-	}
-}
-
-// stop stops the engine as a shutdown does, and with it the containers.
-func (d *docker) stop() {
-	if d.daemon != nil {
-		_ = d.daemon.Process.Signal(syscall.SIGTERM)
-		_ = d.daemon.Wait()
-		d.daemon = nil
-	}
-}
-
-// try runs the command line, which never waits for long.
-func (d *docker) try(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, "docker", append([]string{"-H", "unix://" + d.socket()}, args...)...).CombinedOutput()
-	if err != nil {
-		return "", fmt.Errorf("docker %v: %w: %s", args, err, out)
-	}
-	return string(bytes.TrimSpace(out)), nil
-}
-
-func (d *docker) do(args ...string) string {
-	d.t.Helper()
-	out, err := d.try(args...)
-	if err != nil {
-		d.t.Fatal(err)
-	}
-	return out
-}
-
 // reached connects from the host to a container at its own address.
-func (d *docker) reached(name string) error {
-	out, err := d.try("inspect", "-f", "{{.State.Pid}} {{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}} {{.State.Error}}", name)
+func reached(d *dockerd.Engine, netns, name string) error {
+	out, err := d.Try("inspect", "-f", "{{.State.Pid}} {{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}} {{.State.Error}}", name)
 	if err != nil {
 		return err
 	}
@@ -96,31 +34,8 @@ func (d *docker) reached(name string) error {
 	if err != nil {
 		return err
 	}
-	_, err = namespace.SeenAs(d.netns, "/proc/"+f[0]+"/ns/net", addr)
+	_, err = namespace.SeenAs(netns, "/proc/"+f[0]+"/ns/net", addr)
 	return err
-}
-
-// newDocker makes the engine's folder.
-func newDocker(t *testing.T, netns string) *docker {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "dkr") // short: the engine's sockets are in it
-	if err != nil {
-		t.Fatal(err)
-	}
-	d := &docker{t: t, netns: netns, dir: dir}
-	if err := errors.Join(os.Mkdir(d.plugins(), 0o755), os.Mkdir(filepath.Dir(d.socket()), 0o755), os.MkdirAll("/run/docker/plugins", 0o755)); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		d.stop()
-		if b, err := os.ReadFile(filepath.Join(dir, "log")); err == nil && t.Failed() {
-			t.Logf("the log of Docker:\n%s", b[max(0, len(b)-6000):])
-		}
-		if err := os.RemoveAll(dir); err != nil {
-			t.Error(err)
-		}
-	})
-	return d
 }
 
 // box is a root file system with busybox and nothing else.
@@ -161,10 +76,11 @@ func TestDockerHost(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	d := newDocker(t, l.Hosts()[0].Netns)
+	netns := l.Hosts()[0].Netns
+	d := dockerd.New(t, netns)
 	m := machines(t, l, tree)[0]
-	t.Cleanup(d.stop) // before the machine ends, for whose agent it would wait
-	m.options = []string{"--bind=" + d.plugins() + ":/run/docker/plugins", "--bind=" + filepath.Dir(d.socket()) + ":/run/engine"}
+	t.Cleanup(d.Stop) // before the machine ends, for whose agent it would wait
+	m.options = []string{"--bind=" + d.Plugins + ":/run/docker/plugins", "--bind=" + filepath.Dir(d.Socket) + ":/run/engine"}
 	// The engine's socket is where the agent looks for it without being told.
 	link := filepath.Join(m.root, "etc/tmpfiles.d/engine.conf")
 	dropIn := filepath.Join(m.root, "etc/systemd/system/tulle.service.d/docker.conf")
@@ -178,34 +94,34 @@ func TestDockerHost(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	d.launch()
+	d.Start()
 	reach := func(when string) {
 		t.Helper()
-		if err := m.until("the container, "+when, time.Minute, func() error { return d.reached("box") }); err != nil {
+		if err := m.until("the container, "+when, time.Minute, func() error { return reached(d, netns, "box") }); err != nil {
 			t.Fatalf("%v\n%s", err, m.journal())
 		}
 	}
-	if err := m.until("Docker", time.Minute, func() error { _, err := d.try("version"); return err }); err != nil {
+	if err := m.until("Docker", time.Minute, func() error { _, err := d.Try("version"); return err }); err != nil {
 		t.Fatal(err)
 	}
-	d.do("import", box(t), "box")
-	d.do("network", "create", "-d", "tulle", "--ipam-driver", "tulle", "pods")
-	d.do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--restart", "always", "--network", "pods", "box", "/bin/busybox", "sleep", "600")
+	d.Do("import", box(t), "box")
+	d.Do("network", "create", "-d", "tulle", "--ipam-driver", "tulle", "pods")
+	d.Do("run", "-d", "--stop-signal", "KILL", "--name", "box", "--restart", "always", "--network", "pods", "box", "/bin/busybox", "sleep", "600")
 	reach("after the start")
 	if err := start(m, l, "restart"); err != nil {
 		t.Fatal(err)
 	}
 	reach("after a restart of the service")
-	d.do("restart", "-t", "0", "box")
+	d.Do("restart", "-t", "0", "box")
 	reach("after its own restart")
 	withoutService(t, m, l, d)
 	reach("after a start of Docker without the service")
-	if names := d.do("ps", "--format", "{{.Names}}"); names != "box" {
+	if names := d.Do("ps", "--format", "{{.Names}}"); names != "box" {
 		t.Errorf("running are %q, want box only", names)
 	}
 
-	d.stop()
-	left, err := filepath.Glob(filepath.Join(d.plugins(), "*"))
+	d.Stop()
+	left, err := filepath.Glob(filepath.Join(d.Plugins, "*"))
 	if err := errors.Join(err, m.poweroff(), l.ResetHost(t.Context(), m.host)); err != nil {
 		t.Fatal(err)
 	}
@@ -214,7 +130,7 @@ func TestDockerHost(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	d.launch()
+	d.Start()
 	if err := errors.Join(m.boot(), active(m, l)); err != nil {
 		t.Fatal(err)
 	}
@@ -223,19 +139,19 @@ func TestDockerHost(t *testing.T) {
 
 // withoutService starts the engine again while the service is stopped, and has taken its socket away, and then the service. There is
 // also a container that its user has stopped.
-func withoutService(t *testing.T, m *machine, l *lab.Lab, d *docker) {
+func withoutService(t *testing.T, m *machine, l *lab.Lab, d *dockerd.Engine) {
 	t.Helper()
-	d.do("run", "-d", "--stop-signal", "KILL", "--name", "stopped", "--restart", "unless-stopped", "--network", "pods", "box", "/bin/busybox", "sleep", "600")
-	d.do("stop", "stopped")
-	d.stop()
+	d.Do("run", "-d", "--stop-signal", "KILL", "--name", "stopped", "--restart", "unless-stopped", "--network", "pods", "box", "/bin/busybox", "sleep", "600")
+	d.Do("stop", "stopped")
+	d.Stop()
 	if _, err := m.run("systemctl", "stop", "tulle"); err != nil {
 		t.Fatal(err)
 	}
-	d.launch()
-	if err := m.until("Docker", time.Minute, func() error { _, err := d.try("version"); return err }); err != nil {
+	d.Start()
+	if err := m.until("Docker", time.Minute, func() error { _, err := d.Try("version"); return err }); err != nil {
 		t.Fatal(err)
 	}
-	if reason := d.do("inspect", "-f", "{{.State.Error}}", "box"); !strings.Contains(reason, "not found") {
+	if reason := d.Do("inspect", "-f", "{{.State.Error}}", "box"); !strings.Contains(reason, "not found") {
 		t.Errorf("without the service the container has the error %q", reason)
 	}
 	if err := start(m, l, "start"); err != nil {

@@ -5,12 +5,12 @@ GO ?= go
 # What the tests use beside Go and the kernel. Other programs read, compare or break what Tulle does:
 PACKAGES = \
 	tshark tcpdump prometheus \
-	iperf3 sockperf ethtool iproute2 nftables iptables procps \
+	iperf3 sockperf qperf ethtool iproute2 nftables iptables procps \
 	containerd docker.io busybox-static containernetworking-plugins \
 	debootstrap systemd-container lxc dbus iputils-ping \
 	qemu-user lintian
 
-.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop critest bench report clean
+.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop critest bench agree report clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -67,6 +67,11 @@ cnikill:
 # How long an ADD takes, beside the reference plugins bridge and host-local, in turns.
 cnitime:
 	TULLE_CNI_ADDS=200 $(GO) test -count=1 -timeout 10m -run 'TestCNITime$$' -v ./internal/lab/clustertest
+
+# How far this benchmark and iperf3, sockperf and qperf agree where the machine is the limit, in turns; wants a quiet machine.
+agree:
+	.ci/install $(PACKAGES)
+	TULLE_AGREE=15 $(GO) test -count=1 -timeout 20m -run 'TestAgreesWithOtherTools$$' -v ./bench/pair
 
 # Against the tunnels of Debian's kernel, booted by QEMU in software, and benchmarks of them; takes two minutes, and downloads a kernel once.
 interop:

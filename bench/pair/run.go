@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"runtime"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/bench/machine"
@@ -23,7 +24,8 @@ type RunOptions struct {
 	Duration time.Duration // counted time of each measure; a warm-up of a third comes first; default 1 s
 	Sizes    []int         // payloads whose latency is measured, in bytes; default 64 and 1,200
 	Streams  int           // "several", of TCP and UDP; default 4
-	Rate     float64       // of the open loop, in datagrams a second; default 1,000
+	Rate     float64       // of the open loop, in datagrams a second; default DefaultRate
+	Only     []string      // groups of measures: Latency, Throughput, Limits; default all
 	// Gentle keeps to Rate in all latency measures, and leaves out those that look for a limit: what the server's rate limit
 	// lets through is sent and no more. It is for networks that others use.
 	Gentle   bool
@@ -32,6 +34,16 @@ type RunOptions struct {
 	Version  string       // of the program
 	Progress func(string) // may be nil
 }
+
+// DefaultRate is the default of RunOptions.Rate.
+const DefaultRate = 1000
+
+// The groups of measures, by the names that they have in the lab, too.
+const (
+	Latency    = "latency"    // datagrams one by one and at a fixed rate, TCP requests and connections
+	Throughput = "throughput" // TCP and UDP as fast as they go
+	Limits     = "rate"       // the highest rate of UDP without loss
+)
 
 const shortest = 50 * time.Millisecond
 
@@ -58,7 +70,7 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 		o.Streams = 4
 	}
 	if o.Rate == 0 {
-		o.Rate = 1000
+		o.Rate = DefaultRate
 	}
 	if o.Progress == nil {
 		o.Progress = func(string) {}
@@ -74,6 +86,11 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 		return o, fmt.Errorf("%d streams: want 2 to %d", o.Streams, maxFlows)
 	case o.Rate < 1 || o.Rate > 100_000:
 		return o, fmt.Errorf("a rate of %v datagrams a second: want 1 to 100000", o.Rate)
+	}
+	for _, group := range o.Only {
+		if all := []string{Latency, Throughput, Limits}; !slices.Contains(all, group) {
+			return o, fmt.Errorf("no measures %q; there are %v", group, all)
+		}
 	}
 	for _, n := range o.Sizes {
 		if n < traffic.Least || n > 65507 {
@@ -176,36 +193,32 @@ func (rn *runner) prepare() error {
 
 // measure is one measure of a round.
 type measure struct {
-	what string
-	take func(ctx context.Context, d *result.Round) error
+	group, what string
+	take        func(ctx context.Context, d *result.Round) error
 }
 
 func (rn *runner) measures() []measure {
 	var out []measure
 	for _, n := range rn.o.Sizes {
-		out = append(out, measure{fmt.Sprintf("latency at %d bytes", n), rn.pingPong(n)})
+		out = append(out, measure{Latency, fmt.Sprintf("latency at %d bytes", n), rn.pingPong(n)})
 	}
 	several := rn.o.Streams
-	if rn.o.Gentle {
-		return append(out,
-			measure{fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
-			measure{"TCP requests on one connection", rn.requests},
-			measure{"TCP connections with a request", rn.connections},
-			measure{"TCP, one stream", rn.tcp(1)},
-			measure{"UDP, one flow", rn.flood(1)},
+	out = append(out,
+		measure{Latency, fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
+		measure{Latency, "TCP requests on one connection", rn.requests},
+		measure{Latency, "TCP connections with a request", rn.connections},
+		measure{Throughput, "TCP, one stream", rn.tcp(1)},
+		measure{Throughput, "UDP, one flow", rn.flood(1)},
+	)
+	if !rn.o.Gentle {
+		out = append(out,
+			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), rn.tcp(several)},
+			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), rn.flood(several)},
+			measure{Limits, "UDP rate at 64 bytes", rn.search(64, false)},
+			measure{Limits, "UDP rate of full packets", rn.search(rn.full, true)},
 		)
 	}
-	return append(out,
-		measure{fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
-		measure{"TCP requests on one connection", rn.requests},
-		measure{"TCP connections with a request", rn.connections},
-		measure{"TCP, one stream", rn.tcp(1)},
-		measure{fmt.Sprintf("TCP, %d streams", several), rn.tcp(several)},
-		measure{"UDP, one flow", rn.flood(1)},
-		measure{fmt.Sprintf("UDP, %d flows", several), rn.flood(several)},
-		measure{"UDP rate at 64 bytes", rn.search(64, false)},
-		measure{"UDP rate of full packets", rn.search(rn.full, true)},
-	)
+	return slices.DeleteFunc(out, func(m measure) bool { return len(rn.o.Only) > 0 && !slices.Contains(rn.o.Only, m.group) })
 }
 
 // round takes each measure. Round n begins with measure n, so that none is always the first.

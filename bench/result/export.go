@@ -66,13 +66,20 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 		fmt.Fprintf(&b, ". Linux %s, %d × %s, %s", m.Kernel, m.CPUs, m.CPU, r.Started.Format("2006-01-02"))
 	}
 	b.WriteString(".\n")
-	for _, warning := range r.Warnings {
-		fmt.Fprintf(&b, "\n**Not to be trusted:** %s\n", warning)
+	if len(r.Warnings) > 0 {
+		b.WriteString("\n**Not to be trusted**, for these reasons:\n\n")
 	}
+	for _, warning := range r.Warnings {
+		fmt.Fprintf(&b, "- %s\n", warning)
+	}
+	var missing []string
 	for _, m := range r.Modes {
 		if m.Missing != "" {
-			fmt.Fprintf(&b, "\nNot measured: `%s`: %s\n", m.Name, oneLine(m.Missing))
+			missing = append(missing, fmt.Sprintf("`%s` (%s)", m.Name, oneLine(m.Missing)))
 		}
+	}
+	if len(missing) > 0 {
+		fmt.Fprintf(&b, "\nNot measured: %s.\n", strings.Join(missing, ", "))
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

@@ -24,7 +24,10 @@ and the kernel's real devices.
 
 Modes are measured in interleaved rounds. The output begins with the result in one sentence, reasons not to trust it if there are any,
 and one table of medians and ratios. -v shows everything. A mode that this kernel does not support is listed with the reason.
-Ctrl-C ends the run after what it is measuring; the complete rounds are kept. Needs root, and no other programs.`
+Ctrl-C ends the run after what it is measuring; the complete rounds are kept. Needs root, and no other programs.
+
+With --to it measures the paths from this member of the cluster to another one instead, over the live network and held to a rate: direct,
+udp, vxlan and ipip, as ` + "`tulle bench run --to`" + ` does.`
 
 func benchAll() *cobra.Command {
 	return benchLab("all", "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
@@ -47,6 +50,13 @@ func benchThroughput() *cobra.Command {
 func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	o := bench.AllOptions{Measures: measures, Version: api.Version()}
 	out, wire, parts := benchOutput{form: "table"}, "", false
+	to := benchTo{none: []string{"mtu", "congestion", "wire", "name", "timeout"}}
+	switch use {
+	case "all":
+		to.none = append(to.none, "profile")
+	case "latency":
+		to.none = append(to.none, "in-parts")
+	}
 	cmd := &cobra.Command{
 		Use:     use,
 		Short:   short,
@@ -63,6 +73,9 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 			}
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
+			}
+			if to.node != "" {
+				return to.instead(cmd, o, &out)
 			}
 			self, err := os.Executable()
 			if err != nil {
@@ -96,6 +109,7 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	}
 	f.StringVar(&o.Name, "name", "bench", "`NAME`: the prefix of the labs' names")
 	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long to wait until agents are ready (default 1m0s)")
+	to.flags(cmd, "labs")
 	out.flags(cmd)
 	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(bench.Modes(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd

@@ -83,7 +83,8 @@ throughput is what the limit lets through. When it ends or is killed, both agent
 
 func benchRun() *cobra.Command {
 	o := pair.RunOptions{Version: api.Version()}
-	out, tokenFile, to := benchOutput{form: "table"}, "", benchTo{}
+	out, tokenFile, modes := benchOutput{form: "table"}, "", []string(nil)
+	to := benchTo{only: []string{"modes"}, none: []string{"label", "token-file", "streams"}}
 	cmd := &cobra.Command{
 		Use:   "run HOST | run --to NODE",
 		Short: "Measure the path to `tulle bench serve`, anywhere, without root; or every path to a member of the cluster",
@@ -105,7 +106,7 @@ func benchRun() *cobra.Command {
 			}
 			if to.node != "" {
 				o.Host = to.node
-				if err := to.check(cmd); err != nil {
+				if err := to.choose(modes); err != nil {
 					return err
 				}
 			} else {
@@ -134,10 +135,13 @@ func benchRun() *cobra.Command {
 	f.IntVar(&o.Rounds, "rounds", 5, "number of rounds: how often each measure is taken")
 	f.DurationVar(&o.Duration, "duration", time.Second, "counted time of each measure, after a warm-up of a third of it")
 	f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1200}, "payloads of the datagrams whose latency is measured, in `BYTES`")
+	f.StringSliceVar(&o.Only, "measures", nil, "what to measure, of latency, throughput, rate (the highest without loss; not with --to) (default all)")
 	f.IntVar(&o.Streams, "streams", 4, "how many TCP streams and UDP flows run at a time where several do")
-	f.Float64Var(&o.Rate, "rate", 1000, "datagrams per second where latency is measured at a fixed rate")
+	f.Float64Var(&o.Rate, "rate", pair.DefaultRate, "datagrams per second where latency is measured at a fixed rate")
 	f.BoolVar(&o.Six, "six", false, "IPv6 only, if HOST is a name with addresses of both families; IPv6 packets of pods with --to")
-	to.flags(cmd)
+	f.StringSliceVar(&modes, "modes", nil, "with --to: paths to measure, of direct, udp, vxlan, ipip (default all)")
+	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(api.BenchModes, cobra.ShellCompDirectiveNoFileComp))
+	to.flags(cmd, "HOST")
 	out.flags(cmd)
 	return cmd
 }

@@ -8,60 +8,86 @@ import (
 	"io"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/spf13/cobra"
 
+	"github.com/tulle-net/tulle/bench"
 	"github.com/tulle-net/tulle/bench/pair"
 	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/api"
 )
 
-// benchTo are the flags of `tulle bench run` that make it measure the paths to another member.
+// benchTo are the flags that make a benchmark measure the paths to another member, over the live network.
 type benchTo struct {
 	node, socket string
 	modes        []string
 	mbps         float64 // 0: what the agents allow
+
+	only []string // flags that are of use with --to only
+	none []string // flags that are of no use with --to
 }
 
-// toFlags are of use with --to only, and the others without it only.
-var toFlags, notToFlags = []string{"modes", "max-mbps", "socket"}, []string{"label", "token-file", "streams"}
-
-func (b *benchTo) flags(cmd *cobra.Command) {
+// flags adds them to a command. Its RunE must be set.
+func (b *benchTo) flags(cmd *cobra.Command, instead string) {
 	f := cmd.Flags()
-	f.StringVar(&b.node, "to", "", "`NODE`: a member of the cluster, by name, ID or address, to measure instead of HOST")
-	f.StringSliceVar(&b.modes, "modes", nil, "with --to: paths to measure, of direct, udp, vxlan, ipip (default all)")
+	f.StringVar(&b.node, "to", "", "`NODE`: a member of the cluster, by name, ID or address, to measure instead of "+instead)
 	f.Float64Var(&b.mbps, "max-mbps", 0, "with --to: the most to send, in Mb/s (default what both agents allow, bench_mbps)")
 	f.StringVar(&b.socket, "socket", api.DefaultSocket, "with --to: control socket of the agent")
+	b.only = append(b.only, "max-mbps", "socket")
 	c := &client{socket: api.DefaultSocket}
 	_ = cmd.RegisterFlagCompletionFunc("to", c.nodeNames)
-	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(api.BenchModes, cobra.ShellCompDirectiveNoFileComp))
 	run := cmd.RunE
 	cmd.RunE = func(cmd *cobra.Command, args []string) error {
-		for _, name := range toFlags {
-			if b.node == "" && cmd.Flags().Changed(name) {
-				return usagef("--%s is of use with --to only", name)
-			}
+		if err := b.check(cmd); err != nil {
+			return err
 		}
 		return run(cmd, args)
 	}
 }
 
 func (b *benchTo) check(cmd *cobra.Command) error {
-	for _, name := range notToFlags {
-		if cmd.Flags().Changed(name) {
-			return usagef("--%s is of no use with --to", name)
-		}
+	names, text := b.only, "is of use with --to only"
+	if b.node != "" {
+		names, text = b.none, "is of no use with --to"
 	}
-	for _, m := range b.modes {
-		if !slices.Contains(api.BenchModes, m) {
-			return usagef("--modes: no path %q; there are %v", m, api.BenchModes)
+	for _, name := range names {
+		if cmd.Flags().Changed(name) {
+			return usagef("--%s %s", name, text)
 		}
 	}
 	if b.mbps < 0 {
 		return usagef("--max-mbps %v: want 0 (what the agents allow) or more", b.mbps)
 	}
 	return nil
+}
+
+// choose takes the paths to measure, by name; none means all.
+func (b *benchTo) choose(modes []string) error {
+	for _, m := range modes {
+		if !slices.Contains(api.BenchModes, m) {
+			return usagef("--modes: no path %q; with --to there are %s", m, strings.Join(api.BenchModes, ", "))
+		}
+	}
+	b.modes = modes
+	return nil
+}
+
+// instead measures the paths to the member, with what applies of the options of a benchmark in labs.
+func (b *benchTo) instead(cmd *cobra.Command, o bench.AllOptions, out *benchOutput) error {
+	if err := b.choose(o.Modes); err != nil {
+		return err
+	}
+	p := pair.RunOptions{Host: b.node, Rounds: o.Rounds, Duration: o.Duration, Rate: pair.DefaultRate, Only: o.Measures, Six: o.Six, Version: o.Version}
+	if cmd.Flags().Changed("sizes") {
+		p.Sizes = o.Sizes
+	}
+	if err := p.Validate(); err != nil {
+		return usageError{err}
+	}
+	p.Progress = stopwatch(cmd.ErrOrStderr())
+	return out.measure(cmd, func(ctx context.Context) (*result.Run, error) { return b.run(ctx, p, cmd.ErrOrStderr()) })
 }
 
 // run opens the paths by the agent, and measures them while its answer lasts.

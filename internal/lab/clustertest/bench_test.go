@@ -29,10 +29,16 @@ import (
 // benchTo runs `tulle bench run` on h1 and returns its result, what it said on standard error, and its exit code.
 func benchTo(ctx context.Context, t *testing.T, l *lab.Lab, args ...string) (*benchresult.Run, string, int) {
 	t.Helper()
+	return benchVerb(ctx, t, l, "run", args...)
+}
+
+// benchVerb does so with another command of `tulle bench`.
+func benchVerb(ctx context.Context, t *testing.T, l *lab.Lab, verb string, args ...string) (*benchresult.Run, string, int) {
+	t.Helper()
 	var out, errs bytes.Buffer
-	code, err := l.Exec(ctx, "h1", append([]string{program, "bench", "run", "-o", "json"}, args...), lab.Stdio{Out: &out, Err: &errs})
+	code, err := l.Exec(ctx, "h1", append([]string{program, "bench", verb, "-o", "json"}, args...), lab.Stdio{Out: &out, Err: &errs})
 	if err != nil && ctx.Err() == nil {
-		t.Fatalf("bench run %v: %v", args, err)
+		t.Fatalf("bench %s %v: %v", verb, args, err)
 	}
 	r, err := benchresult.Read(&out)
 	if err != nil {
@@ -242,6 +248,17 @@ func TestBenchTo(t *testing.T) {
 	if now := sending(t, l); !slices.Equal(now, waysBefore) {
 		t.Errorf("pods' packets went\n%q\nand now go\n%q", waysBefore, now)
 	}
+	for verb, has := range map[string][2]bool{"all": {true, true}, "latency": {true, false}, "throughput": {false, true}} {
+		r, said, code := benchVerb(t.Context(), t, l, verb, "--to", "h2", "--modes", "vxlan", "--rounds", "1", "--duration", "50ms")
+		if r == nil || code != 0 {
+			t.Fatalf("bench %s --to: exit code %d: %s", verb, code, said)
+		}
+		_, latency := r.Mode("vxlan").Summary["rtt64_p50_us"]
+		_, throughput := r.Mode("vxlan").Summary["tcp1_gbps"]
+		if [2]bool{latency, throughput} != has {
+			t.Errorf("bench %s --to measured %v", verb, slices.Sorted(maps.Keys(r.Mode("vxlan").Summary)))
+		}
+	}
 	noBenchLeft(t, l, before, "after benchmarks that ended")
 	t.Run("refused", func(t *testing.T) { benchRefused(t, l) })
 	t.Run("killed", func(t *testing.T) { benchKilled(t, l, before, waysBefore) })
@@ -276,7 +293,7 @@ func benchRefused(t *testing.T, l *lab.Lab) {
 	}
 	say(`no node`, 1, "--to", "h9")
 	say("h1 is this node itself", 2, "--to", "h1")
-	say(`no path "gre"; there are [direct udp vxlan ipip]`, 2, "--to", "h2", "--modes", "gre")
+	say(`no path "gre"; with --to there are direct, udp, vxlan, ipip`, 2, "--to", "h2", "--modes", "gre")
 	say("exclude each other", 2, "--to", "h2", "10.0.0.1")
 	say("--modes is of use with --to only", 2, "10.0.0.1", "--modes", "udp")
 	say("--streams is of no use with --to", 2, "--to", "h2", "--streams", "3")

@@ -19,6 +19,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"golang.org/x/sys/unix"
 
+	benchresult "github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/testing/debian"
 )
@@ -82,6 +83,7 @@ func TestSystemdHosts(t *testing.T) {
 		}
 	}
 	reachAll(t, l, ms, "after the start")
+	benchTo(t, ms[0], "h3")
 
 	before := identity(t, l, "h2")
 	withoutLoss(t, l, ms, first, second)
@@ -123,6 +125,25 @@ func TestSystemdHosts(t *testing.T) {
 		t.Errorf("systemd-analyze security: %v, want at most 3.0: %v\n%s", m, err, out)
 	}
 	purge(t, ms[2])
+}
+
+// benchTo measures to another host of the subnet, whose agent, in the sandbox of its unit, starts the process that answers.
+func benchTo(t *testing.T, m *machine, host string) {
+	t.Helper()
+	out, err := m.run("tulle", "bench", "run", "--to", host, "--rounds", "1", "--duration", "100ms", "-o", "json")
+	var r *benchresult.Run
+	if err == nil {
+		r, err = benchresult.Read(strings.NewReader(out[max(0, strings.Index(out, "\n{")):]))
+	}
+	if err != nil {
+		t.Errorf("bench run --to %s: %v\n%s\n%s", host, err, out, m.journal())
+		return
+	}
+	for _, mode := range []string{"direct", "udp", "vxlan", "ipip"} {
+		if x := r.Mode(mode); x == nil || x.Missing != "" || x.Summary["tcp1_gbps"].Median <= 0 || x.Summary["rtt64_p50_us"].Median <= 0 {
+			t.Errorf("bench run --to %s: %s was measured as %+v", host, mode, x)
+		}
+	}
 }
 
 // config is the file that all hosts share.

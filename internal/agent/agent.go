@@ -113,16 +113,15 @@ func (a *agent) sessions(ctx context.Context) error {
 	for {
 		a.starting.beat()
 		s, err := a.start(ctx)
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil
-			}
-			return err
+		if ctx.Err() != nil && err != nil {
+			return nil
 		}
-		a.session.Store(s)
-		err = s.run(ctx)
-		a.starting.beat()
-		a.session.Store(nil)
+		if err == nil {
+			a.session.Store(s)
+			err = s.run(ctx)
+			a.starting.beat()
+			a.session.Store(nil)
+		}
 		change, moves := errors.AsType[*underlayChange](err)
 		switch {
 		case moves:
@@ -131,6 +130,12 @@ func (a *agent) sessions(ctx context.Context) error {
 			a.release(s.tunName())
 			a.release(s.socketsName())
 			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
+			if time.Since(s.started) < underlayRetry { // an address that comes and goes
+				select {
+				case <-ctx.Done():
+				case <-time.After(underlayRetry / 4):
+				}
+			}
 		case ctx.Err() != nil && err == nil:
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
 			return nil

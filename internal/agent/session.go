@@ -153,7 +153,7 @@ func (s *session) run(ctx context.Context) error {
 	if errors.Is(err, context.Canceled) {
 		err = nil
 	}
-	return errors.Join(err, s.ownership.Flush(time.Now()), s.close())
+	return errors.Join(s.orLost(err), s.ownership.Flush(time.Now()), s.close())
 }
 
 // runDirect receives the probes of direct paths.

@@ -48,7 +48,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 	s.prefer.Store(prefer)
 	s.first = prefer.first()
 	if err := a.open(ctx, s); err != nil {
-		return nil, errors.Join(err, s.close())
+		return s, errors.Join(s.orLost(err), s.close())
 	}
 	return s, nil
 }

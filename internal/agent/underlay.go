@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
@@ -153,6 +155,15 @@ type underlayMove struct {
 }
 
 func (e *underlayChange) Error() string { return "the underlay address changes: " + e.why }
+
+// orLost turns an error of opening something at an underlay address into an underlayChange, if the host has lost the address
+// since it was chosen (or has it again, but had not then): choosing anew mends that, and another error is the answer then.
+func (s *session) orLost(err error) error {
+	if errors.Is(err, unix.EADDRNOTAVAIL) {
+		return &underlayChange{fmt.Sprintf("%s went away before it was in use (%v)", listed(s.link.Addrs), err)}
+	}
+	return err
+}
 
 // checkUnderlay looks whether the underlay in use is still there. It ends the session for a reason, and not otherwise.
 func (s *session) checkUnderlay(now time.Time) error {

@@ -127,3 +127,22 @@ func TestSeedNameResolvesLate(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A host's addresses may come and go while the agent starts (DHCP, a bond that settles): it starts again, and does not end.
+func TestUnderlayFlaps(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	a := n.Host("a")
+	a.Plug(n.Switch(), "eth0", "10.0.1.11/24")
+	ag := a.Agent("--bootstrap")
+	for end, i := time.Now().Add(4*time.Second), 0; time.Now().Before(end); i++ {
+		a.IP("addr del 10.0.1.11/24 dev eth0")
+		time.Sleep(time.Duration(i%5) * 2 * time.Millisecond)
+		a.IP("addr add 10.0.1.11/24 dev eth0")
+		time.Sleep(time.Duration(i%7) * 4 * time.Millisecond)
+	}
+	ag.Ready(20 * time.Second)
+	if err := underlayIs(ag, "10.0.1.11"); err != nil {
+		t.Error(err)
+	}
+}

@@ -69,11 +69,12 @@ func (s *sentry) drops() map[string]uint64 {
 }
 
 // inject sends a frame from the pod as its root could.
-func (s *sentry) inject(l ...gopacket.SerializableLayer) {
+func (s *sentry) inject(l ...gopacket.SerializableLayer) (frame []byte) {
 	s.t.Helper()
 	buf := gopacket.NewSerializeBuffer()
 	check(s.t, gopacket.SerializeLayers(buf, gopacket.SerializeOptions{FixLengths: true, ComputeChecksums: true}, l...))
 	check(s.t, unix.Send(s.send, buf.Bytes(), 0))
+	return buf.Bytes()
 }
 
 // frame builders.

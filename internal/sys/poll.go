@@ -3,6 +3,7 @@ package sys
 import (
 	"fmt"
 	"runtime"
+	"sync/atomic"
 	"time"
 	"unsafe"
 
@@ -15,6 +16,8 @@ type Poller struct {
 	fds     [2]unix.PollFd
 	timeout unix.Timespec
 	wake    *Event
+	spare   int32 // processors that hot waits of all Pollers may keep
+	active  bool  // the last wait was short
 }
 
 // NewPoller returns a Poller for fd. The caller keeps ownership of fd.
@@ -23,7 +26,7 @@ func NewPoller(fd int) (*Poller, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &Poller{wake: wake}
+	p := &Poller{wake: wake, spare: int32(max(runtime.GOMAXPROCS(0)-runtime.NumCPU(), 0))}
 	p.fds[0] = unix.PollFd{Fd: int32(fd), Events: unix.POLLIN}
 	p.fds[1] = unix.PollFd{Fd: int32(wake.FD()), Events: unix.POLLIN}
 	return p, nil
@@ -37,19 +40,37 @@ func NewPoller(fd int) (*Poller, error) {
 // machine has to leave to its hypervisor, which takes microseconds.
 const hotWait = 20 * time.Millisecond
 
+// hotWaits is how many waits keep a processor.
+var hotWaits atomic.Int32
+
+// claim reports whether this wait may keep its processor: the descriptor is active, and one is to spare. If so, hotWaits counts it.
+func (p *Poller) claim() bool {
+	if !p.active {
+		return false
+	}
+	if hotWaits.Add(1) > p.spare {
+		hotWaits.Add(-1)
+		return false
+	}
+	return true
+}
+
 // WaitRead blocks until fd is readable (nil), its error queue is not empty
 // (ErrErrQueue), or Wake has been called since the last ErrWoken (ErrWoken). It checks
 // Wake first and errors second, so that a busy descriptor starves neither.
 //
-// For the first hotWait it bypasses the Go scheduler. In a wait that the scheduler
-// knows, its monitor takes the waiter's processor away after 20 µs and wakes another
-// thread to use it; the waiter then has to find a new one. Therefore GOMAXPROCS must
-// be larger by the number of goroutines in WaitRead. After hotWait it waits like any
-// other system call. A pending preemption (by the garbage collector, say) interrupts
-// the wait by a signal.
+// If the last wait was short, it bypasses the Go scheduler for the first hotWait. In a
+// wait that the scheduler knows, its monitor takes the waiter's processor away after 20 µs
+// and wakes another thread to use it; the waiter then has to find a new one. No more waits
+// do so at a time than GOMAXPROCS exceeds the number of CPUs by (when the Poller was made),
+// so other goroutines have as many processors as there are CPUs. After hotWait it waits
+// like any other system call. A pending preemption (by the garbage collector, say)
+// interrupts the wait by a signal.
 func (p *Poller) WaitRead() error {
+	hot := p.claim()
 	p.timeout = unix.NsecToTimespec(int64(hotWait))
-	for hot := true; ; {
+	began := time.Now()
+	for {
 		var n uintptr
 		var errno unix.Errno
 		if hot { // the kernel writes the remaining time back
@@ -57,20 +78,25 @@ func (p *Poller) WaitRead() error {
 		} else {
 			n, _, errno = unix.Syscall6(unix.SYS_PPOLL, uintptr(unsafe.Pointer(&p.fds)), 2, 0, 0, 0, 0)
 		}
+		if (errno == unix.EINTR || errno == unix.EAGAIN) && hot {
+			runtime.Gosched()
+			continue
+		}
+		if hot {
+			hotWaits.Add(-1)
+			hot = false
+		}
 		switch errno {
 		case 0:
 		case unix.EINTR, unix.EAGAIN:
-			if hot {
-				runtime.Gosched()
-			}
 			continue
 		default:
 			return fmt.Errorf("poll: %w", errno)
 		}
 		if n == 0 {
-			hot = false
 			continue
 		}
+		p.active = time.Since(began) < hotWait
 		switch r := p.fds[0].Revents; {
 		case p.fds[1].Revents != 0 && p.wake.Clear():
 			return ErrWoken

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"net/netip"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -235,4 +236,52 @@ func TestSockaddr(t *testing.T) {
 	if _, ok := ParseSockaddr([]byte{0xff, 0xff, 0, 0}); ok {
 		t.Error("unknown family was taken")
 	}
+}
+
+// Waits that keep a processor are so many as there are processors to spare, and end as such: other goroutines always find one.
+func TestHotWaitsAreBounded(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 2))
+	var pollers []*Poller
+	for range 5 {
+		from, to := pipe(t)
+		p, err := NewPoller(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		if p.claim() {
+			t.Error("a wait before any packet keeps a processor")
+		}
+		if _, err := unix.Write(to, []byte{1}); err != nil {
+			t.Fatal(err)
+		}
+		if err := p.WaitRead(); err != nil || !p.active {
+			t.Fatal(err, p.active)
+		}
+		if _, err := unix.Read(from, make([]byte, 1)); err != nil {
+			t.Fatal(err)
+		}
+		pollers = append(pollers, p)
+	}
+	var work sync.WaitGroup
+	for _, p := range pollers {
+		work.Go(func() {
+			if err := p.WaitRead(); err != ErrWoken {
+				t.Error(err)
+			}
+		})
+	}
+	for range 100 {
+		if n := hotWaits.Load(); n > 2 {
+			t.Fatalf("%d waits keep a processor, and 2 are to spare", n)
+		}
+		time.Sleep(time.Millisecond)
+	}
+	if n := hotWaits.Load(); n != 0 {
+		t.Errorf("%d waits keep a processor long after the last packet", n)
+	}
+	for _, p := range pollers {
+		p.Wake()
+	}
+	work.Wait()
 }

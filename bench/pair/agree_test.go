@@ -174,8 +174,7 @@ func inTurns(i int, a, b func()) {
 }
 
 // Where the network is what limits and what delays, this program, iperf3, sockperf and qperf measure the same within 5 %. A
-// busy machine has three attempts. With TULLE_AGREE=ROUNDS the machine is the limit, and the figures are for
-// docs/benchmarking.md.
+// busy machine has five attempts. With TULLE_AGREE=ROUNDS the machine is the limit: that only prints figures.
 func TestAgreesWithOtherTools(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector does not look into the programs that this runs")
@@ -212,7 +211,7 @@ func (x tools) in(t *testing.T) *tools {
 	return &x
 }
 
-func agree(t *testing.T, once bool, measure func() []*agreement) {
+func agree(t *testing.T, figures bool, measure func() []*agreement) {
 	for attempt := 1; ; attempt++ {
 		wrong := false
 		for _, a := range measure() {
@@ -221,10 +220,10 @@ func agree(t *testing.T, once bool, measure func() []*agreement) {
 				wrong = true
 			}
 		}
-		if !wrong {
+		if !wrong || figures {
 			return
 		}
-		if attempt == 3 || once {
+		if attempt == 5 {
 			t.Fatal("they do not agree within 5 %")
 		}
 	}

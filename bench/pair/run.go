@@ -87,6 +87,9 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 	case o.Rate < 1 || o.Rate > 100_000:
 		return o, fmt.Errorf("a rate of %v datagrams a second: want 1 to 100000", o.Rate)
 	}
+	if o.Gentle && slices.Contains(o.Only, Limits) {
+		return o, fmt.Errorf("no measures %q where others use the network: they look for its limit", Limits)
+	}
 	for _, group := range o.Only {
 		if all := []string{Latency, Throughput, Limits}; !slices.Contains(all, group) {
 			return o, fmt.Errorf("no measures %q; there are %v", group, all)

@@ -24,7 +24,7 @@ and the kernel's real devices.
 
 Modes are measured in interleaved rounds. The output begins with the result in one sentence, reasons not to trust it if there are any,
 and one table of medians and ratios. -v shows everything. A mode that this kernel does not support is listed with the reason.
-Ctrl-C ends the run after what it is measuring; the complete rounds are kept. Needs root, and no other programs.
+Ctrl-C ends the run after what it is measuring; the complete rounds are kept. Labs need root, and no other programs.
 
 With --to it measures the paths from this member of the cluster to another one instead, over the live network and held to a rate: direct,
 udp, vxlan and ipip, as ` + "`tulle bench run --to`" + ` does.`
@@ -38,12 +38,12 @@ func benchAll() *cobra.Command {
 
 func benchLatency() *cobra.Command {
 	return benchLab("latency", "The same for latency alone: datagrams one by one and at a fixed rate, TCP requests and connections",
-		"  tulle bench latency --modes no-tunnel,udp --sizes 64,1400 --rounds 5", bench.Delay)
+		"  tulle bench latency --modes no-tunnel,udp --sizes 64,1400 --rounds 5\n  tulle bench latency --to node-b", bench.Delay)
 }
 
 func benchThroughput() *cobra.Command {
 	return benchLab("throughput", "The same for throughput alone: TCP and UDP with one and four streams, CPU time, UDP loss",
-		"  tulle bench throughput --six --rounds 5", bench.Throughput)
+		"  tulle bench throughput --six --rounds 5\n  tulle bench throughput --to node-b --modes direct,udp", bench.Throughput)
 }
 
 // benchLab makes a command that measures modes in labs. Without measures it takes all.
@@ -93,7 +93,7 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	f.SortFlags = false
 	f.IntVar(&o.Rounds, "rounds", 5, "number of rounds: how often each measure is taken for each mode")
 	f.DurationVar(&o.Duration, "duration", bench.DefaultDuration, "counted time of each measure, after a warm-up of a third of it")
-	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all), of those above; Tulle's may have \"tulle-\" in front")
+	f.StringSliceVar(&o.Modes, "modes", nil, "modes to measure (default all), of those above; Tulle's may have \"tulle-\" in front; with --to of direct, udp, vxlan, ipip")
 	if use != "throughput" {
 		f.IntSliceVar(&o.Sizes, "sizes", []int{64, 1400}, "payloads of the datagrams whose latency is measured, in `BYTES`")
 	}
@@ -111,7 +111,12 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 	f.DurationVar(&o.Timeout, "timeout", o.Timeout, "how long to wait until agents are ready (default 1m0s)")
 	to.flags(cmd, "labs")
 	out.flags(cmd)
-	_ = cmd.RegisterFlagCompletionFunc("modes", cobra.FixedCompletions(bench.Modes(), cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("modes", func(*cobra.Command, []string, string) ([]cobra.Completion, cobra.ShellCompDirective) {
+		if to.node != "" {
+			return api.BenchModes, cobra.ShellCompDirectiveNoFileComp
+		}
+		return bench.Modes(), cobra.ShellCompDirectiveNoFileComp
+	})
 	return cmd
 }
 

@@ -105,7 +105,7 @@ func benchRun() *cobra.Command {
 				return err
 			}
 			if to.node != "" {
-				o.Host = to.node
+				o.Host, o.Gentle = to.node, true
 				if err := to.choose(modes); err != nil {
 					return err
 				}

@@ -79,7 +79,7 @@ func (b *benchTo) instead(cmd *cobra.Command, o bench.AllOptions, out *benchOutp
 	if err := b.choose(o.Modes); err != nil {
 		return err
 	}
-	p := pair.RunOptions{Host: b.node, Rounds: o.Rounds, Duration: o.Duration, Rate: pair.DefaultRate, Only: o.Measures, Six: o.Six, Version: o.Version}
+	p := pair.RunOptions{Host: b.node, Gentle: true, Rounds: o.Rounds, Duration: o.Duration, Rate: pair.DefaultRate, Only: o.Measures, Six: o.Six, Version: o.Version}
 	if cmd.Flags().Changed("sizes") {
 		p.Sizes = o.Sizes
 	}

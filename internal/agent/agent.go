@@ -110,13 +110,14 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 
 // sessions runs one session after the other, until ctx is done or one fails.
 func (a *agent) sessions(ctx context.Context) error {
-	for {
+	for short := 0; ; { // counts sessions in a row that ended soon: of an address that comes and goes
 		a.starting.beat()
 		s, err := a.start(ctx)
 		if ctx.Err() != nil && err != nil {
 			return nil
 		}
-		if err == nil {
+		ran := err == nil
+		if ran {
 			a.session.Store(s)
 			err = s.run(ctx)
 			a.starting.beat()
@@ -126,15 +127,20 @@ func (a *agent) sessions(ctx context.Context) error {
 		switch {
 		case moves:
 			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
-			a.moved = underlayMove{time.Now(), s.link.Addrs, change.why}
+			if ran {
+				a.moved = underlayMove{time.Now(), s.link.Addrs, change.why}
+			}
 			a.release(s.tunName())
 			a.release(s.socketsName())
 			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
-			if time.Since(s.started) < underlayRetry { // an address that comes and goes
-				select {
-				case <-ctx.Done():
-				case <-time.After(underlayRetry / 4):
-				}
+			if time.Since(s.started) > underlayRetry {
+				short = 0
+				break
+			}
+			short = min(short+1, 5)
+			select {
+			case <-ctx.Done():
+			case <-time.After(underlayRetry / 8 << short): // 0.5 to 8 s
 			}
 		case ctx.Err() != nil && err == nil:
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")

@@ -156,8 +156,8 @@ type underlayMove struct {
 
 func (e *underlayChange) Error() string { return "the underlay address changes: " + e.why }
 
-// orLost turns an error of opening something at an underlay address into an underlayChange, if the host has lost the address
-// since it was chosen (or has it again, but had not then): choosing anew mends that, and another error is the answer then.
+// orLost turns the kernel's answer that an underlay address cannot be bound to into an underlayChange: the host has lost the
+// address since it was chosen, perhaps for a moment only. Choosing anew mends that.
 func (s *session) orLost(err error) error {
 	if errors.Is(err, unix.EADDRNOTAVAIL) {
 		return &underlayChange{fmt.Sprintf("%s went away before it was in use (%v)", listed(s.link.Addrs), err)}

@@ -3,8 +3,10 @@ package gossip
 import (
 	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/membership"
@@ -13,7 +15,11 @@ import (
 // conflict is an identity of another member that is announced from two addresses, and memberlist has refused the second one. A
 // host that has moved is the cause far more often than a cloned disk, and word of its old address may go round for minutes. So
 // both addresses are asked: only a clone answers at two.
-type conflict struct{ known, other sighting }
+type conflict struct {
+	known, other sighting
+	confirmed    bool // both have answered
+	silent       int  // rounds since then in which one did not
+}
 
 // conflicts are under investigation.
 type conflicts struct {
@@ -33,8 +39,9 @@ func (g *Gossip) sawConflict(known, other sighting) {
 		return
 	}
 	g.conflicts.mu.Lock()
-	if _, seen := g.conflicts.of[id]; seen || len(g.conflicts.of) < maxProblems {
-		g.conflicts.of[id] = conflict{known, other}
+	// Word of a third address does not put an end to what is known.
+	if now, seen := g.conflicts.of[id]; !now.confirmed && (seen || len(g.conflicts.of) < maxProblems) {
+		g.conflicts.of[id] = conflict{known: known, other: other}
 	}
 	g.conflicts.mu.Unlock()
 	signal(g.conflicts.wake)
@@ -64,55 +71,66 @@ func (g *Gossip) investigateConflicts(ctx context.Context) {
 func (c *conflicts) list() map[membership.NodeID]conflict {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	open := make(map[membership.NodeID]conflict, len(c.of))
-	for id, one := range c.of {
-		open[id] = one
-	}
-	return open
+	return maps.Clone(c.of)
 }
 
-// investigate reports the conflict if both addresses answer; otherwise there is none (any more).
+// lostRounds is how many rounds in a row one of two hosts may be silent before a conflict is over.
+const lostRounds = 2
+
+// investigate reports the conflict if both addresses answer. If one does not, there is none, or it is over.
 func (g *Gossip) investigate(ctx context.Context, id membership.NodeID, c conflict) {
-	key := "conflict " + id.String()
-	var known bool
+	var known, other bool
 	var wg sync.WaitGroup
 	wg.Go(func() { known = g.pings(ctx, id, c.known.addr) })
-	other := g.pings(ctx, id, c.other.addr)
+	wg.Go(func() { other = g.pings(ctx, id, c.other.addr) })
 	wg.Wait()
-	if known && other {
-		g.note(key, fmt.Sprintf("node ID %v is in use by two live hosts, %s at %v and %s at %v", id, hostName(c.known), c.known.addr, hostName(c.other), c.other.addr),
-			"one disk is a clone of the other: stop the clone and give it a fresh state directory")
+	if ctx.Err() != nil {
 		return
 	}
+	key := "conflict " + id.String()
+	if known && other {
+		c.confirmed, c.silent = true, 0
+		g.note(key, fmt.Sprintf("node ID %v is in use by two live hosts, %s at %v and %s at %v", id, hostName(c.known), c.known.addr, hostName(c.other), c.other.addr),
+			"one disk is a clone of the other: stop the clone and give it a fresh state directory")
+	} else {
+		c.silent++
+	}
+	over := !c.confirmed || c.silent >= lostRounds
 	g.conflicts.mu.Lock()
-	if now := g.conflicts.of[id]; now.known.addr == c.known.addr && now.other.addr == c.other.addr {
+	now := g.conflicts.of[id]
+	switch same := now.known.addr == c.known.addr && now.other.addr == c.other.addr; {
+	case !same: // another pair is to be asked
+		over = false
+	case over:
 		delete(g.conflicts.of, id)
+	default:
+		g.conflicts.of[id] = c
 	}
 	g.conflicts.mu.Unlock()
-	g.mu.Lock()
-	g.problems.drop(key)
-	g.mu.Unlock()
+	if over && c.confirmed {
+		g.mu.Lock()
+		g.problems.drop(key)
+		g.mu.Unlock()
+	}
 }
 
 // pings reports whether the node answers gossip's UDP pings at the address.
 func (g *Gossip) pings(ctx context.Context, id membership.NodeID, at netip.AddrPort) bool {
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.pace.presence)
 	defer cancel()
-	answers := make(chan bool, presenceTries)
+	var answered atomic.Bool
+	var wg sync.WaitGroup
 	for i := range presenceTries {
-		go func() {
+		wg.Go(func() {
 			if !pause(ctx, time.Duration(i)*g.cfg.pace.presence/4) {
-				answers <- false
 				return
 			}
-			_, err := g.ping(id, at) // ends by memberlist's probe timeout
-			answers <- err == nil
-		}()
+			if _, err := g.ping(id, at); err == nil { // ends by memberlist's probe timeout
+				answered.Store(true)
+				cancel()
+			}
+		})
 	}
-	for range presenceTries {
-		if <-answers {
-			return true
-		}
-	}
-	return false
+	wg.Wait()
+	return answered.Load()
 }

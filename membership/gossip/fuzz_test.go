@@ -88,6 +88,12 @@ func FuzzReceived(f *testing.F) {
 		_ = g.checkMerge([]sighting{{name: string(b), meta: b, alive: true}}, g.bind)
 		g.memberEvent(sighting{name: string(b), meta: b}, StateAlive)
 		g.sawConflict(sighting{name: string(b), meta: b}, sighting{meta: b})
+		if len(b) >= 16 {
+			g.sawConflict(sighting{name: membership.NodeID(b[:16]).String(), meta: b}, sighting{meta: b})
+		}
+		if n := len(g.conflicts.of); n > maxProblems {
+			t.Fatalf("%d conflicts are kept", n)
+		}
 		if g.Problems(); len(g.problems.byKey) > maxProblems {
 			t.Fatal("problems pile up")
 		}

@@ -28,7 +28,7 @@ var quick = pace{
 	stream: 2 * time.Second, suspicionMult: 3,
 	rejoinMin: 50 * time.Millisecond, rejoinMax: 300 * time.Millisecond,
 	heal: 200 * time.Millisecond, healSlow: 200 * time.Millisecond, seeds: 200 * time.Millisecond,
-	returning: 100 * time.Millisecond,
+	returning: 100 * time.Millisecond, conflict: 200 * time.Millisecond,
 	keySettle: 200 * time.Millisecond, keyTimeout: 5 * time.Second, leaves: time.Second,
 }
 

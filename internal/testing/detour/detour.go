@@ -16,7 +16,7 @@ import (
 // A Detour holds each packet for the same time and loses a share of those that go one way. Set the exported fields before
 // the first Carry. Delay and loss may change at any time.
 type Detour struct {
-	Loses func(packet []byte) bool // whether a packet is of those that may be lost
+	Loses func(packet []byte) bool // whether a packet is of those that may be lost; Carry with loses needs it
 	MTU   int                      // larger packets are lost, without a word; 0: none
 
 	delay     atomic.Int64  // nanoseconds
@@ -27,7 +27,7 @@ type Detour struct {
 	files     []int
 }
 
-// Delay holds packets that arrive from now on for d.
+// Delay holds packets that arrive from now on for t.
 func (d *Detour) Delay(t time.Duration) { d.delay.Store(int64(t)) }
 
 // Loss loses a share, between 0 and 1, from now on, and counts from zero.

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/testing/hosts"
 )
 
@@ -337,7 +338,25 @@ func TestDirectWithoutAgents(t *testing.T) {
 	if lost > 0 || sent < 200 {
 		t.Errorf("%d of %d pings lost while agents were killed and started", lost, sent)
 	}
-	// One agent stays dead: the other one sees neither path answer, and leaves the route to the host's kernel.
+	// One agent stays dead: the other one sees neither path answer, and leaves the route to the host's kernel. Before, both have to
+	// have proven the way that they found: one whose first probe the other missed uses the tunnel for a moment.
+	for _, ag := range []*hosts.Agent{s.first, s.second} {
+		hosts.Within(t, 20*time.Second, "the direct paths of "+ag.Host.Name+" are proven", func() error {
+			st, err := ag.TryStatus()
+			if err != nil {
+				return err
+			}
+			for _, p := range st.Peers {
+				for _, c := range p.Candidates {
+					if c.Mode == "direct" && c.State != api.PathUp {
+						return fmt.Errorf("to %s: %+v", p.Name, c)
+					}
+				}
+			}
+			return nil
+		})
+	}
+	s.allDirect(t)
 	ping = s.pod.Stream(s.other.IPv4(), 10*time.Millisecond)
 	s.second.Kill()
 	hosts.Within(t, 40*time.Second, "the agent is missed", func() error {

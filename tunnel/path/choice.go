@@ -32,9 +32,10 @@ const (
 //
 // A candidate in use fails when failAfter of its probes in a row stay unanswered (one,
 // if it is down or has never answered) while another candidate answers one that was
-// sent no earlier than these. So nothing fails when a host stands still, which holds up
-// all answers, nor when the whole peer is gone. Each loss of the candidate in use makes
-// a probe of every other one due, so that what is known of those is fresh.
+// sent no earlier than these, and has lost none that was. So nothing fails when a host
+// stands still, which holds up all answers, nor when the whole peer is gone, nor when
+// the link of all flaps. Each loss of the candidate in use makes a probe of every other
+// one due, so that what is known of those is fresh.
 //
 // Hysteresis: a better candidate has to answer trial probes in a row, and the trial
 // doubles each time that the candidate fails in use, up to trialMost. It is short again
@@ -166,7 +167,7 @@ func (c *choice) outlives(other, inUse *State) bool {
 		return false
 	}
 	first := inUse.missSent[n-1] // of the probes that count
-	return !first.Before(other.upSent) && !other.answeredSent.Before(first)
+	return !first.Before(other.upSent) && !other.answeredSent.Before(first) && first.After(other.lostSent)
 }
 
 func (c *choice) use(now time.Time, m encap.Mode, why string) {

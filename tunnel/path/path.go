@@ -162,6 +162,7 @@ type State struct {
 	upSent       time.Time    // when the probe was sent whose answer brought the path up
 	misses       int          // liveness probes sent and given up since lastAnswer
 	missSent     [3]time.Time // when the last of these were sent, latest first
+	lostSent     time.Time    // when the latest liveness probe was sent that was given up
 	nextLive     time.Time
 	lastLive     time.Time // when the last liveness probe was sent
 	lastUsed     time.Time
@@ -281,6 +282,9 @@ func (s *State) giveUp(now time.Time, p *pending) {
 		return
 	}
 	s.setOutcome(p.seq, lost)
+	if p.sent.After(s.lostSent) {
+		s.lostSent = p.sent
+	}
 	if !p.sent.Before(s.lastAnswer) { // an answer since then says more than this loss
 		s.misses++
 		s.missSent = [3]time.Time{p.sent, s.missSent[0], s.missSent[1]}

@@ -260,6 +260,23 @@ func TestFlappingLinkOfAll(t *testing.T) {
 	})
 }
 
+// Answers that come late, after their probes were given up, are no losses: when a host has stood still and the answers
+// come at once, the one in use is left no later than after two more probes.
+func TestLateAnswersAreNoLosses(t *testing.T) {
+	const still = 1250 * time.Millisecond
+	for phase := range 20 {
+		f := newFabric(1, encap.UDP, encap.IPIP)
+		f.run(time.Minute + time.Duration(phase)*50*time.Millisecond + 2*f.rtt)
+		f.blocks[encap.UDP] = true
+		f.held = f.now.Add(still)
+		f.run(still - time.Millisecond)
+		if f.inUse() != encap.UDP {
+			t.Fatal("udp is left while nothing answers")
+		}
+		f.within(t, 500*time.Millisecond, encap.IPIP)
+	}
+}
+
 func TestReorder(t *testing.T) {
 	f := newFabric(1, encap.UDP, encap.IPIP)
 	f.run(time.Minute)

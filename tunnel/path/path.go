@@ -162,7 +162,7 @@ type State struct {
 	upSent       time.Time    // when the probe was sent whose answer brought the path up
 	misses       int          // liveness probes sent and given up since lastAnswer
 	missSent     [3]time.Time // when the last of these were sent, latest first
-	lostSent     time.Time    // when the latest liveness probe was sent that was given up
+	lostSent     time.Time    // when the latest liveness probe was sent that was given up, and not answered late
 	nextLive     time.Time
 	lastLive     time.Time // when the last liveness probe was sent
 	lastUsed     time.Time
@@ -338,6 +338,9 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 	}
 	s.sample(now.Sub(p.sent))
 	s.lastAnswer, s.misses = now, 0
+	if p.lost && !p.forMTU { // it was late, not lost
+		s.lostSent = s.lastLost()
+	}
 	if p.sent.After(s.answeredSent) {
 		s.answeredSent = p.sent
 	}
@@ -353,6 +356,16 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 	if p.forMTU && p.epoch == s.pmtu.epoch {
 		s.pmtu.answered(now, nonce, min(p.size, mtu.TUN(size)))
 	}
+}
+
+// lastLost is when the latest liveness probe was sent that is given up and remembered.
+func (s *State) lastLost() time.Time {
+	for _, p := range slices.Backward(s.pending) {
+		if p.lost && !p.forMTU {
+			return p.sent
+		}
+	}
+	return time.Time{}
 }
 
 func (s *State) find(nonce uint64) int {

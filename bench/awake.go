@@ -18,8 +18,12 @@ import (
 
 // A halted virtual CPU adds tens of microseconds to the next wake-up and makes latencies bimodal. So while latency is
 // measured, a helper process spins on every CPU with SCHED_IDLE threads: they run only when the CPU is otherwise idle,
-// and yield at once (sched(7)). It is a separate process because Go's scheduler would count such threads as busy. It runs
-// without asynchronous preemption, so that its own scheduler does not interrupt the threads.
+// and give way at once (sched(7)). At once, but for one case: a thread that has just run may not be eligible yet (EEVDF,
+// Linux 6.6 and later), and then the scheduler lets the SCHED_IDLE thread go on until the next tick. Between two agents one
+// packet in a hundred waited for up to 4 ms so. Therefore the spinning threads yield every few microseconds.
+//
+// The helper is a separate process because Go's scheduler would count such threads as busy. It runs without asynchronous
+// preemption, so that its own scheduler does not interrupt the threads.
 //
 // SCHED_IDLE only decides how threads share the CPU time of their own group. With autogroups each session is a group, and
 // such a thread would take half of a CPU from processes in other sessions, such as an agent. So the helper creates these
@@ -86,8 +90,15 @@ func spin(cpu int, started chan<- spinner) {
 	err := unix.SchedSetaffinity(0, &one)
 	started <- spinner{unix.Gettid(), err}
 	for err == nil {
+		for range yieldEvery {
+		}
+		_, _, _ = unix.RawSyscall(unix.SYS_SCHED_YIELD, 0, 0, 0)
 	}
 }
+
+// yieldEvery is how many turns of an empty loop a spinner takes before it yields: microseconds. Without any, the spinner
+// holds its run queue's lock half of the time.
+const yieldEvery = 20_000
 
 func setPolicy(tid int, policy uint32) error {
 	return unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: policy}, 0)

@@ -19,7 +19,7 @@ func notes(o *AllOptions) []string {
 			"Each mode has its own lab; only one mode has traffic at a time.",
 		fmt.Sprintf("Rounds: %d. Each measure is taken for all modes before the next measure begins. Values: median (lowest–highest). "+
 			"Ratios are taken within each round. In each round another mode is the first.", o.Rounds),
-		"Half round trip: one UDP datagram at a time between blocking sockets. A SCHED_IDLE thread spins on each CPU, so none halts. " +
+		"Half round trip: one UDP datagram at a time between blocking sockets. A SCHED_IDLE thread spins on each CPU, yielding every few microseconds, so none halts. " +
 			"Ends and tunnel run at nice -20. Unpinned, the scheduler usually puts both ends on one CPU. Pinned, the sender and its host's tunnel process get the " +
 			"first half of the CPUs, the receiver and its host's the second.",
 		fmt.Sprintf("Fixed rate: %d datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", openRate),

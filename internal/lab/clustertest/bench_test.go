@@ -23,7 +23,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	benchresult "github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
 // benchTo runs `tulle bench run` on h1 and returns its result, what it said on standard error, and its exit code.
@@ -47,17 +49,22 @@ func benchVerb(ctx context.Context, t *testing.T, l *lab.Lab, verb string, args 
 	return r, errs.String(), code
 }
 
-// outerKinds counts the packets that arrive at a host's underlay device, by what carries them.
+// outerKinds counts the packets that arrive at a host's underlay device, by what carries them and by their inner destination.
 type outerKinds struct {
 	stop atomic.Bool
 	work sync.WaitGroup
-	mu   sync.Mutex
-	n    map[string]int
+	n    map[outerKind]int
+}
+
+// outerKind is how a packet came. "direct" is for pods' packets without encapsulation, "other" is none of a pod.
+type outerKind struct {
+	carrier string
+	inner   netip.Addr // destination
 }
 
 func countOuter(t *testing.T, l *lab.Lab, host string) *outerKinds {
 	t.Helper()
-	c, fd := &outerKinds{n: map[string]int{}}, -1
+	c, fd := &outerKinds{n: map[outerKind]int{}}, -1
 	err := l.Do(host, func() (err error) {
 		link, err := netlink.LinkByName("eth0")
 		if err != nil {
@@ -80,46 +87,85 @@ func countOuter(t *testing.T, l *lab.Lab, host string) *outerKinds {
 		for !c.stop.Load() {
 			n, from, err := unix.Recvfrom(fd, buf, 0)
 			if ll, ok := from.(*unix.SockaddrLinklayer); err == nil && ok && ll.Pkttype == unix.PACKET_HOST {
-				c.mu.Lock()
-				c.n[outerKind(buf[:n])]++
-				c.mu.Unlock()
+				c.n[outerKindOf(buf[:n])]++
 			}
 		}
 	})
 	return c
 }
 
-func (c *outerKinds) end() map[string]int {
+// end returns how many packets to these inner destinations came by each carrier.
+func (c *outerKinds) end(to []netip.Addr) map[string]int {
 	c.stop.Store(true)
 	c.work.Wait()
-	return c.n
+	kinds := map[string]int{}
+	for k, n := range c.n {
+		if slices.Contains(to, k.inner) {
+			kinds[k.carrier] += n
+		}
+	}
+	return kinds
 }
 
-// outerKind is the encapsulation of a frame; "direct" is for pods' packets without one.
-func outerKind(frame []byte) string {
-	p := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.DecodeOptions{Lazy: true, NoCopy: true})
-	var proto layers.IPProtocol
-	var src netip.Addr
-	switch ip := p.NetworkLayer().(type) {
-	case *layers.IPv4:
-		proto = ip.Protocol
-		src, _ = netip.AddrFromSlice(ip.SrcIP)
-	case *layers.IPv6:
-		proto = ip.NextHeader
-		src, _ = netip.AddrFromSlice(ip.SrcIP)
-	}
-	udp, _ := p.TransportLayer().(*layers.UDP)
-	switch {
-	case netip.MustParsePrefix("10.244.0.0/16").Contains(src), netip.MustParsePrefix("fd00:10:244::/48").Contains(src):
-		return "direct"
-	case proto == layers.IPProtocolIPv4 || proto == layers.IPProtocolIPv6:
-		return "ipip"
+// outerKindOf looks into a frame.
+func outerKindOf(frame []byte) outerKind {
+	p := gopacket.NewPacket(frame, layers.LayerTypeEthernet, gopacket.DecodeOptions{NoCopy: true})
+	carrier := "other"
+	switch udp, _ := p.TransportLayer().(*layers.UDP); {
 	case udp != nil && udp.DstPort == 6080:
-		return "udp"
+		inner, d := encap.UnwrapUDP(udp.Payload)
+		if d != encap.DropNone {
+			return outerKind{carrier: carrier}
+		}
+		first := layers.LayerTypeIPv4
+		if inner[0]>>4 == 6 {
+			first = layers.LayerTypeIPv6
+		}
+		carrier, p = "udp", gopacket.NewPacket(inner, first, gopacket.DecodeOptions{NoCopy: true})
 	case udp != nil && udp.DstPort == 4789:
-		return "vxlan"
+		carrier = "vxlan"
 	}
-	return "other"
+	var dst []netip.Addr // from the outermost to the innermost
+	for _, layer := range p.Layers() {
+		var a netip.Addr
+		switch ip := layer.(type) {
+		case *layers.IPv4:
+			a, _ = netip.AddrFromSlice(ip.DstIP)
+		case *layers.IPv6:
+			a, _ = netip.AddrFromSlice(ip.DstIP)
+		default:
+			continue
+		}
+		dst = append(dst, a)
+	}
+	switch {
+	case len(dst) == 0:
+		return outerKind{carrier: carrier}
+	case carrier == "other" && len(dst) == 2:
+		carrier = "ipip"
+	case carrier == "other" && (netip.MustParsePrefix("10.244.0.0/16").Contains(dst[0]) || netip.MustParsePrefix("fd00:10:244::/48").Contains(dst[0])):
+		carrier = "direct"
+	}
+	return outerKind{carrier, dst[len(dst)-1]}
+}
+
+// benchAddresses are a host's addresses that benchmarks have, or had a moment ago: those rest before anybody gets them again.
+func benchAddresses(t *testing.T, l *lab.Lab, host string) (out []netip.Addr) {
+	t.Helper()
+	c, err := l.Client(host)
+	if err != nil {
+		t.Fatal(err)
+	}
+	space, err := c.IPAM(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, a := range space.Allocations {
+		if strings.HasPrefix(a.ID, "bench/") || a.State == api.AllocationCooling {
+			out = append(out, a.Addresses...)
+		}
+	}
+	return out
 }
 
 // benchHelpers are the processes that answer measuring traffic, of this test's program.
@@ -148,6 +194,17 @@ func sending(t *testing.T, l *lab.Lab) (out []string) {
 		}
 	}
 	return out
+}
+
+// sendingIs waits until each host sends to the others as it did before.
+func sendingIs(t *testing.T, l *lab.Lab, before []string) {
+	t.Helper()
+	until(t, "pods' packets go as before", func() error {
+		if now := sending(t, l); !slices.Equal(now, before) {
+			return fmt.Errorf("they went\n%q\nand now go\n%q", before, now)
+		}
+		return nil
+	})
 }
 
 // noBenchLeft waits until no trace of a benchmark is on the hosts: addresses, routes, processes, allocations.
@@ -211,11 +268,11 @@ func TestBenchTo(t *testing.T) {
 		for mode, mtu := range want {
 			t.Run(mode+six, func(t *testing.T) {
 				seen := countOuter(t, l, "h2")
-				r, said, code := benchTo(t.Context(), t, l, "--to", "h2", "--modes", mode, six, "--rounds", "1", "--duration", "150ms", "--max-mbps", "20")
+				r, said, code := benchTo(t.Context(), t, l, "--to", "h2", "--modes", mode, six, "--rounds", "1", "--duration", "400ms", "--max-mbps", "20")
 				if r == nil || code != 0 {
 					t.Fatalf("exit code %d: %s", code, said)
 				}
-				kinds := seen.end()
+				kinds := seen.end(benchAddresses(t, l, "h2"))
 				rest := 0
 				for k, n := range kinds {
 					if k != mode {
@@ -223,7 +280,7 @@ func TestBenchTo(t *testing.T) {
 					}
 				}
 				// How many there are depends on how busy the machine is; by what way they come does not.
-				if kinds[mode] < 200 || rest > kinds[mode]/4 {
+				if kinds[mode] < 200 || rest > kinds[mode]/50 {
 					t.Errorf("h2 got these packets while %s was measured: %v", mode, kinds)
 				}
 				m := r.Mode(mode)
@@ -235,7 +292,8 @@ func TestBenchTo(t *testing.T) {
 						t.Errorf("%s is %v", key, s)
 					}
 				}
-				// Never above the rate, which is 0.02 Gb/s: what a queue lets out in the counted time is little.
+				// Never above the rate, which is 0.02 Gb/s, but for what was held up before the counted time and arrives within it:
+				// the time is so long that an agent may stand still for 200 ms.
 				if tcp, udp := m.Summary["tcp1_gbps"].Median, m.Summary["udp_flood1_gbps"].Median; tcp > 0.03 || udp > 0.022 {
 					t.Errorf("held to 20 Mb/s, TCP had %v Gb/s and UDP %v", tcp, udp)
 				}
@@ -245,9 +303,7 @@ func TestBenchTo(t *testing.T) {
 			})
 		}
 	}
-	if now := sending(t, l); !slices.Equal(now, waysBefore) {
-		t.Errorf("pods' packets went\n%q\nand now go\n%q", waysBefore, now)
-	}
+	sendingIs(t, l, waysBefore)
 	for verb, has := range map[string][2]bool{"all": {true, true}, "latency": {true, false}, "throughput": {false, true}} {
 		r, said, code := benchVerb(t.Context(), t, l, verb, "--to", "h2", "--modes", "vxlan", "--rounds", "1", "--duration", "50ms")
 		if r == nil || code != 0 {
@@ -348,6 +404,8 @@ func benchRefused(t *testing.T, l *lab.Lab) {
 
 // benchKilled ends benchmarks the hard ways, and looks for what is left.
 func benchKilled(t *testing.T, l *lab.Lab, before map[string]snapshot, ways []string) {
+	// reached waits until the benchmark that began last is in a round, counted from one.
+	var reached func(round int)
 	begin := func(args ...string) (end func(sig os.Signal) (*benchresult.Run, string, int)) {
 		t.Helper()
 		var out bytes.Buffer
@@ -362,12 +420,16 @@ func benchKilled(t *testing.T, l *lab.Lab, before map[string]snapshot, ways []st
 			}
 			done <- code
 		}()
-		until(t, "a benchmark runs", func() error {
-			if said := errs.String(); !strings.Contains(said, "round 1 of") {
-				return errors.New(said)
-			}
-			return nil
-		})
+		reached = func(round int) {
+			t.Helper()
+			until(t, fmt.Sprintf("a benchmark is in round %d", round), func() error {
+				if said := errs.String(); !strings.Contains(said, fmt.Sprintf("round %d of", round)) {
+					return errors.New(said)
+				}
+				return nil
+			})
+		}
+		reached(1)
 		return func(sig os.Signal) (*benchresult.Run, string, int) {
 			if sig != nil {
 				text, err := os.ReadFile(pid)
@@ -397,7 +459,7 @@ func benchKilled(t *testing.T, l *lab.Lab, before map[string]snapshot, ways []st
 		t.Errorf("a benchmark of another node: %d, %v: %s", code, err, &errs)
 	}
 	// Ctrl-C keeps complete rounds.
-	time.Sleep(3 * time.Second) // a round takes less than one
+	reached(3)
 	if r, said, code := end(syscall.SIGINT); r == nil || !r.Interrupted || len(r.Modes[0].Rounds) == 0 || code != 1 {
 		t.Errorf("Ctrl-C: exit code %d, %+v: %s", code, r, said)
 	}
@@ -429,10 +491,5 @@ func benchKilled(t *testing.T, l *lab.Lab, before map[string]snapshot, ways []st
 	}
 	settled(t, l)
 	noBenchLeft(t, l, before, "after the asking agent was killed")
-	until(t, "the ways are as before", func() error {
-		if now := sending(t, l); !slices.Equal(now, ways) {
-			return fmt.Errorf("%q", now)
-		}
-		return nil
-	})
+	sendingIs(t, l, ways)
 }

@@ -14,9 +14,9 @@ import (
 
 func TestClonedIdentity(t *testing.T) {
 	leakCheck(t)
-	a := launch(t, "original", cluster(membership.NewClusterID()))
-	b := launch(t, "witness", seeds(a.addr))
-	c := launch(t, "second-witness", seeds(a.addr))
+	a := launch(t, "original", patient, cluster(membership.NewClusterID()))
+	b := launch(t, "witness", patient, seeds(a.addr))
+	c := launch(t, "second-witness", patient, seeds(a.addr))
 	converge(t, a, b, c)
 	clone := launch(t, "copy", identity(a.cfg.ID), cluster(a.Cluster()), seeds(b.addr))
 	select {
@@ -117,9 +117,9 @@ func TestReturns(t *testing.T) {
 
 func TestAddressChangesWhileRunning(t *testing.T) {
 	leakCheck(t)
-	a := launch(t, "a", cluster(membership.NewClusterID()))
-	b := launch(t, "b", seeds(a.addr))
-	c := launch(t, "c", seeds(a.addr))
+	a := launch(t, "a", patient, cluster(membership.NewClusterID()))
+	b := launch(t, "b", patient, seeds(a.addr))
+	c := launch(t, "c", patient, seeds(a.addr))
 	converge(t, a, b, c)
 	for range 2 {
 		next := testAddr()

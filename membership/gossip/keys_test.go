@@ -77,7 +77,7 @@ func TestKeyRotation(t *testing.T) {
 			t.Fatal(err)
 		}
 		paths = append(paths, path)
-		opts := []option{ring(k), cluster(id)}
+		opts := []option{patient, ring(k), cluster(id)}
 		if i > 0 {
 			opts = append(opts, seeds(nodes[0].addr))
 		}

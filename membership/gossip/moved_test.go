@@ -81,8 +81,8 @@ func TestCloneBehindAFirewall(t *testing.T) {
 	leakCheck(t)
 	addrs := []netip.Addr{testAddr(), testAddr(), testAddr()}
 	link := links(func(x, y netip.Addr) bool { return x == y || x == addrs[2] || y == addrs[2] })
-	a := launch(t, "original", at(addrs[0]), link, cluster(membership.NewClusterID()), seeds(addrs[2]))
-	b := launch(t, "witness", at(addrs[2]), link, cluster(a.Cluster()))
+	a := launch(t, "original", patient, at(addrs[0]), link, cluster(membership.NewClusterID()), seeds(addrs[2]))
+	b := launch(t, "witness", patient, at(addrs[2]), link, cluster(a.Cluster()))
 	converge(t, a, b)
 	clone := launch(t, "copy", at(addrs[1]), link, identity(a.cfg.ID), cluster(a.Cluster()), seeds(addrs[2]))
 	select {
@@ -94,9 +94,7 @@ func TestCloneBehindAFirewall(t *testing.T) {
 	if err := clone.stop(); !errors.As(err, &ce) || !strings.Contains(err.Error(), a.addr.String()) || !strings.Contains(err.Error(), clone.addr.String()) {
 		t.Fatalf("Run returned %v", err)
 	}
-	if !b.hasProblem("original", a.addr.String(), "copy", clone.addr.String()) {
-		t.Errorf("the witness reports %v", b.Problems())
-	}
+	eventually(t, "the witness reports both", func() bool { return b.hasProblem("original", a.addr.String(), "copy", clone.addr.String()) })
 	if !b.has(a.cfg.ID, a.addr) || !a.sees(b) {
 		t.Error("the original has suffered")
 	}

@@ -29,18 +29,21 @@ func work(t *Tracer, stop <-chan struct{}, batch func(s *Span)) (batches int) {
 	}
 }
 
-// traced runs batches while a trace is at work, and returns what it found.
-func traced(t *testing.T, every uint32, batch func(s *Span)) (Totals, int) {
+// traced runs batches while a trace is at work, and returns what it found. A trace in which the worker had no CPU is repeated.
+func traced(t *testing.T, every uint32, batch func(s *Span)) (got Totals, batches int) {
 	t.Helper()
-	var tr Tracer
-	stop, batches := make(chan struct{}), 0
-	var w sync.WaitGroup
-	w.Go(func() { batches = work(&tr, stop, batch) })
-	got, err := tr.Run(t.Context(), every, 50*time.Millisecond)
-	close(stop)
-	w.Wait()
-	if err != nil {
-		t.Fatal(err)
+	for deadline := time.Now().Add(10 * time.Second); got.Batches == 0 && time.Now().Before(deadline); {
+		var tr Tracer
+		stop := make(chan struct{})
+		var w sync.WaitGroup
+		w.Go(func() { batches = work(&tr, stop, batch) })
+		var err error
+		got, err = tr.Run(t.Context(), every, 50*time.Millisecond)
+		close(stop)
+		w.Wait()
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
 	return got, batches
 }

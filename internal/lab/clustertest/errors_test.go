@@ -23,7 +23,7 @@ type stray struct {
 	dir, socket string
 	args        []string
 	cmd         *exec.Cmd
-	log         bytes.Buffer
+	log         lockedBuffer
 }
 
 // newStray gives an agent a folder of its own for all that it writes.
@@ -55,7 +55,7 @@ func (s *stray) start(t *testing.T, l *lab.Lab, host string, more ...string) {
 		s.stop()
 		if t.Failed() {
 			const most = 6000 // bytes
-			b := s.log.Bytes()
+			b := s.log.String()
 			t.Logf("the log of the agent on %s:\n%s", host, b[max(0, len(b)-most):])
 		}
 	})

@@ -134,16 +134,6 @@ func (s snapshot) carrierless() (out snapshot) {
 	return out
 }
 
-// without drops the lines that hold the word.
-func (s snapshot) without(word string) (out snapshot) {
-	for _, line := range s {
-		if !strings.Contains(line, word) {
-			out = append(out, line)
-		}
-	}
-	return out
-}
-
 // secondAgent starts further agents on a host whose agent runs: each finds another thing taken, and leaves it alone.
 func secondAgent(t *testing.T, l *lab.Lab) {
 	h, err := l.Host("h2")

@@ -6,11 +6,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -59,7 +61,8 @@ func end(t *testing.T, n *namespace.Namespace, addrs ...string) (fd int) {
 				return err
 			}
 		}
-		return nl.LinkSetUp(link)
+		// Room for all that is overdue after the sender had no CPU for a moment.
+		return errors.Join(nl.LinkSetTxQLen(link, 4096), nl.LinkSetUp(link))
 	})
 	return fd
 }
@@ -158,66 +161,72 @@ func TestNeedsRoot(t *testing.T) {
 
 // A wire that delays each packet by 1 ms is seen to delay by 1 ms: never less, and more only by what a wire without delay
 // and the late timers of this process add. What is compared is the time that a twentieth of the answers do not exceed:
-// a machine that others use as well adds to most answers, but not to all. A busy machine has three attempts.
+// a machine that others use as well adds to most answers, but not to all. A busy machine has ten attempts at each figure.
 func TestKnownDelay(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector does not look into the program that this runs")
 	}
 	binary := tulle(t)
+	w := &detour.Detour{}
+	a, b := carry(t, w)
+	serving(t, b, binary)
+	const delay = time.Millisecond
+	right := map[string]bool{}
 	for attempt := 1; ; attempt++ {
-		wrong := delayed(t, binary, time.Millisecond)
-		if len(wrong) == 0 {
+		w.Delay(0)
+		base := latencies(t, a, binary)
+		w.Delay(delay)
+		for name, l := range latencies(t, a, binary) {
+			if checkDelay(t, name, base[name], l, delay) {
+				right[name] = true
+			}
+		}
+		if len(right) == len(base) {
 			return
 		}
-		t.Logf("attempt %d: %q", attempt, wrong)
-		if attempt == 3 {
-			t.Fatal("a delay of 1 ms is not seen as 1 ms")
+		if attempt == 10 {
+			t.Fatalf("a delay of 1 ms is seen as 1 ms by these only: %v", slices.Sorted(maps.Keys(right)))
 		}
 	}
 }
 
-// delayed measures over a wire without and with delay, and returns what was not seen as it is.
-func delayed(t *testing.T, binary string, delay time.Duration) (wrong []string) {
+// latencies measures over the wire, and returns what was measured by kind and size.
+func latencies(t *testing.T, a *namespace.Namespace, binary string) map[string]*result.Latency {
 	t.Helper()
-	base := map[string]float64{}
-	for i, d := range []time.Duration{0, delay} {
-		w := &detour.Detour{}
-		w.Delay(d)
-		a, b := carry(t, w)
-		serving(t, b, binary)
-		r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "250ms")
-		for _, l := range []*result.Latency{
-			r.Modes[0].Merged(result.PingPong, 64, false), r.Modes[0].Merged(result.PingPong, 1200, false), r.Modes[0].Merged(result.OpenLoop, 64, false),
-			r.Modes[0].Merged(result.RR, 64, false), r.Modes[0].Merged(result.CRR, 64, false),
-		} {
-			if l == nil || l.Answers < 20 {
-				t.Fatalf("too few answers: %+v", l)
-			}
-			name, once := fmt.Sprintf("%s %d", l.Kind, l.Payload), delay.Seconds()*1e6
-			switch l.Kind {
-			case result.RR:
-				once *= 2 // there and back
-			case result.CRR:
-				once *= 4 // a handshake before it
-			}
-			if i == 0 {
-				base[name] = l.At(5)
-				continue
-			}
-			if low := l.At(0); low < once*0.999 {
-				t.Errorf("%s: %v µs over a wire that takes %v", name, low, once)
-			}
-			added := l.At(5) - base[name]
-			t.Logf("%s: %.1f µs without delay, %.1f with: a delay of %.1f where %.0f was injected", name, base[name], l.At(5), added, once)
-			if added < once*0.9 || added > once*1.25 {
-				wrong = append(wrong, fmt.Sprintf("%s: %v", name, added))
-			}
+	m := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "250ms", "--measures", Latency).Modes[0]
+	out := map[string]*result.Latency{}
+	for _, l := range []*result.Latency{
+		m.Merged(result.PingPong, 64, false), m.Merged(result.PingPong, 1200, false), m.Merged(result.OpenLoop, 64, false),
+		m.Merged(result.RR, 64, false), m.Merged(result.CRR, 64, false),
+	} {
+		if l == nil || l.Answers < 20 {
+			t.Fatalf("too few answers: %+v", l)
 		}
+		out[fmt.Sprintf("%s %d", l.Kind, l.Payload)] = l
 	}
-	return wrong
+	return out
 }
 
-// A wire that loses a tenth of the datagrams, and those above its MTU, is seen to do so.
+// checkDelay reports whether a delay was seen as it is. Less than that is wrong in any attempt.
+func checkDelay(t *testing.T, name string, base, l *result.Latency, delay time.Duration) bool {
+	t.Helper()
+	once := delay.Seconds() * 1e6
+	switch l.Kind {
+	case result.RR:
+		once *= 2 // there and back
+	case result.CRR:
+		once *= 4 // a handshake before it
+	}
+	if low := l.At(0); low < once*0.999 {
+		t.Errorf("%s: %v µs over a wire that takes %v", name, low, once)
+	}
+	added := l.At(5) - base.At(5)
+	t.Logf("%s: %.1f µs without delay, %.1f with: a delay of %.1f where %.0f was injected", name, base.At(5), l.At(5), added, once)
+	return added >= once*0.9 && added <= once*1.25
+}
+
+// A wire that loses a tenth of the datagrams, and those above its MTU, is seen to do so. A busy machine, which loses more, has
+// three attempts.
 func TestKnownLoss(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector does not look into the program that this runs")
@@ -225,33 +234,56 @@ func TestKnownLoss(t *testing.T) {
 	binary := tulle(t)
 	for host, mtu := range map[string]int{"10.99.0.2": 1400, "fd99::2": 1500} {
 		w := &detour.Detour{MTU: mtu}
-		w.Loss(0.1)
 		a, b := carry(t, w)
 		serving(t, b, binary)
-		r := measured(t, a, binary, host, "--rounds", "1", "--duration", "500ms")
-		if r.MTU != mtu || !strings.Contains(r.Verdict(), fmt.Sprintf("path MTU %d", mtu)) {
-			t.Errorf("%s: a path MTU of %d was found, not %d", host, r.MTU, mtu)
-		}
-		// Below the devices' MTU it is a black hole for TCP, which is said.
-		if hole := strings.Contains(strings.Join(r.Modes[0].Errors, " "), "TCP, one stream: no byte arrived"); hole != (mtu < 1500) {
-			t.Errorf("%s: with an MTU of %d on the way, these failed: %q", host, mtu, r.Modes[0].Errors)
-		}
-		l := r.Modes[0].Merged(result.OpenLoop, 64, false)
-		n := float64(l.Answers + l.Lost)
-		lost, all := w.Lost()
-		share, noise := float64(l.Lost)/n, 4*math.Sqrt(0.1*0.9/n)
-		if n != 500 || math.Abs(share-0.1) > noise {
-			t.Errorf("%s: %d of %.0f datagrams lost, %.3f; the wire lost %d of %d", host, l.Lost, n, share, lost, all)
-		}
-		flood := r.Modes[0].Rounds[0].Floods[0].Trial
-		if flood.Received > flood.Sent || flood.Loss() < 0.05 {
-			t.Errorf("%s: of a flood a tenth is lost, and more if the wire is too slow: %+v", host, flood)
-		}
-		if s := r.Modes[0].Summary["udp_full_kpps"]; s.Median != 0 {
-			t.Errorf("%s: %v without loss over a wire that loses", host, s)
-		}
-		if !strings.Contains(strings.Join(r.Warnings, " "), "although the flow was slow") {
-			t.Errorf("%s: the loss is no reason to distrust: %q", host, r.Warnings)
+		for attempt := 1; ; attempt++ {
+			w.Loss(0.1)
+			r := measured(t, a, binary, host, "--rounds", "1", "--duration", "500ms")
+			lost, all := w.Lost()
+			wrong := lossSeen(t, r, mtu)
+			if len(wrong) == 0 {
+				break
+			}
+			t.Logf("%s, attempt %d: %q; the wire lost %d of %d", host, attempt, wrong, lost, all)
+			if attempt == 3 {
+				t.Fatal("a loss of a tenth is not seen as that")
+			}
 		}
 	}
+}
+
+// lossSeen says what in a result does not fit a wire that loses a tenth of the datagrams, and all that are larger than mtu. What
+// no busy machine explains is wrong in any attempt.
+func lossSeen(t *testing.T, r *result.Run, mtu int) (wrong []string) {
+	t.Helper()
+	not := func(format string, args ...any) { wrong = append(wrong, fmt.Sprintf(format, args...)) }
+	if r.MTU > mtu {
+		t.Errorf("a path MTU of %d was found, not %d", r.MTU, mtu)
+	}
+	if r.MTU != mtu || !strings.Contains(r.Verdict(), fmt.Sprintf("path MTU %d", mtu)) {
+		not("a path MTU of %d was found, not %d", r.MTU, mtu)
+	}
+	// Below the devices' MTU it is a black hole for TCP, which is said.
+	if hole := strings.Contains(strings.Join(r.Modes[0].Errors, " "), "TCP, one stream: no byte arrived"); hole != (mtu < 1500) {
+		not("with an MTU of %d on the way, these failed: %q", mtu, r.Modes[0].Errors)
+	}
+	l, floods := r.Modes[0].Merged(result.OpenLoop, 64, false), r.Modes[0].Rounds[0].Floods
+	if l == nil || len(floods) == 0 {
+		not("not measured: %q", r.Modes[0].Errors)
+		return wrong
+	}
+	n := float64(l.Answers + l.Lost)
+	if share, noise := float64(l.Lost)/n, 4*math.Sqrt(0.1*0.9/n); n != 500 || math.Abs(share-0.1) > noise {
+		not("%d of %.0f datagrams lost, %.3f", l.Lost, n, share)
+	}
+	if flood := floods[0].Trial; flood.Received > flood.Sent || flood.Loss() < 0.05 {
+		t.Errorf("of a flood a tenth is lost, and more if the wire is too slow: %+v", flood)
+	}
+	if s := r.Modes[0].Summary["udp_full_kpps"]; s.Median != 0 {
+		t.Errorf("%v without loss over a wire that loses", s)
+	}
+	if !strings.Contains(strings.Join(r.Warnings, " "), "although the flow was slow") {
+		not("the loss is no reason to distrust: %q", r.Warnings)
+	}
+	return wrong
 }

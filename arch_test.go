@@ -67,10 +67,11 @@ var allowed = map[string][]string{
 	"internal/lab/soak":          {},
 	"internal/testing/damage":    {},
 	"internal/testing/debian":    {},
-	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/testbuild"},
+	"internal/testing/hosts":     {"internal/podnet", "internal/lab", "internal/api", "internal/sys", "internal/testing/stall", "internal/testing/testbuild"},
 	"internal/testing/detour":    {},
 	"internal/testing/dockerd":   {},
 	"internal/testing/namespace": {"internal/sys"},
+	"internal/testing/stall":     {},
 	"internal/testing/testbuild": {},
 }
 

@@ -106,7 +106,14 @@ func rootLinks(t *testing.T) []string {
 // reach pings everything from everything and compares who is reached with want, and as whom.
 func reach(t *testing.T, l *Lab, when string, want func(from, to Pod) bool) {
 	t.Helper()
-	pongs, err := l.PingAll(t.Context(), false)
+	pongs, err := l.pingAll(t.Context(), false, func(from, to string) time.Duration {
+		a, _ := l.Pod(from)
+		b, _ := l.Pod(to)
+		if want(a, b) {
+			return PingPatience
+		}
+		return PingTimeout // that nothing comes takes its time
+	})
 	if err != nil {
 		t.Fatal(err)
 	}

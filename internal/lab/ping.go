@@ -26,8 +26,13 @@ type Pong struct {
 	Err      error         // why there was no answer
 }
 
-// PingTimeout is how long PingAll and Ping wait for an answer.
-const PingTimeout = time.Second
+const (
+	// PingTimeout is how long Ping waits for an answer.
+	PingTimeout = time.Second
+	// PingPatience is how long PingAll waits for an answer: a busy machine may stand still for longer than PingTimeout, and a late
+	// answer is one.
+	PingPatience = 10 * time.Second
+)
 
 // ICMP and ICMPv6 echo (RFC 792, RFC 4443 §4): type, code, checksum, identifier, sequence number, data. The kernel
 // computes ICMPv6 checksums; we compute those of ICMPv4.
@@ -136,8 +141,8 @@ func offer[T any](c chan T, v T) {
 	}
 }
 
-// ping sends one request with the given number of data bytes and waits for the answer. If to is not empty, it also waits for the source that arrived there.
-func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, data int) Pong {
+// ping sends one request with the given number of data bytes and waits so long for the answer. If to is not empty, it also waits for the source that arrived there.
+func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, data int, wait time.Duration) Pong {
 	pong := Pong{From: from, To: to, Addr: addr}
 	v6 := addr.Is6()
 	c := p.conns[from][0]
@@ -158,7 +163,7 @@ func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, dat
 		delete(p.flying, nonce)
 		p.mu.Unlock()
 	}()
-	ctx, cancel := context.WithTimeout(ctx, PingTimeout)
+	ctx, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	sent := time.Now()
 	if _, err := c.WriteToIP(echoMessage(v6, nonce, data), &net.IPAddr{IP: addr.AsSlice()}); err != nil {
@@ -169,7 +174,12 @@ func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, dat
 	case at := <-e.replied:
 		pong.RTT = at.Sub(sent)
 	case <-ctx.Done():
-		pong.Err = fmt.Errorf("no answer within %v", PingTimeout)
+		select { // both may have happened while the machine stood still
+		case at := <-e.replied:
+			pong.RTT = at.Sub(sent)
+		default:
+			pong.Err = fmt.Errorf("no answer within %v", time.Since(sent).Round(time.Millisecond))
+		}
 	}
 	if pong.Err != nil {
 		select {
@@ -185,7 +195,7 @@ func (p *pinger) ping(ctx context.Context, from, to string, addr netip.Addr, dat
 	// The request reached the far side's socket before the kernel there answered it: this is no long wait.
 	select {
 	case pong.Source = <-e.src:
-	case <-ctx.Done():
+	case <-time.After(PingTimeout):
 		pong.Err = fmt.Errorf("answered, but not by %s", to)
 	}
 	return pong
@@ -227,12 +237,17 @@ func (l *Lab) Ping(ctx context.Context, from, to string, addr netip.Addr) Pong {
 		return pong
 	}
 	defer p.close()
-	return p.ping(ctx, from, to, addr, echoData)
+	return p.ping(ctx, from, to, addr, echoData, PingTimeout)
 }
 
 // PingAll pings each address of each pod from every other pod. With hosts, it also pings the pods from every host, and each
 // host's tun addresses from every pod and every other host. The results are ordered by From, To, family.
 func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
+	return l.pingAll(ctx, hosts, func(_, _ string) time.Duration { return PingPatience })
+}
+
+// pingAll is PingAll with a time to wait for the answer from each target to each other one.
+func (l *Lab) pingAll(ctx context.Context, hosts bool, wait func(from, to string) time.Duration) ([]Pong, error) {
 	type node struct {
 		name  string
 		addrs []netip.Addr
@@ -272,7 +287,7 @@ func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 				}
 			}
 		}
-		wg.Go(func() { p.pingEach(ctx, results[i]) })
+		wg.Go(func() { p.pingEach(ctx, results[i], wait) })
 	}
 	wg.Wait()
 	return slices.Concat(results...), ctx.Err()
@@ -280,7 +295,7 @@ func (l *Lab) PingAll(ctx context.Context, hosts bool) ([]Pong, error) {
 
 // pingEach fills in the pongs. It pings one after the other, so that round-trip times are those of an idle network, but does not
 // wait long for a late answer.
-func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
+func (p *pinger) pingEach(ctx context.Context, pongs []Pong, wait func(from, to string) time.Duration) {
 	const patience = 20 * time.Millisecond
 	var wg sync.WaitGroup
 	late := time.NewTimer(patience)
@@ -289,7 +304,8 @@ func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
 		done := make(chan struct{})
 		wg.Go(func() {
 			defer close(done)
-			pongs[i] = p.ping(ctx, pongs[i].From, pongs[i].To, pongs[i].Addr, echoData)
+			q := pongs[i]
+			pongs[i] = p.ping(ctx, q.From, q.To, q.Addr, echoData, wait(q.From, q.To))
 		})
 		late.Reset(patience)
 		select {
@@ -304,7 +320,7 @@ func (p *pinger) pingEach(ctx context.Context, pongs []Pong) {
 func (l *Lab) WaitPods(ctx context.Context) error {
 	var failed []string
 	err := sys.Poll(ctx, 100*time.Millisecond, func() (bool, error) {
-		pongs, err := l.PingAll(ctx, false)
+		pongs, err := l.pingAll(ctx, false, func(_, _ string) time.Duration { return PingTimeout }) // a lost one is soon sent again
 		if err != nil {
 			return false, err
 		}

@@ -19,9 +19,10 @@ func NewPinger(path string) (*Pinger, error) {
 	return &Pinger{p}, err
 }
 
-// Ping sends one request with the given number of data bytes (ping(8) sends 56) and waits for the answer until ctx ends, at most PingTimeout.
-func (p *Pinger) Ping(ctx context.Context, addr netip.Addr, data int) (time.Duration, error) {
-	pong := p.p.ping(ctx, "", "", addr, data)
+// Ping sends one request with the given number of data bytes (ping(8) sends 56) and waits so long for the answer, or until ctx
+// ends.
+func (p *Pinger) Ping(ctx context.Context, addr netip.Addr, data int, wait time.Duration) (time.Duration, error) {
+	pong := p.p.ping(ctx, "", "", addr, data, wait)
 	return pong.RTT, pong.Err
 }
 

@@ -39,7 +39,7 @@ func TestFilteredOnTheWay(t *testing.T) {
 			x.progress(t, 10*time.Second)
 			sent, lost := ping.Stop()
 			t.Logf("%d of %d pings lost, the transfer stood still for %v", lost, sent, x.stop(t).Round(time.Millisecond))
-			if most := int(failover / (10 * time.Millisecond)); lost == 0 || lost > most {
+			if most := ping.Most(failover); lost == 0 || lost > most {
 				t.Errorf("%d pings lost, want 1 to %d", lost, most)
 			}
 			contains(t, "the filtered path", candidate(t, s.first, tc.from).Reason, "no answer since", tc.to+" works: "+tc.says+" is filtered on the way")

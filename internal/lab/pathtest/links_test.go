@@ -37,7 +37,7 @@ func TestFlappingLink(t *testing.T) {
 	}
 	sent, lost := ping.Stop()
 	t.Logf("%d of %d pings lost, the link was down for %v, the transfer stood still for %v", lost, sent, down.Round(time.Millisecond), x.stop(t).Round(time.Millisecond))
-	if most := int((down + flaps*mends) / (10 * time.Millisecond)); lost == 0 || lost > most {
+	if most := ping.Most(down + flaps*mends); lost == 0 || lost > most {
 		t.Errorf("%d pings lost, want 1 to %d", lost, most)
 	}
 	for _, ag := range []*hosts.Agent{s.first, s.second} {
@@ -84,7 +84,7 @@ func TestAsymmetricPath(t *testing.T) {
 	x.progress(t, 10*time.Second)
 	sent, lost := ping.Stop()
 	t.Logf("%d of %d pings lost, the transfer stood still for %v", lost, sent, x.stop(t).Round(time.Millisecond))
-	if most := int(failover / (10 * time.Millisecond)); lost == 0 || lost > most {
+	if most := ping.Most(failover); lost == 0 || lost > most {
 		t.Errorf("%d pings lost, want 1 to %d", lost, most)
 	}
 }

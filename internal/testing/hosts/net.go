@@ -12,6 +12,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/internal/testing/stall"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
@@ -115,10 +116,11 @@ func (n *Net) SwitchNamed(name string, mtu int) *Host {
 	return sw
 }
 
-// Within polls a condition, and ends the test if it does not come in time, with what it last said. It returns how long it took.
+// Within polls a condition, and ends the test if it does not come in time, with what it last said. While the machine stood still,
+// the limit does not run. It returns how long it took.
 func Within(t testing.TB, limit time.Duration, what string, cond func() error) time.Duration {
 	t.Helper()
-	began := time.Now()
+	began, meter := time.Now(), stall.Begin()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -128,8 +130,8 @@ func Within(t testing.TB, limit time.Duration, what string, cond func() error) t
 			t.Logf("%s: after %.1f s", what, took.Seconds())
 			return took
 		}
-		if took > limit {
-			t.Fatalf("%s: not within %v: %v", what, limit, err)
+		if stalled := meter.Stalled(); took > limit+stalled {
+			t.Fatalf("%s: not within %v, and %v in which the machine stood still: %v", what, limit, stalled.Round(time.Millisecond), err)
 		}
 		select {
 		case <-t.Context().Done():

@@ -38,10 +38,10 @@ func TestPodsReachHostsOverAnyFabric(t *testing.T) {
 		to := pb.Addrs[f]
 		hosts.Within(t, 15*time.Second, "pods reach each other", func() error { return pa.Ping(to) })
 		hosts.Within(t, 15*time.Second, "a pod reaches the other host", func() error { return pa.Ping(far) })
-		if err := pa.PingSize(far, 4000); err != nil {
+		if err := pa.PingOnce(far, 4000); err != nil {
 			t.Errorf("fragments to the other host: %v", err)
 		}
-		if err := a.Ping(to); err != nil {
+		if err := a.PingOnce(to, 56); err != nil {
 			t.Errorf("host to pod: %v", err)
 		}
 		if from := source(t, b, netip.AddrPortFrom(far, 8080), pa.Do); from != pa.Addrs[f] {

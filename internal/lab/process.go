@@ -28,17 +28,30 @@ func thisProcess() process {
 
 // procStat reads the state letter and start time of a process (proc(5), fields 3 and 22).
 func procStat(pid int) (start uint64, letter byte, err error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	dir := fmt.Sprintf("/proc/%d", pid)
+	f, err := statFields(dir)
 	if err != nil {
 		return 0, 0, err
 	}
-	// The second field is the command in parentheses and may contain any character.
-	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
 	if len(f) < 20 {
-		return 0, 0, fmt.Errorf("/proc/%d/stat: %d fields", pid, len(f))
+		return 0, 0, fmt.Errorf("%s/stat: %d fields", dir, len(f))
 	}
 	start, err = strconv.ParseUint(string(f[19]), 10, 64)
 	return start, f[0][0], err
+}
+
+// statFields are the fields of a process's stat from the third one on. The second one is the command in parentheses and may contain
+// any character.
+func statFields(dir string) ([][]byte, error) {
+	b, err := os.ReadFile(filepath.Join(dir, "stat"))
+	if err != nil {
+		return nil, err
+	}
+	f := bytes.Fields(b[bytes.LastIndexByte(b, ')')+1:])
+	if len(f) == 0 {
+		return nil, fmt.Errorf("%s/stat: no fields", dir)
+	}
+	return f, nil
 }
 
 // alive reports whether that process is still running. A zombie is not.
@@ -106,9 +119,11 @@ func processesIn(name string, namespaces []string) []process {
 }
 
 // marked reports whether the process of dir has the lab's mark. During execve the environment of a process is empty or
-// truncated (fs/proc/base.c, environ_read), so marked checks a process without mark again, for a tenth of a second.
+// truncated (fs/proc/base.c, environ_read), so marked looks a hundred times, for a tenth of a second, at a process without mark; and
+// for ten seconds while the kernel has no environment for it, as when the machine stands still within execve.
 func marked(dir, name string) bool {
-	for range 100 {
+	for look := range 10_000 {
+		last := look >= 100 && hasEnviron(dir)
 		env, err := os.ReadFile(filepath.Join(dir, "environ"))
 		if errors.Is(err, os.ErrNotExist) {
 			return false
@@ -116,7 +131,20 @@ func marked(dir, name string) bool {
 		if bytes.Contains(append([]byte{0}, env...), []byte("\x00"+labEnv+"="+name+"\x00")) {
 			return true
 		}
+		if last {
+			return false
+		}
 		time.Sleep(time.Millisecond)
 	}
 	return false
+}
+
+// hasEnviron reports whether the kernel has set where the environment of a process begins and ends, or there is none to wait for: the
+// process has ended, or is a thread of the kernel (proc(5), fields 50 and 51 of its stat).
+func hasEnviron(dir string) bool {
+	f, err := statFields(dir)
+	if err != nil || len(f) < 49 || f[0][0] == 'Z' || f[0][0] == 'X' {
+		return true
+	}
+	return string(f[47]) != "0" && string(f[48]) != "0"
 }

@@ -15,6 +15,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testing/stall"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
@@ -108,9 +109,10 @@ func until(t *testing.T, what string, cond func() error) {
 	untilWithin(t, patience, what, cond)
 }
 
+// untilWithin is until with a limit, which does not run while the machine stands still.
 func untilWithin(t *testing.T, limit time.Duration, what string, cond func() error) {
 	t.Helper()
-	deadline := time.Now().Add(limit)
+	began, meter := time.Now(), stall.Begin()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -118,8 +120,8 @@ func untilWithin(t *testing.T, limit time.Duration, what string, cond func() err
 		if err == nil {
 			return
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within %v: %v", what, limit, err)
+		if stalled := meter.Stalled(); time.Since(began) > limit+stalled {
+			t.Fatalf("%s: not within %v, and %v in which the machine stood still: %v", what, limit, stalled.Round(time.Millisecond), err)
 		}
 		select {
 		case <-t.Context().Done():

@@ -113,7 +113,7 @@ func TestNamesAndAdvertisements(t *testing.T) {
 	b.Plug(sw, "eth0", "10.0.1.12/24")
 	dns := router.DNS("10.0.1.53")
 	b.ResolvConf("nameserver 10.0.1.53", "options timeout:1 attempts:1")
-	resolve := func() ([]string, error) {
+	resolve := func(wait time.Duration) ([]string, error) {
 		r := net.Resolver{PreferGo: true, Dial: func(ctx context.Context, _, _ string) (c net.Conn, err error) {
 			err = b.Do(func() (err error) {
 				c, err = (&net.Dialer{}).DialContext(ctx, "udp", "10.0.1.53:53")
@@ -121,25 +121,26 @@ func TestNamesAndAdvertisements(t *testing.T) {
 			})
 			return c, err
 		}}
-		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), wait)
 		defer cancel()
 		return r.LookupHost(ctx, "seed.example.")
 	}
-	notFound := func() bool {
-		_, err := resolve()
+	const patience, silence = 10 * time.Second, time.Second
+	notFound := func(wait time.Duration) bool {
+		_, err := resolve(wait)
 		e, ok := errors.AsType[*net.DNSError](err)
 		return ok && e.IsNotFound
 	}
-	if !notFound() {
+	if !notFound(patience) {
 		t.Error("a name that nobody has set exists")
 	}
 	dns.Set("seed.example", "10.0.1.11", "fd00:1::11")
-	if got, err := resolve(); err != nil || len(got) != 2 {
+	if got, err := resolve(patience); err != nil || len(got) != 2 {
 		t.Errorf("seed.example is %v, %v", got, err)
 	}
 	for _, fault := range []func(bool){dns.Fail, dns.Hang} {
 		fault(true)
-		if got, err := resolve(); err == nil || notFound() {
+		if got, err := resolve(silence); err == nil || notFound(silence) {
 			t.Errorf("seed.example is %v, %v", got, err)
 		}
 		fault(false)

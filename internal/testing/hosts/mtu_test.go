@@ -71,8 +71,9 @@ func TestUnderlayMTUChanges(t *testing.T) {
 		})
 	}
 	proven(1500)
-	if sent, lost := s.Stop(); lost > sent/20 {
-		t.Errorf("%d of %d small pings lost while the MTU changed", lost, sent)
+	sent, lost := s.Stop()
+	if most := sent/20 + s.Most(0); lost > most {
+		t.Errorf("%d of %d small pings lost while the MTU changed, at most %d may be", lost, sent, most)
 	}
 	a.IP("route add default via 10.0.1.254 mtu 1450") // the route's own MTU
 	tun(first, 1422)

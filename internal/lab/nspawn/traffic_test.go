@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"regexp"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -34,7 +35,22 @@ type traffic struct {
 // ping is one run of ping(8).
 type ping struct {
 	cmd *exec.Cmd
+
+	mu  sync.Mutex
 	out bytes.Buffer
+}
+
+// Write takes what ping prints.
+func (p *ping) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.Write(b)
+}
+
+func (p *ping) printed() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.out.String()
 }
 
 const (
@@ -60,7 +76,7 @@ func between(t *testing.T, l *lab.Lab, one, other string) *traffic {
 		for _, six := range []bool{false, true} {
 			p := &ping{cmd: exec.CommandContext(t.Context(), "nsenter", "--net="+from.Netns, "ping", "-n",
 				"-i", fmt.Sprint(pingEvery.Seconds()), to.Addr(six).String())}
-			p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
+			p.cmd.Stdout, p.cmd.Stderr = p, p
 			if err := p.cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
@@ -76,25 +92,36 @@ func between(t *testing.T, l *lab.Lab, one, other string) *traffic {
 // pingAnswer is a line of what ping(8) of iputils prints.
 var pingAnswer = regexp.MustCompile(`icmp_seq=(\d+) .*time=([0-9.]+) ms`)
 
-// end ends a ping, and returns how many requests were answered, how many before the last one that was were not, and the longest
-// round trip.
-func (p *ping) end() (answered, lost int, slowest time.Duration, err error) {
-	_ = p.cmd.Process.Signal(os.Interrupt)
-	err = p.cmd.Wait()
-	last := 0
-	for _, m := range pingAnswer.FindAllStringSubmatch(p.out.String(), -1) {
+// answers are how many requests were answered, the last one that was, and the longest round trip.
+func (p *ping) answers() (answered, last int, slowest time.Duration) {
+	for _, m := range pingAnswer.FindAllStringSubmatch(p.printed(), -1) {
 		seq, _ := strconv.Atoi(m[1])
 		ms, _ := strconv.ParseFloat(m[2], 64)
 		answered++
 		last, slowest = max(last, seq), max(slowest, time.Duration(ms*float64(time.Millisecond)))
 	}
-	sent := regexp.MustCompile(`(\d+) packets transmitted`).FindStringSubmatch(p.out.String())
-	if sent == nil || answered == 0 {
-		return 0, 0, 0, fmt.Errorf("ping: %w\n%s", err, p.out.String())
+	return answered, last, slowest
+}
+
+// goesOn waits for the answer to a request that was not under way before.
+func (p *ping) goesOn() error {
+	_, before, _ := p.answers()
+	for began := time.Now(); time.Since(began) < drainWithin; time.Sleep(underWay) {
+		if _, last, _ := p.answers(); last > before+int(underWay/pingEvery) {
+			return nil
+		}
 	}
-	// The last ones may have been on their way when ping ended.
-	if n, _ := strconv.Atoi(sent[1]); n-last > int(underWay/pingEvery) {
-		return 0, 0, 0, fmt.Errorf("ping: the last %d of %d were not answered", n-last, n)
+	return fmt.Errorf("ping: none after request %d was answered for %v", before, drainWithin)
+}
+
+// end ends a ping, and returns how many requests were answered, how many before the last one that was were not, and the longest
+// round trip. Those after the last one were on their way: goesOn has seen that what is sent arrives.
+func (p *ping) end() (answered, lost int, slowest time.Duration, err error) {
+	_ = p.cmd.Process.Signal(os.Interrupt)
+	err = p.cmd.Wait()
+	answered, last, slowest := p.answers()
+	if answered == 0 || !strings.Contains(p.printed(), " packets transmitted") {
+		return 0, 0, 0, fmt.Errorf("ping: %w\n%s", err, p.printed())
 	}
 	return answered, last - answered, slowest, nil
 }
@@ -154,7 +181,7 @@ func (tr *traffic) transfer(ctx context.Context, l *lab.Lab, from, to string) er
 
 const (
 	blockLen = 64 << 10
-	// drainWithin is how long what TCP holds may take to arrive when the transfer ends.
+	// drainWithin is how long what TCP holds may take to arrive when the transfer ends, and pings to be answered.
 	drainWithin = 10 * time.Second
 )
 
@@ -177,17 +204,18 @@ func (tr *traffic) fail(err error) {
 // four lost, which in a row are the time without a connection.
 func (tr *traffic) end(what string) (lost int) {
 	tr.t.Helper()
+	tr.stop() // answers wait no longer in queues that TCP fills
+	tr.done.Wait()
 	var slowest time.Duration
 	sent := 0
 	for _, p := range tr.pings {
+		goesOn := p.goesOn()
 		s, l, slow, err := p.end()
-		if err != nil {
+		if err := errors.Join(goesOn, err); err != nil {
 			tr.t.Errorf("%s: %v", what, err)
 		}
 		sent, lost, slowest = sent+s, max(lost, l), max(slowest, slow)
 	}
-	tr.stop()
-	tr.done.Wait()
 	tr.t.Logf("%s: %d pings of four answered, the most that one lost is %d; the slowest took %v; %d MB by TCP", what, sent, lost,
 		slowest.Round(time.Millisecond), tr.bytes.Load()>>20)
 	if tr.err != nil {

@@ -32,9 +32,8 @@ lint:
 arm64:
 	.ci/arm64
 
-# One package at a time: many tests measure time in network namespaces, and a machine has as few as two CPUs.
 unit:
-	TULLE_NSPAWN=1 $(GO) test -p 1 -timeout 20m ./...
+	TULLE_NSPAWN=1 $(GO) test -timeout 20m ./...
 
 # The race detector, where goroutines meet. Packages of pure functions have nothing for it to find.
 race:

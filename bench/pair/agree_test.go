@@ -4,11 +4,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"fmt"
-	"maps"
 	"os"
 	"os/exec"
 	"regexp"
-	"slices"
 	"strconv"
 	"testing"
 	"time"
@@ -213,22 +211,28 @@ func (x tools) in(t *testing.T) *tools {
 	return &x
 }
 
+// agree measures until the median of all rounds so far agrees, for each figure.
 func agree(t *testing.T, figures bool, measure func() []*agreement) {
-	agreed := map[string]bool{}
+	var all []*agreement
 	for attempt := 1; ; attempt++ {
-		all := true
-		for _, a := range measure() {
-			t.Log(a)
-			if r := a.ratio().Median; r >= 0.95 && r <= 1.05 {
-				agreed[a.what] = true
+		for i, a := range measure() {
+			if i == len(all) {
+				all = append(all, &agreement{what: a.what})
 			}
-			all = all && agreed[a.what]
+			all[i].ours, all[i].theirs = append(all[i].ours, a.ours...), append(all[i].theirs, a.theirs...)
 		}
-		if all || figures {
+		var not []string
+		for _, a := range all {
+			t.Log(a)
+			if r := a.ratio().Median; r < 0.95 || r > 1.05 {
+				not = append(not, a.String())
+			}
+		}
+		if len(not) == 0 || figures {
 			return
 		}
 		if attempt == 10 {
-			t.Fatalf("these only agree within 5 %%: %q", slices.Sorted(maps.Keys(agreed)))
+			t.Fatalf("these do not agree within 5 %%: %q", not)
 		}
 	}
 }

@@ -139,8 +139,8 @@ func marked(dir, name string) bool {
 	return false
 }
 
-// hasEnviron reports whether the kernel has set where the environment of a process begins and ends, or there is none to wait for: the
-// process has ended, or is a thread of the kernel (proc(5), fields 50 and 51 of its stat).
+// hasEnviron reports whether the kernel has set where the environment of a process begins and ends, or the process has
+// ended (proc(5), fields 50 and 51 of its stat).
 func hasEnviron(dir string) bool {
 	f, err := statFields(dir)
 	if err != nil || len(f) < 49 || f[0][0] == 'Z' || f[0][0] == 'X' {

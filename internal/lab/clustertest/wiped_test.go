@@ -1,6 +1,7 @@
 package clustertest
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -80,6 +81,11 @@ func TestWipedBootstrap(t *testing.T) {
 		}
 	}
 	if _, err := l.AddPod(t.Context(), "h1"); err != nil {
+		t.Fatal(err)
+	}
+	soon, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := l.WaitPods(soon); err != nil {
 		t.Fatal(err)
 	}
 	until(t, "everybody reaches everybody", func() error {

@@ -14,17 +14,30 @@ import (
 )
 
 // fastWatchdog makes the watchdog of the unit, which has half a minute, fast enough for a test, from the next start of the agent on.
-// Before, a machine that stands still for six seconds is no reason to end an agent.
+// Only for the test of the watchdog: elsewhere a machine that stands still for six seconds is no reason to end an agent.
 func (m *machine) fastWatchdog() error {
-	dir := filepath.Join(m.root, "etc/systemd/system/tulle.service.d")
-	err := os.MkdirAll(dir, 0o755)
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, "watchdog.conf"), []byte("[Service]\nWatchdogSec=6s\n"), 0o644)
+	conf := m.watchdogConf()
+	if err := os.MkdirAll(filepath.Dir(conf), 0o755); err != nil {
+		return err
 	}
-	if err == nil {
-		_, err = m.run("systemctl", "daemon-reload")
+	if err := os.WriteFile(conf, []byte("[Service]\nWatchdogSec=6s\n"), 0o644); err != nil {
+		return err
 	}
+	_, err := m.run("systemctl", "daemon-reload")
 	return err
+}
+
+// slowWatchdog takes that back.
+func (m *machine) slowWatchdog() error {
+	if err := os.Remove(m.watchdogConf()); err != nil {
+		return err
+	}
+	_, err := m.run("systemctl", "daemon-reload")
+	return err
+}
+
+func (m *machine) watchdogConf() string {
+	return filepath.Join(m.root, "etc/systemd/system/tulle.service.d/watchdog.conf")
 }
 
 // stopWorker stops one thread of the agent, as a bug in the kernel or a driver might: one that waits for packets (ppoll(2), in

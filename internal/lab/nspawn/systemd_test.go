@@ -312,6 +312,12 @@ func watchdogActs(t *testing.T, l *lab.Lab, m *machine) {
 	if err != nil || strings.Count(out, "no sign of life") != 1 || !strings.Contains(out, "reader of queue") && !strings.Contains(out, "receiver of") {
 		t.Errorf("the journal does not name the worker once: %v\n%s", err, out)
 	}
+	if err := m.slowWatchdog(); err != nil {
+		t.Fatal(err)
+	}
+	if err := start(m, l, "restart"); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // purge removes the package with everything that it has made, and says what.

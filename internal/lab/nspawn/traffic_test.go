@@ -55,7 +55,7 @@ func (p *ping) printed() string {
 
 const (
 	pingEvery = 10 * time.Millisecond
-	// underWay is more than an answer takes while TCP fills the queues.
+	// underWay is more than an answer takes.
 	underWay = 100 * time.Millisecond
 )
 

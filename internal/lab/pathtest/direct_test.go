@@ -151,7 +151,7 @@ func TestDirect(t *testing.T) {
 	for range n {
 		for _, to := range []netip.Addr{s.other.IPv4(), s.other.IPv6(), netip.MustParseAddr(nextB), netip.MustParseAddr(next6B)} {
 			if err := s.pod.PingOnce(to, 56); err != nil {
-				t.Errorf("to %v: %v", to, err)
+				t.Fatalf("to %v: %v", to, err)
 			}
 		}
 	}
@@ -161,7 +161,7 @@ func TestDirect(t *testing.T) {
 	}
 	for range n {
 		if err := s.pod.PingOnce(far.IPv4(), 56); err != nil {
-			t.Errorf("to the other subnet: %v", err)
+			t.Fatalf("to the other subnet: %v", err)
 		}
 	}
 	if tunnel := s.counted(t, "tunnel"); tunnel < n {

@@ -48,7 +48,7 @@ func (h *Host) ping(addr netip.Addr, data int, dontFragment bool, wait time.Dura
 type Stream struct {
 	stop  func()
 	every time.Duration
-	meter stall.Meter
+	still time.Duration // how long the machine stood still while pings were sent
 	sent  int
 	lost  []int // which
 }
@@ -60,7 +60,7 @@ func (h *Host) Stream(addr netip.Addr, every time.Duration) *Stream {
 	p, err := lab.NewPinger(h.NetnsPath())
 	h.net.check(err)
 	ctx, cancel := context.WithCancel(context.Background())
-	s := &Stream{every: every, meter: stall.Begin()}
+	s, meter := &Stream{every: every}, stall.Begin()
 	var mu sync.Mutex
 	var sending, waiting sync.WaitGroup
 	sending.Go(func() {
@@ -85,6 +85,7 @@ func (h *Host) Stream(addr netip.Addr, every time.Duration) *Stream {
 	s.stop = sync.OnceFunc(func() {
 		cancel()
 		sending.Wait()
+		s.still = meter.Stalled()
 		waiting.Wait()
 		p.Close()
 	})
@@ -98,6 +99,6 @@ func (s *Stream) Stop() (sent, lost int) {
 	return s.sent, len(s.lost)
 }
 
-// Most is how many pings an interruption may cost: those of a limit, and of the time in which the machine stood still since the
-// stream began, when the agents could not see to anything either.
-func (s *Stream) Most(limit time.Duration) int { return int((limit + s.meter.Stalled()) / s.every) }
+// Most is how many pings an interruption may cost, of a stream that has been stopped: those of a limit, and of the time in which the
+// machine stood still meanwhile, when the agents could not see to anything either.
+func (s *Stream) Most(limit time.Duration) int { return int((limit + s.still) / s.every) }

@@ -1,7 +1,6 @@
 package nspawn
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -35,22 +34,7 @@ type traffic struct {
 // ping is one run of ping(8).
 type ping struct {
 	cmd *exec.Cmd
-
-	mu  sync.Mutex
-	out bytes.Buffer
-}
-
-// Write takes what ping prints.
-func (p *ping) Write(b []byte) (int, error) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.out.Write(b)
-}
-
-func (p *ping) printed() string {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.out.String()
+	out lockedBuffer // what it prints
 }
 
 const (
@@ -76,7 +60,7 @@ func between(t *testing.T, l *lab.Lab, one, other string) *traffic {
 		for _, six := range []bool{false, true} {
 			p := &ping{cmd: exec.CommandContext(t.Context(), "nsenter", "--net="+from.Netns, "ping", "-n",
 				"-i", fmt.Sprint(pingEvery.Seconds()), to.Addr(six).String())}
-			p.cmd.Stdout, p.cmd.Stderr = p, p
+			p.cmd.Stdout, p.cmd.Stderr = &p.out, &p.out
 			if err := p.cmd.Start(); err != nil {
 				t.Fatal(err)
 			}
@@ -94,7 +78,7 @@ var pingAnswer = regexp.MustCompile(`icmp_seq=(\d+) .*time=([0-9.]+) ms`)
 
 // answers are how many requests were answered, the last one that was, and the longest round trip.
 func (p *ping) answers() (answered, last int, slowest time.Duration) {
-	for _, m := range pingAnswer.FindAllStringSubmatch(p.printed(), -1) {
+	for _, m := range pingAnswer.FindAllStringSubmatch(p.out.String(), -1) {
 		seq, _ := strconv.Atoi(m[1])
 		ms, _ := strconv.ParseFloat(m[2], 64)
 		answered++
@@ -120,8 +104,8 @@ func (p *ping) end() (answered, lost int, slowest time.Duration, err error) {
 	_ = p.cmd.Process.Signal(os.Interrupt)
 	err = p.cmd.Wait()
 	answered, last, slowest := p.answers()
-	if answered == 0 || !strings.Contains(p.printed(), " packets transmitted") {
-		return 0, 0, 0, fmt.Errorf("ping: %w\n%s", err, p.printed())
+	if answered == 0 || !strings.Contains(p.out.String(), " packets transmitted") {
+		return 0, 0, 0, fmt.Errorf("ping: %w\n%s", err, p.out.String())
 	}
 	return answered, last - answered, slowest, nil
 }

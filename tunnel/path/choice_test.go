@@ -277,6 +277,18 @@ func TestLateAnswersAreNoLosses(t *testing.T) {
 	}
 }
 
+// Where the other candidate loses packets, too, the one that has ceased to work is left within four seconds.
+func TestTheOtherLosesSome(t *testing.T) {
+	for seed := range uint64(300) {
+		f := newFabric(seed, encap.UDP, encap.IPIP)
+		coin := rand.New(rand.NewPCG(seed, 2))
+		f.lose = func(m encap.Mode) bool { return m == encap.IPIP && coin.Float64() < 0.3 }
+		f.run(time.Minute + time.Duration(seed)*time.Millisecond)
+		f.blocks[encap.UDP] = true
+		f.within(t, 4*time.Second, encap.IPIP)
+	}
+}
+
 func TestReorder(t *testing.T) {
 	f := newFabric(1, encap.UDP, encap.IPIP)
 	f.run(time.Minute)

@@ -129,6 +129,9 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 	if err := needs(); err != nil {
 		return nil, err
 	}
+	if err := checkCongestion(o.Congestion); err != nil {
+		return nil, err
+	}
 	defer manyProcessors()()
 
 	family := "IPv4"

@@ -20,14 +20,46 @@ import (
 type Ends struct {
 	From, To         string
 	FromAddr, ToAddr netip.Addr
+	Congestion       string // TCP congestion control of the sockets; "" for the system's
 	// Do runs fn on a thread in the network namespace of From or To. Sockets that fn makes stay there.
 	Do func(place string, fn func() error) error
 }
 
-// socket creates a blocking socket at a place, bound to a port that the kernel chooses.
+// open creates a blocking socket in the calling thread's network namespace, bound to a port that the kernel chooses.
+func (e *Ends) open(addr netip.Addr, typ int) (fd int, err error) {
+	if fd, _, err = traffic.Socket(netip.AddrPortFrom(addr, 0), typ); err != nil || typ != unix.SOCK_STREAM || e.Congestion == "" {
+		return fd, err
+	}
+	if err := setCongestion(fd, e.Congestion); err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// setCongestion sets a TCP socket's congestion control. A socket that listens hands it on to the connections. Root may take any that
+// the kernel has; the sysctl of a namespace only takes those that the machine allows to everybody (tcp_allowed_congestion_control).
+func setCongestion(fd int, name string) error {
+	if err := unix.SetsockoptString(fd, unix.SOL_TCP, unix.TCP_CONGESTION, name); err != nil {
+		return fmt.Errorf("TCP congestion control %q (--congestion; sysctl net.ipv4.tcp_available_congestion_control lists those of this kernel): %w", name, err)
+	}
+	return nil
+}
+
+// checkCongestion returns an error if this kernel does not have such a congestion control.
+func checkCongestion(name string) error {
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	return setCongestion(fd, name)
+}
+
+// socket creates a socket at a place, as open does.
 func (e *Ends) socket(place string, addr netip.Addr, typ int) (fd int, err error) {
 	err = e.Do(place, func() error {
-		fd, _, err = traffic.Socket(netip.AddrPortFrom(addr, 0), typ)
+		fd, err = e.open(addr, typ)
 		return err
 	})
 	if err != nil {

@@ -65,8 +65,11 @@ func TestAllInterrupted(t *testing.T) {
 		}
 	}
 	r, err := All(ctx, o)
-	if err != nil || !r.Interrupted || len(r.Modes[0].Rounds) != 1 || !strings.Contains(r.Verdict(), "INTERRUPTED after 1 of 3 rounds") {
-		t.Fatalf("%v, %s", err, r.Verdict())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.Interrupted || len(r.Modes[0].Rounds) != 1 || !strings.Contains(r.Verdict(), "INTERRUPTED after 1 of 3 rounds") {
+		t.Fatal(r.Verdict())
 	}
 	if _, ok := r.Modes[0].Summary["rtt64_p50_us"]; !ok || r.Kind != result.Lab {
 		t.Errorf("of the complete round is left: %v", r.Modes[0].Summary)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net/netip"
 	"os"
 	"runtime"
 	"sync"
@@ -121,9 +120,9 @@ func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time
 	defer stop.Store(true)
 	request, buf := make([]byte, traffic.Request), make([]byte, traffic.Request)
 	one := func() error {
-		fd, err := traffic.Dial(netip.AddrPortFrom(e.FromAddr, 0), at)
+		fd, err := e.dialHere(at)
 		if err != nil {
-			return fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
+			return err
 		}
 		return errors.Join(traffic.Exchange(ctx, fd, request, buf), traffic.Reset(fd), unix.Close(fd))
 	}
@@ -133,9 +132,9 @@ func overTCP(ctx context.Context, e *Ends, kind string, cpus Sides, warm, d time
 				return err
 			}
 			if kind != result.CRR {
-				fd, err := traffic.Dial(netip.AddrPortFrom(e.FromAddr, 0), at)
+				fd, err := e.dialHere(at)
 				if err != nil {
-					return fmt.Errorf("connect %s to %s: %w", e.From, e.To, err)
+					return err
 				}
 				defer unix.Close(fd)
 				one = func() error { return traffic.Exchange(ctx, fd, request, buf) }

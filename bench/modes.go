@@ -215,7 +215,7 @@ func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, er
 	}
 	s := &stand{mode: m, lab: l}
 	if s.tunnel, err = m.setup(ctx, l, o); err == nil {
-		err = errors.Join(s.congestion(o.Congestion), s.reach(ctx))
+		err = s.reach(ctx, o.Congestion)
 	}
 	if err != nil {
 		return nil, errors.Join(err, s.down(ctx))
@@ -223,22 +223,11 @@ func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, er
 	return s, nil
 }
 
-// congestion sets the pods' TCP congestion control.
-func (s *stand) congestion(name string) error {
-	for _, p := range s.lab.Pods() {
-		err := s.lab.Do(p.Name, func() error { return os.WriteFile("/proc/sys/net/ipv4/tcp_congestion_control", []byte(name), 0) })
-		if err != nil {
-			return fmt.Errorf("TCP congestion control %q (--congestion; sysctl net.ipv4.tcp_available_congestion_control lists those of this kernel): %w", name, err)
-		}
-	}
-	return nil
-}
-
-// reach fills in the ends, and pings in both directions.
-func (s *stand) reach(ctx context.Context) error {
+// reach fills in the ends, whose connections get that congestion control, and pings in both directions.
+func (s *stand) reach(ctx context.Context, congestion string) error {
 	pods := s.lab.Pods()
 	a, b, six := pods[0], pods[1], !s.lab.Options().Overlay.V4
-	s.ends = Ends{From: a.Name, To: b.Name, FromAddr: a.Addr(six), ToAddr: b.Addr(six), Do: s.lab.Do}
+	s.ends = Ends{From: a.Name, To: b.Name, FromAddr: a.Addr(six), ToAddr: b.Addr(six), Congestion: congestion, Do: s.lab.Do}
 	var last error
 	for range 5 { // the first packet waits for neighbours, or for a handshake
 		there, back := s.lab.Ping(ctx, a.Name, b.Name, s.ends.ToAddr), s.lab.Ping(ctx, b.Name, a.Name, s.ends.FromAddr)

@@ -119,8 +119,17 @@ func (e *Ends) listen() (ln int, at unix.Sockaddr, err error) {
 
 // dial connects From to a listening socket.
 func (e *Ends) dial(at unix.Sockaddr) (from int, err error) {
-	if from, err = e.socket(e.From, e.FromAddr, unix.SOCK_STREAM); err != nil {
-		return -1, err
+	err = e.Do(e.From, func() error {
+		from, err = e.dialHere(at)
+		return err
+	})
+	return from, err
+}
+
+// dialHere does so on a thread that is in From's namespace already.
+func (e *Ends) dialHere(at unix.Sockaddr) (from int, err error) {
+	if from, err = e.open(e.FromAddr, unix.SOCK_STREAM); err != nil {
+		return -1, fmt.Errorf("socket in %s: %w", e.From, err)
 	}
 	if err = traffic.Connect(from, at); err != nil {
 		unix.Close(from)

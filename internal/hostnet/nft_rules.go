@@ -3,6 +3,7 @@ package hostnet
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/binaryutil"
@@ -86,6 +87,9 @@ var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
 //   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade;
 //   - input, forward, output (priority filter and above), with Direct only: the sets direct_tx and direct_rx count what goes to and comes
 //     from each peer's prefix beside the tunnel. The rules decide nothing.
+//
+// Every packet of a pod passes several of these chains, and every packet of the tunnel does. So each chain first returns for packets
+// that it has nothing to do with, and a rule tests what is cheap, and fails most often, first.
 func buildTable(s *State) (*nftTable, error) {
 	pre := nftChain{name: chainPre, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw}
 	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
@@ -103,7 +107,8 @@ func buildTable(s *State) (*nftTable, error) {
 	}
 	t.sets = append(t.sets, ports)
 	var errs error
-	add := func(c *nftChain, text string, exprs ...expr.Any) {
+	add := func(c *nftChain, text string, parts ...[]expr.Any) {
+		exprs := slices.Concat(parts...)
 		content := fmt.Appendf(nil, "%s %s\n", c.name, text)
 		for _, e := range exprs {
 			b, err := expr.Marshal(byte(nftables.TableFamilyINet), e)
@@ -114,6 +119,14 @@ func buildTable(s *State) (*nftTable, error) {
 		}
 		c.rules = append(c.rules, nftRule{comment: comment(text, content), exprs: exprs})
 	}
+	for _, c := range []*nftChain{&pre, &rawOut} {
+		add(c, "neither UDP nor an inner protocol of ipip", noneOf(l4proto, append([]byte{unix.IPPROTO_UDP}, ipipProtocols...)...), done)
+		add(c, "UDP to other ports", equal(l4proto, unix.IPPROTO_UDP), notIn(transport(2, 2), setPorts), done)
+	}
+	add(&fwd, "out of the tunnel", device(expr.MetaKeyIIFNAME, s.Tun), done)
+	add(&fwd, "into the tunnel", device(expr.MetaKeyOIFNAME, s.Tun), done)
+	icmp := nftChain{name: chainOut} // the rules of out that come last: what they drop goes to no pod, so nothing that is counted is dropped
+	add(&icmp, "no ICMP", noneOf(l4proto, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6), done)
 	for i := range families {
 		f := &families[i]
 		t.sets = append(t.sets,
@@ -124,7 +137,7 @@ func buildTable(s *State) (*nftTable, error) {
 			nftSet{name: setDirectTx + f.suffix, key: f.key, interval: true, counted: true, elements: counted(s, f.v4)},
 			nftSet{name: setDirectRx + f.suffix, key: f.key, interval: true, counted: true, elements: counted(s, f.v4)})
 		isFamily := equal(&expr.Meta{Key: expr.MetaKeyNFPROTO, Register: 1}, f.proto)
-		isICMP := equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, f.icmp)
+		isICMP := equal(l4proto, f.icmp)
 		version := "IPv" + f.suffix
 
 		for _, dir := range []struct {
@@ -133,44 +146,38 @@ func buildTable(s *State) (*nftTable, error) {
 			text   string
 		}{{&pre, f.src, "from members"}, {&rawOut, f.dst, "to members"}} {
 			member := in(f.address(dir.offset), setMembers+f.suffix)
-			add(dir.chain, "untracked UDP tunnel "+dir.text+", "+version, all(isFamily, member,
-				equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, unix.IPPROTO_UDP),
-				in(transport(2, 2), setPorts), notrack)...)
+			add(dir.chain, "untracked UDP tunnel "+dir.text+", "+version, isFamily, equal(l4proto, unix.IPPROTO_UDP), in(transport(2, 2), setPorts), member,
+				notrack, done)
 			for _, proto := range ipipProtocols {
-				add(dir.chain, fmt.Sprintf("untracked protocol %d %s, %s", proto, dir.text, version), all(isFamily, member,
-					equal(&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, proto), notrack)...)
+				add(dir.chain, fmt.Sprintf("untracked protocol %d %s, %s", proto, dir.text, version), isFamily, equal(l4proto, proto), member, notrack, done)
 			}
 		}
 		for _, e := range f.unreachable {
 			for _, proto := range ipipProtocols {
-				add(&out, fmt.Sprintf("no ICMP type %d code %d about protocol %d, %s", e.kind, e.code, proto, version), all(isFamily, isICMP,
-					equal(transport(0, 2), e.kind, e.code), equal(transport(f.quoted, 1), proto), drop)...)
+				add(&icmp, fmt.Sprintf("no ICMP type %d code %d about protocol %d, %s", e.kind, e.code, proto, version), isFamily, isICMP,
+					equal(transport(0, 2), e.kind, e.code), equal(transport(f.quoted, 1), proto), drop)
 			}
 		}
-		add(&out, "no redirects into the tunnel, "+version, all(isFamily, isICMP,
-			equal(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, ifname(s.Tun)...),
-			equal(transport(0, 1), f.redirect), drop)...)
+		add(&icmp, "no redirects into the tunnel, "+version, isFamily, isICMP, device(expr.MetaKeyOIFNAME, s.Tun), equal(transport(0, 1), f.redirect), drop)
 		if s.Direct != "" {
-			beside := func(key expr.MetaKey, device string) []expr.Any {
-				return notEqual(&expr.Meta{Key: key, Register: 1}, ifname(device)...)
-			}
 			to, from := in(f.address(f.dst), setDirectTx+f.suffix), in(f.address(f.src), setDirectRx+f.suffix)
-			add(&fwd, "count what goes directly, "+version, all(isFamily, beside(expr.MetaKeyOIFNAME, s.Tun), beside(expr.MetaKeyIIFNAME, s.Direct), to)...)
-			add(&fwd, "count what comes directly, "+version, all(isFamily, beside(expr.MetaKeyIIFNAME, s.Tun), beside(expr.MetaKeyOIFNAME, s.Direct), from)...)
-			add(&out, "count what this host sends directly, "+version, all(isFamily, beside(expr.MetaKeyOIFNAME, s.Tun), to)...)
-			add(&input, "count what comes directly for this host, "+version, all(isFamily, beside(expr.MetaKeyIIFNAME, s.Tun), from)...)
+			add(&fwd, "count what goes directly, "+version, isFamily, notDevice(expr.MetaKeyIIFNAME, s.Direct), to)
+			add(&fwd, "count what comes directly, "+version, isFamily, notDevice(expr.MetaKeyOIFNAME, s.Direct), from)
+			add(&out, "count what this host sends directly, "+version, isFamily, notDevice(expr.MetaKeyOIFNAME, s.Tun), to)
+			add(&input, "count what comes directly for this host, "+version, isFamily, notDevice(expr.MetaKeyIIFNAME, s.Tun), from)
 		}
 		if s.Masquerade {
-			add(&post, "masquerade own pods to the outside, "+version, all(isFamily,
+			add(&post, "masquerade own pods to the outside, "+version, isFamily,
 				in(f.address(f.src), setOwn+f.suffix),
 				notIn(f.address(f.dst), setCluster+f.suffix),
 				notIn(f.address(f.dst), setMembers+f.suffix),
 				notIn(f.address(f.dst), setKept+f.suffix),
 				f.notMulticast(),
-				notEqual(&expr.Meta{Key: expr.MetaKeyOIFNAME, Register: 1}, ifname(s.Tun)...),
-				[]expr.Any{&expr.Counter{}, &expr.Masq{FullyRandom: true}})...)
+				notDevice(expr.MetaKeyOIFNAME, s.Tun),
+				[]expr.Any{&expr.Counter{}, &expr.Masq{FullyRandom: true}})
 		}
 	}
+	out.rules = append(out.rules, icmp.rules...)
 	t.chains = append(t.chains, pre, rawOut, out)
 	if s.Direct != "" {
 		t.chains = append(t.chains, fwd, input)
@@ -192,20 +199,15 @@ func hosts(addrs []netip.Addr, v4 bool) []nftables.SetElement {
 	return out
 }
 
-// The parts of a rule. Each loads into register 1 and tests it; all strings them together.
+// The parts of a rule. Each but the verdicts loads into register 1 and tests it; a rule goes on with the next if the test holds.
 
 var (
+	l4proto = &expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}
+
 	notrack = []expr.Any{&expr.Counter{}, &expr.Notrack{}}
 	drop    = []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
+	done    = []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}} // the rest of the chain does not concern the packet
 )
-
-func all(parts ...[]expr.Any) []expr.Any {
-	var out []expr.Any
-	for _, p := range parts {
-		out = append(out, p...)
-	}
-	return out
-}
 
 func equal(load expr.Any, data ...byte) []expr.Any {
 	return []expr.Any{load, &expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: data}}
@@ -213,6 +215,24 @@ func equal(load expr.Any, data ...byte) []expr.Any {
 
 func notEqual(load expr.Any, data ...byte) []expr.Any {
 	return []expr.Any{load, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: data}}
+}
+
+// noneOf tests that one loaded byte is none of these.
+func noneOf(load expr.Any, bytes ...byte) []expr.Any {
+	out := []expr.Any{load}
+	for _, b := range bytes {
+		out = append(out, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{b}})
+	}
+	return out
+}
+
+// device tests the name of the device that a packet came from or leaves by; notDevice tests that it is another one.
+func device(key expr.MetaKey, name string) []expr.Any {
+	return equal(&expr.Meta{Key: key, Register: 1}, ifname(name)...)
+}
+
+func notDevice(key expr.MetaKey, name string) []expr.Any {
+	return notEqual(&expr.Meta{Key: key, Register: 1}, ifname(name)...)
 }
 
 func in(load expr.Any, set string) []expr.Any {

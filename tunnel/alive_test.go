@@ -22,14 +22,19 @@ type stuckSocket struct {
 	came  chan struct{} // closed when the worker is in Recv
 }
 
-func (s *stuckSocket) Wait() error {
+func (s *stuckSocket) Wait() (time.Duration, error) {
 	select {
 	case <-s.came: // it has hung before: from now on it is idle
 		<-s.woken
-		return sys.ErrWoken
+		return 0, sys.ErrWoken
 	default:
-		return nil
+		return 0, nil
 	}
+}
+
+func (s *stuckSocket) WaitRecv(*underlay.RecvBatch) (int, time.Duration, error) {
+	waited, err := s.Wait()
+	return 0, waited, err
 }
 
 func (s *stuckSocket) Recv(*underlay.RecvBatch) (int, error) {

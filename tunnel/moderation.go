@@ -13,6 +13,8 @@ const (
 	pauseTime = 50 * time.Microsecond
 	// worthAPause is how many messages a pause has to bring for another one.
 	worthAPause = 2
+	// aloneTimes is how many looks in a row that brought one message each make a conversation of one packet at a time.
+	aloneTimes = 2
 )
 
 // moderation tells a worker when to pause instead of waiting for the next message. A worker that is faster than its sender
@@ -20,24 +22,31 @@ const (
 // and packets that come singly are not joined. Network cards moderate their interrupts for the same reason (ethtool(8),
 // adaptive-rx). The zero value is ready.
 type moderation struct {
-	since   time.Time // the present wait
-	soon    int       // waits in a row that were over soon
+	soon    int // waits in a row that were over soon
+	single  int // looks in a row that brought one message, each after a wait that was not over soon
 	pausing bool
 }
 
-// waits is to be called before a wait, woken after it.
-func (m *moderation) waits() { m.since = time.Now() }
-
-func (m *moderation) woken() {
-	if time.Since(m.since) < soonWoken {
+// woken is to be called after a wait of that length.
+func (m *moderation) woken(waited time.Duration) {
+	if waited < soonWoken {
 		m.soon++
+		m.single = 0
 	} else {
 		m.soon = 0
 	}
 }
 
+// alone reports whether the next message probably comes alone, so that looking for a second one before it is forwarded would only delay it.
+func (m *moderation) alone() bool { return m.single >= aloneTimes }
+
 // pause reports whether to pause for pauseTime and then to look again, after a look that brought that many messages.
 func (m *moderation) pause(messages int) bool {
+	if messages == 1 && !m.pausing {
+		m.single++
+	} else {
+		m.single = 0
+	}
 	switch {
 	case m.pausing && messages < worthAPause:
 		m.pausing, m.soon = false, 0

@@ -39,7 +39,8 @@ const (
 // inSocket is the source of an rxWorker: a socket of the underlay, or memory in tests.
 type inSocket interface {
 	Recv(*underlay.RecvBatch) (int, error)
-	Wait() error
+	Wait() (time.Duration, error)
+	WaitRecv(*underlay.RecvBatch) (int, time.Duration, error)
 	Pause(time.Duration)
 	Wake()
 	errorQueue
@@ -82,8 +83,8 @@ type rxWorker struct {
 func (w *rxWorker) run() error {
 	var m moderation
 	for {
-		m.waits()
-		switch err := w.sock.Wait(); {
+		n, waited, err := w.wait()
+		switch {
 		case errors.Is(err, sys.ErrWoken):
 			if w.e.stopping.Load() {
 				return nil
@@ -95,16 +96,29 @@ func (w *rxWorker) run() error {
 		case err != nil:
 			return err
 		}
-		m.woken()
-		n, err := w.drain()
+		m.woken(waited)
+		n, err = w.drain(n)
 		for err == nil && m.pause(n) && !w.e.stopping.Load() {
 			w.sock.Pause(pauseTime)
-			n, err = w.drain()
+			n, err = w.drain(0)
 		}
 		if err != nil {
 			return err
 		}
 	}
+}
+
+// wait waits for messages. If n of them have been received by the same call, the batch has them.
+func (w *rxWorker) wait() (n int, waited time.Duration, err error) {
+	if w.e.tracer.On() { // which is to see how long receiving takes
+		waited, err = w.sock.Wait()
+		return 0, waited, err
+	}
+	n, waited, err = w.sock.WaitRecv(w.batch)
+	if n > 1 {
+		waited = 0 // several were there at once; what it took is receiving them
+	}
+	return n, waited, err
 }
 
 // refresh gives a sign of life, and loads new tables, if there are any.
@@ -117,14 +131,16 @@ func (w *rxWorker) refresh() {
 	}
 }
 
-// drain receives until the socket is empty. Under full load the socket may never be empty: therefore it loads new tables and
-// checks whether to end after each batch. It returns the number of messages.
-func (w *rxWorker) drain() (got int, err error) {
-	for !w.e.stopping.Load() {
+// drain handles the n messages that the batch has already, and receives until the socket is empty. Under full load the socket may never
+// be empty: therefore it loads new tables and checks whether to end after each batch. It returns the number of messages.
+func (w *rxWorker) drain(n int) (got int, err error) {
+	for ; n > 0 || !w.e.stopping.Load(); n = 0 {
 		w.refresh()
 		w.span.Begin(&w.e.tracer)
-		w.span.To(trace.Receive)
-		n, err := w.sock.Recv(w.batch)
+		if n == 0 {
+			w.span.To(trace.Receive)
+			n, err = w.sock.Recv(w.batch)
+		}
 		w.span.To(trace.Decapsulate)
 		if err != nil {
 			w.span.End()

@@ -29,6 +29,8 @@ const (
 	headerArena = 128 << 10
 	// maxReads limits the reads of a worker before it sends, in case most packets were refused.
 	maxReads = 1024
+	// smallRead is the largest answer of a read that is one packet of a common size, in bytes.
+	smallRead = offload.VnetHdrLen + 1500
 	// maxSegments is the most segments that one UDP_SEGMENT send may have (UDP_MAX_SEGMENTS of older kernels).
 	maxSegments = 64
 	// maxGSOBytes is the most bytes of UDP payload that one UDP_SEGMENT send may have: what an IPv4 datagram holds.
@@ -38,7 +40,7 @@ const (
 // tunQueue is the source of a txWorker: a queue of the TUN, or memory in tests.
 type tunQueue interface {
 	Read([]byte) (int, error)
-	Wait() error
+	Wait() (time.Duration, error)
 	Pause(time.Duration)
 	Wake()
 }
@@ -89,8 +91,8 @@ type txWorker struct {
 func (w *txWorker) run() error {
 	var m moderation
 	for {
-		m.waits()
-		switch err := w.queue.Wait(); {
+		waited, err := w.queue.Wait()
+		switch {
 		case errors.Is(err, sys.ErrWoken):
 			if w.e.stopping.Load() {
 				return nil
@@ -100,11 +102,11 @@ func (w *txWorker) run() error {
 		case err != nil:
 			return err
 		}
-		m.woken()
-		n, err := w.drain()
+		m.woken(waited)
+		n, err := w.drain(m.alone())
 		for err == nil && m.pause(n) && !w.e.stopping.Load() {
 			w.queue.Pause(pauseTime)
-			n, err = w.drain()
+			n, err = w.drain(false)
 		}
 		if err != nil {
 			return err
@@ -122,8 +124,8 @@ func (w *txWorker) refresh() {
 
 // drain reads until the queue is empty and sends what it read. Under full load the queue may never be empty: therefore it
 // also sends, loads new tables and checks whether to end whenever the arena is full, or after maxReads. It returns the
-// number of reads that returned a packet.
-func (w *txWorker) drain() (got int, err error) {
+// number of reads that returned a packet. With alone, it does not look for a second packet if the first is a small one.
+func (w *txWorker) drain(alone bool) (got int, err error) {
 	w.refresh()
 	w.span.Begin(&w.e.tracer)
 	for reads := 1; ; reads++ {
@@ -139,6 +141,12 @@ func (w *txWorker) drain() (got int, err error) {
 		}
 		got++
 		w.read(w.arena[w.used : w.used+spare+n])
+		if alone && n <= smallRead {
+			w.flush()
+			w.span.End()
+			return got, nil
+		}
+		alone = false
 		if w.used+spare+maxRead > len(w.arena) || reads == maxReads {
 			w.flush()
 			w.span.End()

@@ -64,7 +64,7 @@ func newTap(t testing.TB, ns, dev string) *tap {
 func (p *tap) read(poll *sys.Poller) {
 	buf := make([]byte, 1<<17)
 	for {
-		switch err := poll.WaitRead(); err {
+		switch _, err := poll.WaitRead(); err {
 		case nil, sys.ErrErrQueue: // the device may go down and come up again
 		default:
 			return
@@ -187,7 +187,7 @@ func runRelay(t testing.TB, ns, devA, devB string, r relay) {
 			buf := make([]byte, 1<<17)
 			send := func(frame []byte) { unix.Write(fds[1-i], frame) } // full or down: lost, as on any wire
 			for {
-				if err := poll.WaitRead(); err == sys.ErrWoken {
+				if _, err := poll.WaitRead(); err == sys.ErrWoken {
 					return
 				}
 				for {

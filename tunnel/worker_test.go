@@ -40,9 +40,9 @@ func (q *memQueue) Read(b []byte) (int, error) {
 	return copy(b, q.packets[q.next-1]), nil
 }
 
-func (q *memQueue) Wait() error         { return nil }
-func (q *memQueue) Pause(time.Duration) {}
-func (q *memQueue) Wake()               {}
+func (q *memQueue) Wait() (time.Duration, error) { return 0, nil }
+func (q *memQueue) Pause(time.Duration)          {}
+func (q *memQueue) Wake()                        {}
 
 // memSocket takes everything and keeps nothing; or receives empty datagrams of nobody, without end.
 type memSocket struct{ messages atomic.Uint64 }
@@ -53,12 +53,13 @@ func (s *memSocket) Send(b *underlay.SendBatch) (underlay.SendResult, error) {
 	b.Reset()
 	return r, nil
 }
-func (s *memSocket) DrainErrors(func(underlay.Err)) (int, error) { return 0, nil }
-func (s *memSocket) Recv(*underlay.RecvBatch) (int, error)       { return udpSlots, nil }
-func (s *memSocket) Wait() error                                 { return nil }
-func (s *memSocket) Pause(time.Duration)                         {}
-func (s *memSocket) Wake()                                       {}
-func (s *memSocket) Overflows() uint64                           { return 0 }
+func (s *memSocket) DrainErrors(func(underlay.Err)) (int, error)              { return 0, nil }
+func (s *memSocket) Recv(*underlay.RecvBatch) (int, error)                    { return udpSlots, nil }
+func (s *memSocket) Wait() (time.Duration, error)                             { return 0, nil }
+func (s *memSocket) WaitRecv(*underlay.RecvBatch) (int, time.Duration, error) { return 0, 0, nil }
+func (s *memSocket) Pause(time.Duration)                                      {}
+func (s *memSocket) Wake()                                                    {}
+func (s *memSocket) Overflows() uint64                                        { return 0 }
 
 // memTun is the TUN's writing side.
 type memTun struct {
@@ -135,7 +136,7 @@ func newMemRig(mode encap.Mode) *memRig {
 
 // transmit lets the sending worker read everything that the queue holds.
 func (r *memRig) transmit(t testing.TB) {
-	if _, err := r.tx.drain(); err != nil {
+	if _, err := r.tx.drain(false); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -408,7 +409,7 @@ func TestNeverEmpty(t *testing.T) {
 	t.Run("sending", func(t *testing.T) {
 		r := newMemRig(encap.UDP)
 		r.queue.packets, r.queue.endless = [][]byte{superPacket(0, 0, 1, false, 0, random(64), 1300)}, true
-		run(t, r, r.tx.drain)
+		run(t, r, func() (int, error) { return r.tx.drain(false) })
 		eventually(t, "packets are sent", func() bool { return r.e.PeerStats("peer").TxPackets > 0 })
 		other := r.peer
 		other.ID = "other"
@@ -423,12 +424,12 @@ func TestNeverEmpty(t *testing.T) {
 		}
 		r.queue.packets[3] = superPacket(0, 0, 1, false, 0, random(64), 1300)
 		r.queue.packets = append(r.queue.packets, slices.Repeat(r.queue.packets[:1], 1<<20)...)
-		run(t, r, r.tx.drain)
+		run(t, r, func() (int, error) { return r.tx.drain(false) })
 		eventually(t, "the good packet is sent", func() bool { return r.sock.messages.Load() > 0 })
 	})
 	t.Run("receiving", func(t *testing.T) {
 		r := newMemRig(encap.UDP)
-		run(t, r, r.rx.drain)
+		run(t, r, func() (int, error) { return r.rx.drain(0) })
 		drops := func(d encap.Drop) uint64 { return r.e.Stats().Drops[d.String()] }
 		eventually(t, "datagrams of nobody are dropped", func() bool { return drops(encap.DropNotMember) > 0 })
 		r.peer.Accept = append(r.peer.Accept, netip.Addr{}) // the memory's datagrams have no source

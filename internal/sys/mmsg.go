@@ -61,30 +61,33 @@ func NewRecvMsgs(slots, slotSize, controlSize int) *RecvMsgs {
 // Slots returns the maximum number of messages per Recv.
 func (m *RecvMsgs) Slots() int { return len(m.hdrs) }
 
-// Recv receives up to Slots() messages from the non-blocking socket fd and returns
-// their number, or ErrAgain if there is none. It overwrites the messages of the
-// previous Recv.
-func (m *RecvMsgs) Recv(fd int, flags int) (int, error) {
+// Recv receives up to Slots() messages from the socket fd, without waiting, and returns
+// their number, or ErrAgain if there is none. It overwrites the messages of the previous
+// Recv.
+func (m *RecvMsgs) Recv(fd int) (int, error) {
+	for {
+		n, err := m.recv(fd, unix.MSG_DONTWAIT)
+		if err != unix.EINTR {
+			return n, err
+		}
+	}
+}
+
+// recv is one call of recvmmsg(2).
+func (m *RecvMsgs) recv(fd int, flags uintptr) (int, error) {
 	for i := range m.hdrs[:m.used] {
 		h := &m.hdrs[i].hdr
 		h.Namelen = sockaddrSpace
 		h.SetControllen(m.ctl)
 		h.Flags = 0
 	}
-	m.used = 0
-	for {
-		n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[0])),
-			uintptr(len(m.hdrs)), uintptr(flags|unix.MSG_DONTWAIT), 0, 0)
-		switch errno {
-		case 0:
-			m.used = int(n)
-			return int(n), nil
-		case unix.EINTR:
-		default:
-			m.used = 1 // the kernel may have modified the first header
-			return 0, errno
-		}
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[0])), uintptr(len(m.hdrs)), flags, 0, 0)
+	if errno != 0 {
+		m.used = 1 // the kernel may have modified the first header
+		return 0, errno
 	}
+	m.used = int(n)
+	return int(n), nil
 }
 
 // Data returns the payload of message i, valid until the next Recv.
@@ -187,7 +190,7 @@ func (m *SendMsgs) Slice(i, k int) []byte {
 // overwrite them, which only delays their garbage collection.
 func (m *SendMsgs) Reset() { m.msgs, m.used = 0, 0 }
 
-// Send sends messages [from, to) on the non-blocking socket fd. It returns how many
+// Send sends messages [from, to) on the socket fd, without waiting. It returns how many
 // the kernel accepted: at least one, or an error about message from. For a later
 // message the kernel reports no error, only that it stopped.
 func (m *SendMsgs) Send(fd, from, to int) (int, error) {

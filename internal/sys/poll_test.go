@@ -62,10 +62,10 @@ func TestPause(t *testing.T) {
 	}
 	p.Wake()
 	p.Pause(time.Hour)
-	if err := p.WaitRead(); err != ErrWoken {
+	if _, err := p.WaitRead(); err != ErrWoken {
 		t.Errorf("wait after a pause that Wake ended: %v, want ErrWoken", err)
 	}
-	if err := p.WaitRead(); err != nil {
+	if _, err := p.WaitRead(); err != nil {
 		t.Errorf("wait on a readable pipe: %v", err)
 	}
 }
@@ -79,17 +79,17 @@ func TestPoller(t *testing.T) {
 	defer p.Close()
 
 	p.Wake() // before the wait
-	if err := p.WaitRead(); err != ErrWoken {
+	if _, err := p.WaitRead(); err != ErrWoken {
 		t.Errorf("wait after Wake: %v, want ErrWoken", err)
 	}
 	if _, err := unix.Write(w, []byte("x")); err != nil {
 		t.Fatal(err)
 	}
-	if err := p.WaitRead(); err != nil {
+	if _, err := p.WaitRead(); err != nil {
 		t.Errorf("wait on a readable pipe: %v", err)
 	}
 	p.Wake()
-	if err := p.WaitRead(); err != ErrWoken {
+	if _, err := p.WaitRead(); err != ErrWoken {
 		t.Errorf("wait with both: %v, want ErrWoken first", err)
 	}
 	var buf [8]byte
@@ -104,7 +104,7 @@ func TestPoller(t *testing.T) {
 	var wg sync.WaitGroup
 	for range 200 {
 		wg.Go(func() {
-			if err := p.WaitRead(); err != ErrWoken {
+			if _, err := p.WaitRead(); err != ErrWoken {
 				t.Errorf("wait ended by Wake: %v", err)
 			}
 		})
@@ -119,7 +119,7 @@ func TestPollerBadDescriptor(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	if err := p.WaitRead(); !errors.Is(err, unix.EBADF) {
+	if _, err := p.WaitRead(); !errors.Is(err, unix.EBADF) {
 		t.Errorf("wait on no descriptor: %v, want EBADF", err)
 	}
 }
@@ -269,7 +269,7 @@ func TestHotWaitsAreBounded(t *testing.T) {
 	var work sync.WaitGroup
 	for _, p := range pollers {
 		work.Go(func() {
-			if err := p.WaitRead(); err != ErrWoken {
+			if _, err := p.WaitRead(); err != ErrWoken {
 				t.Error(err)
 			}
 		})

@@ -1,6 +1,7 @@
 package sys
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"runtime"
@@ -13,6 +14,15 @@ import (
 // Socket opens a non-blocking, close-on-exec socket.
 func Socket(domain, typ, proto int) (int, error) {
 	return unix.Socket(domain, typ|unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC, proto)
+}
+
+// SetRecvTimeout makes a socket a blocking one, whose calls that receive wait at most for d.
+func SetRecvTimeout(fd int, d time.Duration) error {
+	tv := unix.NsecToTimeval(int64(d))
+	if err := errors.Join(unix.SetNonblock(fd, false), unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &tv)); err != nil {
+		return fmt.Errorf("setsockopt SO_RCVTIMEO=%v: %w", d, err)
+	}
+	return nil
 }
 
 // Close closes a descriptor.

@@ -382,14 +382,14 @@ func TestWait(t *testing.T) {
 		}
 	}
 	q.Wake()
-	if err := q.Wait(); err != sys.ErrWoken {
+	if _, err := q.Wait(); err != sys.ErrWoken {
 		t.Errorf("Wait: %v, want ErrWoken", err)
 	}
 	ended := make(chan error)
 	go func() {
 		for {
 			drain()
-			if err := q.Wait(); err != nil {
+			if _, err := q.Wait(); err != nil {
 				ended <- err
 				return
 			}
@@ -463,5 +463,8 @@ func TestReceive(t *testing.T) {
 		}
 	case <-time.After(10 * time.Second):
 		t.Fatal("it does not notice that the device is gone")
+	}
+	if err := q.Receive(t.Context(), buf, packet); !errors.Is(err, ErrGone) {
+		t.Errorf("of a device that is gone: %v, want ErrGone", err)
 	}
 }

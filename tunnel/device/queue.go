@@ -37,13 +37,13 @@ func (q *Queue) Read(buf []byte) (n int, err error) {
 }
 
 // Wait blocks until the queue has a packet (nil), Wake is called (sys.ErrWoken), or
-// the device is removed (ErrGone).
-func (q *Queue) Wait() error {
-	err := q.poller.WaitRead()
+// the device is removed (ErrGone), and returns how long it waited.
+func (q *Queue) Wait() (time.Duration, error) {
+	waited, err := q.poller.WaitRead()
 	if err == sys.ErrErrQueue { // poll reports POLLERR
-		return q.explain(unix.EBADFD)
+		err = q.explain(unix.EBADFD)
 	}
-	return err
+	return waited, err
 }
 
 // Receive reads packets into buf and passes them to packet, until ctx is done, which is
@@ -80,13 +80,17 @@ func (q *Queue) Receive(ctx context.Context, buf []byte, packet func([]byte)) er
 	if failed != nil || ctx.Err() != nil {
 		return failed
 	}
+	// Where poll reports an error, the runtime only says "not pollable". Reading tells more.
+	if _, gone := q.Read(buf); errors.Is(gone, ErrGone) {
+		return gone
+	}
 	return q.explain(err)
 }
 
 // Pause sleeps for d, or until Wake is called, so that packets gather in the queue.
 func (q *Queue) Pause(d time.Duration) { q.poller.Pause(d) }
 
-// Wake ends the current Wait or Pause, or else the next one.
+// Wake ends the current Wait or Pause, or else the next one: at once, or within some 20 ms if packets came shortly before.
 func (q *Queue) Wake() { q.poller.Wake() }
 
 // Write is [Writer.Write] on a Writer that belongs to the queue, for use by one goroutine.

@@ -153,7 +153,7 @@ func (s super) read(t testing.TB, d *Device) (h offload.VnetHdr, pkt []byte) {
 	for {
 		n, err := q.Read(buf)
 		if err == sys.ErrAgain {
-			if err := q.Wait(); err != nil {
+			if _, err := q.Wait(); err != nil {
 				t.Fatalf("no packet: %v", err)
 			}
 			continue
@@ -349,7 +349,7 @@ func (s super) readBack(t *testing.T, d *Device) (h offload.VnetHdr, pkt []byte)
 	for {
 		n, err := q.Read(buf)
 		if err == sys.ErrAgain {
-			if err := q.Wait(); err != nil {
+			if _, err := q.Wait(); err != nil {
 				t.Fatalf("no packet: %v", err)
 			}
 			continue
@@ -417,7 +417,7 @@ func step(in, out *Queue, iov [][]byte, buf []byte) error {
 	for {
 		n, err := out.Read(buf)
 		if err == sys.ErrAgain {
-			if err := out.Wait(); err != nil {
+			if _, err := out.Wait(); err != nil {
 				return err
 			}
 			continue

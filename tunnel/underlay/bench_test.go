@@ -54,7 +54,7 @@ func (x *exchange) step() (bytes int, err error) {
 	for bytes < want {
 		n, err := x.to.Recv(x.rb)
 		if err == sys.ErrAgain {
-			if err := x.to.Wait(); err != nil {
+			if _, err := x.to.Wait(); err != nil {
 				return 0, err
 			}
 			continue
@@ -137,7 +137,7 @@ func BenchmarkPingPong(b *testing.B) {
 		for {
 			n, err := s.Recv(rb)
 			if err == sys.ErrAgain {
-				if err := s.Wait(); err != nil {
+				if _, err := s.Wait(); err != nil {
 					return err
 				}
 				continue

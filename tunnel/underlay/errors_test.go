@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"runtime"
+	"sync"
 	"testing"
 	"time"
 
@@ -122,7 +124,7 @@ func TestPathMTUErrors(t *testing.T) {
 			for tries := 0; ; tries++ { // the first ones may meet a router that is not up yet
 				send(1400)
 				timer := time.AfterFunc(5*time.Millisecond, s.Wake)
-				err := s.Wait()
+				_, err := s.Wait()
 				timer.Stop()
 				if err == sys.ErrErrQueue {
 					break
@@ -152,7 +154,7 @@ func TestWait(t *testing.T) {
 	l := newLink(t, 1500)
 	from, to := l.udpPair(false)
 	from.Wake()
-	if err := from.Wait(); err != sys.ErrWoken {
+	if _, err := from.Wait(); err != sys.ErrWoken {
 		t.Errorf("Wait: %v, want ErrWoken", err)
 	}
 	b := NewSendBatch(2, 2)
@@ -168,11 +170,11 @@ func TestWait(t *testing.T) {
 	send(from, NewDest(netipPort(addrB[false], 9)))
 	timer := wakeLater(from)
 	defer timer.Stop()
-	if err := from.Wait(); err != sys.ErrErrQueue {
+	if _, err := from.Wait(); err != sys.ErrErrQueue {
 		t.Fatalf("Wait: %v, want ErrErrQueue", err)
 	}
 	send(to, NewDest(from.Local()))
-	if err := from.Wait(); err != sys.ErrErrQueue {
+	if _, err := from.Wait(); err != sys.ErrErrQueue {
 		t.Errorf("Wait with both: %v, want ErrErrQueue", err)
 	}
 	rb := NewRecvBatch(2, 100)
@@ -183,7 +185,7 @@ func TestWait(t *testing.T) {
 		t.Errorf("DrainErrors: %d, %v", n, err)
 	}
 	send(to, NewDest(from.Local()))
-	if err := from.Wait(); err != nil {
+	if _, err := from.Wait(); err != nil {
 		t.Errorf("Wait with data: %v", err)
 	}
 }
@@ -254,5 +256,126 @@ func TestOverflowCounterWraps(t *testing.T) {
 		if got := s.overflows.Load(); got != c.want {
 			t.Errorf("kernel's %d: %d, want %d", c.kernel, got, c.want)
 		}
+	}
+}
+
+// While packets come often, waiting is receiving: WaitRecv returns messages as Recv does, is ended by Wake, and tells of errors, also of one
+// that Recv met.
+func TestWaitRecv(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 2)) // hot waits need processors to spare
+	l := newLink(t, 1500)
+	from, to := l.udpPair(false)
+	b, rb := NewSendBatch(2, 2), NewRecvBatch(2, 100)
+	send := func(s *Socket, d *Dest, text string) {
+		t.Helper()
+		b.Begin(d, 8)
+		b.Append([]byte(text))
+		b.End(0)
+		if _, err := s.Send(b); err != nil {
+			t.Fatal(err)
+		}
+	}
+	wait := func(wantN int, want error) {
+		t.Helper()
+		timer := wakeLater(to)
+		defer timer.Stop()
+		n, waited, err := to.WaitRecv(rb)
+		if n != wantN || err != want || waited < 0 || waited > 4*time.Second {
+			t.Fatalf("WaitRecv: %d, %v after %v; want %d, %v", n, err, waited, wantN, want)
+		}
+	}
+	dest := NewDest(to.Local())
+	send(from, dest, "first")
+	wait(0, nil) // nothing had come before, so it only polls
+	if n, err := to.Recv(rb); n != 1 || err != nil {
+		t.Fatalf("Recv: %d, %v", n, err)
+	}
+	for range 3 {
+		send(from, dest, "second")
+		wait(1, nil)
+		if r := rb.At(0); string(r.Data) != "second" || r.From != from.Local() || r.TOS != 8 {
+			t.Errorf("received %q from %v, TOS %d", r.Data, r.From, r.TOS)
+		}
+	}
+	to.Wake()
+	wait(0, sys.ErrWoken)
+	time.AfterFunc(time.Millisecond, to.Wake) // during the wait
+	wait(0, sys.ErrWoken)
+
+	again := func() { // packets come often
+		t.Helper()
+		send(from, dest, "third")
+		n, _, err := to.WaitRecv(rb)
+		if n == 0 && err == nil {
+			n, err = to.Recv(rb)
+		}
+		if n != 1 || err != nil {
+			t.Fatalf("received %d, %v", n, err)
+		}
+	}
+	drain := func() {
+		t.Helper()
+		if n, err := to.DrainErrors(func(Err) {}); n != 1 || err != nil {
+			t.Errorf("DrainErrors: %d, %v", n, err)
+		}
+	}
+	again()
+	send(to, NewDest(netipPort(addrA[false], 9)), "nobody listens there")
+	wait(0, sys.ErrErrQueue)
+	drain()
+	again()
+	send(to, NewDest(netipPort(addrA[false], 9)), "nobody listens there")
+	for end := time.Now().Add(5 * time.Second); !to.pending && time.Now().Before(end); { // until the answer is there
+		if n, err := to.Recv(rb); n != 0 || err != sys.ErrAgain {
+			t.Fatalf("Recv: %d, %v", n, err)
+		}
+	}
+	wait(0, sys.ErrErrQueue)
+	drain()
+	send(from, dest, "last")
+	wait(1, nil)
+}
+
+// Wake ends a wait in which nothing comes, however often signals interrupt it: the runtime sends them to a thread that it wants to preempt.
+func TestWakeAmongSignals(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 2))
+	l := newLink(t, 1500)
+	from, to := l.udpPair(false)
+	b, rb := NewSendBatch(1, 1), NewRecvBatch(2, 100)
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	pid, tid := unix.Getpid(), unix.Gettid()
+	for range 3 {
+		b.Begin(NewDest(to.Local()), 0)
+		b.Append([]byte("x"))
+		b.End(0)
+		if _, err := from.Send(b); err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := to.WaitRecv(rb); err != nil { // packets come often from here on
+			t.Fatal(err)
+		}
+		_, _ = to.Recv(rb) // if it only polled
+		stop := make(chan struct{})
+		var signals sync.WaitGroup
+		signals.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				case <-time.After(3 * time.Millisecond):
+					_ = unix.Tgkill(pid, tid, unix.SIGURG)
+				}
+			}
+		})
+		late := time.AfterFunc(10*time.Second, func() { close(stop) })
+		time.AfterFunc(5*time.Millisecond, to.Wake)
+		if _, waited, err := to.WaitRecv(rb); err != sys.ErrWoken || waited > 9*time.Second {
+			t.Errorf("WaitRecv: %v after %v, want ErrWoken soon", err, waited)
+		}
+		if late.Stop() {
+			close(stop)
+		}
+		signals.Wait()
 	}
 }

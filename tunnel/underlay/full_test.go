@@ -46,7 +46,7 @@ func TestSendBufferFull(t *testing.T) {
 		if _, err := from.Send(b); err != nil {
 			t.Fatal(err)
 		}
-		if err := from.Wait(); err != sys.ErrErrQueue {
+		if _, err := from.Wait(); err != sys.ErrErrQueue {
 			t.Fatalf("Wait: %v", err)
 		}
 		const batches, each = 4, 64

@@ -134,7 +134,7 @@ func awaitPath(t testing.TB, from, to *Socket) {
 			t.Fatal(err)
 		}
 		timer := time.AfterFunc(5*time.Millisecond, to.Wake)
-		err := to.Wait()
+		_, err := to.Wait()
 		timer.Stop()
 		if err == sys.ErrErrQueue {
 			to.DrainErrors(func(Err) {})
@@ -188,7 +188,7 @@ func collect(t testing.TB, s *Socket, want int) (got []packet) {
 	defer timer.Stop()
 	b := NewRecvBatch(8, MaxMessage)
 	for len(got) < want {
-		switch err := s.Wait(); err {
+		switch _, err := s.Wait(); err {
 		case nil:
 		case sys.ErrErrQueue:
 			s.DrainErrors(func(e Err) { t.Logf("error queue: %+v", e) })

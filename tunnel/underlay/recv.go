@@ -3,6 +3,7 @@ package underlay
 import (
 	"encoding/binary"
 	"net/netip"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -52,21 +53,41 @@ type Received struct {
 // DrainErrors, not Recv, reports pending ICMP errors of the socket.
 func (s *Socket) Recv(b *RecvBatch) (n int, err error) {
 	for {
-		n, err = b.msgs.Recv(s.fd, 0)
+		n, err = b.msgs.Recv(s.fd)
 		if err == nil {
-			break
+			s.received(b, n)
+			return n, nil
 		}
 		if !isPending(err) {
 			return 0, err
 		}
+		s.pending = true
 	}
+}
+
+// WaitRecv is Wait and, if packets come often, Recv in one call: with n = 0 and no error,
+// they are still to be received.
+func (s *Socket) WaitRecv(b *RecvBatch) (n int, waited time.Duration, err error) {
+	if s.pending {
+		s.pending = false
+		return 0, 0, sys.ErrErrQueue
+	}
+	n, waited, err = s.poller.WaitRecv(b.msgs)
+	if isPending(err) {
+		return 0, waited, sys.ErrErrQueue
+	}
+	s.received(b, n)
+	return n, waited, err
+}
+
+// received reads the control messages of the first n messages.
+func (s *Socket) received(b *RecvBatch, n int) {
 	for i := range n {
 		b.meta[i] = s.control(b.msgs.Control(i))
 		if b.msgs.Truncated(i) {
 			s.truncated.Add(1)
 		}
 	}
-	return n, nil
 }
 
 // control reads the control messages of one message, which may be in any order.

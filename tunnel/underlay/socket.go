@@ -42,6 +42,7 @@ type Socket struct {
 	send   int
 	poller *sys.Poller
 
+	pending   bool // Recv met an ICMP error, which the error queue has; of the goroutine that receives
 	overflows atomic.Uint64
 	truncated atomic.Uint64
 	closed    atomic.Bool
@@ -162,6 +163,9 @@ func (s *Socket) configure(o Options, domain int, bound bool) error {
 		level, opt, value int
 		name              string
 	}
+	if err := sys.SetRecvTimeout(s.fd, sys.HotWait); err != nil {
+		return err
+	}
 	opts := []option{{unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1, "SO_RXQ_OVFL"}}
 	if domain == unix.AF_INET {
 		opts = append(opts,
@@ -214,13 +218,13 @@ func (s *Socket) Proto() int { return s.proto }
 func (s *Socket) Buffers() (recv, send int) { return s.recv, s.send }
 
 // Wait blocks until a message can be received (nil), the error queue is not empty
-// (sys.ErrErrQueue), or Wake is called (sys.ErrWoken). One goroutine at a time.
-func (s *Socket) Wait() error { return s.poller.WaitRead() }
+// (sys.ErrErrQueue), or Wake is called (sys.ErrWoken), and returns how long it waited. One goroutine at a time.
+func (s *Socket) Wait() (time.Duration, error) { return s.poller.WaitRead() }
 
 // Pause sleeps for d, or until Wake is called, so that messages gather in the receive buffer.
 func (s *Socket) Pause(d time.Duration) { s.poller.Pause(d) }
 
-// Wake ends the current Wait or Pause, or else the next one.
+// Wake ends the current Wait or Pause, or else the next one: at once, or within some 40 ms if packets came shortly before.
 func (s *Socket) Wake() { s.poller.Wake() }
 
 // FD returns the socket's descriptor, for a service manager to keep (see [Kept]). It is valid until Close.

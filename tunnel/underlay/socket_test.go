@@ -101,7 +101,7 @@ func TestSender(t *testing.T) {
 		timer := wakeLater(from)
 		defer timer.Stop()
 		// The datagram came first: had it been let in, Recv below would find it.
-		if err := from.Wait(); err != sys.ErrErrQueue {
+		if _, err := from.Wait(); err != sys.ErrErrQueue {
 			t.Fatalf("Wait: %v, want the error queue", err)
 		}
 		if n, err := from.Recv(NewRecvBatch(1, 100)); err != sys.ErrAgain {

@@ -140,7 +140,7 @@ func TestTrainStaysTogether(t *testing.T) {
 		}
 		timer := wakeLater(to)
 		defer timer.Stop()
-		if err := to.Wait(); err != nil {
+		if _, err := to.Wait(); err != nil {
 			t.Fatal(err)
 		}
 		rb := NewRecvBatch(4, MaxMessage)

@@ -42,6 +42,57 @@ func TestModeration(t *testing.T) {
 	}
 }
 
+// Only looks in a row that bring one message each, after waits that were not over soon, make the next one be expected alone.
+func TestModerationAlone(t *testing.T) {
+	const soon, late = soonWoken - 1, soonWoken
+	var m moderation
+	for i, s := range []struct {
+		wait     time.Duration
+		messages int
+		alone    bool // before the look
+	}{
+		{late, 1, false}, {late, 1, false}, {late, 1, true}, {late, 1, true}, // a conversation
+		{late, 2, true}, {late, 1, false}, {late, 1, false}, {late, 1, true}, // two at once end it
+		{soon, 1, false}, {late, 1, false}, {late, 1, true}, // so does one that comes soon
+		{late, 0, true}, {late, 1, false}, // and a look that brings nothing
+	} {
+		m.woken(s.wait)
+		if got := m.alone(); got != s.alone {
+			t.Fatalf("step %d %+v: alone %v", i, s, got)
+		}
+		m.pause(s.messages)
+	}
+}
+
+// A lone packet is sent before another one is looked for; a super-packet is not, and never without a conversation.
+func TestLonePacketIsSentFirst(t *testing.T) {
+	small := superPacket(0, 0, 1, false, 0, random(64), 1300)
+	large := superPacket(0, 0, 1, true, 0, random(20000), 1300)
+	for name, c := range map[string]struct {
+		alone bool
+		queue [][]byte
+		got   int
+		at    int // where the queue stands afterwards; 0: it has been found empty
+	}{
+		"no conversation":    {false, [][]byte{small, small}, 2, 0},
+		"a lone packet":      {true, [][]byte{small}, 1, 1},
+		"two after all":      {true, [][]byte{small, small}, 1, 1},
+		"super-packet first": {true, [][]byte{large, small, small}, 3, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newMemRig(encap.UDP)
+			r.queue.packets = c.queue
+			got, err := r.tx.drain(c.alone)
+			if err != nil || got != c.got || r.queue.next != c.at {
+				t.Errorf("%d packets read, %v, the queue stands at %d; want %d and %d", got, err, r.queue.next, c.got, c.at)
+			}
+			if r.sock.messages.Load() == 0 || r.tx.used != 0 {
+				t.Errorf("%d messages sent, %d bytes kept", r.sock.messages.Load(), r.tx.used)
+			}
+		})
+	}
+}
+
 // trickle is a queue and a socket that has one message at a time, and a number of them after each pause.
 type trickle struct {
 	memQueue

@@ -159,12 +159,12 @@ func (s *Socket) configure(o Options, domain int, bound bool) error {
 	if s.recv, s.send, err = sys.SetBuffers(s.fd, recv, send); err != nil {
 		return err
 	}
+	if err := sys.SetRecvTimeout(s.fd, sys.HotWait); err != nil {
+		return err
+	}
 	type option struct {
 		level, opt, value int
 		name              string
-	}
-	if err := sys.SetRecvTimeout(s.fd, sys.HotWait); err != nil {
-		return err
 	}
 	opts := []option{{unix.SOL_SOCKET, unix.SO_RXQ_OVFL, 1, "SO_RXQ_OVFL"}}
 	if domain == unix.AF_INET {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -307,11 +308,20 @@ func (e *Engine) Run(ctx context.Context) error {
 			}
 		})
 	}
+	work := func(f func() error) {
+		run(func() error {
+			// Go's monitor thread preempts whoever has run for 10 ms, which a worker under load always has, and an idle processor
+			// then takes the goroutine over: without this, a worker changes its thread, and with it often its CPU, a hundred times a second.
+			runtime.LockOSThread()
+			defer runtime.UnlockOSThread()
+			return f()
+		})
+	}
 	for _, w := range e.tx {
-		run(w.run)
+		work(w.run)
 	}
 	for _, w := range e.rx {
-		run(w.run)
+		work(w.run)
 	}
 	run(func() error { e.watchErrors(ctx); return nil })
 	e.running.Store(true)

@@ -308,20 +308,11 @@ func (e *Engine) Run(ctx context.Context) error {
 			}
 		})
 	}
-	work := func(f func() error) {
-		run(func() error {
-			// Go's monitor thread preempts whoever has run for 10 ms, which a worker under load always has, and an idle processor
-			// then takes the goroutine over: without this, a worker changes its thread, and with it often its CPU, a hundred times a second.
-			runtime.LockOSThread()
-			defer runtime.UnlockOSThread()
-			return f()
-		})
-	}
 	for _, w := range e.tx {
-		work(w.run)
+		run(func() error { return onOneThread(w.run) })
 	}
 	for _, w := range e.rx {
-		work(w.run)
+		run(func() error { return onOneThread(w.run) })
 	}
 	run(func() error { e.watchErrors(ctx); return nil })
 	e.running.Store(true)
@@ -334,6 +325,15 @@ func (e *Engine) Run(ctx context.Context) error {
 		return errors.Join(cause, err)
 	}
 	return err
+}
+
+// onOneThread calls f, which never leaves its thread. Go's monitor thread preempts whoever has run for 10 ms, which a worker under load
+// always has, and an idle processor then takes the goroutine over: without this, a worker changes its thread, and with it often its
+// CPU, up to a hundred times a second.
+func onOneThread(f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	return f()
 }
 
 // Close closes sockets and device of an engine that is not running. Run does so itself. Closing twice is not an error.

@@ -5,11 +5,14 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/netip"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/tunnel/device"
@@ -82,6 +85,21 @@ func (m *memTun) Write(iov [][]byte) error {
 		m.bytes += len(p)
 	}
 	return nil
+}
+
+// Under load a worker is preempted again and again. It goes on where it was.
+func TestOneThread(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(runtime.NumCPU() + 4)) // as the agent has: some are idle
+	threads := make(map[int]bool)
+	err := onOneThread(func() error {
+		for began := time.Now(); time.Since(began) < 500*time.Millisecond; {
+			threads[unix.Gettid()] = true
+		}
+		return nil
+	})
+	if err != nil || len(threads) != 1 {
+		t.Errorf("worked on %d threads, error %v; want one thread", len(threads), err)
+	}
 }
 
 // memRig is an engine without sockets and device: one worker of each direction.

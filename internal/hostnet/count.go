@@ -20,13 +20,13 @@ type directCounts struct {
 }
 
 // DirectCounts returns what was sent to and received from each peer's prefix directly, beside the tunnel, without probes. Counters go on
-// while no agent runs, and start anew if another program removes the nftables table. Where State.Direct is empty, and on kernels
-// before 5.11, there are none.
+// while no agent runs, and start anew if another program removes the nftables table. Where no packet can go directly, nothing is
+// counted any more, and on kernels before 5.11 nothing at all.
 func (r *Reconciler) DirectCounts() (map[netip.Prefix]Counts, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !r.counts.wanted {
-		return nil, nil
+		return maps.Clone(r.counts.past), nil
 	}
 	now := map[netip.Prefix]Counts{}
 	maps.Copy(now, r.counts.past)
@@ -83,9 +83,18 @@ func (s *nftSet) addTo(counts map[netip.Prefix]Counts) {
 	}
 }
 
+// countsDirect reports whether packets can go directly to some peer or come directly from one: where it is on the same link as an
+// underlay device of this host. A peer elsewhere gets no answers to its probes of the direct path, and does not use it.
+func (s *State) countsDirect() bool {
+	if s.Direct == "" {
+		return false
+	}
+	return len(s.NextHops) > 0 || slices.ContainsFunc(s.Peers, func(p PeerRoute) bool { return p.Via.IsValid() })
+}
+
 // counted are the elements that count: each peer's prefix by itself.
 func counted(s *State, v4 bool) (out []nftables.SetElement) {
-	if s.Direct == "" {
+	if !s.countsDirect() {
 		return nil
 	}
 	for _, p := range s.Peers {

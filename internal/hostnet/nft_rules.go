@@ -81,15 +81,16 @@ var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
 // buildTable is the table for a state:
 //
 //   - prerouting, output_raw (priority raw): the tunnel's outer packets are not tracked;
-//     they would fill the connection table with one entry a source port;
-//   - output (priority filter): no ICMP error goes out about protocols 4 and 41, which
-//     our raw sockets serve beside the kernel, and no redirect into the tunnel;
+//     they would fill the connection table with one entry a source port. And no ICMP error
+//     goes out about protocols 4 and 41, which our raw sockets serve beside the kernel, and
+//     no redirect into the tunnel;
 //   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade;
-//   - input, forward, output (priority filter and above), with Direct only: the sets direct_tx and direct_rx count what goes to and comes
-//     from each peer's prefix beside the tunnel. The rules decide nothing.
+//   - input, forward, output (priority filter and above), only where packets can go directly (countsDirect): the sets direct_tx and
+//     direct_rx count what goes to and comes from each peer's prefix beside the tunnel. The rules decide nothing.
 //
-// Every packet of a pod passes several of these chains, and every packet of the tunnel does. So each chain first returns for packets
-// that it has nothing to do with, and a rule tests what is cheap, and fails most often, first.
+// Every packet of a pod passes several of these chains, and every packet of the tunnel does; a chain costs something even without
+// rules. So there is none without need, each first returns for packets that it has nothing to do with, and a rule tests what is
+// cheap, and fails most often, first.
 func buildTable(s *State) (*nftTable, error) {
 	pre := nftChain{name: chainPre, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw}
 	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
@@ -120,13 +121,14 @@ func buildTable(s *State) (*nftTable, error) {
 		c.rules = append(c.rules, nftRule{comment: comment(text, content), exprs: exprs})
 	}
 	for _, c := range []*nftChain{&pre, &rawOut} {
-		add(c, "neither UDP nor an inner protocol of ipip", noneOf(l4proto, append([]byte{unix.IPPROTO_UDP}, ipipProtocols...)...), done)
 		add(c, "UDP to other ports", equal(l4proto, unix.IPPROTO_UDP), notIn(transport(2, 2), setPorts), done)
 	}
+	tunnels := []byte{unix.IPPROTO_UDP, unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
+	add(&pre, "neither UDP nor an inner protocol of ipip", noneOf(l4proto, tunnels...), done)
+	add(&rawOut, "neither UDP, nor an inner protocol of ipip, nor ICMP", noneOf(l4proto, append(tunnels, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6)...), done)
 	add(&fwd, "out of the tunnel", device(expr.MetaKeyIIFNAME, s.Tun), done)
 	add(&fwd, "into the tunnel", device(expr.MetaKeyOIFNAME, s.Tun), done)
-	icmp := nftChain{name: chainOut} // the rules of out that come last: what they drop goes to no pod, so nothing that is counted is dropped
-	add(&icmp, "no ICMP", noneOf(l4proto, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6), done)
+	icmp := nftChain{name: chainRawOut} // the rules of rawOut that come last
 	for i := range families {
 		f := &families[i]
 		t.sets = append(t.sets,
@@ -140,18 +142,9 @@ func buildTable(s *State) (*nftTable, error) {
 		isICMP := equal(l4proto, f.icmp)
 		version := "IPv" + f.suffix
 
-		for _, dir := range []struct {
-			chain  *nftChain
-			offset uint32
-			text   string
-		}{{&pre, f.src, "from members"}, {&rawOut, f.dst, "to members"}} {
-			member := in(f.address(dir.offset), setMembers+f.suffix)
-			add(dir.chain, "untracked UDP tunnel "+dir.text+", "+version, isFamily, equal(l4proto, unix.IPPROTO_UDP), in(transport(2, 2), setPorts), member,
-				notrack, done)
-			for _, proto := range ipipProtocols {
-				add(dir.chain, fmt.Sprintf("untracked protocol %d %s, %s", proto, dir.text, version), isFamily, equal(l4proto, proto), member, notrack, done)
-			}
-		}
+		// What has come as far is a tunnel's, or ICMP on the way out.
+		add(&pre, "untracked tunnel from members, "+version, isFamily, in(f.address(f.src), setMembers+f.suffix), notrack, done)
+		add(&rawOut, "untracked tunnel to members, "+version, isFamily, notEqual(l4proto, f.icmp), in(f.address(f.dst), setMembers+f.suffix), notrack, done)
 		for _, e := range f.unreachable {
 			for _, proto := range ipipProtocols {
 				add(&icmp, fmt.Sprintf("no ICMP type %d code %d about protocol %d, %s", e.kind, e.code, proto, version), isFamily, isICMP,
@@ -159,7 +152,7 @@ func buildTable(s *State) (*nftTable, error) {
 			}
 		}
 		add(&icmp, "no redirects into the tunnel, "+version, isFamily, isICMP, device(expr.MetaKeyOIFNAME, s.Tun), equal(transport(0, 1), f.redirect), drop)
-		if s.Direct != "" {
+		if s.countsDirect() {
 			to, from := in(f.address(f.dst), setDirectTx+f.suffix), in(f.address(f.src), setDirectRx+f.suffix)
 			add(&fwd, "count what goes directly, "+version, isFamily, notDevice(expr.MetaKeyIIFNAME, s.Direct), to)
 			add(&fwd, "count what comes directly, "+version, isFamily, notDevice(expr.MetaKeyOIFNAME, s.Direct), from)
@@ -177,10 +170,10 @@ func buildTable(s *State) (*nftTable, error) {
 				[]expr.Any{&expr.Counter{}, &expr.Masq{FullyRandom: true}})
 		}
 	}
-	out.rules = append(out.rules, icmp.rules...)
-	t.chains = append(t.chains, pre, rawOut, out)
-	if s.Direct != "" {
-		t.chains = append(t.chains, fwd, input)
+	rawOut.rules = append(rawOut.rules, icmp.rules...)
+	t.chains = append(t.chains, pre, rawOut)
+	if s.countsDirect() {
+		t.chains = append(t.chains, fwd, input, out)
 	}
 	if s.Masquerade {
 		t.chains = append(t.chains, post)

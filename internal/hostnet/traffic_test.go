@@ -221,7 +221,7 @@ func (h *host) counters() map[string]uint64 {
 	h.t.Helper()
 	out := map[string]uint64{}
 	h.nft(func(c *nftables.Conn) error {
-		for _, name := range []string{chainPre, chainRawOut, chainOut, chainPost} {
+		for _, name := range []string{chainPre, chainRawOut, chainPost} {
 			rules, err := c.GetRules(ourTable, &nftables.Chain{Name: name, Table: ourTable})
 			if err != nil {
 				return err
@@ -262,23 +262,32 @@ func (h *host) tracked() (ports []uint16, protocols []uint8) {
 	return ports, protocols
 }
 
-// raw sends one packet with a payload over a raw socket of the protocol.
-func (h *host) raw(proto int, to string, payload []byte) {
+// raw sends one packet with a payload over a raw socket of the protocol, from an address if one is given.
+func (h *host) raw(proto int, from, to string, payload []byte) {
 	h.t.Helper()
 	h.do(func() error {
-		a := netip.MustParseAddr(to)
-		domain, sa := unix.AF_INET, unix.Sockaddr(nil)
-		if a.Is4() {
-			sa = &unix.SockaddrInet4{Addr: a.As4()}
-		} else {
-			domain, sa = unix.AF_INET6, &unix.SockaddrInet6{Addr: a.As16()}
+		address := func(s string) unix.Sockaddr {
+			if a := netip.MustParseAddr(s); a.Is4() {
+				return &unix.SockaddrInet4{Addr: a.As4()}
+			} else {
+				return &unix.SockaddrInet6{Addr: a.As16()}
+			}
+		}
+		domain := unix.AF_INET
+		if netip.MustParseAddr(to).Is6() {
+			domain = unix.AF_INET6
 		}
 		fd, err := unix.Socket(domain, unix.SOCK_RAW|unix.SOCK_CLOEXEC, proto)
 		if err != nil {
 			return err
 		}
 		defer unix.Close(fd)
-		return unix.Sendto(fd, payload, 0, sa)
+		if from != "" {
+			if err := unix.Bind(fd, address(from)); err != nil {
+				return err
+			}
+		}
+		return unix.Sendto(fd, payload, 0, address(to))
 	})
 }
 
@@ -310,14 +319,32 @@ func TestOuterPackets(t *testing.T) {
 	}
 
 	inner := make([]byte, 40)
-	for _, to := range []string{"192.0.2.1", "2001:db8::1"} {
+	const gre = 47
+	for _, m := range [][2]string{{"192.0.2.9", "192.0.2.1"}, {"2001:db8::9", "2001:db8::1"}} {
+		for _, proto := range []int{4, 41, gre} {
+			w.outside.raw(proto, m[0], m[1], inner)
+			w.host.raw(proto, m[1], m[0], inner)
+		}
+	}
+	w.host.raw(unix.IPPROTO_ICMP, "", "192.0.2.9", []byte{8, 0, 0xf7, 0xfd, 0, 1, 0, 1}) // an echo request
+	w.host.raw(unix.IPPROTO_ICMPV6, "", "2001:db8::9", []byte{128, 0, 0, 0, 0, 1, 0, 1}) // another; the kernel adds the checksum
+	_, protocols := w.host.tracked()
+	for _, proto := range []uint8{gre, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6} {
+		if !slices.Contains(protocols, proto) {
+			t.Errorf("ordinary traffic between members is not tracked: protocol %d is not among %v", proto, protocols)
+		}
+	}
+	if slices.Contains(protocols, 4) || slices.Contains(protocols, 41) {
+		t.Errorf("ipip between members is tracked: protocols %v", protocols)
+	}
+	for _, to := range []string{"192.0.2.1", "2001:db8::1"} { // from a stranger
 		for _, proto := range []int{4, 41} {
-			w.outside.raw(proto, to, inner)
+			w.outside.raw(proto, "", to, inner)
 		}
 	}
 	want := []string{
-		"untracked UDP tunnel from members, IPv4", "untracked UDP tunnel from members, IPv6",
-		"untracked UDP tunnel to members, IPv4", "untracked UDP tunnel to members, IPv6",
+		"untracked tunnel from members, IPv4", "untracked tunnel from members, IPv6",
+		"untracked tunnel to members, IPv4", "untracked tunnel to members, IPv6",
 		"no ICMP type 3 code 2 about protocol 4, IPv4", "no ICMP type 3 code 2 about protocol 41, IPv4",
 		"no ICMP type 4 code 1 about protocol 4, IPv6", "no ICMP type 4 code 1 about protocol 41, IPv6",
 	}

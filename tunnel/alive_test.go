@@ -32,7 +32,7 @@ func (s *stuckSocket) Wait() (time.Duration, error) {
 	}
 }
 
-func (s *stuckSocket) WaitRecv(*underlay.RecvBatch) (int, time.Duration, error) {
+func (s *stuckSocket) WaitRecv(*underlay.RecvBatch, int) (int, time.Duration, error) {
 	waited, err := s.Wait()
 	return 0, waited, err
 }

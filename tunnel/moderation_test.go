@@ -129,7 +129,7 @@ func (q *trickle) Wait() (time.Duration, error) {
 	return 0, nil
 }
 
-func (q *trickle) WaitRecv(*underlay.RecvBatch) (int, time.Duration, error) {
+func (q *trickle) WaitRecv(*underlay.RecvBatch, int) (int, time.Duration, error) {
 	waited, err := q.Wait()
 	return 0, waited, err
 }

@@ -40,7 +40,7 @@ const (
 type inSocket interface {
 	Recv(*underlay.RecvBatch) (int, error)
 	Wait() (time.Duration, error)
-	WaitRecv(*underlay.RecvBatch) (int, time.Duration, error)
+	WaitRecv(b *underlay.RecvBatch, most int) (int, time.Duration, error)
 	Pause(time.Duration)
 	Wake()
 	errorQueue
@@ -83,7 +83,7 @@ type rxWorker struct {
 func (w *rxWorker) run() error {
 	var m moderation
 	for {
-		n, waited, err := w.wait()
+		n, waited, err := w.wait(m.alone())
 		switch {
 		case errors.Is(err, sys.ErrWoken):
 			if w.e.stopping.Load() {
@@ -108,13 +108,17 @@ func (w *rxWorker) run() error {
 	}
 }
 
-// wait waits for messages. If n of them have been received by the same call, the batch has them.
-func (w *rxWorker) wait() (n int, waited time.Duration, err error) {
+// wait waits for messages. If n of them have been received by the same call, the batch has them. With alone, it does not look for a second one.
+func (w *rxWorker) wait(alone bool) (n int, waited time.Duration, err error) {
 	if w.e.tracer.On() { // which is to see how long receiving takes
 		waited, err = w.sock.Wait()
 		return 0, waited, err
 	}
-	n, waited, err = w.sock.WaitRecv(w.batch)
+	most := w.slots
+	if alone {
+		most = 1
+	}
+	n, waited, err = w.sock.WaitRecv(w.batch, most)
 	if n > 1 {
 		waited = 0 // several were there at once; what it took is receiving them
 	}

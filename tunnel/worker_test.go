@@ -59,7 +59,7 @@ func (s *memSocket) Send(b *underlay.SendBatch) (underlay.SendResult, error) {
 func (s *memSocket) DrainErrors(func(underlay.Err)) (int, error)              { return 0, nil }
 func (s *memSocket) Recv(*underlay.RecvBatch) (int, error)                    { return udpSlots, nil }
 func (s *memSocket) Wait() (time.Duration, error)                             { return 0, nil }
-func (s *memSocket) WaitRecv(*underlay.RecvBatch) (int, time.Duration, error) { return 0, 0, nil }
+func (s *memSocket) WaitRecv(*underlay.RecvBatch, int) (int, time.Duration, error) { return 0, 0, nil }
 func (s *memSocket) Pause(time.Duration)                                      {}
 func (s *memSocket) Wake()                                                    {}
 func (s *memSocket) Overflows() uint64                                        { return 0 }

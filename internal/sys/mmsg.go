@@ -66,22 +66,22 @@ func (m *RecvMsgs) Slots() int { return len(m.hdrs) }
 // Recv.
 func (m *RecvMsgs) Recv(fd int) (int, error) {
 	for {
-		n, err := m.recv(fd, unix.MSG_DONTWAIT)
+		n, err := m.recv(fd, len(m.hdrs), unix.MSG_DONTWAIT)
 		if err != unix.EINTR {
 			return n, err
 		}
 	}
 }
 
-// recv is one call of recvmmsg(2).
-func (m *RecvMsgs) recv(fd int, flags uintptr) (int, error) {
+// recv is one call of recvmmsg(2), for at most that many messages.
+func (m *RecvMsgs) recv(fd, most int, flags uintptr) (int, error) {
 	for i := range m.hdrs[:m.used] {
 		h := &m.hdrs[i].hdr
 		h.Namelen = sockaddrSpace
 		h.SetControllen(m.ctl)
 		h.Flags = 0
 	}
-	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[0])), uintptr(len(m.hdrs)), flags, 0, 0)
+	n, _, errno := unix.RawSyscall6(unix.SYS_RECVMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[0])), uintptr(min(most, len(m.hdrs))), flags, 0, 0)
 	if errno != 0 {
 		m.used = 1 // the kernel may have modified the first header
 		return 0, errno
@@ -194,12 +194,30 @@ func (m *SendMsgs) Reset() { m.msgs, m.used = 0, 0 }
 // the kernel accepted: at least one, or an error about message from. For a later
 // message the kernel reports no error, only that it stopped.
 func (m *SendMsgs) Send(fd, from, to int) (int, error) {
+	if h := &m.hdrs[from].hdr; to == from+1 && h.Iovlen == 1 && h.Controllen == 0 {
+		return sendOne(fd, h)
+	}
 	for {
 		n, _, errno := unix.RawSyscall6(unix.SYS_SENDMMSG, uintptr(fd), uintptr(unsafe.Pointer(&m.hdrs[from])),
 			uintptr(to-from), unix.MSG_DONTWAIT, 0, 0)
 		switch errno {
 		case 0:
 			return int(n), nil
+		case unix.EINTR:
+		default:
+			return 0, errno
+		}
+	}
+}
+
+// sendOne sends a message that is one slice without control messages by sendto(2), which has less to read than sendmmsg(2).
+func sendOne(fd int, h *unix.Msghdr) (int, error) {
+	for {
+		_, _, errno := unix.RawSyscall6(unix.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(h.Iov.Base)), uintptr(h.Iov.Len),
+			unix.MSG_DONTWAIT, uintptr(unsafe.Pointer(h.Name)), uintptr(h.Namelen))
+		switch errno {
+		case 0:
+			return 1, nil
 		case unix.EINTR:
 		default:
 			return 0, errno

@@ -125,18 +125,19 @@ func (p *Poller) WaitRead() (waited time.Duration, err error) {
 
 // WaitRecv is WaitRead for a socket, which must be a blocking one with a SO_RCVTIMEO of
 // HotWait. Where WaitRead would bypass the Go scheduler, the call that receives waits by
-// itself. This saves polling before it: n messages have been received into m then. With n = 0
-// and no error they are still to be received. err can also be what receiving returned.
+// itself. This saves polling before it: n messages, at most most, have been received into m
+// then. With n = 0 and no error they are still to be received. err can also be what receiving
+// returned.
 //
 // Not every error is told by receiving, so every pollEvery-th wait polls.
-func (p *Poller) WaitRecv(m *RecvMsgs) (n int, waited time.Duration, err error) {
+func (p *Poller) WaitRecv(m *RecvMsgs, most int) (n int, waited time.Duration, err error) {
 	if p.receives++; p.receives%pollEvery == 0 || p.woken.Load() || !p.claim() {
 		waited, err = p.WaitRead()
 		return 0, waited, err
 	}
 	began := now()
 	for {
-		n, err = m.recv(int(p.fds[0].Fd), unix.MSG_WAITFORONE)
+		n, err = m.recv(int(p.fds[0].Fd), most, unix.MSG_WAITFORONE)
 		waited = now() - began
 		if err != unix.EINTR { // of a pending preemption, after which the kernel would wait the whole time again
 			break

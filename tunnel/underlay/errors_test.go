@@ -279,7 +279,7 @@ func TestWaitRecv(t *testing.T) {
 		t.Helper()
 		timer := wakeLater(to)
 		defer timer.Stop()
-		n, waited, err := to.WaitRecv(rb)
+		n, waited, err := to.WaitRecv(rb, 2)
 		if n != 0 || err != want || waited < 0 || waited > 4*time.Second {
 			t.Fatalf("WaitRecv: %d, %v after %v; want %v", n, err, waited, want)
 		}
@@ -288,7 +288,7 @@ func TestWaitRecv(t *testing.T) {
 	receive := func(text string) (waiting bool) { // whether it was received by waiting
 		t.Helper()
 		send(from, dest, text)
-		n, _, err := to.WaitRecv(rb)
+		n, _, err := to.WaitRecv(rb, 2)
 		if waiting = n > 0; !waiting && err == nil {
 			n, err = to.Recv(rb)
 		}
@@ -311,6 +311,22 @@ func TestWaitRecv(t *testing.T) {
 	}
 	if received == 0 {
 		t.Error("none of 20 packets was received by waiting")
+	}
+	for most := 1; most <= 3; most++ { // of two messages; the batch has two slots
+		receive("before") // so that the wait does not poll
+		send(from, dest, "one")
+		send(from, dest, "two")
+		n, _, err := to.WaitRecv(rb, most)
+		if err != nil || n > most || n > 2 {
+			t.Fatalf("received %d, %v; want at most %d", n, err, most)
+		}
+		for n < 2 {
+			more, err := to.Recv(rb)
+			if err != nil {
+				t.Fatalf("Recv after %d messages: %v", n, err)
+			}
+			n += more
+		}
 	}
 	to.Wake()
 	wait(sys.ErrWoken)
@@ -355,7 +371,7 @@ func TestWakeAmongSignals(t *testing.T) {
 		if _, err := from.Send(b); err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := to.WaitRecv(rb); err != nil { // packets come often from here on
+		if _, _, err := to.WaitRecv(rb, 2); err != nil { // packets come often from here on
 			t.Fatal(err)
 		}
 		_, _ = to.Recv(rb) // if it only polled
@@ -373,7 +389,7 @@ func TestWakeAmongSignals(t *testing.T) {
 		})
 		late := time.AfterFunc(10*time.Second, func() { close(stop) })
 		time.AfterFunc(5*time.Millisecond, to.Wake)
-		if _, waited, err := to.WaitRecv(rb); err != sys.ErrWoken || waited > 9*time.Second {
+		if _, waited, err := to.WaitRecv(rb, 2); err != sys.ErrWoken || waited > 9*time.Second {
 			t.Errorf("WaitRecv: %v after %v, want ErrWoken soon", err, waited)
 		}
 		if late.Stop() {

@@ -65,14 +65,14 @@ func (s *Socket) Recv(b *RecvBatch) (n int, err error) {
 	}
 }
 
-// WaitRecv is Wait and, if packets come often, Recv in one call: with n = 0 and no error,
-// they are still to be received.
-func (s *Socket) WaitRecv(b *RecvBatch) (n int, waited time.Duration, err error) {
+// WaitRecv is Wait and, if packets come often, Recv of at most most messages in one call: with
+// n = 0 and no error, they are still to be received.
+func (s *Socket) WaitRecv(b *RecvBatch, most int) (n int, waited time.Duration, err error) {
 	if s.pending {
 		s.pending = false
 		return 0, 0, sys.ErrErrQueue
 	}
-	n, waited, err = s.poller.WaitRecv(b.msgs)
+	n, waited, err = s.poller.WaitRecv(b.msgs, most)
 	if isPending(err) {
 		return 0, waited, sys.ErrErrQueue
 	}

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -254,8 +255,8 @@ func TestAutogroup(t *testing.T) {
 	}
 }
 
-// No CPU is idle while they are kept awake.
-func TestKeepAwake(t *testing.T) {
+// No CPU is idle while threads spin.
+func TestSpinning(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: it switches autogroups off for a moment")
 	}
@@ -263,7 +264,7 @@ func TestKeepAwake(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stop, err := StartAwake(t.Context(), []string{self, "helper"})
+	stop, err := spinning(t.Context(), []string{self, "helper"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -282,9 +283,64 @@ func TestKeepAwake(t *testing.T) {
 	if idle := now - before; idle > 0.05 {
 		t.Errorf("CPUs that should have been awake were idle for %.2f s of 0.4", idle)
 	}
-	if _, err := StartAwake(t.Context(), []string{"/bin/false"}); err == nil {
+	if _, err := spinning(t.Context(), []string{"/bin/false"}); err == nil {
 		t.Error("a helper that ends at once was taken for one that works")
 	}
+}
+
+// While idle CPUs poll, they enter no other idle state, and afterwards they do.
+func TestPolling(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: /dev/cpu_dma_latency")
+	}
+	stop, err := polling()
+	if err != nil {
+		t.Skipf("idle CPUs cannot poll here: %v", err)
+	}
+	defer func() { stop() }()
+	entered := func() (polled, other uint64) { // idle states, so far
+		states, err := filepath.Glob("/sys/devices/system/cpu/cpu[0-9]*/cpuidle/state*/usage")
+		if err != nil || len(states) == 0 {
+			t.Fatalf("%v idle states, %v", states, err)
+		}
+		for _, path := range states {
+			text, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			n, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 64)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if strings.Contains(path, "/state0/") {
+				polled += n
+			} else {
+				other += n
+			}
+		}
+		return polled, other
+	}
+	during := func(d time.Duration) (polled, other uint64) {
+		p, o := entered()
+		if err := traffic.Sleep(t.Context(), d); err != nil {
+			t.Fatal(err)
+		}
+		polled, other = entered()
+		return polled - p, other - o
+	}
+	during(20 * time.Millisecond) // until each CPU has left the state that it was in
+	if polled, other := during(200 * time.Millisecond); polled == 0 || other != 0 {
+		t.Errorf("idle CPUs polled %d times and entered other states %d times", polled, other)
+	}
+	stop()
+	halted := uint64(0)
+	for i := 0; i < 100 && halted == 0; i++ { // others may use all CPUs for a while
+		_, halted = during(20 * time.Millisecond)
+	}
+	if halted == 0 {
+		t.Error("idle CPUs went on polling after the end")
+	}
+	stop = func() {}
 }
 
 func TestHelperRefuses(t *testing.T) {

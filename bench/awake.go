@@ -16,11 +16,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// A halted virtual CPU adds tens of microseconds to the next wake-up and makes latencies bimodal. So while latency is
-// measured, a helper process spins on every CPU with SCHED_IDLE threads: they run only when the CPU is otherwise idle,
-// and give way at once (sched(7)). At once, but for one case: a thread that has just run may not be eligible yet (EEVDF,
-// Linux 6.6 and later), and then the scheduler lets the SCHED_IDLE thread go on until the next tick. Between two agents one
-// packet in a hundred waited for up to 4 ms so. Therefore the spinning threads yield every few microseconds.
+// A halted virtual CPU adds tens of microseconds to the next wake-up and makes latencies bimodal, and one TCP stream, too. So
+// CPUs are kept awake. Where idle ones can poll (see [polling]), they do so the whole time: a wake-up then costs least, and no
+// measure takes CPU time for it.
+//
+// Elsewhere, while latency is measured, a helper process spins on every CPU with SCHED_IDLE threads: they run only when the CPU is
+// otherwise idle, and give way at once (sched(7)), but have to be interrupted for it. At once, but for one case: a thread that has just
+// run may not be eligible yet (EEVDF, Linux 6.6 and later), and then the scheduler lets the SCHED_IDLE thread go on until the next tick.
+// Between two agents one packet in a hundred waited for up to 4 ms so. Therefore the spinning threads yield every few microseconds.
 //
 // The helper is a separate process because Go's scheduler would count such threads as busy. It runs without asynchronous
 // preemption, so that its own scheduler does not interrupt the threads.
@@ -106,6 +109,47 @@ func setPolicy(tid int, policy uint32) error {
 
 // StartAwake keeps the CPUs awake until stop is called. helper is the command line of [AllOptions.Helper].
 func StartAwake(ctx context.Context, helper []string) (stop func(), err error) {
+	if stop, err = polling(); err == nil {
+		return stop, nil
+	}
+	return spinning(ctx, helper)
+}
+
+// polling makes idle CPUs poll instead of halting, until stop is called: it asks for a wake-up latency of 0 µs
+// (Documentation/power/pm_qos_interface.rst), which only the idle state POLL has. Where that is not every CPU's first idle state, this
+// is an error.
+func polling() (stop func(), err error) {
+	var mask unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &mask); err != nil {
+		return nil, fmt.Errorf("find the CPUs: %w", err)
+	}
+	for cpu := range len(mask) * 64 {
+		if !mask.IsSet(cpu) {
+			continue
+		}
+		state := fmt.Sprintf("/sys/devices/system/cpu/cpu%d/cpuidle/state0/", cpu)
+		name, err := os.ReadFile(state + "name")
+		disabled, err2 := os.ReadFile(state + "disable")
+		if err := errors.Join(err, err2); err != nil {
+			return nil, fmt.Errorf("find the idle state that polls: %w", err)
+		}
+		if n := strings.TrimSpace(string(name)); n != "POLL" || strings.TrimSpace(string(disabled)) != "0" {
+			return nil, fmt.Errorf("the first idle state of CPU %d is %s, or disabled; one that polls is named POLL", cpu, n)
+		}
+	}
+	const path = "/dev/cpu_dma_latency"
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := f.Write(make([]byte, 4)); err != nil { // an int32: microseconds
+		return nil, errors.Join(fmt.Errorf("write 0 µs to %s: %w", path, err), f.Close())
+	}
+	return func() { f.Close() }, nil // which withdraws it
+}
+
+// spinning keeps the CPUs awake by SCHED_IDLE threads.
+func spinning(ctx context.Context, helper []string) (stop func(), err error) {
 	cmd := exec.CommandContext(ctx, helper[0], append(helper[1:len(helper):len(helper)], "keep-awake")...)
 	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C goes to the parent only

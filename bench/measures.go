@@ -27,7 +27,7 @@ func Measures() []string { return []string{Throughput, Delay, Rate, Memory, Time
 // measure is one measure of a round. take fills in a part of the round.
 type measure struct {
 	group, what string
-	awake       bool
+	awake       bool // spinning threads keep CPUs awake where idle ones cannot poll
 	take        func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error
 }
 
@@ -166,21 +166,28 @@ func (run *allRun) round(ctx context.Context, n int) error {
 		return err
 	}
 	details := make([]result.Round, len(run.stands))
-	var sleepers func() // nil: the CPUs may halt
+	if run.polls {
+		sleep, err := polling()
+		if err != nil {
+			return err
+		}
+		defer sleep()
+	}
+	var spinners func() // stops them; nil: there are none
 	defer func() {
-		if sleepers != nil {
-			sleepers()
+		if spinners != nil {
+			spinners()
 		}
 	}()
 	for _, m := range run.o.measures() {
 		run.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, run.o.Rounds, m.what))
-		if m.awake && sleepers == nil {
-			if sleepers, err = StartAwake(ctx, run.o.Helper); err != nil {
+		if spin := m.awake && !run.polls; spin && spinners == nil {
+			if spinners, err = spinning(ctx, run.o.Helper); err != nil {
 				return err
 			}
-		} else if !m.awake && sleepers != nil {
-			sleepers()
-			sleepers = nil
+		} else if !spin && spinners != nil {
+			spinners()
+			spinners = nil
 		}
 		for k := range run.stands {
 			i := (k + n) % len(run.stands)
@@ -211,5 +218,5 @@ func (run *allRun) sumUp() {
 	r.Seconds = time.Since(r.Started).Seconds()
 	r.Others, r.Steal = result.SpreadOf(run.others), result.SpreadOf(run.steal)
 	r.Summarise()
-	r.Notes, r.Warnings = notes(&run.o), warnings(r)
+	r.Notes, r.Warnings = notes(&run.o, run.polls), warnings(r)
 }

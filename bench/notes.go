@@ -8,24 +8,29 @@ import (
 )
 
 // notes describe the method.
-func notes(o *AllOptions) []string {
+func notes(o *AllOptions, polls bool) []string {
+	awake := "A SCHED_IDLE thread spins on each CPU, yielding every few microseconds, so none halts."
+	others := "CPUs may halt"
+	if polls {
+		awake, others = "Idle CPUs poll, so none halts.", "idle CPUs poll, too"
+	}
 	n := []string{
 		map[lab.Wire]string{
 			lab.WireCut: "Wire: cut. Links carry frames of the MTU, as between NICs. The sender's CPU cuts super-packets, which a NIC would do for " +
-				"bare TCP and for some tunnels. Receivers join segments (GRO).",
+				"bare TCP and for some tunnels. Receivers join segments (GRO). The router has a queue of 1,000 frames toward each host.",
 			lab.WireWhole: "Wire: whole. Links carry super-packets of 64 KiB, which no NIC does. Figures are higher than between machines, most of all without a tunnel and in the kernel's.",
 		}[o.Wire] + " FRAME is the mean frame from sender to receiver during TCP, in bytes.",
 		"Setup: two hosts in two subnets, a router, one pod per host. All are network namespaces on this machine and share its CPUs. " +
 			"Each mode has its own lab; only one mode has traffic at a time.",
 		fmt.Sprintf("Rounds: %d. Each measure is taken for all modes before the next measure begins. Values: median (lowest–highest). "+
 			"Ratios are taken within each round. In each round another mode is the first.", o.Rounds),
-		"Half round trip: one UDP datagram at a time between blocking sockets. A SCHED_IDLE thread spins on each CPU, yielding every few microseconds, so none halts. " +
+		"Half round trip: one UDP datagram at a time between blocking sockets. " + awake + " " +
 			"Ends and tunnel run at nice -20. Unpinned, the scheduler usually puts both ends on one CPU. Pinned, the sender and its host's tunnel process get the " +
 			"first half of the CPUs, the receiver and its host's the second.",
 		fmt.Sprintf("Fixed rate: %d datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", openRate),
 		"TCP request/response: 64 bytes each way on one connection, or on one connection each; the whole time. CPUs awake, not pinned.",
 		"Intervals: 95 %, of the median, by bootstrap over the rounds; none for fewer than five.",
-		"All other measures: CPUs may halt, nothing is pinned, nice 0.",
+		"All other measures: " + others + ", nothing is pinned, nice 0.",
 		fmt.Sprintf("UDP rate: the highest rate with at most %.1f %% loss in a trial of %v, counted at the receiver. Sent with sendmmsg about every %v, "+
 			"received with recvmmsg. Two of three confirming trials must hold; the result is their median. If the unpaced sender loses nothing, the sender is the limit.",
 			100*traffic.LossAllowed, o.Duration/4, traffic.Pace),

@@ -34,8 +34,11 @@ func (w Wire) validate() error {
 	return nil
 }
 
-// fit makes a link's end in the namespace at path such a wire. Frames that arrive at a host are joined, at a router not.
-func (w Wire) fit(path, dev string, join bool) error {
+// fit makes a link's end in the namespace at path such a wire. Frames that arrive at a host are joined, at a router or switch not.
+//
+// The router and the switches queue what a host does not take at once, as real ones do: a veth without a queue drops what its
+// peer's ring of 256 frames has no room for. From Linux 6.16 on, a veth with a queue stops it instead (drivers/net/veth.c, veth_xmit).
+func (w Wire) fit(path, dev string, host bool) error {
 	if w == WireWhole {
 		return nil
 	}
@@ -51,13 +54,22 @@ func (w Wire) fit(path, dev string, join bool) error {
 	if err := h.LinkSetGSOMaxSegs(link, 1); err != nil { // what has more is cut, whatever it is
 		return fmt.Errorf("set gso_max_segs of %s: %w", dev, err)
 	}
+	if !host {
+		queue := &netlink.GenericQdisc{ // as long as the device's txqueuelen says: 1,000 frames
+			QdiscAttrs: netlink.QdiscAttrs{LinkIndex: link.Attrs().Index, Handle: netlink.MakeHandle(1, 0), Parent: netlink.HANDLE_ROOT},
+			QdiscType:  "pfifo",
+		}
+		if err := h.QdiscReplace(queue); err != nil {
+			return fmt.Errorf("give %s a queue: %w", dev, err)
+		}
+	}
 	return sys.WithNetns(path, func() error {
 		for _, o := range []sys.Offload{sys.TSO, sys.GSO} { // a veth joins only what comes from one without TSO
 			if err := sys.SetOffload(dev, o, false); err != nil {
 				return err
 			}
 		}
-		return sys.SetOffload(dev, sys.GRO, join)
+		return sys.SetOffload(dev, sys.GRO, host)
 	})
 }
 

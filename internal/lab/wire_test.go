@@ -7,8 +7,10 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
@@ -65,6 +67,18 @@ func TestWire(t *testing.T) {
 					t.Errorf("%s: frames of %.0f bytes: too little was sent to see anything", way.name, c.FrameBytes())
 				}
 				if err := undo(); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, host := range []string{"h1", "h2"} {
+				err := l.port(host, func(h *sys.Netlink, link netlink.Link) error {
+					queues, err := h.QdiscList(link)
+					if queue := slices.ContainsFunc(queues, func(q netlink.Qdisc) bool { return q.Type() == "pfifo" }); queue != (wire == WireCut) {
+						t.Errorf("the router has a queue toward %s: %v", host, queue)
+					}
+					return err
+				})
+				if err != nil {
 					t.Fatal(err)
 				}
 			}

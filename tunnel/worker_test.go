@@ -56,13 +56,13 @@ func (s *memSocket) Send(b *underlay.SendBatch) (underlay.SendResult, error) {
 	b.Reset()
 	return r, nil
 }
-func (s *memSocket) DrainErrors(func(underlay.Err)) (int, error)              { return 0, nil }
-func (s *memSocket) Recv(*underlay.RecvBatch) (int, error)                    { return udpSlots, nil }
-func (s *memSocket) Wait() (time.Duration, error)                             { return 0, nil }
+func (s *memSocket) DrainErrors(func(underlay.Err)) (int, error)                   { return 0, nil }
+func (s *memSocket) Recv(*underlay.RecvBatch) (int, error)                         { return udpSlots, nil }
+func (s *memSocket) Wait() (time.Duration, error)                                  { return 0, nil }
 func (s *memSocket) WaitRecv(*underlay.RecvBatch, int) (int, time.Duration, error) { return 0, 0, nil }
-func (s *memSocket) Pause(time.Duration)                                      {}
-func (s *memSocket) Wake()                                                    {}
-func (s *memSocket) Overflows() uint64                                        { return 0 }
+func (s *memSocket) Pause(time.Duration)                                           {}
+func (s *memSocket) Wake()                                                         {}
+func (s *memSocket) Overflows() uint64                                             { return 0 }
 
 // memTun is the TUN's writing side.
 type memTun struct {

@@ -318,9 +318,9 @@ func (e errorBar) XError(int) (low, high float64) { return e.s.Median - e.s.Low,
 
 // render draws a plot in both forms.
 func render(p *plot.Plot, height vg.Length) (svg, png []byte, err error) {
-	const width, margin = 14 * vg.Centimeter, 0.35 * vg.Centimeter // of the margin the last label of the scale may need half
+	const width, margin = 14 * vg.Centimeter, 0.35 * vg.Centimeter // the last label of the scale may need half of it, the longest name of a mode a little
 	vector := vgsvg.New(width, height)
-	p.Draw(draw.Crop(draw.New(vector), 0, -margin, 0, 0))
+	p.Draw(draw.Crop(draw.New(vector), margin/3, -margin, 0, 0))
 	var out bytes.Buffer
 	if _, err := vector.WriteTo(&out); err != nil {
 		return nil, nil, fmt.Errorf("draw SVG: %w", err)
@@ -330,7 +330,7 @@ func render(p *plot.Plot, height vg.Length) (svg, png []byte, err error) {
 	text = strings.NewReplacer("#000000", "currentColor", "font-family:Liberation Sans", "font-family:Liberation Sans,Arial,Helvetica,sans-serif").Replace(text)
 	p.BackgroundColor = color.White
 	bitmap := vgimg.PngCanvas{Canvas: vgimg.NewWith(vgimg.UseWH(width, height), vgimg.UseDPI(192))}
-	p.Draw(draw.Crop(draw.New(bitmap), 0, -margin, 0, 0))
+	p.Draw(draw.Crop(draw.New(bitmap), margin/3, -margin, 0, 0))
 	var image bytes.Buffer
 	if _, err := bitmap.WriteTo(&image); err != nil {
 		return nil, nil, fmt.Errorf("draw PNG: %w", err)

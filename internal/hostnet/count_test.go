@@ -3,9 +3,11 @@ package hostnet
 import (
 	"net"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
+	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
 )
 
@@ -116,4 +118,41 @@ func TestDirectCounts(t *testing.T) {
 		return err
 	})
 	same("through the tunnel")
+}
+
+// TestNoNeedlessChains: each chain costs every packet something, so those that count direct traffic are there only where a peer can be
+// reached directly.
+func TestNoNeedlessChains(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.tun(DirectDevice)
+	h.device("eth0", "192.0.2.1/24")
+	r, s := h.reconciler(Options{}), dual()
+	s.Direct, s.ProbeAddrs = DirectDevice, ips("10.244.1.255")
+	chains := func() (names []string) {
+		h.nft(func(c *nftables.Conn) error {
+			all, err := c.ListChainsOfTableFamily(nftables.TableFamilyINet)
+			for _, chain := range all {
+				names = append(names, chain.Name)
+			}
+			return err
+		})
+		slices.Sort(names)
+		return names
+	}
+	without, with := []string{chainRawOut, chainPost, chainPre}, []string{chainFwd, chainIn, chainOut, chainRawOut, chainPost, chainPre}
+	on := s
+	on.NextHops = []NextHop{{Probe: netip.MustParseAddr("10.244.2.255"), Via: netip.MustParseAddr("192.0.2.2"), Device: "eth0"}}
+	direct := s
+	direct.Peers = []PeerRoute{{Prefix: netip.MustParsePrefix("10.244.2.0/24"), Via: netip.MustParseAddr("192.0.2.2"), Device: "eth0"}}
+	for _, c := range []struct {
+		name  string
+		state State
+		want  []string
+	}{{"peers behind a router", s, without}, {"a peer on the link", on, with}, {"it has gone", s, without}, {"a direct route of an earlier run", direct, with}} {
+		h.reconcile(r, c.state)
+		if got := chains(); !slices.Equal(got, c.want) {
+			t.Errorf("%s: chains %v, want %v", c.name, got, c.want)
+		}
+	}
 }

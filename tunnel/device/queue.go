@@ -80,9 +80,11 @@ func (q *Queue) Receive(ctx context.Context, buf []byte, packet func([]byte)) er
 	if failed != nil || ctx.Err() != nil {
 		return failed
 	}
-	// Where poll reports an error, the runtime only says "not pollable". Reading tells more.
-	if _, gone := q.Read(buf); errors.Is(gone, ErrGone) {
-		return gone
+	// Where poll reports an error, the runtime only says "not pollable". A TUN reports one as soon as its removal begins; reading
+	// fails only when that is done.
+	fds := []unix.PollFd{{Fd: int32(q.fd)}}
+	if _, perr := unix.Poll(fds, 0); perr == nil && fds[0].Revents&unix.POLLERR != 0 {
+		err = unix.EBADFD
 	}
 	return q.explain(err)
 }

@@ -123,7 +123,7 @@ func buildTable(s *State) (*nftTable, error) {
 	for _, c := range []*nftChain{&pre, &rawOut} {
 		add(c, "UDP to other ports", equal(l4proto, unix.IPPROTO_UDP), notIn(transport(2, 2), setPorts), done)
 	}
-	tunnels := []byte{unix.IPPROTO_UDP, unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
+	tunnels := append([]byte{unix.IPPROTO_UDP}, ipipProtocols...)
 	add(&pre, "neither UDP nor an inner protocol of ipip", noneOf(l4proto, tunnels...), done)
 	add(&rawOut, "neither UDP, nor an inner protocol of ipip, nor ICMP", noneOf(l4proto, append(tunnels, unix.IPPROTO_ICMP, unix.IPPROTO_ICMPV6)...), done)
 	add(&fwd, "out of the tunnel", device(expr.MetaKeyIIFNAME, s.Tun), done)
@@ -142,7 +142,7 @@ func buildTable(s *State) (*nftTable, error) {
 		isICMP := equal(l4proto, f.icmp)
 		version := "IPv" + f.suffix
 
-		// What has come as far is a tunnel's, or ICMP on the way out.
+		// What gets this far belongs to a tunnel, or is ICMP on the way out.
 		add(&pre, "untracked tunnel from members, "+version, isFamily, in(f.address(f.src), setMembers+f.suffix), notrack, done)
 		add(&rawOut, "untracked tunnel to members, "+version, isFamily, notEqual(l4proto, f.icmp), in(f.address(f.dst), setMembers+f.suffix), notrack, done)
 		for _, e := range f.unreachable {

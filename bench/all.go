@@ -140,20 +140,20 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 	}
 	m := machine.Facts(netip.Addr{})
 	m.Congestion = o.Congestion
-	m.Awake = "CPUs kept awake by SCHED_IDLE threads while latency is measured"
-	stop, err := polling()
-	polls := err == nil
-	if polls {
-		stop()
-		m.Awake = "CPUs kept awake: idle ones poll"
+	idle := halts
+	if slices.ContainsFunc(o.measures(), func(m measure) bool { return m.awake }) {
+		if idle, err = findIdling(ctx, o.Helper); err != nil {
+			return nil, err
+		}
 	}
+	m.Awake = idle.String()
 	m.Affinity = "free, except in the pinned measures: each side on its half of the CPUs"
 	r := &result.Run{
 		Format: result.Format, Version: result.Version, Kind: result.Lab, Tulle: o.Version, Started: time.Now(), Machines: []result.Machine{m},
 		Rounds: o.Rounds, MTU: o.MTU, Wire: string(o.Wire), Family: family, References: references, Targets: slices.Clone(targets),
 		Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(),
 	}
-	run := &allRun{o: o, r: r, polls: polls}
+	run := &allRun{o: o, r: r, idle: idle}
 	defer run.down(ctx)
 	if err := run.up(ctx); err != nil {
 		return nil, err
@@ -186,7 +186,7 @@ type allRun struct {
 	result []int
 	others []float64
 	steal  []float64
-	polls  bool // idle CPUs can poll
+	idle   idling
 }
 
 // clearEarlier removes the labs of an earlier run of the name that was killed. It may have had more modes.

@@ -264,7 +264,7 @@ func TestSpinning(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	stop, err := spinning(t.Context(), []string{self, "helper"})
+	stop, err := spinningThreads(t.Context(), []string{self, "helper"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -283,7 +283,7 @@ func TestSpinning(t *testing.T) {
 	if idle := now - before; idle > 0.05 {
 		t.Errorf("CPUs that should have been awake were idle for %.2f s of 0.4", idle)
 	}
-	if _, err := spinning(t.Context(), []string{"/bin/false"}); err == nil {
+	if _, err := spinningThreads(t.Context(), []string{"/bin/false"}); err == nil {
 		t.Error("a helper that ends at once was taken for one that works")
 	}
 }
@@ -361,5 +361,43 @@ func TestHelperRefuses(t *testing.T) {
 	}
 	if err := wireguardGo(strings.NewReader("{\n"), os.Stderr); err == nil || !strings.Contains(err.Error(), "configuration") {
 		t.Errorf("got %v", err)
+	}
+}
+
+// The state with the shorter wake-up is chosen, and timing one gives a time.
+func TestIdling(t *testing.T) {
+	for _, tc := range []struct {
+		halted, spinning float64
+		want             idling
+	}{{16e-6, 67e-6, halts}, {70e-6, 40e-6, spins}, {40e-6, 40e-6, spins}} {
+		if got := sooner(tc.halted, tc.spinning); got != tc.want {
+			t.Errorf("a wake-up of %v s from a halt, %v s beside threads that spin: %v", tc.halted, tc.spinning, got)
+		}
+	}
+	const d = 20 * time.Millisecond
+	began := time.Now()
+	w, err := wakeUp(d)
+	if took := time.Since(began); err != nil || took < d || w <= 0 || w > took.Seconds() {
+		t.Errorf("a wake-up takes %v s (%v), in %v", w, err, took)
+	}
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: it switches autogroups off for a moment")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	i, err := findIdling(t.Context(), []string{self, "helper"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, err := i.start(t.Context(), []string{self, "helper"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	t.Log(i)
+	if _, err := findIdling(t.Context(), []string{"/bin/false"}); err == nil && i != polls {
+		t.Error("a helper that ends at once was taken for one that works")
 	}
 }

@@ -20,9 +20,9 @@ import (
 // CPUs are kept awake. Where idle ones can poll (see [polling]), they do so the whole time: a wake-up then costs least, and no
 // measure takes CPU time for it.
 //
-// Elsewhere, while latency is measured, a helper process spins on every CPU with SCHED_IDLE threads: they run only when the CPU is
-// otherwise idle, and give way at once (sched(7)), but have to be interrupted for it. At once, but for one case: a thread that has just
-// run may not be eligible yet (EEVDF, Linux 6.6 and later), and then the scheduler lets the SCHED_IDLE thread go on until the next tick.
+// Elsewhere, if CPUs wake sooner so than from a halt (see [findIdling]), a helper process spins on every CPU with SCHED_IDLE threads while
+// latency is measured: they run only when the CPU is otherwise idle, and give way at once (sched(7)), but have to be interrupted for it.
+// At once, but for one case: a thread that has just run may not be eligible yet (EEVDF, Linux 6.6 and later), and then the scheduler lets the SCHED_IDLE thread go on until the next tick.
 // Between two agents one packet in a hundred waited for up to 4 ms so. Therefore the spinning threads yield every few microseconds.
 //
 // The helper is a separate process because Go's scheduler would count such threads as busy. It runs without asynchronous
@@ -107,12 +107,25 @@ func setPolicy(tid int, policy uint32) error {
 	return unix.SchedSetAttr(tid, &unix.SchedAttr{Size: unix.SizeofSchedAttr, Policy: policy}, 0)
 }
 
-// StartAwake keeps the CPUs awake until stop is called. helper is the command line of [AllOptions.Helper].
-func StartAwake(ctx context.Context, helper []string) (stop func(), err error) {
-	if stop, err = polling(); err == nil {
-		return stop, nil
+// StartAwake lets CPUs be woken as soon as they can be until stop is called, and says how. helper is the command line of [AllOptions.Helper].
+func StartAwake(ctx context.Context, helper []string) (how string, stop func(), err error) {
+	i, err := findIdling(ctx, helper)
+	if err != nil {
+		return "", nil, err
 	}
-	return spinning(ctx, helper)
+	stop, err = i.start(ctx, helper)
+	return i.String(), stop, err
+}
+
+// start begins it, until stop is called.
+func (i idling) start(ctx context.Context, helper []string) (stop func(), err error) {
+	switch i {
+	case polls:
+		return polling()
+	case spins:
+		return spinningThreads(ctx, helper)
+	}
+	return func() {}, nil
 }
 
 // polling makes idle CPUs poll instead of halting, until stop is called: it asks for a wake-up latency of 0 µs
@@ -148,8 +161,8 @@ func polling() (stop func(), err error) {
 	return func() { f.Close() }, nil // which withdraws it
 }
 
-// spinning keeps the CPUs awake by SCHED_IDLE threads.
-func spinning(ctx context.Context, helper []string) (stop func(), err error) {
+// spinningThreads keeps the CPUs awake by SCHED_IDLE threads.
+func spinningThreads(ctx context.Context, helper []string) (stop func(), err error) {
 	cmd := exec.CommandContext(ctx, helper[0], append(helper[1:len(helper):len(helper)], "keep-awake")...)
 	cmd.Env = append(os.Environ(), "GODEBUG=asyncpreemptoff=1")
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C goes to the parent only

@@ -27,7 +27,7 @@ func Measures() []string { return []string{Throughput, Delay, Rate, Memory, Time
 // measure is one measure of a round. take fills in a part of the round.
 type measure struct {
 	group, what string
-	awake       bool // spinning threads keep CPUs awake where idle ones cannot poll
+	awake       bool // threads that spin keep CPUs awake, where that is chosen
 	take        func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error
 }
 
@@ -166,8 +166,8 @@ func (run *allRun) round(ctx context.Context, n int) error {
 		return err
 	}
 	details := make([]result.Round, len(run.stands))
-	if run.polls {
-		sleep, err := polling()
+	if run.idle == polls {
+		sleep, err := run.idle.start(ctx, run.o.Helper)
 		if err != nil {
 			return err
 		}
@@ -181,8 +181,8 @@ func (run *allRun) round(ctx context.Context, n int) error {
 	}()
 	for _, m := range run.o.measures() {
 		run.o.Progress(fmt.Sprintf("round %d of %d: %s", n+1, run.o.Rounds, m.what))
-		if spin := m.awake && !run.polls; spin && spinners == nil {
-			if spinners, err = spinning(ctx, run.o.Helper); err != nil {
+		if spin := m.awake && run.idle == spins; spin && spinners == nil {
+			if spinners, err = run.idle.start(ctx, run.o.Helper); err != nil {
 				return err
 			}
 		} else if !spin && spinners != nil {
@@ -218,5 +218,5 @@ func (run *allRun) sumUp() {
 	r.Seconds = time.Since(r.Started).Seconds()
 	r.Others, r.Steal = result.SpreadOf(run.others), result.SpreadOf(run.steal)
 	r.Summarise()
-	r.Notes, r.Warnings = notes(&run.o, run.polls), warnings(r)
+	r.Notes, r.Warnings = notes(&run.o, run.idle), warnings(r)
 }

@@ -8,11 +8,14 @@ import (
 )
 
 // notes describe the method.
-func notes(o *AllOptions, polls bool) []string {
+func notes(o *AllOptions, idle idling) []string {
 	awake := "A SCHED_IDLE thread spins on each CPU, yielding every few microseconds, so none halts."
 	others := "CPUs may halt"
-	if polls {
+	switch idle {
+	case polls:
 		awake, others = "Idle CPUs poll, so none halts.", "idle CPUs poll, too"
+	case halts:
+		awake = "CPUs halt when idle: a wake-up takes less time so than if threads spun on them, as a short trial found."
 	}
 	n := []string{
 		map[lab.Wire]string{
@@ -28,7 +31,7 @@ func notes(o *AllOptions, polls bool) []string {
 			"Ends and tunnel run at nice -20. Unpinned, the scheduler usually puts both ends on one CPU. Pinned, the sender and its host's tunnel process get the " +
 			"first half of the CPUs, the receiver and its host's the second.",
 		fmt.Sprintf("Fixed rate: %d datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", openRate),
-		"TCP request/response: 64 bytes each way on one connection, or on one connection each; the whole time. CPUs awake, not pinned.",
+		"TCP request/response: 64 bytes each way on one connection, or on one connection each; the whole time. CPUs as for half round trips, not pinned.",
 		"Intervals: 95 %, of the median, by bootstrap over the rounds; none for fewer than five.",
 		"All other measures: " + others + ", nothing is pinned, nice 0.",
 		fmt.Sprintf("UDP rate: the highest rate with at most %.1f %% loss in a trial of %v, counted at the receiver. Sent with sendmmsg about every %v, "+

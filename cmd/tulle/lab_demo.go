@@ -148,11 +148,12 @@ func (d *demo) latency(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	awake := "which are kept awake"
-	if sleep, err := bench.StartAwake(ctx, []string{self, "bench", "helper"}); err == nil {
+	var awake string
+	if how, sleep, err := bench.StartAwake(ctx, []string{self, "bench", "helper"}); err == nil {
 		defer sleep()
+		awake = how
 	} else { // where /proc/sys/kernel cannot be written, for example
-		awake = fmt.Sprintf("which may sleep in between (%v)", err)
+		awake = fmt.Sprintf("CPUs may halt in between (%v)", err)
 	}
 	t := table{head: []string{"", "MEDIAN", "99 %", "LOST", "TIMES NO TUNNEL"}, right: []bool{1: true, 2: true, 3: true}}
 	var base float64
@@ -196,7 +197,7 @@ func (d *demo) latency(ctx context.Context) error {
 	if !pinned {
 		where = "Both sides share this machine's CPUs"
 	}
-	fmt.Fprintf(d.w, "%s, %s. `tulle bench all` takes more measures, in interleaved rounds.\n", where, awake)
+	fmt.Fprintf(d.w, "%s; %s. `tulle bench all` takes more measures, in interleaved rounds.\n", where, awake)
 	return nil
 }
 

@@ -8,9 +8,10 @@ PACKAGES = \
 	iperf3 sockperf qperf ethtool iproute2 nftables iptables procps \
 	containerd docker.io busybox-static containernetworking-plugins \
 	debootstrap systemd-container lxc dbus iputils-ping \
-	qemu-user lintian
+	qemu-user lintian \
+	clang-14 llvm-14 libbpf-dev
 
-.PHONY: build demo test deps lint arm64 unit race fuzz deb release simulate soak cnikill cnitime interop critest bench agree report clean
+.PHONY: build demo test deps lint generate arm64 unit race fuzz deb release simulate soak cnikill cnitime interop critest bench agree report clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -27,6 +28,10 @@ deps:
 
 lint:
 	.ci/lint
+
+# The BPF programs of tunnel/fastpath, which are in the repository as clang 14 compiles them; `lint` checks that they are.
+generate:
+	$(GO) generate ./tunnel/fastpath
 
 # For arm64: vet over everything, and the tests of the packages without I/O, under QEMU.
 arm64:

@@ -34,6 +34,7 @@ var allowed = map[string][]string{
 	"tunnel/route":               {},
 	"tunnel/capture":             {"tunnel/header"},
 	"tunnel/trace":               {},
+	"tunnel/fastpath":            {"internal/sys"},
 	"tunnel/direct":              {"tunnel/device", "tunnel/encap", "tunnel/header"},
 	"membership":                 {},
 	"membership/keyring":         {},

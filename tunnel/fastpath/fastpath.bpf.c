@@ -1,0 +1,436 @@
+//go:build ignore
+
+// Carries packets of pods between hosts as IP in IP (RFC 2003, 4213 and 2473), or in UDP over IPv4 (GUE variant 1), in place of the agent's
+// workers. doc.go says what it carries and why it drops nothing: whatever is unusual goes on to the agent.
+//
+// Where a packet is in the kernel: net/core/dev.c (sch_handle_egress and sch_handle_ingress); what the helpers do: net/core/filter.c.
+
+#include <linux/bpf.h>
+#include <linux/if_ether.h>
+#include <linux/in.h>
+#include <linux/ip.h>
+#include <linux/ipv6.h>
+#include <linux/pkt_cls.h>
+#include <linux/tcp.h>
+#include <linux/udp.h>
+
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+
+// Since Linux 6.3, and so perhaps not in the headers that this is compiled with.
+#define DECAP_L3_IPV4 (1ULL << 7)
+#define DECAP_L3_IPV6 (1ULL << 8)
+
+#define NEXT TC_ACT_UNSPEC // the next filter, then the kernel's usual way, which ends at the agent
+
+#define FRAGMENT 0x3fff // "more fragments" and the offset
+#define DONT_FRAGMENT 0x4000
+#define TTL 64
+#define TCP_SYN 0x02
+#define TCPOPT_MSS 2
+#define ECN 3
+#define FIRST_SOURCE_PORT 0xc000 // RFC 6335, "dynamic ports": 49152 to 65535
+#define CHECKED 0x74756c6c // skb->mark between receive and deliver
+#define JOINT_MAC {2, 't', 'u', 'l', 'l', 'e'} // joint.go gives it to the device
+
+// An address of either family; IPv4 as ::ffff:a.b.c.d.
+struct addr {
+	__u32 w[4];
+};
+
+// Whose an address is. Peers have the numbers from 2.
+enum {
+	AGENT = 0, // nobody's that concerns this program
+	OWN = 1,   // this node's
+};
+
+struct prefix {
+	__u32 bits;
+	struct addr addr;
+};
+
+// Whose the pods are that have an address: this node's, or a peer's.
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 18);
+	__type(key, struct prefix);
+	__type(value, __u32);
+} spaces SEC(".maps");
+
+// Whose a host is that has an underlay address.
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, struct addr);
+	__type(value, __u32);
+} hosts SEC(".maps");
+
+// How packets to a peer leave. A peer to which the agent sends has no entry.
+struct way {
+	struct addr from, to; // of one family
+	__u32 link;           // index of the device
+	__u32 mtu;            // largest packet of the pods, in bytes
+	__u32 port;           // of the peer, for udp; 0: ipip
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, __u32);
+	__type(value, struct way);
+} ways SEC(".maps");
+
+// What was carried: packets and super-packets of the pods, and their bytes.
+struct counts {
+	__u64 tx_packets, tx_bytes, rx_packets, rx_bytes, lost;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1 << 16);
+	__type(key, __u32);
+	__type(value, struct counts);
+} counters SEC(".maps");
+
+// Flows of UDP, by their hash, that have sent super-packets. In UDP the agent carries all of such a flow: a super-packet of UDP in UDP that no wire
+// cuts would be cut wrongly behind the receiver, and what the two carry would overtake each other.
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1 << 12);
+	__type(key, __u32);
+	__type(value, __u8);
+} trains SEC(".maps");
+
+struct settings {
+	__u32 on;    // 0: the agent carries everything
+	__u32 tun;   // index of the TUN device
+	__u32 joint; // index of the device behind which packets out of UDP are joined
+	__u32 port;  // of udp, here; 0: the agent receives what comes by udp
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct settings);
+} setting SEC(".maps");
+
+// What the program needs to know of an IP header.
+struct ip {
+	struct addr src, dst;
+	__u32 length; // of the packet, in bytes
+	__u32 header; // its own, in bytes
+	__u8 tos, proto, six;
+};
+
+static __always_inline void from4(struct addr *a, __be32 v)
+{
+	a->w[0] = 0;
+	a->w[1] = 0;
+	a->w[2] = bpf_htonl(0xffff);
+	a->w[3] = v;
+}
+
+static __always_inline void from6(struct addr *a, const struct in6_addr *v)
+{
+	__builtin_memcpy(a->w, v, sizeof(a->w));
+}
+
+static __always_inline int is4(const struct addr *a)
+{
+	return a->w[0] == 0 && a->w[1] == 0 && a->w[2] == bpf_htonl(0xffff);
+}
+
+// Reads the IP header at off. Returns 0 for a whole packet without options whose TTL is left, else -1.
+static __always_inline int parse(struct __sk_buff *skb, __u32 off, struct ip *p)
+{
+	union {
+		struct iphdr v4;
+		struct ipv6hdr v6;
+	} h;
+
+	if (bpf_skb_load_bytes(skb, off, &h, sizeof(h.v4)))
+		return -1;
+	if (h.v4.version == 4) {
+		if (h.v4.ihl != 5 || h.v4.frag_off & bpf_htons(FRAGMENT) || h.v4.ttl == 0)
+			return -1;
+		from4(&p->src, h.v4.saddr);
+		from4(&p->dst, h.v4.daddr);
+		p->length = bpf_ntohs(h.v4.tot_len);
+		p->header = sizeof(h.v4);
+		p->tos = h.v4.tos;
+		p->proto = h.v4.protocol;
+		p->six = 0;
+		return 0;
+	}
+	if (h.v4.version != 6 || bpf_skb_load_bytes(skb, off, &h, sizeof(h.v6)) || h.v6.hop_limit == 0)
+		return -1;
+	from6(&p->src, &h.v6.saddr);
+	from6(&p->dst, &h.v6.daddr);
+	if (is4(&p->src) || is4(&p->dst))
+		return -1; // IPv4 in IPv6's clothes, which no wire carries (RFC 4038 section 4.2)
+	p->length = sizeof(h.v6) + bpf_ntohs(h.v6.payload_len);
+	p->header = sizeof(h.v6);
+	p->tos = h.v6.priority << 4 | h.v6.flow_lbl[0] >> 4;
+	p->proto = h.v6.nexthdr;
+	p->six = 1;
+	return 0;
+}
+
+static __always_inline __u32 owner(const struct addr *a)
+{
+	struct prefix k = {.bits = 128, .addr = *a};
+	__u32 *who = bpf_map_lookup_elem(&spaces, &k);
+
+	return who ? *who : AGENT;
+}
+
+static __always_inline __u32 host(const struct addr *a)
+{
+	__u32 *who = bpf_map_lookup_elem(&hosts, a);
+
+	return who ? *who : AGENT;
+}
+
+static __always_inline struct settings *enabled(void)
+{
+	__u32 zero = 0;
+	struct settings *s = bpf_map_lookup_elem(&setting, &zero);
+
+	return s && s->on ? s : 0;
+}
+
+// Whether a SYN announces a segment size that the path takes, in its first option, where kernels put it. The agent lowers those that are larger, and
+// looks for the option elsewhere (RFC 9293 section 3.7.1).
+static __always_inline int fits(struct __sk_buff *skb, const struct ip *p, __u32 mtu)
+{
+	__u8 mss[4]; // kind, length, value
+
+	if (bpf_skb_load_bytes(skb, p->header + sizeof(struct tcphdr), mss, sizeof(mss)))
+		return 0;
+	return mss[0] == TCPOPT_MSS && mss[1] == sizeof(mss) && (mss[2] << 8 | mss[3]) + p->header + sizeof(struct tcphdr) <= mtu;
+}
+
+// Whether a packet is of a protocol that is carried; behind IPv6, extension headers are none.
+static __always_inline int known(const struct ip *p)
+{
+	return p->proto == IPPROTO_TCP || p->proto == IPPROTO_UDP || p->proto == (p->six ? IPPROTO_ICMPV6 : IPPROTO_ICMP);
+}
+
+// Whether a packet or super-packet can go as it is.
+static __always_inline int passes(struct __sk_buff *skb, const struct ip *p, __u32 mtu)
+{
+	__u32 header = p->header;
+	__u8 tcp[2]; // data offset; flags
+
+	if (!known(p))
+		return 0;
+	switch (p->proto) {
+	case IPPROTO_TCP:
+		if (bpf_skb_load_bytes(skb, p->header + 12, tcp, sizeof(tcp)))
+			return 0;
+		header += tcp[0] >> 4 << 2;
+		if (tcp[1] & TCP_SYN && (header < p->header + sizeof(struct tcphdr) + 4 || !fits(skb, p, mtu)))
+			return 0;
+		break;
+	case IPPROTO_UDP:
+		header += sizeof(struct udphdr);
+	}
+	return (skb->gso_size ? header + skb->gso_size : p->length) <= mtu;
+}
+
+static __always_inline int of_train(struct __sk_buff *skb)
+{
+	__u32 hash = bpf_get_hash_recalc(skb);
+	__u8 yes = 1;
+
+	if (skb->gso_size)
+		bpf_map_update_elem(&trains, &hash, &yes, BPF_ANY);
+	return skb->gso_size || bpf_map_lookup_elem(&trains, &hash);
+}
+
+static __always_inline __u16 checksum(const struct iphdr *h)
+{
+	const __u16 *w = (const void *)h;
+	__u32 sum = 0;
+
+#pragma unroll
+	for (int i = 0; i < sizeof(*h) / 2; i++)
+		sum += w[i];
+	sum = (sum & 0xffff) + (sum >> 16);
+	return ~(sum + (sum >> 16));
+}
+
+static __always_inline int encapsulate4(struct __sk_buff *skb, const struct ip *p, const struct way *w)
+{
+	struct {
+		struct iphdr ip;
+		struct udphdr udp;
+	} h = {
+		.ip = {
+			.version = 4,
+			.ihl = 5,
+			.tos = p->tos,
+			.frag_off = bpf_htons(DONT_FRAGMENT),
+			.ttl = TTL,
+			.protocol = p->six ? IPPROTO_IPV6 : IPPROTO_IPIP,
+			.saddr = w->from.w[3],
+			.daddr = w->to.w[3],
+		},
+	};
+	struct ethhdr e = {.h_proto = bpf_htons(ETH_P_IP)};
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV4;
+	__u32 n = sizeof(h.ip);
+
+	if (w->port) {
+		n = sizeof(h);
+		h.ip.protocol = IPPROTO_UDP;
+		h.udp.source = bpf_htons(FIRST_SOURCE_PORT | (bpf_get_hash_recalc(skb) & ~FIRST_SOURCE_PORT & 0xffff));
+		h.udp.dest = bpf_htons(w->port);
+		h.udp.len = bpf_htons(sizeof(h.udp) + p->length);
+		flags |= BPF_F_ADJ_ROOM_ENCAP_L4_UDP;
+	}
+	h.ip.tot_len = bpf_htons(n + p->length);
+	h.ip.check = checksum(&h.ip);
+	if (bpf_skb_adjust_room(skb, n, BPF_ADJ_ROOM_MAC, flags))
+		return NEXT;
+	if (bpf_skb_store_bytes(skb, 0, &h, n, 0) || bpf_skb_change_head(skb, sizeof(e), 0) ||
+	    bpf_skb_store_bytes(skb, 0, &e, sizeof(e), 0))
+		return TC_ACT_SHOT;
+	return TC_ACT_REDIRECT;
+}
+
+static __always_inline int encapsulate6(struct __sk_buff *skb, const struct ip *p, const struct way *w)
+{
+	struct ipv6hdr h = {
+		.version = 6,
+		.priority = p->tos >> 4,
+		.payload_len = bpf_htons(p->length),
+		.nexthdr = p->six ? IPPROTO_IPV6 : IPPROTO_IPIP,
+		.hop_limit = TTL,
+	};
+	struct ethhdr e = {.h_proto = bpf_htons(ETH_P_IPV6)};
+	__u32 hash = bpf_get_hash_recalc(skb); // RFC 6438: routers spread flows by the label
+
+	h.flow_lbl[0] = p->tos << 4 | (hash >> 16 & 0xf);
+	h.flow_lbl[1] = hash >> 8;
+	h.flow_lbl[2] = hash;
+	__builtin_memcpy(&h.saddr, &w->from, sizeof(h.saddr));
+	__builtin_memcpy(&h.daddr, &w->to, sizeof(h.daddr));
+	if (bpf_skb_adjust_room(skb, sizeof(h), BPF_ADJ_ROOM_MAC, BPF_F_ADJ_ROOM_FIXED_GSO | BPF_F_ADJ_ROOM_ENCAP_L3_IPV6))
+		return NEXT;
+	if (bpf_skb_store_bytes(skb, 0, &h, sizeof(h), 0) || bpf_skb_change_head(skb, sizeof(e), 0) ||
+	    bpf_skb_store_bytes(skb, 0, &e, sizeof(e), 0))
+		return TC_ACT_SHOT;
+	return TC_ACT_REDIRECT;
+}
+
+// On the way into the TUN device: data begins with the IP header.
+SEC("tc")
+int send(struct __sk_buff *skb)
+{
+	struct ip p;
+	struct counts *c;
+	struct way *w;
+	__u32 who;
+	int act;
+
+	if (!enabled() || parse(skb, 0, &p) || p.length != skb->len)
+		return NEXT;
+	who = owner(&p.dst);
+	w = bpf_map_lookup_elem(&ways, &who);
+	c = bpf_map_lookup_elem(&counters, &who);
+	if (!w || !c || !passes(skb, &p, w->mtu) || p.length > 0xffff - sizeof(struct ipv6hdr))
+		return NEXT;
+	if (w->port && p.proto == IPPROTO_UDP && of_train(skb))
+		return NEXT;
+	skb->mark = 0; // it is the pods' packet's: no mark decides how the outer one leaves
+	if (is4(&w->to))
+		act = encapsulate4(skb, &p, w);
+	else
+		act = encapsulate6(skb, &p, w);
+	if (act == TC_ACT_SHOT)
+		c->lost++;
+	if (act != TC_ACT_REDIRECT)
+		return act;
+	c->tx_packets++;
+	c->tx_bytes += p.length;
+	return bpf_redirect_neigh(w->link, 0, 0, 0);
+}
+
+// Whether a UDP datagram is one that the fast path sends: to our port, without checksum. GRO joins none without checksum.
+static __always_inline int datagram(struct __sk_buff *skb, const struct ip *outer, const struct settings *s)
+{
+	struct udphdr h;
+
+	return s->port && !outer->six && !bpf_skb_load_bytes(skb, ETH_HLEN + outer->header, &h, sizeof(h)) &&
+	       h.dest == bpf_htons(s->port) && h.check == 0 && bpf_ntohs(h.len) + outer->header == outer->length;
+}
+
+// On the way in from the underlay: data begins with the Ethernet header.
+SEC("tc")
+int receive(struct __sk_buff *skb)
+{
+	struct settings *s = enabled();
+	struct ip outer, inner;
+	struct counts *c;
+	__u64 flags = BPF_F_ADJ_ROOM_FIXED_GSO;
+	__u32 who, header;
+
+	if (!s || skb->pkt_type != 0 /* PACKET_HOST */ || skb->vlan_present ||
+	    (skb->protocol != bpf_htons(ETH_P_IP) && skb->protocol != bpf_htons(ETH_P_IPV6)) || parse(skb, ETH_HLEN, &outer))
+		return NEXT;
+	header = outer.header;
+	if (outer.proto == IPPROTO_UDP) {
+		if (!datagram(skb, &outer, s))
+			return NEXT;
+		header += sizeof(struct udphdr);
+	} else if (outer.proto != IPPROTO_IPIP && outer.proto != IPPROTO_IPV6) {
+		return NEXT;
+	}
+	if (parse(skb, ETH_HLEN + header, &inner) || (outer.proto != IPPROTO_UDP && inner.six != (outer.proto == IPPROTO_IPV6)) ||
+	    !known(&inner) || inner.length + header != outer.length || outer.length + ETH_HLEN != skb->len || ((inner.tos ^ outer.tos) & ECN))
+		return NEXT;
+	// What no wire has cut, if it is UDP in UDP, would be taken for a tunnel of the kernel's own and cut wrongly. No fast path sends it.
+	if (outer.proto == IPPROTO_UDP && skb->gso_size && inner.proto != IPPROTO_TCP)
+		return NEXT;
+	who = host(&outer.src);
+	if (who <= OWN || host(&outer.dst) != OWN || owner(&inner.src) != who || owner(&inner.dst) != OWN)
+		return NEXT;
+	c = bpf_map_lookup_elem(&counters, &who);
+	if (!c)
+		return NEXT;
+	if (inner.six != outer.six)
+		flags |= inner.six ? DECAP_L3_IPV6 : DECAP_L3_IPV4;
+	if (bpf_skb_adjust_room(skb, -(__s32)header, BPF_ADJ_ROOM_MAC, flags))
+		return NEXT;
+	c->rx_packets++;
+	c->rx_bytes += inner.length;
+	if (outer.proto == IPPROTO_UDP && !skb->gso_size) {
+		struct ethhdr e = {.h_dest = JOINT_MAC, .h_source = {2}, .h_proto = inner.six ? bpf_htons(ETH_P_IPV6) : bpf_htons(ETH_P_IP)};
+
+		bpf_skb_store_bytes(skb, 0, &e, sizeof(e), 0); // in place of the one that is there
+		skb->mark = CHECKED;
+		return bpf_redirect(s->joint, 0);
+	}
+	return bpf_redirect(s->tun, BPF_F_INGRESS);
+}
+
+// Behind the joint, where the kernel has joined packets of a flow. Only those that have passed receive go on.
+SEC("tc")
+int deliver(struct __sk_buff *skb)
+{
+	__u32 zero = 0;
+	struct settings *s = bpf_map_lookup_elem(&setting, &zero);
+
+	if (!s || skb->mark != CHECKED)
+		return TC_ACT_SHOT;
+	skb->mark = 0;
+	return bpf_redirect(s->tun, BPF_F_INGRESS);
+}
+
+char _license[] SEC("license") = "Apache-2.0";

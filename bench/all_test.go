@@ -193,7 +193,7 @@ func TestChosen(t *testing.T) {
 		{nil, Modes()},
 		{[]string{"kernel-fou", "tulle-udp", "udp"}, []string{UDP, KernelFOU}},
 		{[]string{"direct"}, []string{NoTunnelSubnet, Direct}},
-		{strings.Split("no-tunnel,direct,udp,ipip,vxlan,wireguard,kernel-vxlan,kernel-ipip,kernel-fou,kernel-wireguard,wireguard-go", ","), Modes()},
+		{strings.Split("no-tunnel,direct,udp,udp-fast,ipip,ipip-fast,vxlan,wireguard,kernel-vxlan,kernel-ipip,kernel-fou,kernel-wireguard,wireguard-go", ","), Modes()},
 	} {
 		picked, err := chosen(tc.in)
 		var got []string

@@ -24,7 +24,7 @@ const (
 // packets nothing is measured: what the kernel's tunnels and wireguard-go do inside is not known.
 func takeBreakdown(kind string) func(context.Context, *AllOptions, *stand, *result.Round) error {
 	return func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
-		if s.paths == "" || s.paths == Direct {
+		if s.paths == "" || s.paths == Direct || s.fast() {
 			return nil
 		}
 		length := min(max(o.Duration, traceLeast), api.MaxTrace)

@@ -22,7 +22,9 @@ const (
 	NoTunnel        = "no-tunnel"
 	UDP             = "udp"
 	VXLAN           = "vxlan"
+	UDPFast         = "udp-fast"
 	IPIP            = "ipip"
+	IPIPFast        = "ipip-fast"
 	WireGuard       = "wireguard"
 	KernelVXLAN     = "kernel-vxlan"
 	KernelIPIP      = "kernel-ipip"
@@ -45,8 +47,10 @@ type mode struct {
 var modes = []mode{
 	{NoTunnel, "the hosts and the router have routes to the pods", "", "", setupNoTunnel},
 	{UDP, "a Tulle agent on each host, --paths udp", "udp", "", setupTulle},
+	{UDPFast, "a Tulle agent on each host, --paths udp --fast-path: the kernel carries packets in its place", "udp", "", setupFast},
 	{VXLAN, "a Tulle agent on each host, --paths vxlan", "vxlan", "", setupTulle},
 	{IPIP, "a Tulle agent on each host, --paths ipip", "ipip", "", setupTulle},
+	{IPIPFast, "a Tulle agent on each host, --paths ipip --fast-path: the kernel carries packets in its place", "ipip", "", setupFast},
 	{WireGuard, "Tulle with encryption", "", "", setupWireGuard},
 	{KernelVXLAN, "the kernel's VXLAN device on each host", "", "", setupVXLAN},
 	{KernelIPIP, "the kernel's ipip device on each host", "", "", setupKernelIPIP},
@@ -137,6 +141,23 @@ func setupTulle(ctx context.Context, l *lab.Lab, _ *AllOptions) (*tunnel, error)
 	return t, nil
 }
 
+// setupFast is setupTulle for agents that let the kernel carry packets, and checks that it does.
+func setupFast(ctx context.Context, l *lab.Lab, o *AllOptions) (*tunnel, error) {
+	t, err := setupTulle(ctx, l, o)
+	if err != nil {
+		return nil, err
+	}
+	for _, h := range l.Status(ctx).Hosts {
+		if f := h.Agent.FastPath; !f.On {
+			return nil, fmt.Errorf("the fast path of %s is not on: %s", h.Name, f.Reason)
+		}
+	}
+	return t, nil
+}
+
+// fast reports whether the kernel carries a mode's packets in place of the agents.
+func (m mode) fast() bool { return m.name == UDPFast || m.name == IPIPFast }
+
 // podsOf are the addresses of a host's pods.
 func podsOf(l *lab.Lab, host string) []netip.Prefix {
 	var out []netip.Prefix
@@ -209,6 +230,9 @@ func (s *stand) crossed() (lab.Crossing, error) {
 func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, error) {
 	lo := o.lab(name, m.wiring)
 	lo.Bare, lo.Paths = m.paths == "", m.paths
+	if m.fast() {
+		lo.ExtraAgentArgs = []string{"--fast-path"}
+	}
 	l, err := lab.Up(ctx, lo, nil)
 	if err != nil {
 		return nil, err

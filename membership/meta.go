@@ -41,6 +41,9 @@ const CapHostByTunnel uint32 = 1 << 0
 // CapBench is the capability of a member that understands requests for a benchmark, whether or not it grants them.
 const CapBench uint32 = 1 << 1
 
+// CapFastPath is the capability of a member whose kernel takes udp packets without UDP checksum, over IPv4, in place of its agent: packets of the fast path.
+const CapFastPath uint32 = 1 << 2
+
 // The encoding has a fixed part, then lists. Later versions may append fields: a
 // decoder ignores bytes that it does not know.
 //

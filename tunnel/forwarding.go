@@ -26,7 +26,7 @@ type Peer struct {
 	Mode        encap.Mode     // encapsulation of what is sent to it
 	Singles     bool           // trains to it are lost though single packets arrive: send none
 	MTU         mtu.TUN        // largest inner packet that the path to it takes
-	Kernel      bool           // it has no agent but a kernel's tunnel, of which packets may come without their own checksums
+	Kernel      bool           // its kernel may send in place of an agent: such packets may come without their own checksums
 	Unreachable bool           // gossip and data path agree that it is gone: answer ICMP host unreachable
 	Detours     []Detour       // addresses inside Prefixes to which another encapsulation is used: a benchmark compares them
 }
@@ -51,7 +51,7 @@ type Local struct {
 type target struct {
 	local       bool
 	unreachable bool
-	kernel      bool // it has no agent
+	kernel      bool // Peer.Kernel
 	six         bool // the endpoint is an IPv6 address
 	mode        encap.Mode
 	mtu         int

@@ -17,6 +17,7 @@ and the kernel's real devices.
 
   no-tunnel                                   routes only
   udp, vxlan, ipip                            Tulle, by encapsulation
+  udp-fast, ipip-fast                         Tulle with fast_path: the kernel carries packets in the agents' place
   kernel-vxlan, kernel-ipip, kernel-fou       the kernel's own tunnels
   kernel-wireguard, wireguard-go              WireGuard in the kernel and in Go (both encrypt)
   no-tunnel-subnet, direct                    both hosts in one subnet, with a switch in place of the router: routes only, and Tulle without a tunnel

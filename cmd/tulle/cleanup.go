@@ -13,8 +13,8 @@ func cleanupCommand() *cobra.Command {
 		Use:   "cleanup",
 		Short: "Remove what a stopped agent left in this host's network",
 		Long: "Remove what a stopped agent left in this host's network. It stays there on purpose, so that pods keep their network: the TUN\n" +
-			"device, its addresses and routes, and the nft tables. Sysctls that the agent changed get their old values. Pods and\n" +
-			"their interfaces stay. Refused while the agent runs.\n\n" +
+			"device, its addresses and routes, the nft tables, and the programs of the fast path. Sysctls that the agent changed get\n" +
+			"their old values. Pods and their interfaces stay. Refused while the agent runs.\n\n" +
 			"The state directory stays: this node keeps its address space, and uses it again when the agent is started.\n" +
 			"To give it back, run `tulle leave` before you stop the agent.",
 		Example: "  tulle leave && systemctl disable --now tulle && tulle cleanup    # remove Tulle from this host",

@@ -65,6 +65,7 @@ func printStatus(p *printer, s api.Status) {
 		[2]string{"gossip", gossip(p, s.Gossip)},
 		[2]string{"traffic", traffic(s.Counters)},
 		[2]string{"offload", offload(s.Offload)},
+		[2]string{"fast path", fastPath(&s)},
 		[2]string{"drops", drops(s.Drops)},
 	)
 	printStatusPeers(p, s.Peers)
@@ -217,6 +218,18 @@ func offload(o api.Offload) string {
 		}
 	}
 	return text
+}
+
+// fastPath is empty where nobody wants one.
+func fastPath(s *api.Status) string {
+	f, c := s.FastPath, s.Counters
+	switch {
+	case !f.Wanted:
+		return ""
+	case !f.On:
+		return "off: " + f.Reason
+	}
+	return fmt.Sprintf("on: out %s packets, %s, in %s packets, %s", count(c.FastTxPackets), byteSize(c.FastTxBytes), count(c.FastRxPackets), byteSize(c.FastRxBytes))
 }
 
 // drops lists what was dropped, the most frequent reason first.

@@ -20,6 +20,7 @@ import (
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/docker"
 	"github.com/tulle-net/tulle/membership/seed"
+	"github.com/tulle-net/tulle/tunnel/fastpath"
 )
 
 // agent has the parts that outlive a session: the control socket, and the status before the first session.
@@ -132,6 +133,9 @@ func (a *agent) sessions(ctx context.Context) error {
 			}
 			a.release(s.tunName())
 			a.release(s.socketsName())
+			if err := fastpath.Remove(); err != nil { // it sends from the address that is lost
+				a.log.Warn("fast path", "error", err)
+			}
 			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
 			if time.Since(s.started) > underlayRetry {
 				short = 0

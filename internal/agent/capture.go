@@ -52,6 +52,13 @@ var errNextSession = errors.New("the session has ended")
 
 // capture captures until ctx ends, each fails, or moved reports that the session is over.
 func (s *session) capture(ctx context.Context, f capture.Filter, lim capture.Limits, each func(api.CaptureEvent) error, moved func() bool) error {
+	if !f.Drops { // of those the kernel makes none
+		resume, err := s.fast.pause()
+		defer resume()
+		if err != nil {
+			return err
+		}
+	}
 	l, err := s.engine.Tap().Listen(f, lim)
 	switch {
 	case errors.Is(err, capture.ErrBusy):

@@ -16,10 +16,11 @@ import (
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/tunnel/device"
+	"github.com/tulle-net/tulle/tunnel/fastpath"
 )
 
 // Cleanup removes what a stopped agent left in this host's network: the TUN device, routes and addresses with our mark, the
-// nft tables, bridges without pods, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
+// nft tables, the programs of the fast path, bridges without pods, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
 // agent runs. The state directory stays, so the node keeps its address space (see Leave).
 func Cleanup(ctx context.Context, cfg config.Config) error {
 	if err := checkCapabilities("tulle cleanup"); err != nil {
@@ -41,7 +42,7 @@ func Cleanup(ctx context.Context, cfg config.Config) error {
 	if podErr == nil {
 		podErr = errors.Join(pods.RemoveAllChecks(), pods.RemoveBridges(), pods.Close())
 	}
-	err = errors.Join(err, podErr)
+	err = errors.Join(err, podErr, fastpath.Remove())
 	if dev != nil {
 		err = errors.Join(err, dev.Persist(false), dev.Close())
 	}

@@ -386,9 +386,9 @@ func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
 	return out, nil
 }
 
-// reloadable: log level, masquerading, the order of paths and what a benchmark may send change in a running agent; the rest is bound when it starts.
+// reloadable: log level, masquerading, the order of paths, the fast path and what a benchmark may send change in a running agent; the rest is bound when it starts.
 func reloadable(c config.Change) bool {
-	return c.Live && (c.Key == "log_level" || c.Key == "masquerade" || c.Key == "no_masquerade" || c.Key == "paths" || c.Key == "bench_mbps")
+	return c.Live && (c.Key == "log_level" || c.Key == "masquerade" || c.Key == "no_masquerade" || c.Key == "paths" || c.Key == "fast_path" || c.Key == "bench_mbps")
 }
 
 // apply applies the keys that may change while the agent runs.
@@ -396,12 +396,13 @@ func (a *agent) apply(next config.Config, prefer *preference) {
 	next.LevelVar().Set(next.LogLevel)
 	a.mu.Lock()
 	a.cfg.LogLevel, a.cfg.Paths = next.LogLevel, next.Paths
-	a.cfg.BenchMbps = next.BenchMbps
+	a.cfg.BenchMbps, a.cfg.FastPath = next.BenchMbps, next.FastPath
 	a.cfg.Masquerade, a.cfg.NoMasquerade = next.Masquerade, next.NoMasquerade
 	a.mu.Unlock()
 	if s := a.session.Load(); s != nil {
 		s.masquerade.Store(&masquerading{next.Masquerade, next.NoMasquerade})
 		s.prefer.Store(prefer)
+		s.fast.wanted.Store(next.FastPath)
 		s.bench.mbps.Store(int64(next.BenchMbps))
 		s.rebuild()
 	}

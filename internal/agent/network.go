@@ -58,6 +58,7 @@ type peerView struct {
 	trains    path.TrainInfo
 	direct    [2]directWay // for IPv4 and IPv6 packets
 	bench     bool         // it understands requests for benchmarks
+	fast      bool         // its kernel takes udp packets of the fast path
 	host      bool         // it takes packets for its underlay addresses out of the tunnel
 	gone      bool         // gossip and data path have both lost it: packets to it are answered with host unreachable
 	replaced  bool         // another node has its address: packets for it are not sent there, and packets from there are not its own
@@ -193,7 +194,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 		}
 		s.findWay(&p)
 		p.mtu = s.assumedMTU(&p, s.limit(p.mode, &p))
-		p.gone = now.Sub(s.started) > unseenFor && s.engine.PeerStats(p.id).RxPackets == 0
+		p.gone = now.Sub(s.started) > unseenFor && s.traffic(p.id).RxPackets == 0
 		v.peers = append(v.peers, p)
 	}
 }
@@ -224,6 +225,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0, bench: m.Meta.Capabilities&membership.CapBench != 0,
+		fast: m.Meta.Capabilities&membership.CapFastPath != 0,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	// The last words of a node that left and was stopped at once may have been lost. The table has not lost them, and nobody misses a node without space.
@@ -250,7 +252,16 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		}
 	}
 	// A route is withdrawn only if both gossip and the data path have lost the node for a while: gossip may flap, and probes may be lost.
-	if dead := m.State == gossip.StateDead || m.State == gossip.StateLeft; !dead || answers {
+	dead := m.State == gossip.StateDead || m.State == gossip.StateLeft
+	if !dead {
+		delete(s.fast.heard, id)
+	}
+	if dead && !answers && s.fast.hears(now, id) {
+		delete(s.gone, m.ID)
+		p.why = "gossip has lost it and its agent does not answer, but its kernel carries packets: its routes stay"
+		return p
+	}
+	if !dead || answers {
 		delete(s.gone, m.ID)
 		if m.State == gossip.StateDead && answers {
 			p.why = "gossip has lost it, but it answers through the tunnel: its routes stay"
@@ -341,7 +352,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 		}
 		out[i] = tunnel.Peer{
 			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, VXLANPort: p.vxlanPort, VTEPMAC: p.mac, Prefixes: p.prefixes,
-			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal, Unreachable: p.gone, Singles: p.trains.Off, Detours: v.detours(&p),
+			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal || p.fast, Unreachable: p.gone, Singles: p.trains.Off, Detours: v.detours(&p),
 		}
 	}
 	return out

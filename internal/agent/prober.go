@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
@@ -242,10 +243,16 @@ func (p *prober) take(a answer) {
 // followTraffic reports the traffic of all peers to the schedule.
 func (p *prober) followTraffic(now time.Time) {
 	p.mu.Lock()
+	ids := slices.Collect(p.paths.Peers)
+	p.mu.Unlock()
+	counts := make([]tunnel.PeerStats, len(ids))
+	for i, id := range ids { // may wait for the fast path, for which no worker shall
+		counts[i] = p.traffic(id)
+	}
+	p.mu.Lock()
 	defer p.mu.Unlock()
-	for id := range p.paths.Peers {
-		t := p.traffic(id)
-		p.paths.Traffic(now, id, t.TxPackets, t.RxPackets)
+	for i, id := range ids {
+		p.paths.Traffic(now, id, counts[i].TxPackets, counts[i].RxPackets)
 	}
 }
 

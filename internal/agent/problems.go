@@ -33,6 +33,7 @@ func (s *session) problems(v *view) []api.Problem {
 		}
 	}
 	out = append(out, of(api.CheckTunnels, s.vxlanProblem()...)...)
+	out = append(out, of(api.CheckFastPath, s.fastProblem()...)...)
 	out = append(out, of(api.CheckTrains, s.trainProblems(v)...)...)
 	s.mu.Lock()
 	conflicts, hostErr, cniErr := s.conflicts, s.hostErr, s.cniErr

@@ -76,6 +76,7 @@ type dataPath struct {
 	noDirect error
 	probes   *prober                    // run by prober.run; changes of paths wake loop
 	prefer   atomic.Pointer[preference] // a reload may change it
+	fast     fastPath
 }
 
 // clusterSide is this node's part in the cluster: its ownership, its disk, and gossip.
@@ -120,7 +121,7 @@ func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
 		ProbeAddrs: s.probeAddrs(), UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
-		Capabilities: membership.CapHostByTunnel | membership.CapBench, Version: announcedVersion(),
+		Capabilities: membership.CapHostByTunnel | membership.CapBench | s.fastCapability(), Version: announcedVersion(),
 	}
 }
 
@@ -177,6 +178,7 @@ func (s *session) outliveOnceListening(ctx context.Context) error {
 // close releases what start opened. Calls from the control socket that are still under way find it closed, not gone.
 func (s *session) close() error {
 	var errs []error
+	s.fast.end()
 	if s.engine != nil {
 		errs = append(errs, s.engine.Close())
 	} else if s.device != nil {
@@ -336,6 +338,7 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 		was.host = h
 	}
 	packets()
+	s.updateFast(v, force)
 	s.bench.done(v.benchChange)
 	return nil
 }

@@ -46,6 +46,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 		return nil, err
 	}
 	s.prefer.Store(prefer)
+	s.fast.wanted.Store(a.cfg.FastPath)
 	s.first = prefer.first()
 	if err := a.open(ctx, s); err != nil {
 		return s, errors.Join(s.orLost(err), s.close())
@@ -180,7 +181,7 @@ func (s *session) openData(a *agent) (err error) {
 	if err := s.openDirect(); err != nil {
 		return err
 	}
-	s.probes.send, s.probes.traffic, s.probes.changed = s.probe, s.engine.PeerStats, s.rebuild
+	s.probes.send, s.probes.traffic, s.probes.changed = s.probe, s.traffic, s.rebuild
 	if s.leftMTU, err = hostnet.RouteMTUs(s.cfg.Tun); err != nil {
 		return err
 	}

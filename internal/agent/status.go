@@ -49,6 +49,7 @@ func (s *session) fill(st *api.Status) {
 	st.Node.Blocks = s.blocks(now)
 	st.Cluster = s.clusterStatus(v)
 	s.fillCounters(st)
+	s.fillFast(st)
 	direct, all := s.countDirect(v)
 	c := &st.Counters
 	c.DirectTxPackets, c.DirectTxBytes, c.DirectRxPackets, c.DirectRxBytes = all.TxPackets, all.TxBytes, all.RxPackets, all.RxBytes
@@ -99,7 +100,7 @@ func (s *session) clusterStatus(v *view) api.Cluster {
 
 // peer is one line of `tulle peers`. direct is what was exchanged with it beside the tunnel.
 func (s *session) peer(v *view, p *peerView, direct hostnet.Counts) api.Peer {
-	count := s.engine.PeerStats(p.id)
+	count := s.traffic(p.id)
 	var leaves []string
 	if named := s.sizes.Load().links; slices.ContainsFunc(p.leaves, func(d string) bool { return !slices.Contains(named, d) }) {
 		leaves = p.leaves

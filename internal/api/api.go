@@ -51,6 +51,7 @@ type Status struct {
 	Problems []Problem         `json:"problems"`
 	Counters Counters          `json:"counters"`
 	Offload  Offload           `json:"offload"`
+	FastPath FastPath          `json:"fast_path,omitzero"`
 	IPAM     IPAMSummary       `json:"ipam"`
 	Gossip   Gossip            `json:"gossip"`
 }
@@ -173,6 +174,10 @@ type Counters struct {
 	DirectTxBytes   uint64 `json:"direct_tx_bytes"`
 	DirectRxPackets uint64 `json:"direct_rx_packets"`
 	DirectRxBytes   uint64 `json:"direct_rx_bytes"`
+	FastTxPackets   uint64 `json:"fast_tx_packets"` // by the fast path; not in the others
+	FastTxBytes     uint64 `json:"fast_tx_bytes"`
+	FastRxPackets   uint64 `json:"fast_rx_packets"`
+	FastRxBytes     uint64 `json:"fast_rx_bytes"`
 	TxPackets       uint64 `json:"tx_packets"`
 	TxBytes         uint64 `json:"tx_bytes"`
 	TxSends         uint64 `json:"tx_sends"` // messages handed to the underlay's kernel; TxPackets/TxSends is the mean batch
@@ -186,6 +191,13 @@ type Counters struct {
 	Probes          uint64 `json:"probes"`
 	ProbeReplies    uint64 `json:"probe_replies"`
 	Repairs         uint64 `json:"repairs"` // repairs of host state (routes, addresses, nft)
+}
+
+// FastPath says whether the kernel carries packets in the agent's place.
+type FastPath struct {
+	Wanted bool   `json:"wanted"`
+	On     bool   `json:"on"`
+	Reason string `json:"reason,omitempty"` // why it is not on though it is wanted
 }
 
 // Offload lists the offloads that the kernel supports and the engine uses.

@@ -10,6 +10,7 @@ const (
 	CheckTunnels    = "tunnels"    // devices of the kernel that take the agent's packets
 	CheckUnderlay   = "underlay"   // the address and the links that carry the tunnel
 	CheckMTU        = "mtu"        // sizes that the underlay carries
+	CheckFastPath   = "fast_path"  // BPF programs that carry packets
 	CheckTrains     = "trains"     // UDP_SEGMENT
 	CheckPaths      = "paths"      // encapsulations that get through
 	CheckGossip     = "gossip"     // gossip, its seeds and its keys

@@ -48,6 +48,7 @@ type Config struct {
 	VNI           uint32
 	VTEPMAC       [6]byte  // zero: made out of the node ID
 	Paths         []string // of direct, udp, ipip, vxlan; in order of preference, each at most once, at least one
+	FastPath      bool     // the kernel carries packets in the agent's place
 	Tun           string
 	MTU           int // of the TUN, bytes; 0: derived from the underlay's
 	Queues        int // of the TUN; 0: by the number of CPUs

@@ -77,6 +77,7 @@ vxlan_port: 4790
 vni: 77
 vtep_mac: 02:00:5e:10:00:01
 paths: udp, ipip
+fast_path: true
 tun: tulle0
 mtu: 1400
 queues: 2
@@ -102,7 +103,7 @@ func TestEveryKey(t *testing.T) {
 		"cluster_cidr": "10.32.0.0/12,fd00:10:244::/48", "node_prefix_len": "26,80", "pod_cidr": "10.33.0.0/20", "underlay": "eth1",
 		"gossip_port": "7950", "gossip_key_file": "/etc/tulle/gossip.key", "udp_port": "6081", "vxlan_port": "4790", "vni": "77",
 		"vtep_mac": "02:00:5e:10:00:01",
-		"paths":    "udp,ipip", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "no_masquerade": "192.0.2.7/32,198.51.100.0/24,2001:db8:9::/48", "cni_dir": "/etc/cni/net.d", "cni_bin_dir": "/opt/cni/bin", "cni_bridge": "pods", "docker_socket": "/run/docker/plugins/tulle.sock", "docker_api": "/run/d.sock", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
+		"paths":    "udp,ipip", "fast_path": "true", "tun": "tulle0", "mtu": "1400", "queues": "2", "masquerade": "false", "no_masquerade": "192.0.2.7/32,198.51.100.0/24,2001:db8:9::/48", "cni_dir": "/etc/cni/net.d", "cni_bin_dir": "/opt/cni/bin", "cni_bridge": "pods", "docker_socket": "/run/docker/plugins/tulle.sock", "docker_api": "/run/d.sock", "state_dir": "/srv/tulle", "socket": "/run/t.sock",
 		"metrics": "off", "bench_mbps": "250", "log_level": "debug", "log_format": "json",
 	}
 	for _, k := range keys {

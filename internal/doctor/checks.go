@@ -29,6 +29,7 @@ func checks() []check {
 		{name: "firewall", about: "FORWARD chains of nftables, iptables, iptables-legacy and firewalld", gather: gatherForward, judge: judgeFirewall},
 		{name: "ports", about: "the agent's ports: taken by others, or dropped by this host's own firewall", gather: gatherPorts, judge: judgePorts},
 		{name: "tunnels", about: "tunnel devices of the kernel that take the agent's packets", gather: gatherTunnels, judge: judgeTunnels},
+		{name: "fast_path", about: "BPF programs that carry packets in place of the agent", judge: judgeTold(api.CheckFastPath, Failed, seenFastPath)},
 		{name: "managers", about: "NetworkManager and systemd-networkd leave the TUN device alone", gather: gatherManagers, judge: judgeManagers},
 		{name: "names", about: "the names of seeds", gather: gatherNames, judge: judgeNames},
 		{name: "clock", about: "the clock follows NTP, and those of the peers agree", gather: gatherClock, judge: judgeClock},

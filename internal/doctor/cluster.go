@@ -34,6 +34,16 @@ func seenGossip(st *api.Status) string {
 
 func seenIdentity(st *api.Status) string { return fmt.Sprintf("%s, ID %s", st.Node.Name, st.Node.ID) }
 
+func seenFastPath(st *api.Status) string {
+	switch f := st.FastPath; {
+	case !f.Wanted:
+		return "not wanted"
+	case !f.On:
+		return "off: " + f.Reason
+	}
+	return fmt.Sprintf("on: %d packets out, %d in", st.Counters.FastTxPackets, st.Counters.FastRxPackets)
+}
+
 func seenCluster(st *api.Status) string {
 	if st.Cluster.ID == "" {
 		return "in no cluster yet"

@@ -405,6 +405,9 @@ func (s *snapshot) routesKept() bool {
 	return said == "no" || said == "false" || said == "0" || said == "off"
 }
 
+// otherDevices matches the names of all devices of Tulle but the TUN device, for NetworkManager and systemd-networkd.
+const otherDevices = "tulle-*"
+
 func judgeManagers(s *snapshot) Result {
 	m := s.managers
 	if !m.networkd && m.linkState == "" && !m.nm {
@@ -418,7 +421,7 @@ func judgeManagers(s *snapshot) Result {
 	// It does nothing to a link whose state is pending (for udev) or initialized.
 	if slices.Contains([]string{"configuring", "configured", "failed", "linger"}, m.linkState) {
 		out = append(out, Finding{State: Failed, What: fmt.Sprintf("systemd-networkd manages %s (%s): it takes its addresses and routes away", s.Tun, m.linkState), Remedy: "tell it to leave the device alone",
-			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s %s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && networkctl reload`, s.Tun, hostnet.DirectDevice)})
+			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s %s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && networkctl reload`, s.Tun, otherDevices)})
 	}
 	if m.networkd && !m.routesKept {
 		out = append(out, Finding{State: Warning, What: "systemd-networkd removes the agent's routes when it configures a link again: the agent restores them, and packets are lost in between",
@@ -430,7 +433,7 @@ func judgeManagers(s *snapshot) Result {
 	}
 	if m.nmManaged == "true" {
 		out = append(out, Finding{State: Failed, What: fmt.Sprintf("NetworkManager manages %s: it changes its addresses and routes", s.Tun), Remedy: "tell it to leave the device alone",
-			Command: fmt.Sprintf(`mkdir -p /etc/NetworkManager/conf.d && printf '[device-tulle]\nmatch-device=interface-name:%s,interface-name:%s\nmanaged=0\n' > /etc/NetworkManager/conf.d/90-tulle.conf && nmcli general reload && nmcli device set %[1]s managed no`, s.Tun, hostnet.DirectDevice)})
+			Command: fmt.Sprintf(`mkdir -p /etc/NetworkManager/conf.d && printf '[device-tulle]\nmatch-device=interface-name:%s,interface-name:%s\nmanaged=0\n' > /etc/NetworkManager/conf.d/90-tulle.conf && nmcli general reload && nmcli device set %[1]s managed no`, s.Tun, otherDevices)})
 	}
 	return result(strings.Join(text, "; "), out...)
 }

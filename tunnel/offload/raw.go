@@ -12,8 +12,8 @@ import (
 // a TUN device. It returns false for any other packet; that one is GSONone.
 //
 // If the checksum of a damaged packet happens to equal that sum, the packet is taken for one with a partial checksum. This
-// happens for one damaged packet in 65,536. The udp encapsulation does not have this gap, because its outer checksum covers
-// everything.
+// happens for one damaged packet in 65,536. Packets of udp and vxlan that agents send do not have this gap, because their outer checksum
+// covers everything; those that a kernel sends in their place (the fast path) have none.
 //
 // A raw socket does not receive the segment size. A TCP packet longer than maxPacket bytes gets the largest segment size that
 // keeps segments within maxPacket; for a byte stream any size is correct. A longer UDP packet cannot be split at its

@@ -64,6 +64,7 @@ func TestSystemdHosts(t *testing.T) {
 		}
 	})
 	ms := machines(t, l, tree)
+	ms[0].options = []string{"--capability=CAP_BPF", "--system-call-filter=bpf"} // what a host allows anyway
 	each(t, ms, func(m *machine) error {
 		if err := errors.Join(prepare(m, config(l), first), m.boot()); err != nil {
 			return err
@@ -124,7 +125,58 @@ func TestSystemdHosts(t *testing.T) {
 	if m := regexp.MustCompile(`exposure level for tulle.service: ([0-9.]+) `).FindStringSubmatch(out); m == nil || m[1] > "3.0" || len(m[1]) != 3 {
 		t.Errorf("systemd-analyze security: %v, want at most 3.0: %v\n%s", m, err, out)
 	}
+	fastPath(t, l, ms[0])
 	purge(t, ms[2])
+}
+
+// fastPath turns the fast path on by the configuration alone, which the unit does not allow, and with the drop-in of docs/operations.md.
+func fastPath(t *testing.T, l *lab.Lab, m *machine) {
+	t.Helper()
+	page, err := os.ReadFile(filepath.Join(repository, "docs/operations.md"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	dropIn := regexp.MustCompile(`(?m)(^    \[Service\]\n(?:    \S.*\n)+)\nWhich packets go so`).FindSubmatch(page)
+	if dropIn == nil {
+		t.Fatal("docs/operations.md has no drop-in for the fast path")
+	}
+	status := func(on bool, reason string) {
+		t.Helper()
+		if err := start(m, l, "restart"); err != nil {
+			t.Fatal(err)
+		}
+		err := m.until("the fast path", 20*time.Second, func() error {
+			c, err := l.Client(m.host)
+			if err != nil {
+				return err
+			}
+			st, err := c.Status(t.Context())
+			if err == nil && (st.FastPath.On != on || !strings.Contains(st.FastPath.Reason, reason)) {
+				err = fmt.Errorf("%+v", st.FastPath)
+			}
+			return err
+		})
+		if err != nil {
+			t.Errorf("%v\n%s", err, m.journal())
+		}
+	}
+	conf, err := os.OpenFile(filepath.Join(m.root, "etc/tulle/tulle.yaml"), os.O_APPEND|os.O_WRONLY, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = conf.WriteString("fast_path: true\n")
+	if err := errors.Join(err, conf.Close()); err != nil {
+		t.Fatal(err)
+	}
+	status(false, "CAP_BPF")
+	dir := filepath.Join(m.root, "etc/systemd/system/tulle.service.d")
+	if err := errors.Join(os.MkdirAll(dir, 0o755), os.WriteFile(filepath.Join(dir, "fast-path.conf"), dropIn[1], 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := m.run("systemctl", "daemon-reload"); err != nil {
+		t.Fatal(err)
+	}
+	status(true, "")
 }
 
 // benchTo measures to another host of the subnet, whose agent, in the sandbox of its unit, starts the process that answers.

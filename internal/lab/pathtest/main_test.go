@@ -124,10 +124,16 @@ type transfer struct {
 	errs     [2]error
 }
 
-// transfer starts one from the first pod to the second.
+// transfer starts one from the first pod to the second, by IPv4.
 func (s *stage) transfer(t *testing.T) *transfer {
 	t.Helper()
-	to := netip.AddrPortFrom(s.other.IPv4(), 9000)
+	return s.transferTo(t, s.other.IPv4())
+}
+
+// transferTo starts one to an address of the second pod.
+func (s *stage) transferTo(t *testing.T, addr netip.Addr) *transfer {
+	t.Helper()
+	to := netip.AddrPortFrom(addr, 9000)
 	var ln *net.TCPListener
 	var out *net.TCPConn
 	check := func(err error) {

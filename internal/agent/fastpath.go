@@ -119,7 +119,7 @@ func (s *session) carry(v *view, force bool) error {
 		}
 	}
 	state := s.fastState(v)
-	if !force && reflect.DeepEqual(state, f.state) {
+	if !force && reflect.DeepEqual(state, f.state) && f.path.Whole() {
 		return f.err
 	}
 	f.state, f.off = state, state.Off

@@ -63,6 +63,18 @@ func (p *Path) attach(filters map[filter]string) error {
 	return errors.Join(errs...)
 }
 
+// Whole reports whether everything is where the last Update has put it: somebody may have removed a filter, or the joint.
+func (p *Path) Whole() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for f := range p.attached {
+		if there, err := ours(p.nl, f); there == nil || err != nil {
+			return false
+		}
+	}
+	return true
+}
+
 // hang attaches a program, unless it is there.
 func (p *Path) hang(f filter, name string) error {
 	prog := map[string]*ebpf.Program{send: p.programs.Send, receive: p.programs.Receive, deliver: p.programs.Deliver}[name]

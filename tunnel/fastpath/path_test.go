@@ -619,9 +619,25 @@ func TestJoint(t *testing.T) {
 	if update(); !there() {
 		t.Error("no joint")
 	}
+	if !peer.Whole() {
+		t.Error("something is missing, right after the update")
+	}
+	r.peer.Netlink(func(nl *sys.Netlink) error {
+		l, err := nl.LinkByName(jointIn)
+		if err != nil {
+			return err
+		}
+		return nl.LinkDel(l)
+	})
+	if peer.Whole() {
+		t.Error("nobody misses the joint")
+	}
+	if update(); !there() || !peer.Whole() {
+		t.Error("the joint does not return")
+	}
 	r.peer.Do(Remove)
-	if there() {
-		t.Error("the joint stays")
+	if there() || peer.Whole() {
+		t.Error("the joint stays, or nobody misses the programs")
 	}
 	r.peer.Netlink(func(nl *sys.Netlink) error {
 		return nl.LinkAdd(&netlink.Veth{LinkAttrs: netlink.LinkAttrs{Name: jointIn}, PeerName: "other"})

@@ -172,7 +172,7 @@ static __always_inline int parse(struct __sk_buff *skb, __u32 off, struct ip *p)
 	from6(&p->src, &h.v6.saddr);
 	from6(&p->dst, &h.v6.daddr);
 	if (is4(&p->src) || is4(&p->dst))
-		return -1; // IPv4 in IPv6's clothes, which no wire carries (RFC 4038 section 4.2)
+		return -1; // IPv4-mapped: no packet may have such an address (RFC 6890 section 2.2.3)
 	p->length = sizeof(h.v6) + bpf_ntohs(h.v6.payload_len);
 	p->header = sizeof(h.v6);
 	p->tos = h.v6.priority << 4 | h.v6.flow_lbl[0] >> 4;

@@ -1,6 +1,7 @@
 package fastpath
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"net"
@@ -16,41 +17,35 @@ import (
 // The joint is a pair of veth devices. What goes into its first end comes out of the second one, where the kernel joins packets of a flow, as it
 // does behind a network card, and as it does not behind a BPF program. Nobody has addresses on it.
 const (
-	jointIn    = "tulle-join0"
-	jointOut   = "tulle-join1"
-	jointAlias = "tulle fast path" // tells ours from those of others
-	jointMTU   = 65535
+	jointIn  = "tulle-join0"
+	jointOut = "tulle-join1"
+	jointMTU = 65535
 )
 
-var jointMAC = net.HardwareAddr{2, 't', 'u', 'l', 'l', 'e'} // JOINT_MAC of fastpath.bpf.c
+// jointMAC is that of the second end, JOINT_MAC of fastpath.bpf.c. It also tells our pair from devices of others.
+var jointMAC = net.HardwareAddr{2, 't', 'u', 'l', 'l', 'e'}
 
 // makeJoint makes the joint unless it is there, and returns the indices of its two ends.
 func makeJoint(nl *sys.Netlink) (in, out int, err error) {
 	l, err := nl.LinkByName(jointIn)
-	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
+	if missing(err) {
 		queues := min(runtime.NumCPU(), 16) // packets arrive on as many CPUs
-		err = nl.LinkAdd(&netlink.Veth{
+		if err = nl.LinkAdd(&netlink.Veth{
 			LinkAttrs: netlink.LinkAttrs{Name: jointIn, MTU: jointMTU, NumTxQueues: queues, NumRxQueues: queues},
 			PeerName:  jointOut, PeerMTU: jointMTU, PeerHardwareAddr: jointMAC, PeerNumTxQueues: uint32(queues), PeerNumRxQueues: uint32(queues),
-		})
-		if err == nil {
-			if l, err = nl.LinkByName(jointIn); err == nil {
-				if err = nl.LinkSetAlias(l, jointAlias); err != nil {
-					err = errors.Join(err, nl.LinkDel(l))
-				}
-				l.Attrs().Alias = jointAlias
-			}
+		}); err == nil {
+			l, err = nl.LinkByName(jointIn)
 		}
 	}
 	if err != nil {
 		return 0, 0, fmt.Errorf("fast path: %s: %w", jointIn, err)
 	}
-	if l.Attrs().Alias != jointAlias {
-		return 0, 0, fmt.Errorf("fast path: a device %s is there that is not Tulle's: remove or rename it", jointIn)
-	}
-	far, err := nl.LinkByName(jointOut)
+	far, err := farEnd(nl)
 	if err != nil {
-		return 0, 0, fmt.Errorf("fast path: %s: %w", jointOut, err)
+		return 0, 0, err
+	}
+	if far == nil {
+		return 0, 0, fmt.Errorf("fast path: a device %s is there that is not Tulle's: remove or rename it", jointIn)
 	}
 	if err := errors.Join(open(nl, l), open(nl, far), sys.SetOffload(jointOut, sys.GRO, true),
 		// Only then does the other end join (drivers/net/veth.c, veth_skb_is_eligible_for_gro).
@@ -58,6 +53,25 @@ func makeJoint(nl *sys.Netlink) (in, out int, err error) {
 		return 0, 0, fmt.Errorf("fast path: set up %s: %w", jointIn, err)
 	}
 	return l.Attrs().Index, far.Attrs().Index, nil
+}
+
+// farEnd is the second end of our joint; nil if there is none, or one of somebody else.
+func farEnd(nl *sys.Netlink) (netlink.Link, error) {
+	l, err := nl.LinkByName(jointOut)
+	switch {
+	case missing(err):
+		return nil, nil
+	case err != nil:
+		return nil, fmt.Errorf("fast path: %s: %w", jointOut, err)
+	case !bytes.Equal(l.Attrs().HardwareAddr, jointMAC):
+		return nil, nil
+	}
+	return l, nil
+}
+
+func missing(err error) bool {
+	_, is := errors.AsType[netlink.LinkNotFoundError](err)
+	return is
 }
 
 // open lets packets through an end, and keeps addresses from it.
@@ -73,14 +87,11 @@ func open(nl *sys.Netlink, l netlink.Link) error {
 
 // removeJoint removes the joint, if it is there and ours.
 func removeJoint(nl *sys.Netlink) error {
-	l, err := nl.LinkByName(jointIn)
-	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
-		return nil
+	far, err := farEnd(nl)
+	if far == nil || err != nil {
+		return err
 	}
-	if err == nil && l.Attrs().Alias == jointAlias {
-		err = nl.LinkDel(l)
-	}
-	if err != nil {
+	if err := nl.LinkDel(far); err != nil { // and with it the other end
 		return fmt.Errorf("fast path: remove %s: %w", jointIn, err)
 	}
 	return nil

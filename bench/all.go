@@ -153,6 +153,11 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 		Rounds: o.Rounds, MTU: o.MTU, Wire: string(o.Wire), Family: family, References: references, Targets: slices.Clone(targets),
 		Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(),
 	}
+	for _, m := range o.measures() {
+		if m.main != "" {
+			r.Asked = append(r.Asked, m.main)
+		}
+	}
 	run := &allRun{o: o, r: r, idle: idle}
 	defer run.down(ctx)
 	if err := run.up(ctx); err != nil {

@@ -130,6 +130,14 @@ func TestAll(t *testing.T) {
 			}
 		}
 	}
+	for _, key := range r.Asked {
+		if r.Metric(key).Unit == "" {
+			t.Errorf("a measure was asked for whose main metric, %s, is in no round", key)
+		}
+	}
+	if want := 13; len(r.Asked) != want {
+		t.Errorf("%d measures were asked for, want %d: %v", len(r.Asked), want, r.Asked)
+	}
 	var text, again bytes.Buffer
 	if err := r.Print(&text, true); err != nil {
 		t.Fatal(err)

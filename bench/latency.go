@@ -156,7 +156,7 @@ func respondAll(ln int, stop *atomic.Bool) {
 	for !stop.Load() {
 		fd, err := accept(ln)
 		if err == nil {
-			traffic.Respond(fd, stop)
+			traffic.Respond(fd, new(atomic.Int64), stop)
 			unix.Close(fd)
 		} else if !traffic.Passing(err) {
 			return

@@ -27,7 +27,8 @@ func Measures() []string { return []string{Throughput, Delay, Rate, Memory, Time
 // measure is one measure of a round. take fills in a part of the round.
 type measure struct {
 	group, what string
-	awake       bool // threads that spin keep CPUs awake, where that is chosen
+	main        string // key of its main metric in a result; "" if it only explains others
+	awake       bool   // threads that spin keep CPUs awake, where that is chosen
 	take        func(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error
 }
 
@@ -37,34 +38,34 @@ const openRate = 1000
 // measures are those that the options ask for, in the order of a round.
 func (o *AllOptions) measures() []measure {
 	out := []measure{
-		{Throughput, "TCP, one stream", false, takeTCP(1)},
-		{Throughput, "TCP, four streams", false, takeTCP(4)},
+		{Throughput, "TCP, one stream", "tcp1_gbps", false, takeTCP(1)},
+		{Throughput, "TCP, four streams", "tcp4_gbps", false, takeTCP(4)},
 	}
 	for _, n := range o.Sizes {
-		out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes", n), true, takeLatency(result.PingPong, n, false)})
+		out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes", n), fmt.Sprintf("rtt%d_p50_us", n), true, takeLatency(result.PingPong, n, false)})
 		if n == o.Sizes[0] {
 			out = append(out,
-				measure{Delay, fmt.Sprintf("latency at %d bytes, pinned", n), true, takeLatency(result.PingPong, n, true)},
-				measure{Delay, fmt.Sprintf("latency at %d bytes, fixed rate", n), true, takeLatency(result.OpenLoop, n, true)},
+				measure{Delay, fmt.Sprintf("latency at %d bytes, pinned", n), fmt.Sprintf("rtt%d_pinned_p50_us", n), true, takeLatency(result.PingPong, n, true)},
+				measure{Delay, fmt.Sprintf("latency at %d bytes, fixed rate", n), fmt.Sprintf("open%d_pinned_p50_us", n), true, takeLatency(result.OpenLoop, n, true)},
 			)
 		}
 	}
 	out = append(out,
-		measure{Delay, "TCP requests on one connection", true, takeLatency(result.RR, 0, false)},
-		measure{Delay, "TCP connections with a request", true, takeLatency(result.CRR, 0, false)},
-		measure{Time, "time in the agents, ping-pong", true, takeBreakdown(result.TracePing)},
-		measure{Throughput, "UDP throughput, one flow", false, takeFlood(1)},
-		measure{Throughput, "UDP throughput, four flows", false, takeFlood(4)},
-		measure{Rate, "UDP rate at 64 bytes", false, takeUDP(64)},
-		measure{Rate, "UDP rate of full packets", false, takeUDP(fullPackets)},
-		measure{Time, "time in the agents, TCP", false, takeBreakdown(result.TraceTCP)},
-		measure{Time, "time in the agents, UDP", false, takeBreakdown(result.TraceUDP)},
-		measure{Memory, "memory", false, takeMemory},
+		measure{Delay, "TCP requests on one connection", "rr_p50_us", true, takeLatency(result.RR, 0, false)},
+		measure{Delay, "TCP connections with a request", "crr_p50_us", true, takeLatency(result.CRR, 0, false)},
+		measure{Time, "time in the agents, ping-pong", "", true, takeBreakdown(result.TracePing)},
+		measure{Throughput, "UDP throughput, one flow", "udp_flood1_gbps", false, takeFlood(1)},
+		measure{Throughput, "UDP throughput, four flows", "udp_flood4_gbps", false, takeFlood(4)},
+		measure{Rate, "UDP rate at 64 bytes", "udp64_kpps", false, takeUDP(64)},
+		measure{Rate, "UDP rate of full packets", "udp_full_kpps", false, takeUDP(fullPackets)},
+		measure{Time, "time in the agents, TCP", "", false, takeBreakdown(result.TraceTCP)},
+		measure{Time, "time in the agents, UDP", "", false, takeBreakdown(result.TraceUDP)},
+		measure{Memory, "memory", "rss_mb", false, takeMemory},
 	)
 	if len(o.Measures) == 0 {
 		return out
 	}
-	out = append(out, measure{InParts, "TCP requests in two writes", true, takeLatency(result.Nagle, 0, false)})
+	out = append(out, measure{InParts, "TCP requests in two writes", "nagle_p50_us", true, takeLatency(result.Nagle, 0, false)})
 	picked := out[:0]
 	for _, m := range out {
 		if slices.Contains(o.Measures, m.group) {

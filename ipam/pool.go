@@ -37,11 +37,12 @@ var (
 // Allocations may lie outside the blocks: pods keep their addresses when the node
 // loses the space. Such an address is not allocated again while its pod exists.
 type Pool struct {
-	cooldown time.Duration
-	blocks   []*block
-	byAddr   map[netip.Addr]Allocation
-	byKey    map[string][]netip.Addr // a key has at most one address per family
-	cooling  map[netip.Addr]rest
+	cooldown  time.Duration
+	blocks    []*block
+	preferred []netip.Prefix // see Prefer
+	byAddr    map[netip.Addr]Allocation
+	byKey     map[string][]netip.Addr // a key has at most one address per family
+	cooling   map[netip.Addr]rest
 }
 
 // A rest is the cool-down of an address.
@@ -73,6 +74,10 @@ func (p *Pool) Open(prefix netip.Prefix) {
 	if slices.ContainsFunc(p.blocks, func(b *block) bool { return b.prefix == prefix }) {
 		return
 	}
+	p.blocks = append(p.blocks, p.newBlock(prefix))
+}
+
+func (p *Pool) newBlock(prefix netip.Prefix) *block {
 	b := &block{prefix: prefix, first: prefix.Addr(), end: Last(prefix)}
 	b.low = b.first
 	for a := range p.byAddr {
@@ -80,16 +85,33 @@ func (p *Pool) Open(prefix netip.Prefix) {
 			b.used++
 		}
 	}
-	p.blocks = append(p.blocks, b)
+	return b
 }
 
 // Close removes a block. Its allocations stay.
-func (p *Pool) Close(prefix netip.Prefix) {
-	p.blocks = slices.DeleteFunc(p.blocks, func(b *block) bool { return b.prefix == prefix })
+func (p *Pool) Close(prefix netip.Prefix) { p.Replace(prefix) }
+
+// Replace opens other blocks in the place of one, such as parts of it. So the address of the TUN device stays if the first
+// of them has it.
+func (p *Pool) Replace(prefix netip.Prefix, by ...netip.Prefix) {
+	i := slices.IndexFunc(p.blocks, func(b *block) bool { return b.prefix == prefix })
+	if i < 0 {
+		return
+	}
+	var in []*block
+	for _, q := range by {
+		if q == prefix || !slices.ContainsFunc(p.blocks, func(b *block) bool { return b.prefix == q }) {
+			in = append(in, p.newBlock(q))
+		}
+	}
+	p.blocks = slices.Replace(p.blocks, i, i+1, in...)
 	for _, b := range p.blocks { // another block may have become the first
 		b.low = b.first
 	}
 }
+
+// Prefer names the blocks that are used before all others, whenever they are opened.
+func (p *Pool) Prefer(list []netip.Prefix) { p.preferred = list }
 
 // Prefixes returns the open blocks in order of opening.
 func (p *Pool) Prefixes() []netip.Prefix {
@@ -137,15 +159,16 @@ func (p *Pool) TunAddr(v6 bool) (netip.Addr, bool) {
 }
 
 // ProbeAddr returns the address to which other nodes' probes of the direct path go: the
-// last address of the first open block of the family, which no pod gets. A block of
-// fewer than four IPv4 addresses or 256 IPv6 addresses has none.
+// last address of the first open block of the family that has at least four IPv4 addresses
+// or 256 IPv6 addresses. No pod gets it.
 func (p *Pool) ProbeAddr(v6 bool) (netip.Addr, bool) {
 	for _, b := range p.blocks {
 		if b.prefix.Addr().Is6() != v6 {
 			continue
 		}
-		host := b.prefix.Addr().BitLen() - b.prefix.Bits()
-		return b.end, host >= 8 || !v6 && host >= 2
+		if host := b.prefix.Addr().BitLen() - b.prefix.Bits(); host >= 8 || !v6 && host >= 2 {
+			return b.end, true
+		}
 	}
 	return netip.Addr{}, false
 }
@@ -170,7 +193,7 @@ func (p *Pool) reserved(b *block, a netip.Addr) bool {
 
 // Allocate allocates an address of the family to a.Key and returns the allocation. A
 // key that has an address keeps it. Otherwise it gets a.Addr if that is valid, else
-// the lowest free address.
+// the lowest free address of the first block that has one, preferred blocks first.
 func (p *Pool) Allocate(now time.Time, a Allocation, v6 bool) (Allocation, error) {
 	if old, ok := p.Lookup(a.Key, v6); ok {
 		if a.Addr.IsValid() && a.Addr != old.Addr {
@@ -186,14 +209,16 @@ func (p *Pool) Allocate(now time.Time, a Allocation, v6 bool) (Allocation, error
 		p.add(a)
 		return a, nil
 	}
-	for _, b := range p.blocks {
-		if b.prefix.Addr().Is6() != v6 {
-			continue
-		}
-		if addr, ok := p.lowest(now, b); ok {
-			a.Addr = addr
-			p.add(a)
-			return a, nil
+	for _, preferred := range []bool{true, false} {
+		for _, b := range p.blocks {
+			if b.prefix.Addr().Is6() != v6 || slices.Contains(p.preferred, b.prefix) != preferred {
+				continue
+			}
+			if addr, ok := p.lowest(now, b); ok {
+				a.Addr = addr
+				p.add(a)
+				return a, nil
+			}
 		}
 	}
 	return Allocation{}, ErrFull
@@ -359,9 +384,9 @@ func (p *Pool) Cool(now time.Time, addr netip.Addr, until time.Time) {
 }
 
 // Rest continues a cool-down that Cooling has returned, in an earlier run of the program: a container that comes back with
-// its host gets its address. It lasts no longer than a new one: the host's clock may have been ahead.
-func (p *Pool) Rest(now time.Time, c Cooling) {
-	if most := now.Add(p.cooldown); c.Until.After(most) {
+// its host gets its address. It lasts no longer than a new one of its kind, longest: the host's clock may have been ahead.
+func (p *Pool) Rest(now time.Time, c Cooling, longest time.Duration) {
+	if most := now.Add(longest); c.Until.After(most) {
 		c.Until = most
 	}
 	p.cool(now, c.Addr, rest{c.Until, c.Key})

@@ -124,7 +124,7 @@ func TestPoolRest(t *testing.T) {
 	box, _ := before.Allocate(t0, Allocation{Key: "box"}, false)
 	before.Release(t0, "box")
 	for _, c := range before.Cooling(t0) {
-		after.Rest(t0, c)
+		after.Rest(t0, c, time.Minute)
 	}
 	if _, err := after.Allocate(t0, Allocation{Key: "other", Addr: box.Addr}, false); !errors.Is(err, ErrUnavailable) {
 		t.Errorf("another one gets it: %v", err)
@@ -331,11 +331,61 @@ func TestSubtractAndAggregateAreInverse(t *testing.T) {
 func TestPoolRestAfterClockWasAhead(t *testing.T) {
 	p := NewPool(time.Minute)
 	a := netip.MustParseAddr("10.0.0.7")
-	p.Rest(t0, Cooling{Addr: a, Until: t0.Add(5 * time.Hour)})
+	p.Rest(t0, Cooling{Addr: a, Until: t0.Add(5 * time.Hour)}, time.Minute)
 	if got := p.Cooling(t0); len(got) != 1 || got[0].Until.After(t0.Add(time.Minute)) {
 		t.Errorf("%+v, want a minute", got)
 	}
 	if got := p.Cooling(t0.Add(time.Minute)); len(got) != 0 {
 		t.Errorf("after a minute: %+v", got)
+	}
+}
+
+// A block that is replaced by parts of itself keeps its place, so the address of the TUN device stays.
+func TestPoolReplace(t *testing.T) {
+	p := NewPool(time.Minute)
+	first, second := netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.7.0/24")
+	p.Open(first)
+	p.Open(second)
+	pod, err := p.Allocate(t0, Allocation{Key: "pod"}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lo, hi := Halves(first)
+	p.Replace(first, lo, hi)
+	if got := p.Prefixes(); !slices.Equal(got, []netip.Prefix{lo, hi, second}) {
+		t.Errorf("blocks %v", got)
+	}
+	if b := p.Blocks(); b[0].Used != 1 || b[0].Size != 126 || b[1].Used != 0 || b[1].Size != 126 {
+		t.Errorf("%+v", b)
+	}
+	p.Drop(pod.Addr)
+	p.Close(hi)
+	p.Replace(lo, netip.PrefixFrom(lo.Addr(), 32))
+	if tun, _ := p.TunAddr(false); tun != first.Addr() || p.Blocks()[0].Size != 0 {
+		t.Errorf("TUN %v, blocks %+v", tun, p.Blocks())
+	}
+	if probe, ok := p.ProbeAddr(false); !ok || probe != Last(second) {
+		t.Errorf("probes go to %v, %v", probe, ok)
+	}
+	if a, err := p.Allocate(t0, Allocation{Key: "next"}, false); err != nil || !second.Contains(a.Addr) {
+		t.Errorf("%v, %v", a, err)
+	}
+}
+
+// Preferred blocks are used first, and leave the address of the TUN device alone.
+func TestPoolPrefer(t *testing.T) {
+	p := NewPool(time.Minute)
+	first, fixed := netip.MustParsePrefix("10.0.0.0/24"), netip.MustParsePrefix("10.0.7.0/29")
+	p.Prefer([]netip.Prefix{fixed})
+	p.Open(first)
+	p.Open(fixed)
+	for i := range 8 {
+		a, err := p.Allocate(t0, Allocation{Key: fmt.Sprint(i)}, false)
+		if err != nil || fixed.Contains(a.Addr) != (i < 6) {
+			t.Errorf("pod %d gets %v, %v", i, a.Addr, err)
+		}
+	}
+	if tun, _ := p.TunAddr(false); tun != first.Addr() {
+		t.Errorf("TUN %v", tun)
 	}
 }

@@ -46,6 +46,7 @@ type State struct {
 	Allocations []Allocation   `json:"allocations"`
 	Cooling     []Cooling      `json:"cooling,omitempty"`
 	Peers       []Peer         `json:"peers,omitempty"`
+	Departed    []ID           `json:"departed,omitempty"` // peers that left or were forgotten, oldest first
 	Granted     []Granted      `json:"granted,omitempty"`
 	Promises    []Promise      `json:"promises,omitempty"`
 }

@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // The state file: one line of header, then JSON.
@@ -72,8 +73,17 @@ type Store struct {
 	mu     sync.Mutex
 	loaded bool // Load has read the file, or found none
 	stamp  string
-	fresh  bool
+	last   string        // what the stamp says of the state on disk, without the time; "" if it is not known to be the last one
+	alive  time.Duration // when the agent was last alive, since the boot
+	proven bool          // this run may say that it is alive, see Alive
 }
+
+// FreshFor is how long after the agent was last alive a state counts as fresh. Others must not take this node's
+// space over before that (unless by force).
+const FreshFor = 25 * time.Second
+
+// aliveEvery is how often the time in the stamp is renewed.
+const aliveEvery = 5 * time.Second
 
 // OpenStore opens the state directory, creates it if necessary, and locks it. stamp
 // is the path of a small file on a file system that a reboot empties (/run), or "":
@@ -135,17 +145,46 @@ func (s *Store) Load() (*State, error) {
 		return nil, s.fail("read", stateFile, err)
 	}
 	s.loaded = true
-	s.fresh = s.stamp != "" && s.readStamp() == stampOf(st)
+	s.readStamp(st)
 	return st, nil
 }
 
-// Fresh reports whether the loaded state is proven to be the last one that was saved:
-// the stamp file has the same generation. A restored backup or a rolled-back disk
-// does not include the stamp.
-func (s *Store) Fresh() bool {
+// ReadState reads the state in a directory for whoever only looks at it: without a lock, beside an agent. Its errors are those of Load.
+func ReadState(dir string) (*State, error) {
+	path := filepath.Join(dir, stateFile)
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, ErrNoState
+	}
+	if err == nil {
+		var st *State
+		if st, err = DecodeState(b); err == nil {
+			return st, nil
+		}
+	}
+	return nil, (&Store{dir: dir}).fail("read", stateFile, err)
+}
+
+// Fresh reports whether the loaded state is proven to be the last one that was saved, and
+// nobody else can have taken this node's space over since: the stamp file has the same
+// generation, and the agent was alive not long ago. A restored backup or a rolled-back disk
+// does not include the stamp. uptime is the time since the boot.
+func (s *Store) Fresh(uptime time.Duration) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.fresh
+	s.proven = s.last != "" && uptime >= s.alive && uptime-s.alive <= FreshFor
+	return s.proven
+}
+
+// Alive notes that the agent takes part in gossip now, so that others would not take it for dead. It says so only of a state
+// that was fresh or that this run has saved: one that was not fresh and is unconfirmed does not become fresh by a restart.
+func (s *Store) Alive(uptime time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.proven && uptime-s.alive >= aliveEvery {
+		s.alive = uptime
+		s.writeStamp()
+	}
 }
 
 // Save replaces the state durably. If it fails, the old state is still there, or the
@@ -166,7 +205,8 @@ func (s *Store) Save(st *State) error {
 	if err := s.replace(b); err != nil {
 		return err
 	}
-	s.writeStamp(st)
+	s.last, s.proven = stampOf(st), true
+	s.writeStamp()
 	return nil
 }
 
@@ -200,25 +240,34 @@ func (s *Store) replace(b []byte) error {
 	return nil
 }
 
+// The stamp file: node ID, generation, and when the agent was last alive, in milliseconds since the boot.
+
 func stampOf(st *State) string {
 	id, _ := st.Node.MarshalText()
-	return fmt.Sprintf("%s %d\n", id, st.Generation)
+	return fmt.Sprintf("%s %d", id, st.Generation)
 }
 
-func (s *Store) readStamp() string {
+func (s *Store) readStamp(st *State) {
+	if s.last = ""; s.stamp == "" {
+		return
+	}
 	b, _ := os.ReadFile(s.stamp)
-	return string(b)
+	text, ok := strings.CutPrefix(string(b), stampOf(st)+" ")
+	if ms, err := strconv.ParseInt(strings.TrimSuffix(text, "\n"), 10, 63); ok && err == nil {
+		s.last, s.alive = stampOf(st), time.Duration(ms)*time.Millisecond
+	}
 }
 
 func (s *Store) dropStamp() {
+	s.last, s.proven = "", false
 	if s.stamp != "" {
 		os.Remove(s.stamp)
 	}
 }
 
-func (s *Store) writeStamp(st *State) {
+func (s *Store) writeStamp() {
 	if s.stamp != "" { // without it the next start is not fresh; nothing else depends on it
-		os.WriteFile(s.stamp, []byte(stampOf(st)), 0o600)
+		os.WriteFile(s.stamp, fmt.Appendf(nil, "%s %d\n", s.last, s.alive.Milliseconds()), 0o600)
 	}
 }
 
@@ -300,7 +349,11 @@ func DecodeState(b []byte) (*State, error) {
 	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
 	if err := d.Decode(st); err != nil {
-		return corrupt("%v", err)
+		if lenient := json.Unmarshal(body, new(State)); lenient != nil {
+			return corrupt("%v", lenient)
+		}
+		// Only unknown fields are wrong. Without them the next save would lose what they say.
+		return nil, fmt.Errorf("%w: %v; the file is intact", ErrNewer, err)
 	}
 	if err := st.check(); err != nil {
 		return corrupt("%v", err)

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 )
 
 func aState(n int) *State {
@@ -131,6 +132,51 @@ func TestStoreRefusesNewer(t *testing.T) {
 	}
 }
 
+// withHeader returns a state file with this JSON and the right checksum.
+func withHeader(body string) []byte {
+	sum := sha256.Sum256([]byte(body))
+	return fmt.Appendf(nil, "tulle-state 1 sha256:%x %d\n%s", sum, len(body), body)
+}
+
+// An intact file with a field that this program does not know is not damaged: a later version wrote it.
+func TestStoreRefusesUnknownFields(t *testing.T) {
+	good, err := EncodeState(aState(1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, body, _ := strings.Cut(string(good), "\n")
+	for _, tc := range []struct {
+		name, old, new string
+		want           error
+		says           string
+	}{
+		{"a field", "{\n", "{\n \"zone\": \"rack 7\",\n", ErrNewer, `"zone"`},
+		{"a field of an allocation", `"key": `, `"colour": [1], "key": `, ErrNewer, `"colour"`},
+		{"a known field of another type", `"generation": 7`, `"generation": "seven"`, ErrCorrupt, "generation"},
+		{"both", `"generation": 7`, `"zone": 1, "generation": "seven"`, ErrCorrupt, "generation"},
+		{"no JSON", "{\n", "", ErrCorrupt, ""},
+	} {
+		changed := strings.Replace(body, tc.old, tc.new, 1)
+		if changed == body {
+			t.Fatal(tc.name)
+		}
+		if _, err := DecodeState(withHeader(changed)); !errors.Is(err, tc.want) || !strings.Contains(err.Error(), tc.says) {
+			t.Errorf("%s: %v, want %v", tc.name, err, tc.want)
+		}
+	}
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "state"), withHeader(strings.Replace(body, "{\n", "{\n \"zone\": 7,\n", 1)), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, dir, "")
+	if _, err := s.Load(); err == nil || !strings.Contains(err.Error(), "install the version of tulle that wrote it") || strings.Contains(err.Error(), "damaged") {
+		t.Errorf("%v", err)
+	}
+	if err := s.Save(aState(0)); err == nil {
+		t.Error("overwritten")
+	}
+}
+
 // TestStoreOnAFullAndAReadOnlyDisk uses a real small file system.
 func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
 	if os.Getuid() != 0 {
@@ -184,37 +230,83 @@ func TestStoreReadOnlyAtStart(t *testing.T) {
 	}
 }
 
-// TestStoreStamp: only the last save of this boot is fresh.
+// TestStoreStamp: only the last save of this boot is fresh, and only for a while after the agent was last alive.
 func TestStoreStamp(t *testing.T) {
 	dir, run := t.TempDir(), filepath.Join(t.TempDir(), "stamp")
-	fresh := func() bool {
+	at := time.Hour // since the boot
+	load := func() *Store {
 		s := open(t, dir, run)
-		defer s.Close()
 		s.Load()
-		return s.Fresh()
+		return s
 	}
-	s := open(t, dir, run)
-	s.Load()
+	fresh := func(up time.Duration) bool {
+		s := load()
+		defer s.Close()
+		return s.Fresh(up)
+	}
+	s := load()
 	old := aState(1)
+	s.Alive(at) // there is nothing yet that it could confirm
 	s.Save(old)
 	s.Close()
-	if !fresh() {
-		t.Error("what was just saved is not fresh")
+	if fresh(at) {
+		t.Error("fresh, although the agent was never alive")
 	}
+	s = load()
+	s.Save(old)
+	s.Alive(at)
+	s.Save(old) // the time stays
+	s.Close()
+	for up, want := range map[time.Duration]bool{at: true, at + FreshFor: true, at + FreshFor + 1: false, at + 100*time.Hour: false, at - time.Minute: false} {
+		if got := fresh(up); got != want {
+			t.Errorf("last alive at %v, started at %v: fresh %v", at, up, got)
+		}
+	}
+
+	// A start that is not fresh does not make the next one fresh, however long it lasts; one that is fresh does.
+	late := at + FreshFor + time.Minute
+	s = load()
+	if s.Fresh(late) {
+		t.Fatal("fresh")
+	}
+	s.Alive(late)
+	s.Close()
+	if fresh(late) {
+		t.Error("fresh after a start that was not")
+	}
+	s = load()
+	if !s.Fresh(at + FreshFor) {
+		t.Fatal("not fresh")
+	}
+	s.Alive(late)
+	s.Close()
+	if !fresh(late) {
+		t.Error("not fresh after a start that was")
+	}
+	at = late
+
 	backup, _ := os.ReadFile(filepath.Join(dir, "state"))
-	s = open(t, dir, run)
-	s.Load()
+	s = load()
 	next := aState(2)
 	next.Generation++
 	s.Save(next)
 	s.Close()
+	if !fresh(at) {
+		t.Error("what was just saved is not fresh")
+	}
 	os.WriteFile(filepath.Join(dir, "state"), backup, 0o600)
-	if fresh() {
+	if fresh(at) {
 		t.Error("an older disk is taken for fresh")
 	}
 	os.Remove(run) // a reboot
-	if fresh() {
+	if fresh(at) {
 		t.Error("fresh without a stamp")
+	}
+	for _, stamp := range []string{"", "\n", "01", "01000000000000000000000000000000 7\n", "01000000000000000000000000000000 7 soon\n"} {
+		os.WriteFile(run, []byte(stamp), 0o600) // the third as earlier versions wrote it
+		if fresh(0) {
+			t.Errorf("fresh with the stamp %q", stamp)
+		}
 	}
 }
 

@@ -31,7 +31,7 @@ type Meta struct {
 	VXLANPort    uint16
 	Capabilities uint32 // bits Cap…
 	VTEPMAC      [6]byte
-	Started      int64 // start of this run, Unix seconds; decides which of two clones is the newer one
+	Started      int64 // start of this run by its clock, Unix seconds; by it members without CapTellsRun find out which of two clones is the newer one
 	Leaving      bool  // set while the node leaves the cluster
 }
 
@@ -43,6 +43,9 @@ const CapBench uint32 = 1 << 1
 
 // CapFastPath is the capability of a member whose kernel takes udp packets without UDP checksum, over IPv4, in place of its agent: packets of the fast path.
 const CapFastPath uint32 = 1 << 2
+
+// CapTellsRun is the capability of a member that, asked whether it is there, also tells for how long it has run.
+const CapTellsRun uint32 = 1 << 3
 
 // The encoding has a fixed part, then lists. Later versions may append fields: a
 // decoder ignores bytes that it does not know.

@@ -36,11 +36,11 @@ type Config struct {
 	Kept      []int        // descriptors of receiving sockets that an earlier run has left (Engine.Sockets); New owns them
 
 	// Probed is called for each probe packet from a peer, on a receiving goroutine: it must not block, and payload is
-	// valid only during the call. size is the inner packet's, in bytes.
-	Probed func(peer string, mode encap.Mode, payload []byte, size int)
-	// PathMTU is called when a router on the way to a peer, or the kernel of this host, says that packets of more than link bytes
-	// do not pass. It may come from whoever can send ICMP, already held against the addresses of members; it must not block.
-	PathMTU func(peer string, link mtu.Link)
+	// valid only during the call. six says that the inner packet is IPv6; size is its length, in bytes.
+	Probed func(peer string, mode encap.Mode, six bool, payload []byte, size int)
+	// PathMTU is called when a router on the way to a peer, or the kernel of this host, says that outer packets of more than link
+	// bytes do not pass, of IPv6 if six. It may come from whoever can send ICMP, already held against the addresses of members; it must not block.
+	PathMTU func(peer string, six bool, link mtu.Link)
 
 	Logger *slog.Logger
 }
@@ -122,11 +122,9 @@ func (e *Engine) open() error {
 // openFamily opens everything that is bound to one underlay address.
 func (e *Engine) openFamily(a netip.Addr) error {
 	f := family(a)
-	udp, err := e.listen(netip.AddrPortFrom(a, e.cfg.UDPPort), overUDP, encap.UDP)
-	if err != nil {
+	if err := e.listen(netip.AddrPortFrom(a, e.cfg.UDPPort), overUDP, encap.UDP); err != nil {
 		return err
 	}
-	e.prober.out[f].udp = udp
 	if err := e.openVXLAN(a); err != nil {
 		return err
 	}
@@ -153,10 +151,11 @@ func (e *Engine) openFamily(a netip.Addr) error {
 				return err
 			}
 			e.socks, e.out = append(e.socks, s), append(e.out, s)
-			o.udp = append(o.udp, &sender{sock: s, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: true})
+			o.udp = append(o.udp, o.newSender(w, s, true))
+			e.prober.out[f].udp = append(e.prober.out[f].udp, &sender{sock: s, batch: underlay.NewSendBatch(1, 1)})
 		}
 		for i := range raw {
-			o.raw[i] = &sender{sock: raw[i], batch: underlay.NewSendBatch(txMessages, txIovecs)}
+			o.raw[i] = o.newSender(w, raw[i], false)
 		}
 		w.out[f] = o
 	}
@@ -170,17 +169,17 @@ func (e *Engine) openVXLAN(a netip.Addr) error {
 		e.noVXLAN = errors.New("no port is configured for vxlan")
 		return nil
 	}
-	s, err := e.listen(netip.AddrPortFrom(a, e.cfg.VXLANPort), overVXLAN, encap.VXLAN)
+	err := e.listen(netip.AddrPortFrom(a, e.cfg.VXLANPort), overVXLAN, encap.VXLAN)
 	if errors.Is(err, unix.EADDRINUSE) {
 		e.noVXLAN = err
 		return nil
 	}
-	e.prober.out[family(a)].vxlan = s
+	e.prober.out[family(a)].vxlan = err == nil
 	return err
 }
 
-// listen opens a UDP socket for each queue and gives each a worker. It returns a sender through one of them.
-func (e *Engine) listen(at netip.AddrPort, c carrier, m encap.Mode) (*sender, error) {
+// listen opens a UDP socket for each queue and gives each a worker.
+func (e *Engine) listen(at netip.AddrPort, c carrier, m encap.Mode) error {
 	socks, err := e.listenUDP(at, len(e.tx))
 	for i, s := range socks {
 		w := e.receive(s, i, c, m)
@@ -189,12 +188,9 @@ func (e *Engine) listen(at netip.AddrPort, c carrier, m encap.Mode) (*sender, er
 		}
 	}
 	if errors.Is(err, unix.EADDRINUSE) {
-		return nil, fmt.Errorf("%w: choose another with --%s-port (the same on all nodes), or see who holds it with `ss -ulnp 'sport = :%d'`", err, m, at.Port())
+		return fmt.Errorf("%w: choose another with --%s-port, or see who holds it with `ss -ulnp 'sport = :%d'`", err, m, at.Port())
 	}
-	if err != nil {
-		return nil, err
-	}
-	return &sender{sock: socks[0], batch: underlay.NewSendBatch(1, 1)}, nil
+	return err
 }
 
 // listenUDP opens n sockets on one port. The kernel spreads peers' flows over them and keeps each flow on one.

@@ -69,7 +69,7 @@ func (e *Engine) drainErrors(s errorQueue) {
 		switch {
 		case t == nil:
 		case u.Errno == unix.EMSGSIZE && e.cfg.PathMTU != nil:
-			e.cfg.PathMTU(t.id, mtu.Link(u.Info))
+			e.cfg.PathMTU(t.id, u.Dest.Addr().Is6(), mtu.Link(u.Info))
 		case !u.Local:
 			e.relay(f, t, u)
 		}

@@ -71,11 +71,14 @@ type target struct {
 type peerState struct {
 	txPackets, txBytes, rxPackets, rxBytes atomic.Uint64
 
+	heard [2]atomic.Uint64 // probes that have arrived by outer IPv4 and IPv6
+
 	mac       atomic.Pointer[header.MAC] // where its frames come from
 	asked     atomic.Int64               // when it was last asked for its MAC, in nanoseconds of Unix time
 	questions atomic.Int64               // how often it was asked
 
-	dests [encap.NumModes]*underlay.Dest // the last ones; only for Engine.Update
+	dests  [encap.NumModes]*underlay.Dest // the last ones; only for Engine.Update
+	probes [encap.NumModes]turns          // guarded by the prober's lock
 }
 
 // dest returns the destination of an encapsulation at addr. As long as that is the same, what is known of trains to it stays.

@@ -45,6 +45,7 @@ type testNode struct {
 type probe struct {
 	peer string
 	mode encap.Mode
+	six  bool
 	body []byte
 	size int
 }
@@ -52,6 +53,7 @@ type probe struct {
 // hint is a call of Config.PathMTU.
 type hint struct {
 	peer string
+	six  bool
 	link mtu.Link
 }
 
@@ -312,10 +314,10 @@ func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 		n.engine, err = New(Config{
 			Device: n.dev, Underlay: []netip.Addr{n.under}, UDPPort: 6080, VXLANPort: testVXLANPort, VNI: testVNI, CopyDSCP: !l.dscp0,
 			Logger: slog.New(slog.NewTextHandler(t.Output(), nil)),
-			Probed: func(peer string, m encap.Mode, body []byte, size int) {
-				n.probes <- probe{peer, m, bytes.Clone(body), size}
+			Probed: func(peer string, m encap.Mode, six bool, body []byte, size int) {
+				n.probes <- probe{peer, m, six, bytes.Clone(body), size}
 			},
-			PathMTU: func(peer string, link mtu.Link) { n.hints <- hint{peer, link} },
+			PathMTU: func(peer string, six bool, link mtu.Link) { n.hints <- hint{peer, six, link} },
 		})
 		return err
 	}))

@@ -58,6 +58,57 @@ func startKernelVTEP(t testing.TB, six bool) (a, b *testNode, l testLink) {
 	return a, b, l
 }
 
+// Super-packets of UDP (UDP_SEGMENT), and datagrams longer than what this node may send to the peer, whole and without their checksum, as they come
+// from a kernel's VXLAN over a wire that cuts nothing.
+func TestKernelVTEPUncut(t *testing.T) {
+	for _, six := range []bool{false, true} {
+		t.Run("over "+familyName(six), func(t *testing.T) {
+			a, b, l := startKernelVTEP(t, six)
+			for f := range a.tun {
+				a.echo(t, a.tun[f])
+				echoUDP(t, b.dialUDP(t, b.tun[f], netip.AddrPortFrom(a.tun[f], 7)), []byte("known to each other"))
+				in := a.listenUDP(t, netip.AddrPortFrom(a.tun[f], 9))
+				out := b.dialUDP(t, b.tun[f], netip.AddrPortFrom(a.tun[f], 9))
+				expect := func(data []byte, size int) {
+					t.Helper()
+					if _, err := out.Write(data); err != nil {
+						t.Fatal(err)
+					}
+					buf := make([]byte, 65536)
+					for i := 0; i < len(data); i += size {
+						in.SetReadDeadline(time.Now().Add(patience))
+						n, err := in.Read(buf)
+						if want := data[i:min(i+size, len(data))]; err != nil || string(buf[:n]) != string(want) {
+							t.Fatalf("of %d bytes in datagrams of %d, after %d: %d bytes, %v", len(data), size, i, n, err)
+						}
+					}
+				}
+				p := b.asPeer(l)
+				p.MTU = 1280
+				a.update(p)
+				expect(random(1300), 1300)
+				a.update(b.asPeer(l))
+				raw, err := out.SyscallConn()
+				must(t, err)
+				for _, size := range []int{20, 100, 1000} {
+					var failed error
+					must(t, raw.Control(func(fd uintptr) { failed = unix.SetsockoptInt(int(fd), unix.SOL_UDP, unix.UDP_SEGMENT, size) }))
+					must(t, failed)
+					for _, length := range []int{size, size + 1, 3*size - 1, 10 * size} {
+						expect(random(length), size)
+					}
+				}
+			}
+			cleanChecksums(t, a, b)
+			for name, k := range a.counts() {
+				if k != 0 && name != "no_path" { // until the MAC is known
+					t.Errorf("%d packets dropped: %s", k, name)
+				}
+			}
+		})
+	}
+}
+
 // deviceMAC is the Ethernet address of a device.
 func deviceMAC(t testing.TB, ns, dev string) (mac header.MAC) {
 	t.Helper()

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 
@@ -23,15 +24,48 @@ var (
 	ErrNoMAC     = errors.New("the MAC of its VTEP is not known")
 )
 
-// prober sends probes, one at a time, through sockets of the receiving side.
+// prober sends probes, one at a time, through the sockets that pods' packets to a peer go through. Those of udp and vxlan have a source
+// port each, and a network may treat some of them otherwise than the rest: probes go through all of them in turn.
 type prober struct {
 	mu     sync.Mutex
 	closed bool
 	buf    []byte
 	out    [2]struct { // by the outer family
-		udp, vxlan *sender
-		raw        [2]*sender // by the inner family
+		udp   []*sender
+		vxlan bool       // this node has vxlan
+		raw   [2]*sender // by the inner family
 	}
+}
+
+// turns is whose turn it is among n sockets, of one peer and encapsulation.
+type turns struct {
+	at    int // the socket of the last probe
+	left  int // of this round
+	train int // the socket of the last train
+}
+
+// next is the socket of the next probe. Each round begins up to n/2 sockets further on. Without that, probes of one kind that come at each
+// second or fourth turn would never meet some of the sockets. No socket comes again within n/2 turns: so where one of them
+// is cut off, no three probes in a row are lost, by which a path fails.
+func (t *turns) next(n int) int {
+	if t.left == 0 {
+		t.left, t.at = n, t.at+rand.IntN(n/2+1)
+	}
+	t.left--
+	t.at = (t.at + 1) % n
+	return t.at
+}
+
+// of is the socket of the next probe or train. The packets of a train that go one by one take the way of the train that they are compared with.
+func (t *turns) of(n int, train, apart bool) int {
+	switch {
+	case apart:
+		return t.train % n
+	case train:
+		t.train = t.next(n)
+		return t.train
+	}
+	return t.next(n)
 }
 
 // close lets no probe use the sockets from now on.
@@ -48,24 +82,25 @@ type ProbePacket struct {
 }
 
 // Probe sends payload to a peer's tun address in an ordinary inner UDP packet of size bytes (or as few as payload needs),
-// through the given encapsulation, whatever the peer's Mode is. The packet is padded with zeros behind payload.
-func (e *Engine) Probe(peer string, mode encap.Mode, payload []byte, size int) error {
-	return e.probe(peer, mode, []ProbePacket{{payload, size}}, false)
+// through the given encapsulation, whatever the peer's Mode is. The inner packet is IPv6 if six, else IPv4 where both sides
+// have that. The packet is padded with zeros behind payload.
+func (e *Engine) Probe(peer string, mode encap.Mode, six bool, payload []byte, size int) error {
+	return e.probe(peer, mode, six, []ProbePacket{{payload, size}}, false, false)
 }
 
 // ProbeTrain sends probes of one size, the last of which may be smaller, in one message that the kernel or the network card
 // cuts (UDP_SEGMENT): by udp or vxlan, at most 64 of them and 65,507 bytes. If apart, each is a message of its own.
 func (e *Engine) ProbeTrain(peer string, mode encap.Mode, packets []ProbePacket, apart bool) error {
-	return e.probe(peer, mode, packets, !apart)
+	return e.probe(peer, mode, false, packets, !apart, apart)
 }
 
-func (e *Engine) probe(peer string, mode encap.Mode, packets []ProbePacket, train bool) error {
+func (e *Engine) probe(peer string, mode encap.Mode, six bool, packets []ProbePacket, train, apart bool) error {
 	f := e.fwd.Load()
 	t := f.peers[peer]
 	if t == nil {
 		return fmt.Errorf("probe %s: %w", peer, ErrNoPeer)
 	}
-	src, dst, ok := f.probeAddrs(t)
+	src, dst, ok := f.probeAddrs(t, six)
 	if !ok {
 		return fmt.Errorf("probe %s: %w", peer, ErrNoAddress)
 	}
@@ -78,16 +113,21 @@ func (e *Engine) probe(peer string, mode encap.Mode, packets []ProbePacket, trai
 	var front []byte // between the outer headers and the inner packet
 	switch mode {
 	case encap.UDP:
-		s, dest = out.udp, t.udp
+		dest = t.udp
 	case encap.VXLAN:
 		mac, ok := t.vtep()
 		if !ok {
 			return fmt.Errorf("probe %s: %w", peer, ErrNoMAC)
 		}
-		s, dest = out.vxlan, t.vxlan
+		if out.vxlan {
+			dest = t.vxlan
+		}
 		front = header.AppendVXLAN(nil, e.cfg.VNI, mac, f.mac, encap.EtherType(dst.Is6()))
 	case encap.IPIP:
 		s, dest = out.raw[family(dst)], t.raw
+	}
+	if mode != encap.IPIP && len(out.udp) > 0 && dest != nil {
+		s = out.udp[t.state.probes[mode].of(len(out.udp), train, apart)]
 	}
 	if s == nil || dest == nil || p.closed {
 		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)
@@ -97,6 +137,10 @@ func (e *Engine) probe(peer string, mode encap.Mode, packets []ProbePacket, trai
 	}
 	send := func(segment int) error {
 		r, err := s.single(dest, p.buf, segment)
+		e.sends()
+		if r.Retried > 0 || r.TooBig > 0 { // a socket that only sends tells of errors by the next send
+			e.drainErrors(s.sock)
+		}
 		if err == nil && r.Dropped > 0 {
 			err = r.LastErr
 		}
@@ -128,9 +172,9 @@ func (e *Engine) probe(peer string, mode encap.Mode, packets []ProbePacket, trai
 	return nil
 }
 
-// probeAddrs chooses the family that both sides have, IPv4 first.
-func (f *forwarding) probeAddrs(t *target) (src, dst netip.Addr, ok bool) {
-	for i := range f.tun {
+// probeAddrs are the addresses of the first family that both sides have, or of IPv6 if six.
+func (f *forwarding) probeAddrs(t *target, six bool) (src, dst netip.Addr, ok bool) {
+	for i := outer(six); i < len(f.tun); i++ {
 		if f.tun[i].IsValid() && t.tunAddrs[i].IsValid() {
 			return f.tun[i], t.tunAddrs[i], true
 		}
@@ -143,6 +187,6 @@ func (e *Engine) probed(from *target, mode encap.Mode, inner []byte, in *header.
 	e.stats.probesReceived.Add(1)
 	body := in.Payload(inner)
 	if e.cfg.Probed != nil && len(body) > header.UDPLen {
-		e.cfg.Probed(from.id, mode, body[header.UDPLen:], in.Length)
+		e.cfg.Probed(from.id, mode, in.Version == 6, body[header.UDPLen:], in.Length)
 	}
 }

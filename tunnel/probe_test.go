@@ -44,23 +44,32 @@ func TestProbe(t *testing.T) {
 				least := []int{28, 48}[f] + 16
 				for _, size := range []int{0, least, least + 1, 1280, largest - 1, largest} {
 					payload := fmt.Appendf(nil, "nonce %10d", size)
-					if err := a.engine.Probe(b.ns, m, payload, size); err != nil {
+					if err := a.engine.Probe(b.ns, m, false, payload, size); err != nil {
 						t.Fatalf("%v, %d bytes: %v", m, size, err)
 					}
 					got := b.probed(t)
 					body := make([]byte, max(size, least)-[]int{28, 48}[f])
 					copy(body, payload)
-					if got.peer != a.ns || got.mode != m || got.size != max(size, least) || !bytes.Equal(got.body, body) {
+					if got.peer != a.ns || got.mode != m || got.six != (f == 1) || got.size != max(size, least) || !bytes.Equal(got.body, body) {
 						t.Errorf("%v, %d bytes: probed by %s, %v, %d bytes, % x", m, size, got.peer, got.mode, got.size, got.body)
 					}
 				}
-				if err := a.engine.Probe(b.ns, m, []byte("x"), largest+1); !errors.Is(err, unix.EMSGSIZE) {
+				if err := a.engine.Probe(b.ns, m, false, []byte("x"), largest+1); !errors.Is(err, unix.EMSGSIZE) {
 					t.Errorf("%v, %d bytes on a link of 1500: %v, want EMSGSIZE", m, largest+1, err)
 				}
-				if err := a.engine.Probe(b.ns, m, []byte("after"), 0); err != nil {
+				if err := a.engine.Probe(b.ns, m, false, []byte("after"), 0); err != nil {
 					t.Errorf("%v after EMSGSIZE: %v", m, err)
 				}
 				b.probed(t)
+			}
+		}
+		a.engine.Update(a.local, a.peers)
+		for _, m := range []encap.Mode{encap.UDP, encap.IPIP, encap.VXLAN} { // with both inside, the caller chooses
+			for _, six := range []bool{true, false} {
+				must(t, a.engine.Probe(b.ns, m, six, []byte("by family"), 0))
+				if got := b.probed(t); got.six != six {
+					t.Errorf("%v: IPv6 is %v, want %v", m, got.six, six)
+				}
 			}
 		}
 		for _, pkt := range pods.drain() {
@@ -72,6 +81,9 @@ func TestProbe(t *testing.T) {
 		if sent.ProbesSent != got.ProbesReceived || sent.ProbesSent == 0 {
 			t.Errorf("%d probes sent, %d received", sent.ProbesSent, got.ProbesReceived)
 		}
+		var heard [2]uint64
+		heard[family(underlayOf(l.underlay6, 1))] = sent.ProbesSent
+		eventually(t, "all are counted by their outer family", func() bool { return b.engine.Heard(a.ns) == heard })
 		noDrops(t, a, b)
 	})
 }
@@ -103,6 +115,87 @@ func TestProbeTrain(t *testing.T) {
 	})
 }
 
+// Probes leave by the source ports of pods' packets, by each in turn, and a train's packets that go one by one by the port of that train: a network
+// that drops some ports does so to probes, too.
+func TestProbesTakePodsPorts(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		if l.mode == encap.IPIP {
+			return // has no ports
+		}
+		a, b := startPair(t, l)
+		wire := b.tap(t, "eth0")
+		port := func(text string) (from uint16) {
+			t.Helper()
+			wire.next(text, func(pkt []byte) bool {
+				udp, ok := udpOf(pkt)
+				if ok = ok && bytes.Contains(pkt, []byte(text)); ok {
+					from = uint16(udp.SrcPort)
+				}
+				return ok
+			})
+			return from
+		}
+		pods := map[uint16]bool{}
+		for _, s := range a.engine.out {
+			pods[s.Local().Port()] = true
+		}
+		seen := map[uint16]int{}
+		for i := range 3 * len(pods) {
+			text := fmt.Sprintf("probe %d.", i)
+			must(t, a.engine.Probe(b.ns, l.mode, false, []byte(text), 0))
+			b.probed(t)
+			seen[port(text)]++
+			if i+1 == len(pods) && len(seen) != len(pods) {
+				t.Errorf("%d of %d ports after as many probes", len(seen), len(pods))
+			}
+		}
+		for p := range seen {
+			if !pods[p] {
+				t.Errorf("a probe from port %d, pods have %v", p, pods)
+			}
+		}
+		for i := range 5 {
+			text := fmt.Sprintf("train %d.", i)
+			train := []ProbePacket{{[]byte(text), 100}, {[]byte(text), 100}}
+			send := func(apart bool) {
+				t.Helper()
+				wire.drain()
+				must(t, a.engine.ProbeTrain(b.ns, l.mode, train, apart))
+				b.probed(t)
+				b.probed(t)
+			}
+			send(false)
+			one := port(text)
+			send(true)
+			if apart := port(text); apart != one || !pods[one] {
+				t.Errorf("a train from port %d, its packets one by one from %d, pods have %v", one, apart, pods)
+			}
+		}
+	})
+}
+
+// Whichever turns a kind of probe gets, it meets all sockets in time, and none soon again.
+func TestTurns(t *testing.T) {
+	const n = 16
+	for _, every := range []int{1, 2, 4, 8, 16} {
+		var w turns
+		seen, last := map[int]bool{}, map[int]int{}
+		for i := range 200 * n {
+			k := w.next(n)
+			if was, ok := last[k]; ok && i-was < n/2 {
+				t.Fatalf("socket %d after %d turns again", k, i-was)
+			}
+			last[k] = i
+			if i%every == 0 {
+				seen[k] = true
+			}
+		}
+		if len(seen) != n {
+			t.Errorf("who has each %d. turn meets %d of %d sockets", every, len(seen), n)
+		}
+	}
+}
+
 // A probe is refused where none can be sent.
 func TestProbeRefused(t *testing.T) {
 	l := testLink{mode: encap.UDP}
@@ -113,7 +206,9 @@ func TestProbeRefused(t *testing.T) {
 	six.ID, six.Endpoint, six.Accept = "six", underlayOf(true, 1), nil
 	portless.ID, portless.VXLANPort = "portless", 0
 	macless.ID, macless.VTEPMAC = "macless", header.MAC{}
-	a.update(b.asPeer(l), nowhere, mute, six, portless, macless)
+	four := b.asPeer(l)
+	four.ID, four.TunAddrs = "four", b.tun[:1]
+	a.update(b.asPeer(l), nowhere, mute, six, portless, macless, four)
 	for _, tt := range []struct {
 		peer string
 		mode encap.Mode
@@ -128,8 +223,9 @@ func TestProbeRefused(t *testing.T) {
 		{"portless", encap.VXLAN, ErrNoSocket},
 		{"macless", encap.VXLAN, ErrNoMAC},
 		{b.ns, encap.Direct, ErrNoSocket},
+		{"four", encap.IPIP, ErrNoAddress},
 	} {
-		if err := a.engine.Probe(tt.peer, tt.mode, []byte("x"), 100); !errors.Is(err, tt.want) {
+		if err := a.engine.Probe(tt.peer, tt.mode, tt.peer == "four", []byte("x"), 100); !errors.Is(err, tt.want) {
 			t.Errorf("probe of %s by %v: %v, want %v", tt.peer, tt.mode, err, tt.want)
 		}
 	}
@@ -137,7 +233,7 @@ func TestProbeRefused(t *testing.T) {
 		t.Errorf("%d probes counted", n)
 	}
 	a.stop()
-	if err := a.engine.Probe(b.ns, encap.UDP, []byte("x"), 100); !errors.Is(err, ErrNoSocket) {
+	if err := a.engine.Probe(b.ns, encap.UDP, false, []byte("x"), 100); !errors.Is(err, ErrNoSocket) {
 		t.Errorf("probe after the end: %v, want %v", err, ErrNoSocket)
 	}
 }
@@ -164,6 +260,16 @@ func TestForgedProbes(t *testing.T) {
 			emit(i.other, probe)
 			i.marker(f)
 			b.moved(t, before, encap.DropSourceNotSenders, 1)
+			// Of that peer no tun address is known yet: its probes are nothing to count.
+			before = b.counts()
+			emit(i.other, change(func(d *datagram) { d.src = spaceOf(f, 2).Addr() }))
+			i.marker(f)
+			b.moved(t, before, encap.DropNone, 0)
+			select {
+			case p := <-b.probes:
+				t.Errorf("a probe of a peer without a tun address arrived: %+v", p)
+			default:
+			}
 
 			emit(a.under, probe)
 			if p := b.probed(t); string(p.body) != "nonce" || p.peer != a.ns {
@@ -177,6 +283,17 @@ func TestForgedProbes(t *testing.T) {
 			i.pods.next("a packet to another port", carries("other port"))
 			i.marker(f)
 			b.moved(t, before, encap.DropNone, 0)
+			// Of the peer's addresses only its tun address probes: its pods and its other programs do not speak for its agent.
+			for k, src := range []netip.Addr{a.pod(f), a.under} {
+				if src.Is6() != (f == 1) {
+					continue
+				}
+				before = b.counts()
+				emit(a.under, change(func(d *datagram) { d.src, d.payload = src, fmt.Appendf(nil, "as the prober %d", k) }))
+				i.marker(f)
+				b.moved(t, before, encap.DropSourceNotSenders, 1)
+			}
+			before = b.counts()
 			// A probe without payload is nobody's.
 			emit(a.under, change(func(d *datagram) { d.payload = nil }))
 			i.marker(f)
@@ -300,7 +417,7 @@ func TestICMPFromUnderlay(t *testing.T) {
 		far.next("after too big", carries("after too big"))
 		select {
 		case h := <-a.hints:
-			if h.peer != b.ns || h.link != 1400 {
+			if h.peer != b.ns || h.six != l.underlay6 || h.link != 1400 {
 				t.Errorf("hint %+v, want %s and 1400", h, b.ns)
 			}
 		case <-time.After(patience):
@@ -324,7 +441,7 @@ func TestLinkGetsSmaller(t *testing.T) {
 		host.emit(datagram{src: a.pod(0), dst: b.pod(0), sport: 1, dport: 9, payload: make([]byte, 1380)}.bytes(t))
 		select {
 		case h := <-a.hints:
-			if h.peer != b.ns || h.link != 1400 {
+			if h.peer != b.ns || h.six != l.underlay6 || h.link != 1400 {
 				t.Errorf("hint %+v, want %s and 1400", h, b.ns)
 			}
 		case <-time.After(patience):

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/tunnel/capture"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 )
@@ -340,6 +341,19 @@ func TestKernelRefusals(t *testing.T) {
 	eachLink(t, func(t *testing.T, l testLink) {
 		a, b := startPair(t, l)
 		host, far := a.tap(t, "tun0"), b.tap(t, "tun0")
+		dropped := func(n *testNode) func(at capture.Point, d encap.Drop, peer *testNode, size int) {
+			seen, err := n.engine.Tap().Listen(capture.Filter{Drops: true, Reasons: []string{encap.DropSendError.String(), encap.DropTunWrite.String()}, Pod: a.pod(0)}, capture.Limits{})
+			must(t, err)
+			t.Cleanup(seen.Close)
+			return func(at capture.Point, d encap.Drop, peer *testNode, size int) {
+				t.Helper()
+				e, err := seen.Next(t.Context(), patience)
+				if err != nil || e.Point != at || e.Reason != d.String() || e.Peer != peer.ns || e.Length != size {
+					t.Errorf("captured at %s for %q, peer %s, %d bytes, %v; want at %s for %s, peer %s, %d bytes", e.Point, e.Reason, e.Peer, e.Length, err, at, d, peer.ns, size)
+				}
+			}
+		}
+		atA, atB := dropped(a), dropped(b)
 		good := func(text string) []byte {
 			return datagram{src: a.pod(0), dst: b.pod(0), sport: 1, dport: 9, payload: []byte(text)}.bytes(t)
 		}
@@ -357,12 +371,14 @@ func TestKernelRefusals(t *testing.T) {
 		if a.engine.Stats().LastSendError == "" {
 			t.Error("no reason is noted")
 		}
+		atA(capture.ToPeer, encap.DropSendError, b, int(l.mtu()+1)+int(encap.Overhead(l.mode, l.underlay6)))
 
 		// The far TUN goes down and comes up again.
 		before = b.counts()
 		setTunUp(t, b, false)
 		host.emit(good("while down"))
 		b.moved(t, before, encap.DropTunWrite, 1)
+		atB(capture.ToPods, encap.DropTunWrite, a, len(good("while down")))
 		setTunUp(t, b, true)
 		host.emit(good("up again"))
 		far.next("up again", carries("up again"))

@@ -72,6 +72,7 @@ type rxWorker struct {
 	owner     *target    // of the inner source that Ours was asked about
 	lastDst   netip.Addr // an inner destination that is ours
 	lastFrame lastFrame  // VXLAN and Ethernet headers that passed
+	uncut     int        // segment size of the UDP super-packet at hand (isUncut); else 0
 
 	in     header.Inner
 	counts batchStats
@@ -181,7 +182,7 @@ func (w *rxWorker) datagrams(n int) (sum int) {
 
 // datagram handles one receive slot: one packet, or a train that UDP_GRO has joined.
 func (w *rxWorker) datagram(r underlay.Received) {
-	w.counts.receives++
+	w.counts.counted = false
 	if src := r.From.Addr(); src != w.lastOuter || w.from == nil {
 		t, ok := w.fwd.sources[src]
 		if !ok {
@@ -203,7 +204,9 @@ func (w *rxWorker) datagram(r underlay.Received) {
 		}
 		return
 	}
-	if r.SegmentSize <= 0 {
+	w.uncut = 0
+	if r.SegmentSize <= 0 || w.isUncut(r) {
+		w.uncut = r.SegmentSize
 		w.packet(r.Data, r.From, r.TOS)
 		return
 	}
@@ -212,6 +215,21 @@ func (w *rxWorker) datagram(r underlay.Received) {
 		w.packet(data[:n:n], r.From, r.TOS)
 		data = data[n:]
 	}
+}
+
+// isUncut reports whether a slot holds a UDP super-packet inside a kernel's tunnel, which no wire has cut, and no train: its first inner packet
+// fills it. The segment size is then that of the inner datagrams.
+func (w *rxWorker) isUncut(r underlay.Received) bool {
+	if !w.from.kernel || len(r.Data) <= r.SegmentSize {
+		return false
+	}
+	inner, d := r.Data, encap.DropNone
+	if w.carrier == overVXLAN {
+		inner = inner[min(header.VXLANFrameLen, len(inner)):]
+	} else {
+		inner, d = encap.UnwrapUDP(inner)
+	}
+	return d == encap.DropNone && header.ParseInner(inner, &w.in) == nil && w.in.Length == len(inner) && w.in.Proto == header.ProtoUDP && !w.in.Fragment
 }
 
 // segments is how many packets of size make n bytes.
@@ -248,6 +266,14 @@ func (w *rxWorker) packet(payload []byte, from netip.AddrPort, tos byte) {
 			inner = packet // for the capture
 		}
 	}
+	in := &w.in
+	probe := d == encap.DropNone && in.DstPort == ProbePort && in.Proto == header.ProtoUDP && !in.Fragment && w.fwd.isTun(in.Dst)
+	var prober netip.Addr // the only one that may send it: a pod does not speak for its node's agent
+	if probe {
+		if prober = w.from.tunAddrs[family(in.Src)]; prober.IsValid() && prober != in.Src {
+			d = encap.DropSourceNotSenders
+		}
+	}
 	if arrived != nil {
 		w.tapReceived(from, outerTOS, arrived, inner, d)
 	}
@@ -255,9 +281,11 @@ func (w *rxWorker) packet(payload []byte, from netip.AddrPort, tos byte) {
 		w.e.drop(d)
 		return
 	}
-	in := &w.in
-	if in.DstPort == ProbePort && in.Proto == header.ProtoUDP && !in.Fragment && w.fwd.isTun(in.Dst) {
-		w.e.probed(w.from, w.mode, inner, in)
+	if probe {
+		if prober.IsValid() { // else gossip has not told it yet, and nothing can be answered
+			w.e.probed(w.from, w.mode, inner, in)
+			w.from.state.heard[family(from.Addr().Unmap())].Add(1)
+		}
 		return
 	}
 	w.counts.rx(&w.e.stats, w.from, len(inner))
@@ -325,7 +353,11 @@ func (w *rxWorker) deliver(inner []byte) {
 		// The kernel's own GRO may have joined packets of protocol 4 or 41 before the socket saw them. And between virtual
 		// machines or containers of one host, what a kernel's tunnel sends arrives uncut, without the inner checksum: a
 		// network card would have cut it and written that.
-		if h, joined := offload.RawVnetHdr(inner, w.from.mtu); joined {
+		segment := w.uncut
+		if w.carrier.raw() {
+			segment = offload.NotTold
+		}
+		if h, joined := offload.RawVnetHdr(inner, w.from.mtu, segment); joined {
 			w.flush()
 			w.write(h, inner)
 			return

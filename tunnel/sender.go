@@ -34,20 +34,17 @@ func (o *senderSet) sender(t *target, in *header.Inner, pkt []byte) (s *sender, 
 	if s == nil || to == nil {
 		return nil, nil
 	}
-	if !s.dirty {
-		s.dirty = true
-		o.dirty = append(o.dirty, s)
-	}
 	return s, to
 }
 
 // sender collects messages for one socket. On a UDP socket, consecutive packets of equal length to one peer (of any inner
 // flow) become a train: one message that the kernel splits by UDP_SEGMENT.
 type sender struct {
+	set   *senderSet // that it belongs to; nil if it sends single messages only
 	sock  outSocket
 	batch *underlay.SendBatch
 	gso   bool // trains and super-packets are sent as one message
-	dirty bool // has unsent messages
+	dirty bool // has unsent messages, and is in set.dirty
 
 	// The open train. count 0: none is open.
 	to     *underlay.Dest
@@ -56,6 +53,17 @@ type sender struct {
 	count  int
 	bytes  int
 	closed bool // a shorter packet ended it
+}
+
+// newSender makes a sender of the set for a worker.
+func (o *senderSet) newSender(w *txWorker, sock *underlay.Socket, gso bool) *sender {
+	s := &sender{set: o, sock: sock, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: gso}
+	s.batch.Refused = func(r underlay.Refused) {
+		if w.e.tap.On() {
+			w.tapRefused(s, r)
+		}
+	}
+	return s
 }
 
 // packet adds one packet, which stays referenced until flush.
@@ -102,6 +110,10 @@ func (s *sender) begin(w *txWorker, to *underlay.Dest, tos byte, iovecs int) {
 	s.end()
 	if s.batch.Full(iovecs) {
 		s.transmit(w)
+	}
+	if !s.dirty {
+		s.dirty = true
+		s.set.dirty = append(s.set.dirty, s)
 	}
 	s.batch.Begin(to, tos)
 }

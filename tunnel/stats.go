@@ -26,11 +26,12 @@ func (s *stats) noteSendError(err error) {
 }
 
 // Stats is a copy of the engine's totals. Tx is from the TUN to the underlay, Rx the other way; packets and bytes are
-// those of inner packets and super-packets as the TUN has them (Tx) or as they arrived (Rx).
+// those of inner packets as they travel, of a super-packet those of its segments; on arrival, what the kernel has joined before a raw socket is one.
+// Drops of packets from the TUN count a super-packet as one, but for those of send_error.
 type Stats struct {
 	TxPackets, TxBytes, TxSends uint64 // sends: messages that the kernel took
 	RxPackets, RxBytes          uint64
-	RxReceives, RxWrites        uint64 // receives: slots filled; writes: packets and super-packets to the TUN
+	RxReceives, RxWrites        uint64 // receives: slots with packets of pods; writes: packets and super-packets to the TUN
 	GSOFallbacks, TunFallbacks  uint64 // super-packets that the kernel refused and that went as single packets
 	ICMPSent, ICMPReceived      uint64
 	ProbesSent, ProbesReceived  uint64
@@ -82,6 +83,14 @@ func (e *Engine) PeerStats(id string) PeerStats {
 	return PeerStats{c.txPackets.Load(), c.txBytes.Load(), c.rxPackets.Load(), c.rxBytes.Load()}
 }
 
+// Heard returns how many probes have arrived from a peer by outer IPv4 and IPv6, requests and replies.
+func (e *Engine) Heard(id string) (n [2]uint64) {
+	if t := e.fwd.Load().peers[id]; t != nil {
+		n = [2]uint64{t.state.heard[0].Load(), t.state.heard[1].Load()}
+	}
+	return n
+}
+
 func (e *Engine) drop(d encap.Drop)            { e.drops[d].Add(1) }
 func (e *Engine) dropN(d encap.Drop, n uint64) { e.drops[d].Add(n) }
 
@@ -91,21 +100,26 @@ type batchStats struct {
 	txPkts, txBytes  uint64
 	rxPkts, rxBytes  uint64
 	receives, writes uint64
+	counted          bool // the present receive
 }
 
-func (y *batchStats) tx(s *stats, t *target, n int) {
+func (y *batchStats) tx(s *stats, t *target, packets, bytes int) {
 	if y.txTo != t {
 		y.settle(s)
 		y.txTo = t
 	}
-	y.txPkts++
-	y.txBytes += uint64(n)
+	y.txPkts += uint64(packets)
+	y.txBytes += uint64(bytes)
 }
 
 func (y *batchStats) rx(s *stats, t *target, n int) {
 	if y.rxFrom != t {
 		y.settle(s)
 		y.rxFrom = t
+	}
+	if !y.counted {
+		y.counted = true
+		y.receives++
 	}
 	y.rxPkts++
 	y.rxBytes += uint64(n)

@@ -1,6 +1,7 @@
 package tunnel
 
 import (
+	"bytes"
 	"net/netip"
 
 	"github.com/tulle-net/tulle/tunnel/capture"
@@ -38,13 +39,7 @@ func tapped(at capture.Point, t *target, d encap.Drop, pkt []byte) *capture.Pack
 // tapSegments captures what packet hands to a sender: the packet or super-packet of the pods, and each packet for the
 // underlay. It runs before the packet's checksum is complete where the kernel left that to the device.
 func (w *txWorker) tapSegments(t *target, s *sender, to *underlay.Dest, tos byte, prefix, pkt []byte, segs []offload.Segment) {
-	outer := &capture.Outer{Src: localOf(s.sock, to), Dst: to.Addr(), Proto: header.ProtoUDP, TOS: tos}
-	if t.mode == encap.IPIP {
-		outer.Proto = header.ProtoIPv4
-		if pkt[0]>>4 == 6 {
-			outer.Proto = header.ProtoIPv6
-		}
-	}
+	outer := outerOf(t, s, to, tos, pkt)
 	if len(segs) == 0 {
 		p := tapped(capture.ToPeer, t, encap.DropNone, pkt)
 		p.Data, p.Outer = [][]byte{prefix, pkt}, outer
@@ -57,6 +52,53 @@ func (w *txWorker) tapSegments(t *target, s *sender, to *underlay.Dest, tos byte
 		p.Data, p.Outer = [][]byte{seg.Header, seg.Payload}, outer
 		w.e.tap.Offer(p)
 	}
+}
+
+// outerOf is the outer header of a packet of the pods.
+func outerOf(t *target, s *sender, to *underlay.Dest, tos byte, pkt []byte) *capture.Outer {
+	outer := &capture.Outer{Src: localOf(s.sock, to), Dst: to.Addr(), Proto: header.ProtoUDP, TOS: tos}
+	if t.mode == encap.IPIP {
+		outer.Proto = header.ProtoIPv4
+		if pkt[0]>>4 == 6 {
+			outer.Proto = header.ProtoIPv6
+		}
+	}
+	return outer
+}
+
+// tapRefused captures what the kernel did not take of what tapSegments has captured as handed to it.
+func (w *txWorker) tapRefused(s *sender, r underlay.Refused) {
+	for _, t := range w.fwd.peers {
+		if r.To != t.udp && r.To != t.vxlan && r.To != t.raw {
+			continue
+		}
+		for _, d := range r.Datagrams() {
+			p := tapped(capture.ToPeer, t, encap.DropSendError, d)
+			if t.mode == encap.VXLAN {
+				p.Inner = d[header.VXLANFrameLen:]
+			}
+			p.Outer = outerOf(t, s, r.To, r.TOS, p.Inner)
+			w.e.tap.Offer(p)
+		}
+		return
+	}
+}
+
+// drop counts a packet that the TUN did not take, which is in parts.
+func (t *tunWriter) drop(e *Engine, parts [][]byte) {
+	e.drop(encap.DropTunWrite)
+	if !e.tap.On() {
+		return
+	}
+	pkt := bytes.Join(parts, nil)
+	p := tapped(capture.ToPods, nil, encap.DropTunWrite, pkt)
+	var in header.Inner
+	if header.ParseInner(pkt, &in) == nil {
+		if from, _ := e.fwd.Load().table.Lookup(in.Src); from != nil && !from.local {
+			p.Peer = from.id
+		}
+	}
+	e.tap.Offer(p)
 }
 
 // localOf is the address that a socket is bound to; a test's socket has none.

@@ -4,7 +4,6 @@ import (
 	"errors"
 
 	"github.com/tulle-net/tulle/tunnel/device"
-	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/offload"
 )
 
@@ -41,7 +40,7 @@ func (t *tunWriter) writev(e *Engine, h offload.VnetHdr, parts [][]byte) {
 	case h.GSOType != offload.GSONone && errors.Is(err, device.ErrGSO):
 		t.cut(e, h, parts)
 	default:
-		e.drop(encap.DropTunWrite)
+		t.drop(e, parts)
 	}
 }
 
@@ -58,7 +57,7 @@ func (t *tunWriter) cut(e *Engine, h offload.VnetHdr, parts [][]byte) {
 	t.split.Reset()
 	segs, err := t.split.Split(t.flat, h)
 	if err != nil {
-		e.drop(encap.DropTunWrite)
+		t.drop(e, parts)
 		return
 	}
 	plain := offload.VnetHdr{}
@@ -66,7 +65,7 @@ func (t *tunWriter) cut(e *Engine, h offload.VnetHdr, parts [][]byte) {
 	for _, s := range segs {
 		t.iov = append(t.iov[:0], t.hdr[:], s.Header, s.Payload)
 		if t.w.Write(t.iov) != nil {
-			e.drop(encap.DropTunWrite)
+			t.drop(e, t.iov[1:])
 		}
 	}
 }

@@ -218,7 +218,6 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		}
 		prefix = header.AppendVXLAN(w.prefix[:0], w.e.cfg.VNI, mac, w.fwd.mac, encap.EtherType(in.Version == 6))
 	}
-	w.counts.tx(&w.e.stats, t, len(pkt))
 	tap := w.e.tap.On()
 	if tap {
 		w.e.tap.Offer(tapped(capture.FromPods, t, encap.DropNone, pkt))
@@ -230,6 +229,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		w.drop(pkt, t, encap.DropTxMalformed)
 		return false
 	}
+	w.counts.tx(&w.e.stats, t, 1, len(pkt))
 	header.ClampMSS(pkt, in, t.mtu)
 	if tap {
 		w.tapSegments(t, s, dest, tos, prefix, pkt, nil)
@@ -252,6 +252,8 @@ func (w *txWorker) segments(t *target, s *sender, to *underlay.Dest, prefix, pkt
 		w.drop(pkt, t, encap.DropTxMalformed)
 		return false
 	}
+	more := len(segs) - 1 // each has a copy of the headers
+	w.counts.tx(&w.e.stats, t, len(segs), len(pkt)+more*(len(segs[0].Header)-len(prefix)))
 	if w.e.tap.On() {
 		w.tapSegments(t, s, to, tos, prefix, pkt, segs)
 	}

@@ -134,10 +134,10 @@ func newMemRig(mode encap.Mode) *memRig {
 	}
 	o := &senderSet{}
 	for range defaultSenders {
-		o.udp = append(o.udp, &sender{sock: r.sock, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: true})
+		o.udp = append(o.udp, &sender{set: o, sock: r.sock, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: true})
 	}
 	for i := range o.raw {
-		o.raw[i] = &sender{sock: r.sock, batch: underlay.NewSendBatch(txMessages, txIovecs)}
+		o.raw[i] = &sender{set: o, sock: r.sock, batch: underlay.NewSendBatch(txMessages, txIovecs)}
 	}
 	r.tx.out[0] = o
 	r.rx = &rxWorker{
@@ -363,7 +363,7 @@ func TestWorkersDoNotAllocate(t *testing.T) {
 				t.Errorf("sending allocates %v times", n)
 			}
 			s := r.e.Stats()
-			if want := uint64(21 * l.count); s.TxPackets != want {
+			if want := 21 * uint64(l.count) * segments(l.payload, l.segment); s.TxPackets != want {
 				t.Errorf("%d packets sent, want %d; drops %v", s.TxPackets, want, s.Drops)
 			}
 
@@ -381,6 +381,32 @@ func TestWorkersDoNotAllocate(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// What one node counts as sent, the other one counts as received: packets as they travel. And a receive counts if a packet of a pod was in it.
+func TestCountersAgree(t *testing.T) {
+	for _, mode := range []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP} {
+		for f := range 2 {
+			out, in := newMemRig(mode), newMemRig(mode)
+			if mode == encap.IPIP && f == 1 {
+				in.rx.proto = header.ProtoIPv6
+			}
+			l := memLoad{mode: mode, family: f, tcp: true, payload: 7*1000 + 1, segment: 1000, count: 1}
+			out.queue.packets = l.supers(0, 1)
+			out.transmit(t)
+			slots, refill := l.slots(t, 1, 0)
+			refill()
+			bad := underlay.Received{Data: random(10), From: netip.AddrPortFrom(underlayOf(false, 1), 1)}
+			in.receive(append(slots, bad, bad)...)
+			sent, got := out.e.Stats(), in.e.Stats()
+			if sent.TxPackets != 8 || sent.TxPackets != got.RxPackets || sent.TxBytes != got.RxBytes {
+				t.Errorf("%s, family %d: %d packets of %d bytes sent, %d of %d received", mode, f, sent.TxPackets, sent.TxBytes, got.RxPackets, got.RxBytes)
+			}
+			if got.RxReceives != uint64(len(slots)) {
+				t.Errorf("%s, family %d: %d receives, want the %d that had pods' packets", mode, f, got.RxReceives, len(slots))
+			}
+		}
 	}
 }
 
@@ -475,6 +501,28 @@ func TestRefusedSuperPacketIsCut(t *testing.T) {
 					t.Errorf("%+v", s)
 				}
 			})
+		}
+	}
+}
+
+// The headers of small segments fill the arena before the packets do: what came before is sent, and the super-packet that found it full goes
+// out with the rest, not with the next packets, whose bytes it would carry.
+func TestHeaderArenaFull(t *testing.T) {
+	const size, count = 40, 64
+	r := newMemRig(encap.VXLAN)
+	fit := headerArena / ((header.VXLANFrameLen + header.IPv4MinLen + header.UDPLen) * count)
+	for i := range fit + 1 {
+		p := superPacket(0, 0, 1, false, 0, random(count*size), size)
+		binary.BigEndian.PutUint16(p[offload.VnetHdrLen+header.IPv4MinLen:], uint16(40000+i))
+		r.queue.packets = append(r.queue.packets, p)
+	}
+	r.transmit(t)
+	if got, want := r.sock.messages.Load(), uint64(len(r.queue.packets)); got != want {
+		t.Errorf("%d of %d super-packets are sent", got, want)
+	}
+	for i, s := range r.tx.out[0].udp {
+		if n := s.batch.Len(); n > 0 {
+			t.Errorf("sender %d keeps %d of them", i, n)
 		}
 	}
 }

@@ -61,6 +61,9 @@ func device(at netip.Addr) (name string, mtu int, offloads []string) {
 		return "", 0, nil
 	}
 	for _, i := range list {
+		if zone := at.Zone(); zone != "" && zone != i.Name { // several may have the same link-local address
+			continue
+		}
 		addrs, err := i.Addrs()
 		if err != nil {
 			continue

@@ -9,6 +9,7 @@ import (
 	"net/netip"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/net/ipv4"
@@ -23,6 +24,10 @@ type client struct {
 	from, to netip.AddrPort // from without port
 	welcome  welcome
 	rtt      time.Duration // of the control connection
+
+	sending   sync.Mutex // an order
+	measuring bool       // the server has a job
+	unread    int        // reports that nobody has read: those to keepAlive
 }
 
 // isEOF reports whether the other end closed the connection.
@@ -72,6 +77,9 @@ func (c *client) enter(token string) error {
 	var g greeting
 	start := time.Now()
 	if err := c.receive(&g, patience); err != nil {
+		if isEOF(err) {
+			return fmt.Errorf("it closed the connection without a word: it is no `tulle bench serve`, or so many connect to it that the oldest give way, as its log says then: %w", err)
+		}
 		return fmt.Errorf("what answers there is no `tulle bench serve`: %w", err)
 	}
 	c.rtt = time.Since(start)
@@ -79,7 +87,7 @@ func (c *client) enter(token string) error {
 		return fmt.Errorf("the server speaks version %d of the protocol, and this program version %d: use the same tulle at both ends", g.Version, version)
 	}
 	if g.Token && token == "" {
-		return errors.New("the server wants a token (--token)")
+		return errors.New("the server wants a token (--token-file)")
 	}
 	if err := c.send(hello{Proof: proof(token, g.Nonce)}); err != nil {
 		return err
@@ -93,22 +101,65 @@ func (c *client) enter(token string) error {
 	return nil
 }
 
+// serverError is what the server says when it ends a run.
+type serverError string
+
+func (e serverError) Error() string { return "the server: " + string(e) }
+
 // order sends an order and awaits its report.
 func (c *client) order(do string, flows int) (report, error) {
-	if err := c.send(order{Do: do, Flows: flows}); err != nil {
+	c.sending.Lock()
+	before := c.unread
+	c.unread, c.measuring = 0, c.measuring && do != "stop"
+	err := c.send(order{Do: do, Flows: flows})
+	c.sending.Unlock()
+	if err != nil {
 		return report{}, fmt.Errorf("the server has gone: %w", err)
 	}
 	var r report
-	if err := c.receive(&r, patience); err != nil {
-		if isEOF(err) {
-			err = fmt.Errorf("the server ended the run (it allows %.0f s): %w", c.welcome.MaxTime, err)
+	for range before + 1 {
+		r = report{}
+		if err := c.receive(&r, patience); err != nil {
+			if isEOF(err) {
+				err = fmt.Errorf("the server ended the run (it allows %.0f s): %w", c.welcome.MaxTime, err)
+			}
+			return report{}, err
 		}
-		return report{}, err
+		if r.Error != "" {
+			return report{}, serverError(r.Error)
+		}
 	}
-	if r.Error != "" {
-		return report{}, errors.New("the server: " + r.Error)
-	}
+	c.sending.Lock()
+	c.measuring = do != "stop"
+	c.sending.Unlock()
 	return r, nil
+}
+
+// keepAlive shows the server that the client is there, until stop: a server takes silence for the end, and a measure may need no
+// order for longer than that. It asks for what was counted, which every server answers. The next order reads the answers.
+func (c *client) keepAlive() (stop func()) {
+	end, ended := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ended)
+		tick := time.NewTicker(idleLimit / 3)
+		defer tick.Stop()
+		for {
+			select {
+			case <-end:
+				return
+			case <-tick.C:
+			}
+			c.sending.Lock()
+			if c.measuring && c.send(order{Do: "count"}) == nil {
+				c.unread++
+			}
+			c.sending.Unlock()
+		}
+	}()
+	return func() {
+		close(end)
+		<-ended
+	}
 }
 
 // answerWait is how long a datagram's answer may take.

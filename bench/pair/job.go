@@ -27,11 +27,12 @@ type job struct {
 	done chan struct{} // closed by end
 	work sync.WaitGroup
 
-	got    atomic.Int64 // bytes of TCP and of echoes
-	mu     sync.Mutex
-	flows  int
-	sinks  []*sink
-	closed bool
+	got     atomic.Int64 // bytes that came, except to sinks
+	mu      sync.Mutex
+	flows   int
+	sinks   []*sink
+	streams map[int]struct{} // sockets of data connections
+	closed  bool
 
 	begun time.Time
 	base  int64
@@ -45,7 +46,7 @@ type sink struct {
 }
 
 func startJob(ctx context.Context, run *session, o order) (*job, error) {
-	j := &job{run: run, do: o.Do, most: o.Flows, done: make(chan struct{})}
+	j := &job{run: run, do: o.Do, most: o.Flows, done: make(chan struct{}), streams: map[int]struct{}{}}
 	if o.Do == jobEcho || o.Do == jobSink {
 		fd, _, err := traffic.Socket(run.local, unix.SOCK_DGRAM)
 		if err != nil {
@@ -64,18 +65,27 @@ func startJob(ctx context.Context, run *session, o order) (*job, error) {
 
 // end stops the job and waits for its goroutines.
 func (j *job) end() {
-	j.stop.Store(true)
 	close(j.done)
+	j.cutOff()
+	j.work.Wait()
+}
+
+// cutOff ends all flows, whatever the client does, and lets no new ones begin. Connections end with a reset: a client whose window is
+// full would not see another end.
+func (j *job) cutOff() {
+	j.stop.Store(true)
 	j.mu.Lock()
+	defer j.mu.Unlock()
 	j.closed = true
 	for _, s := range j.sinks {
 		s.conn.Close()
 	}
-	j.mu.Unlock()
-	j.work.Wait()
+	for fd := range j.streams {
+		_, _ = traffic.Reset(fd), unix.Shutdown(fd, unix.SHUT_RDWR) // the client may have ended it
+	}
 }
 
-// watch fails the run when its client sends more than it may.
+// watch fails the run when its client sends more than it may, and cuts it off.
 func (j *job) watch(ctx context.Context) {
 	const window, burst, tolerance = 500 * time.Millisecond, 16 << 20, 1.25 // burst: what buffers hold, in bytes
 	start, tick := time.Now(), time.NewTicker(window)
@@ -91,7 +101,7 @@ func (j *job) watch(ctx context.Context) {
 		allowed := tolerance*j.run.rate/8*time.Since(start).Seconds() + burst
 		if got := float64(j.bytes()); got > allowed {
 			j.run.fail(fmt.Errorf("%.0f bytes came in %v: more than the server's limit of %.0f bit/s", got, time.Since(start).Round(time.Millisecond), j.run.rate))
-			j.stop.Store(true)
+			j.cutOff()
 			return
 		}
 	}
@@ -119,11 +129,12 @@ func (j *job) welcomeFlows(fd int) {
 			continue
 		}
 		kind, s, flow, err := parsePreamble(buf[:n])
-		source := traffic.AddrPort(from)
-		if err != nil || kind != kindHello || s != j.run.secret || source.Addr() != j.run.peer || flow >= j.most {
+		if err != nil || kind != kindHello || s != j.run.secret || flow >= j.most {
 			continue
 		}
-		j.welcome(source, flow)
+		if source := traffic.AddrPort(from); source.Addr() == j.run.peer {
+			j.welcome(source, flow)
+		}
 	}
 }
 
@@ -168,6 +179,7 @@ func (j *job) accept(conn net.Conn, kind byte, _ int) {
 	switch {
 	case kind == kindOnce && j.do == jobRespond:
 		_ = conn.SetDeadline(time.Now().Add(patience))
+		j.got.Add(preambleSize)
 		if _, err := conn.Write(appendPreamble(nil, kindOnce, secret{}, 0)); err == nil {
 			_, _ = io.Copy(io.Discard, io.LimitReader(conn, 1)) // until the client resets it
 		}
@@ -183,13 +195,19 @@ func (j *job) accept(conn net.Conn, kind byte, _ int) {
 			return
 		}
 		j.work.Add(1)
+		j.streams[fd] = struct{}{}
 		j.mu.Unlock()
+		defer func() { // before its number is another socket's
+			j.mu.Lock()
+			defer j.mu.Unlock()
+			delete(j.streams, fd)
+		}()
 		ended := make(chan struct{})
 		go func() { // on its own thread
 			defer j.work.Done()
 			defer close(ended)
 			if j.do == jobRespond {
-				traffic.Respond(fd, &j.stop)
+				traffic.Respond(fd, &j.got, &j.stop)
 			} else {
 				_ = traffic.TCPSink(fd, &j.got, &j.stop) // the client notices when nothing arrives
 			}

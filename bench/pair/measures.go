@@ -40,6 +40,9 @@ func (rn *runner) overUDP(d *result.Round, measure func(fd int) (*result.Latency
 	return onThread(func() error {
 		l, err := measure(fd)
 		if err == nil && l.Answers == 0 {
+			if _, err := rn.c.order("count", 0); err != nil { // the server says why
+				return err
+			}
 			err = fmt.Errorf("no datagram of %d bytes was answered", l.Payload)
 		}
 		if err == nil {
@@ -49,18 +52,54 @@ func (rn *runner) overUDP(d *result.Round, measure func(fd int) (*result.Latency
 	})
 }
 
+// rate is how many exchanges of a number of bytes a second the run may have; 0: any.
+func (rn *runner) rate(bytes int) float64 {
+	most := rn.c.welcome.MaxRate / 8 / float64(bytes)
+	if rn.o.Gentle && (most == 0 || most > rn.o.Rate) {
+		most = rn.o.Rate
+	}
+	return most
+}
+
+// every is the least time from one exchange of a number of bytes to the next; 0: none.
+func (rn *runner) every(bytes int) (time.Duration, error) {
+	rate := rn.rate(bytes)
+	if rate == 0 {
+		return 0, nil
+	}
+	if rate*rn.o.Duration.Seconds() < 1 {
+		return 0, fmt.Errorf("the limit of %.0f bit/s allows less than one exchange of %d bytes within %v: measure for longer (--duration)", rn.c.welcome.MaxRate, bytes, rn.o.Duration)
+	}
+	return time.Duration(float64(time.Second) / rate), nil
+}
+
+// openRate is the rate of the open loop, in datagrams a second.
+func (rn *runner) openRate(payload int) float64 {
+	if most := rn.rate(payload); most > 0 {
+		return min(most, rn.o.Rate)
+	}
+	return rn.o.Rate
+}
+
 func (rn *runner) pingPong(payload int) func(context.Context, *result.Round) error {
 	return func(ctx context.Context, d *result.Round) error {
+		every, err := rn.every(payload)
+		if err != nil {
+			return err
+		}
 		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
-			return traffic.PingPong(ctx, fd, payload, rn.o.warm(), rn.o.Duration, rn.o.every())
+			return traffic.PingPong(ctx, fd, payload, rn.o.warm(), rn.o.Duration, every)
 		})
 	}
 }
 
 func (rn *runner) openLoop(payload int) func(context.Context, *result.Round) error {
 	return func(ctx context.Context, d *result.Round) error {
+		if _, err := rn.every(payload); err != nil {
+			return err
+		}
 		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
-			return traffic.Paced(ctx, fd, payload, rn.o.Rate, rn.o.warm(), rn.o.Duration)
+			return traffic.Paced(ctx, fd, payload, rn.openRate(payload), rn.o.warm(), rn.o.Duration)
 		})
 	}
 }
@@ -84,9 +123,10 @@ func (rn *runner) connections(ctx context.Context, d *result.Round) error {
 	if _, err := rn.c.order(jobRespond, maxFlows); err != nil {
 		return err
 	}
-	request, buf, to := appendPreamble(nil, kindOnce, rn.c.welcome.Secret, 0), make([]byte, preambleSize), traffic.Sockaddr(rn.c.to)
+	request, buf := appendPreamble(nil, kindOnce, rn.c.welcome.Secret, 0), make([]byte, preambleSize)
+	from, to := traffic.Numbered(rn.c.from), traffic.Sockaddr(rn.c.to)
 	return rn.transactions(ctx, d, result.CRR, func() error {
-		fd, err := traffic.Dial(rn.c.from, to)
+		fd, err := traffic.Dial(from, to)
 		if err != nil {
 			return fmt.Errorf("connect: %w", err)
 		}
@@ -95,8 +135,12 @@ func (rn *runner) connections(ctx context.Context, d *result.Round) error {
 }
 
 func (rn *runner) transactions(ctx context.Context, d *result.Round, kind string, one func() error) error {
+	every, err := rn.every(traffic.Request)
+	if err != nil {
+		return err
+	}
 	return onThread(func() error {
-		l, err := traffic.Transactions(ctx, kind, rn.o.warm(), rn.o.Duration, rn.o.every(), one)
+		l, err := traffic.Transactions(ctx, kind, rn.o.warm(), rn.o.Duration, every, one)
 		if err == nil {
 			if rn.o.Gentle {
 				l.Offered = rn.o.Rate

@@ -44,8 +44,12 @@ func warnings(r *result.Run) []string {
 	return out
 }
 
-// limits say what a gentle run holds back.
+// limits say what the run holds back.
 func (rn *runner) limits() []string {
+	if most := rn.c.welcome.MaxRate; !rn.o.Gentle && most > 0 {
+		return []string{fmt.Sprintf("The server allows %s Gb/s, and every measure keeps to it: no figure can be higher. Datagrams and requests that wait for an answer "+
+			"come less often where the limit asks for it, and CPUs may halt between them.", result.Digits(most/1e9))}
+	}
 	if !rn.o.Gentle {
 		return nil
 	}
@@ -78,7 +82,7 @@ func (rn *runner) notes() []string {
 			o.Rounds, o.Duration, o.warm().Round(time.Millisecond)),
 		"Half RTT: one UDP datagram at a time between blocking sockets; half of the round trip. CPUs may halt and nothing is pinned, as for an ordinary program: " +
 			"this includes what it costs to wake a process.",
-		fmt.Sprintf("Fixed rate: %s datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", result.Digits(o.Rate)),
+		fmt.Sprintf("Fixed rate: %s datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", result.Digits(rn.openRate(o.Sizes[0]))),
 		fmt.Sprintf("TCP request/response: %d bytes each way, on one connection, or on one connection each; the whole time.", traffic.Request),
 		fmt.Sprintf("UDP, no loss: the highest rate with at most %.1f %% loss in a trial of %v; full packets fill the path MTU, %d bytes of payload. If the unpaced sender loses nothing, "+
 			"the sender is the limit. UDP flows: full packets as fast as the sender can.", 100*traffic.LossAllowed, o.Duration/4, rn.full),
@@ -89,9 +93,5 @@ func (rn *runner) notes() []string {
 	if rn.one {
 		cpu = "Both ends are on one machine: CPU is all that it did, other processes included, and no network device was crossed unless the ends are in namespaces."
 	}
-	n = append(n, cpu)
-	if rate := rn.c.welcome.MaxRate; rate > 0 {
-		n = append(n, fmt.Sprintf("The server allows %s Gb/s: no figure can be higher.", result.Digits(rate/1e9)))
-	}
-	return n
+	return append(append(n, cpu), rn.limits()...)
 }

@@ -40,6 +40,9 @@ func RunPaths(ctx context.Context, o RunOptions, paths []Path) (*result.Run, err
 	if len(ps.runners) == 0 {
 		return nil, fmt.Errorf("none of the paths can be measured: %s", missing(ps.modes))
 	}
+	if err := fits(ps.runners...); err != nil {
+		return nil, err
+	}
 	var ended error
 	for i := range o.Rounds {
 		if ended = ps.round(ctx, i); ended != nil {

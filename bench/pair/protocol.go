@@ -32,7 +32,7 @@ const (
 	maxFlows  = 16
 	maxLine   = 64 << 10               // bytes of a control message
 	idleLimit = 30 * time.Second       // of a control connection, and of a connection that has not said what it is
-	maxConns  = 128                    // connections of all kinds at a time
+	maxConns  = 128                    // data connections at a time
 	patience  = 5 * time.Second        // for answers of the other end
 	helloWait = 300 * time.Millisecond // for the answer to the first datagram of a flow
 )

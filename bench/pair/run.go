@@ -105,14 +105,6 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 
 func (o *RunOptions) warm() time.Duration { return o.Duration / 3 }
 
-// every is the least time from one exchange to the next; 0: none.
-func (o *RunOptions) every() time.Duration {
-	if !o.Gentle {
-		return 0
-	}
-	return time.Duration(float64(time.Second) / o.Rate)
-}
-
 // runner is a running Run.
 type runner struct {
 	o    RunOptions
@@ -144,6 +136,9 @@ func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
 	defer stop()
 	rn := &runner{o: o, c: c}
 	if err := rn.prepare(); err != nil {
+		return nil, err
+	}
+	if err := fits(rn); err != nil {
 		return nil, err
 	}
 	var ended error
@@ -191,37 +186,58 @@ func (rn *runner) prepare() error {
 		Rounds: o.Rounds, Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(), MTU: mtu, Family: family,
 		Modes: []result.Mode{{Name: o.Label, What: "from this end to `tulle bench serve`", MTU: mtu}},
 	}
+	for _, m := range rn.measures() {
+		rn.r.Asked = append(rn.r.Asked, m.main)
+	}
 	return nil
 }
 
 // measure is one measure of a round.
 type measure struct {
 	group, what string
+	main        string        // key of its main metric in a result
+	least       time.Duration // that it takes
 	take        func(ctx context.Context, d *result.Round) error
 }
 
 func (rn *runner) measures() []measure {
 	var out []measure
+	counted, warmed := rn.o.Duration, rn.o.Duration+rn.o.warm()
 	for _, n := range rn.o.Sizes {
-		out = append(out, measure{Latency, fmt.Sprintf("latency at %d bytes", n), rn.pingPong(n)})
+		out = append(out, measure{Latency, fmt.Sprintf("latency at %d bytes", n), fmt.Sprintf("rtt%d_p50_us", n), warmed, rn.pingPong(n)})
 	}
 	several := rn.o.Streams
 	out = append(out,
-		measure{Latency, fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), rn.openLoop(rn.o.Sizes[0])},
-		measure{Latency, "TCP requests on one connection", rn.requests},
-		measure{Latency, "TCP connections with a request", rn.connections},
-		measure{Throughput, "TCP, one stream", rn.tcp(1)},
-		measure{Throughput, "UDP, one flow", rn.flood(1)},
+		measure{Latency, fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), fmt.Sprintf("open%d_p50_us", rn.o.Sizes[0]), warmed, rn.openLoop(rn.o.Sizes[0])},
+		measure{Latency, "TCP requests on one connection", "rr_p50_us", warmed, rn.requests},
+		measure{Latency, "TCP connections with a request", "crr_p50_us", warmed, rn.connections},
+		measure{Throughput, "TCP, one stream", "tcp1_gbps", warmed, rn.tcp(1)},
+		measure{Throughput, "UDP, one flow", "udp_flood1_gbps", counted, rn.flood(1)},
 	)
 	if !rn.o.Gentle {
 		out = append(out,
-			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), rn.tcp(several)},
-			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), rn.flood(several)},
-			measure{Limits, "UDP rate at 64 bytes", rn.search(64, false)},
-			measure{Limits, "UDP rate of full packets", rn.search(rn.full, true)},
+			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), fmt.Sprintf("tcp%d_gbps", several), warmed, rn.tcp(several)},
+			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), fmt.Sprintf("udp_flood%d_gbps", several), counted, rn.flood(several)},
+			measure{Limits, "UDP rate at 64 bytes", "udp64_kpps", counted, rn.search(64, false)},
+			measure{Limits, "UDP rate of full packets", "udp_full_kpps", counted, rn.search(rn.full, true)},
 		)
 	}
 	return slices.DeleteFunc(out, func(m measure) bool { return len(rn.o.Only) > 0 && !slices.Contains(rn.o.Only, m.group) })
+}
+
+// fits returns an error if the server's time is too short for one round of what the runners measure: nothing would be left of it.
+func fits(runners ...*runner) error {
+	var least, most time.Duration
+	for _, rn := range runners {
+		most = time.Duration(rn.c.welcome.MaxTime * float64(time.Second))
+		for _, m := range rn.measures() {
+			least += m.least
+		}
+	}
+	if least > most {
+		return fmt.Errorf("one round takes %v at least, and the server allows %v (--max-time of `tulle bench serve`): use a shorter --duration, or fewer --measures", least.Round(time.Second), most)
+	}
+	return nil
 }
 
 // round takes each measure. Round n begins with measure n, so that none is always the first.
@@ -237,8 +253,11 @@ func (rn *runner) round(ctx context.Context, n int) error {
 		i := (k + n) % len(all)
 		m := all[i]
 		rn.o.Progress(fmt.Sprintf("round %d of %d: %s%s", n+1, rn.o.Rounds, rn.label, m.what))
-		if err := m.take(ctx, &parts[i]); err != nil {
-			if ctx.Err() != nil || rn.gone(err) {
+		if err := rn.take(ctx, m, &parts[i]); err != nil {
+			if ctx.Err() != nil {
+				return err
+			}
+			if err := rn.gone(err); err != nil {
 				return err
 			}
 			failed = append(failed, fmt.Sprintf("round %d, %s: %v", n+1, m.what, err))
@@ -261,10 +280,19 @@ func (rn *runner) round(ctx context.Context, n int) error {
 	return nil
 }
 
-// gone reports whether an error ended the control connection.
-func (rn *runner) gone(err error) bool {
-	_, again := rn.c.order("stop", 0)
-	return again != nil && err != nil
+// take takes a measure, however long it is.
+func (rn *runner) take(ctx context.Context, m measure, d *result.Round) error {
+	defer rn.c.keepAlive()()
+	return m.take(ctx, d)
+}
+
+// gone returns why the server has ended the run, if it has when a measure fails with an error.
+func (rn *runner) gone(failed error) error {
+	_, err := rn.c.order("stop", 0)
+	if _, told := errors.AsType[serverError](err); err == nil || told {
+		return err
+	}
+	return failed
 }
 
 // finish computes what follows from the rounds.

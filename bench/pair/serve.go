@@ -48,7 +48,7 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	if err != nil {
 		return err
 	}
-	s := &server{o: o, slots: make(chan struct{}, maxConns)}
+	s := &server{o: o, slots: make(chan struct{}, maxConns), strangers: strangers{log: o.Log}}
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
 	defer s.conns.Wait()
@@ -59,6 +59,9 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	for {
 		conn, err := ln.Accept()
 		if ctx.Err() != nil {
+			if err == nil {
+				conn.Close()
+			}
 			return nil
 		}
 		if err != nil {
@@ -68,24 +71,17 @@ func Serve(ctx context.Context, o ServeOptions) error {
 			}
 			return err
 		}
-		select {
-		case s.slots <- struct{}{}:
-		default:
-			conn.Close() // more than any client needs
-			continue
-		}
-		s.conns.Go(func() {
-			defer func() { <-s.slots }()
-			s.handle(ctx, conn)
-		})
+		s.strangers.add(conn)
+		s.conns.Go(func() { s.handle(ctx, conn) })
 	}
 }
 
 // server is a running Serve.
 type server struct {
-	o     ServeOptions
-	conns sync.WaitGroup
-	slots chan struct{}
+	o         ServeOptions
+	conns     sync.WaitGroup
+	strangers strangers
+	slots     chan struct{} // of data connections of the run
 
 	mu  sync.Mutex
 	run *session // nil: none
@@ -106,6 +102,7 @@ type session struct {
 
 func (s *server) handle(ctx context.Context, conn net.Conn) {
 	defer conn.Close()
+	defer s.strangers.remove(conn)
 	stop := context.AfterFunc(ctx, func() { conn.Close() })
 	defer stop()
 	kind, secret, flow, err := readPreamble(conn)
@@ -122,6 +119,13 @@ func (s *server) handle(ctx context.Context, conn net.Conn) {
 	if run == nil || subtle.ConstantTimeCompare(run.secret[:], secret[:]) != 1 {
 		return
 	}
+	select {
+	case s.slots <- struct{}{}:
+		defer func() { <-s.slots }()
+	default: // more than any client needs
+		return
+	}
+	s.strangers.remove(conn)
 	run.mu.Lock()
 	j := run.job
 	run.mu.Unlock()
@@ -146,7 +150,7 @@ func (s *server) control(ctx context.Context, conn net.Conn) {
 	}
 	if s.o.Token != "" && !hmac.Equal(h.Proof, proof(s.o.Token, nonce)) {
 		s.o.Log(fmt.Sprintf("%v: refused, its token is wrong", peer.Addr()))
-		_ = c.send(welcome{Error: "the server wants a token, and this is not it (--token)"})
+		_ = c.send(welcome{Error: "the server wants a token, and this is not it (--token-file)"})
 		return
 	}
 	run := &session{peer: peer.Addr(), local: local, until: time.Now().Add(s.o.MaxTime), rate: s.o.MaxRate}
@@ -154,11 +158,12 @@ func (s *server) control(ctx context.Context, conn net.Conn) {
 	s.mu.Lock()
 	if other := s.run; other != nil {
 		s.mu.Unlock()
-		_ = c.send(welcome{Error: fmt.Sprintf("the server is busy with a run of %v, for %v at most: try again then", other.peer, time.Until(other.until).Round(time.Second))})
+		_ = c.send(welcome{Error: fmt.Sprintf("the server is busy with a run of %v, for %v at most: try again then", other.peer, max(time.Until(other.until), time.Second).Round(time.Second))})
 		return
 	}
 	s.run = run
 	s.mu.Unlock()
+	s.strangers.remove(conn)
 	s.o.Log(fmt.Sprintf("%v: a run begins", peer.Addr()))
 	err := s.serveRun(ctx, c, run)
 	run.stopJob()

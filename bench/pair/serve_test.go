@@ -1,12 +1,21 @@
 package pair
 
 import (
+	"bytes"
 	"context"
 	"net"
 	"net/netip"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/bench/result"
+	"github.com/tulle-net/tulle/bench/traffic"
 )
 
 // local runs a server on the loopback interface until the test ends.
@@ -44,7 +53,7 @@ func wantError(t *testing.T, what string, err error, want string) {
 func TestServeRefuses(t *testing.T) {
 	at := local(t, ServeOptions{Token: "open sesame"})
 	_, err := client1(t, at, "")
-	wantError(t, "no token", err, "wants a token (--token)")
+	wantError(t, "no token", err, "wants a token (--token-file)")
 	_, err = client1(t, at, "open barley")
 	wantError(t, "wrong token", err, "this is not it")
 	first, err := client1(t, at, "open sesame")
@@ -72,12 +81,81 @@ func TestServeRefuses(t *testing.T) {
 }
 
 func TestServeEndsLongRuns(t *testing.T) {
-	at := local(t, ServeOptions{MaxTime: 300 * time.Millisecond})
-	r, err := Run(t.Context(), RunOptions{Host: at, Rounds: 1})
-	if err == nil {
-		t.Fatalf("a run of %v s was allowed", r.Seconds)
+	c, err := client1(t, local(t, ServeOptions{MaxTime: 300 * time.Millisecond}), "")
+	for err == nil {
+		_, err = c.order(jobEcho, 1)
 	}
 	wantError(t, "long run", err, "the server")
+	_, err = Run(t.Context(), RunOptions{Host: local(t, ServeOptions{MaxTime: time.Minute}), Duration: 20 * time.Second, Only: []string{Latency}})
+	wantError(t, "a round that is too long", err, "one round takes 2m13s at least, and the server allows 1m0s")
+}
+
+// letters are a connection's end whose writes wait for nobody, like those of TCP.
+type letters struct {
+	net.Conn
+	sent chan []byte
+}
+
+func (l letters) Write(b []byte) (int, error) {
+	l.sent <- bytes.Clone(b)
+	return len(b), nil
+}
+
+func (l letters) SetWriteDeadline(time.Time) error { return nil }
+
+// A measure may take longer than a server waits for a client that says nothing. One that has gone is noticed.
+func TestLongMeasure(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		at := netip.MustParseAddrPort("127.0.0.1:1")
+		out := letters{far, make(chan []byte, 100)}
+		go func() {
+			for b := range out.sent {
+				if _, err := far.Write(b); err != nil {
+					return
+				}
+			}
+		}()
+		ended := make(chan error, 1)
+		go func() {
+			run := &session{peer: at.Addr(), local: at, until: time.Now().Add(time.Hour)}
+			s := &server{o: ServeOptions{MaxTime: time.Hour}}
+			ended <- s.serveRun(t.Context(), newControl(out), run)
+			close(out.sent)
+			far.Close()
+		}()
+		c := &client{control: newControl(near)}
+		if err := c.receive(&c.welcome, patience); err != nil {
+			t.Fatal(err)
+		}
+		rn := &runner{c: c}
+		if err := rn.take(t.Context(), measure{take: func(ctx context.Context, _ *result.Round) error {
+			if _, err := c.order(jobRespond, 1); err != nil {
+				return err
+			}
+			if _, err := c.order("begin", 0); err != nil {
+				return err
+			}
+			if err := traffic.Sleep(ctx, 4*idleLimit); err != nil {
+				return err
+			}
+			r, err := c.order("end", 0)
+			if err == nil && r.Seconds != 4*idleLimit.Seconds() {
+				t.Errorf("%v s were counted: this is the answer to another order", r.Seconds)
+			}
+			return err
+		}}, &result.Round{}); err != nil {
+			t.Errorf("a measure of %v: %v", 4*idleLimit, err)
+		}
+		if _, err := c.order("stop", 0); err != nil {
+			t.Error(err)
+		}
+		silent := time.Now()
+		if err := <-ended; err == nil || time.Since(silent) != idleLimit {
+			t.Errorf("a client that says nothing was served for %v (%v)", time.Since(silent), err)
+		}
+		near.Close()
+	})
 }
 
 // Who sends more than the server allows is cut off; a client that keeps to it is slowed down.
@@ -137,6 +215,55 @@ func TestServeStrangers(t *testing.T) {
 	}
 }
 
+// Who holds connections open keeps no client out, and disturbs no run.
+func TestStrangersGiveWay(t *testing.T) {
+	var mu sync.Mutex
+	var logged []string
+	at := local(t, ServeOptions{Token: "open sesame", Log: func(s string) {
+		mu.Lock()
+		defer mu.Unlock()
+		logged = append(logged, s)
+	}})
+	hold := func() {
+		for range maxStrangers + maxConns {
+			conn, err := net.Dial("tcp", at)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { conn.Close() })
+		}
+	}
+	hold()
+	c, err := client1(t, at, "open sesame")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.order(jobRespond, 1); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := c.stream(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	request, buf := make([]byte, traffic.Request), make([]byte, traffic.Request)
+	for range 2 {
+		if err := traffic.Exchange(t.Context(), fd, request, buf); err != nil {
+			t.Error(err)
+		}
+		if _, err := c.order("count", 0); err != nil {
+			t.Error(err)
+		}
+		hold()
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	told := slices.DeleteFunc(slices.Clone(logged), func(s string) bool { return !strings.Contains(s, "the oldest give way") })
+	if len(told) != 1 || !strings.HasPrefix(told[0], "127.0.0.1: 64 connections that belong to no run are open") {
+		t.Errorf("the log says %q", logged)
+	}
+}
+
 func TestRunRefuses(t *testing.T) {
 	for name, tc := range map[string]struct {
 		o    RunOptions
@@ -179,7 +306,15 @@ func TestInterrupted(t *testing.T) {
 			t.Errorf("%s: serve: %v", name, serr)
 		}
 		if err != nil || !r.Interrupted || len(r.Modes[0].Rounds) != 1 || !strings.Contains(r.Verdict(), "INTERRUPTED after 1 of 3 rounds") {
-			t.Errorf("%s: %v, %+v", name, err, r)
+			t.Fatalf("%s: %v, %+v", name, err, r)
+		}
+		for _, key := range r.Asked {
+			if r.Metric(key).Unit == "" {
+				t.Errorf("a measure was asked for whose main metric, %s, is in no round", key)
+			}
+		}
+		if len(r.Asked) != 11 {
+			t.Errorf("11 measures were asked for, and these are listed: %v", r.Asked)
 		}
 	}
 }
@@ -212,5 +347,175 @@ func TestNoReflection(t *testing.T) {
 			t.Errorf("from %s: %d bytes, %v", from, n, err)
 		}
 		conn.Close()
+	}
+}
+
+// sendsForEver sends on a data connection until the server ends it, and says so.
+func sendsForEver(t *testing.T, c *client, do string) (ended chan struct{}) {
+	t.Helper()
+	if _, err := c.order(do, 1); err != nil {
+		t.Fatal(err)
+	}
+	fd, err := c.stream(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended = make(chan struct{})
+	go func() { // ends with the server
+		defer close(ended)
+		defer unix.Close(fd)
+		b := make([]byte, traffic.TCPBuffer)
+		for {
+			if _, err := unix.Write(fd, b); err != nil && err != unix.EINTR && err != unix.EAGAIN {
+				return
+			}
+		}
+	}()
+	return ended
+}
+
+// within fails the test if something does not happen. The limit is for machines that stand still.
+func within(t *testing.T, what string, happens <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-happens:
+	case <-time.After(time.Minute):
+		t.Fatalf("%s: not within a minute", what)
+	}
+}
+
+// A client that sends on and on by TCP is cut off at the server's limit, and is told why.
+func TestServeCutsOffTCP(t *testing.T) {
+	c, err := client1(t, local(t, ServeOptions{MaxRate: 1e6}), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	within(t, "the client is cut off", sendsForEver(t, c, jobStream))
+	_, err = c.order("stop", 0)
+	wantError(t, "the order after it", err, "more than the server's limit of 1000000 bit/s")
+}
+
+// The client keeps to the server's limit in the measures that wait for answers, too.
+func TestRunKeepsToLimit(t *testing.T) {
+	c, err := client1(t, local(t, ServeOptions{MaxRate: 1e6}), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rn := &runner{c: c, o: RunOptions{Rate: 1e5, Duration: 300 * time.Millisecond}, r: &result.Run{Machines: make([]result.Machine, 2)}}
+	var d result.Round
+	for i, take := range []func(context.Context, *result.Round) error{rn.pingPong(1000), rn.openLoop(1000), rn.requests, rn.connections} {
+		if err := take(t.Context(), &d); err != nil {
+			t.Fatal(err)
+		}
+		l := d.Latency[i]
+		if most := 1e6/8*l.Seconds/float64(l.Payload) + 2; l.Answers == 0 || float64(l.Answers+l.Lost) > most {
+			t.Errorf("%s at %d bytes: %d exchanges in %v s, where %.0f are allowed", l.Kind, l.Payload, l.Answers+l.Lost, l.Seconds, most)
+		}
+	}
+	rn.o.Duration = time.Millisecond
+	wantError(t, "a limit below one datagram", rn.pingPong(1000)(t.Context(), &d), "the limit of 1000000 bit/s allows less than one exchange of 1000 bytes within 1ms")
+}
+
+// When the server has cut a measure off, its reason is the error, and not what follows from it.
+func TestRunSaysWhy(t *testing.T) {
+	c, err := client1(t, local(t, ServeOptions{MaxRate: 1e6}), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rn := &runner{c: c, r: &result.Run{Machines: make([]result.Machine, 2)}}
+	err = rn.overUDP(&result.Round{}, func(fd int) (*result.Latency, error) {
+		b := make([]byte, 60000)
+		for silent := 0; silent < 20; silent++ { // until the server answers no more
+			_, _ = unix.Write(fd, b)
+			if _, err := unix.Read(fd, b); err == nil {
+				silent = 0
+			}
+		}
+		return &result.Latency{Payload: len(b)}, nil
+	})
+	wantError(t, "echoes", err, "more than the server's limit of 1000000 bit/s")
+	if c, err = client1(t, local(t, ServeOptions{MaxRate: 1e6}), ""); err != nil {
+		t.Fatal(err)
+	}
+	within(t, "the client is cut off", sendsForEver(t, c, jobStream))
+	rn = &runner{c: c}
+	wantError(t, "TCP", rn.gone(unix.ECONNRESET), "more than the server's limit of 1000000 bit/s")
+	wantError(t, "when the server has gone", rn.gone(unix.ECONNRESET), "reset")
+}
+
+// Requests are held against the limit, too.
+func TestServeCountsRequests(t *testing.T) {
+	c, err := client1(t, local(t, ServeOptions{}), "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.order(jobRespond, 1); err != nil {
+		t.Fatal(err)
+	}
+	request, buf := appendPreamble(nil, kindOnce, c.welcome.Secret, 0), make([]byte, preambleSize)
+	one, err := traffic.Dial(c.from, traffic.Sockaddr(c.to))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(one)
+	stream, err := c.stream(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(stream)
+	for _, fd := range []int{one, stream, stream} {
+		if err := traffic.Exchange(t.Context(), fd, request, buf); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if r, err := c.order("count", 0); err != nil || r.Bytes != 3*preambleSize {
+		t.Errorf("%d bytes of three requests were counted (%v)", r.Bytes, err)
+	}
+}
+
+// Whatever a client does, a run ends after its time, and the server when it is told to.
+func TestServeEndsThoughDataComes(t *testing.T) {
+	for _, do := range []string{jobStream, jobRespond} {
+		at := local(t, ServeOptions{MaxTime: 500 * time.Millisecond})
+		c, err := client1(t, at, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		ended := sendsForEver(t, c, do)
+		free := make(chan struct{})
+		go func() { // ends with the run
+			defer close(free)
+			for {
+				next, err := dial(t.Context(), &RunOptions{Host: at}, netip.Addr{})
+				if err == nil {
+					next.conn.Close()
+					return
+				}
+				if !strings.Contains(err.Error(), "busy") {
+					t.Errorf("the next client: %v", err)
+					return
+				}
+			}
+		}()
+		within(t, do+": the run ends", ended)
+		within(t, do+": the next client", free)
+	}
+	for _, do := range []string{jobStream, jobRespond} {
+		ctx, interrupt := context.WithCancel(t.Context())
+		ready, ended := make(chan netip.AddrPort, 1), make(chan struct{})
+		go func() {
+			defer close(ended)
+			if err := Serve(ctx, ServeOptions{Address: "127.0.0.1:0", Listening: func(a netip.AddrPort) { ready <- a }}); err != nil {
+				t.Errorf("serve: %v", err)
+			}
+		}()
+		c, err := client1(t, (<-ready).String(), "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		sent := sendsForEver(t, c, do)
+		interrupt()
+		within(t, do+": the server ends", ended)
+		within(t, do+": the client is cut off", sent)
 	}
 }

@@ -145,6 +145,40 @@ func measured(t *testing.T, n *namespace.Namespace, binary string, args ...strin
 	return r
 }
 
+// Two machines on one link need no addresses but those that every link has: the zone says which link.
+func TestLinkLocal(t *testing.T) {
+	a, b := namespace.New(t), namespace.New(t)
+	peer, err := os.Open(b.Path())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer peer.Close()
+	a.Netlink(func(nl *sys.Netlink) error {
+		return nl.LinkAdd(&netlink.Veth{LinkAttrs: sys.LinkAttrs("v0"), PeerName: "v1", PeerNamespace: netlink.NsFd(peer.Fd())})
+	})
+	for _, end := range []struct {
+		n          *namespace.Namespace
+		link, addr string
+	}{{a, "v0", "fe80::1/64"}, {b, "v1", "fe80::2/64"}} {
+		end.n.Netlink(func(nl *sys.Netlink) error {
+			link, err := nl.LinkByName(end.link)
+			if err != nil {
+				return err
+			}
+			add := nl.AddrAdd(link, &netlink.Addr{IPNet: sys.IPNet(netip.MustParsePrefix(end.addr)), Flags: unix.IFA_F_NODAD})
+			return errors.Join(add, nl.LinkSetUp(link))
+		})
+	}
+	binary := tulle(t)
+	serving(t, b, binary, "--listen", "[fe80::2%v1]:17979")
+	for _, host := range []string{"fe80::2%v0", "[fe80::2%v0]:17979"} {
+		r := measured(t, a, binary, host, "--rounds", "1", "--duration", "50ms")
+		if m := r.Machines[0]; len(r.Modes[0].Errors) > 0 || len(r.Asked) != 11 || r.MTU != 1500 || m.Interface != "v0" {
+			t.Errorf("%s: MTU %d, from %s, %q", host, r.MTU, m.Interface, r.Modes[0].Errors)
+		}
+	}
+}
+
 // What needs root says so to others, before it does anything.
 func TestNeedsRoot(t *testing.T) {
 	if os.Geteuid() != 0 {

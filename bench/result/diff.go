@@ -1,10 +1,12 @@
 package result
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"math"
 	"slices"
+	"strings"
 )
 
 // Change is a metric of a mode in two runs.
@@ -21,58 +23,59 @@ type Change struct {
 	Beyond bool `json:"beyond_noise"`
 }
 
-// Diff is the comparison of two runs.
-type Diff struct {
-	Notes   []string `json:"notes"`   // what makes the runs hard to compare
-	Changes []Change `json:"changes"` // everything that both have
-	Missing []string `json:"missing"` // what only one of them has
+// Failure is a mode, or a measure of a mode, that the first run has and that failed in the second.
+type Failure struct {
+	Mode   string `json:"mode"`
+	Metric string `json:"metric,omitempty"` // the key of the measure's main metric; "" for the whole mode
+	Title  string `json:"title,omitempty"`  // of Metric
+	Why    string `json:"why"`
 }
 
-// Regressed reports whether something got worse beyond noise, or was measured in the first run only.
+// Diff is the comparison of two runs.
+type Diff struct {
+	Notes   []string  `json:"notes"`   // what makes the runs hard to compare
+	Changes []Change  `json:"changes"` // everything that both have
+	Failed  []Failure `json:"failed"`  // what the second run could not measure as the first did
+	Missing []string  `json:"missing"` // what only one of them has because the other was not to measure it, or has in too few rounds
+}
+
+// Regressed reports whether something got worse beyond noise, or failed in the second run.
 func (d *Diff) Regressed() bool {
-	return slices.ContainsFunc(d.Changes, func(c Change) bool { return c.Beyond && c.Worse })
+	return len(d.Failed) > 0 || slices.ContainsFunc(d.Changes, func(c Change) bool { return c.Beyond && c.Worse })
 }
 
 // Compare compares two runs. A change smaller than the share threshold never counts. The intervals hold with Confidence
 // for all changes together (Bonferroni), so that a long list does not contain changes by chance. Both runs need
-// IntervalRounds; an error says that they have fewer.
+// IntervalRounds; an error says that they have fewer, or nothing in common.
 func Compare(a, b *Run, threshold float64) (*Diff, error) {
 	for i, r := range []*Run{a, b} {
 		if n := r.measuredRounds(); n < IntervalRounds {
 			return nil, fmt.Errorf("the %s run has %d rounds: noise can be told from change with %d or more (--rounds)", []string{"first", "second"}[i], n, IntervalRounds)
 		}
 	}
-	d := &Diff{Notes: differences(a, b)}
-	type both struct {
-		mode   string
-		metric Metric
-		a, b   []float64
-	}
+	d := &Diff{Notes: differences(a, b), Changes: []Change{}, Failed: []Failure{}, Missing: []string{}}
 	var pairs []both
-	for _, m := range a.Modes {
-		other := b.Mode(m.Name)
-		if a.Kind == Pair && b.Kind == Pair && len(a.Modes) == 1 && len(b.Modes) == 1 {
-			other = &b.Modes[0] // two labels of one path
-		}
+	for i := range a.Modes {
+		m := &a.Modes[i]
 		if m.Missing != "" {
 			continue
 		}
-		if other == nil {
-			d.Missing = append(d.Missing, m.Name)
-			continue
+		switch other := twin(a, b, m.Name); {
+		case other == nil:
+			d.Missing = append(d.Missing, m.Name+onlyFirst)
+		case other.Missing != "":
+			d.Failed = append(d.Failed, Failure{Mode: m.Name, Why: oneLine(other.Missing)})
+		default:
+			pairs = append(pairs, d.match(a, b, m, other)...)
 		}
-		for _, metric := range a.Metrics {
-			if metric.explains() {
-				continue
-			}
-			va, vb := Column(m.Rounds, metric.Key), Column(other.Rounds, metric.Key)
-			switch {
-			case len(va) >= IntervalRounds && len(vb) >= IntervalRounds:
-				pairs = append(pairs, both{m.Name, metric, va, vb})
-			case len(va) > 0:
-				d.Missing = append(d.Missing, m.Name+" "+metric.Key)
-			}
+	}
+	for _, m := range b.Modes {
+		if other := twin(b, a, m.Name); m.Missing == "" && (other == nil || other.Missing != "") {
+			d.Missing = append(d.Missing, m.Name+onlySecond)
 		}
+	}
+	if len(pairs) == 0 && len(d.Failed) == 0 {
+		return nil, fmt.Errorf("the runs have nothing in common: %s", strings.Join(d.Missing, "; "))
 	}
 	confidence := 1 - (1-Confidence)/float64(max(len(pairs), 1))
 	for _, p := range pairs {
@@ -89,6 +92,75 @@ func Compare(a, b *Run, threshold float64) (*Diff, error) {
 	return d, nil
 }
 
+// both is a metric that two runs have in enough rounds.
+type both struct {
+	mode   string
+	metric Metric
+	a, b   []float64
+}
+
+// Which run has what the other has not.
+const onlyFirst, onlySecond = ": only in the first run", ": only in the second run"
+
+// twin is the mode of another run that the mode of a run is compared with; nil: none.
+func twin(of, other *Run, name string) *Mode {
+	if of.Kind == Pair && other.Kind == Pair && len(of.Modes) == 1 && len(other.Modes) == 1 {
+		return &other.Modes[0] // two labels of one path
+	}
+	for i := range other.Modes {
+		if other.Modes[i].Name == name {
+			return &other.Modes[i]
+		}
+	}
+	return nil
+}
+
+// match returns what can be compared of a mode, and lists what cannot.
+func (d *Diff) match(a, b *Run, m, other *Mode) (pairs []both) {
+	metrics := slices.Clone(a.Metrics)
+	for _, k := range b.Metrics {
+		if !a.has(k.Key) {
+			metrics = append(metrics, k)
+		}
+	}
+	told := map[string]bool{} // measures of which was said what there is to say
+	for _, k := range metrics {
+		va, vb := Column(m.Rounds, k.Key), Column(other.Rounds, k.Key)
+		main := cmp.Or(a.mains[k.Key], b.mains[k.Key])
+		if k.explains() || told[main] || len(va)+len(vb) == 0 {
+			continue
+		}
+		miss := func(text string) {
+			d.Missing = append(d.Missing, m.Name+" "+k.Key+text)
+			told[main] = told[main] || k.Key == main
+		}
+		switch {
+		case len(va) == 0:
+			miss(onlySecond)
+		case len(vb) == 0 && !(k.Key == main && b.tried(other, main)):
+			miss(onlyFirst)
+		case k.Key == main && len(vb)*len(m.Rounds) < len(va)*len(other.Rounds):
+			why := fmt.Sprintf("in %d of %d rounds, in the first run in %d of %d", len(other.Rounds)-len(vb), len(other.Rounds), len(m.Rounds)-len(va), len(m.Rounds))
+			d.Failed = append(d.Failed, Failure{m.Name, k.Key, k.Title, why})
+			told[main] = len(vb) < IntervalRounds
+		case len(va) < IntervalRounds || len(vb) < IntervalRounds:
+			miss(fmt.Sprintf(": in fewer than %d rounds", IntervalRounds))
+		}
+		if len(va) >= IntervalRounds && len(vb) >= IntervalRounds {
+			pairs = append(pairs, both{m.Name, k, va, vb})
+		}
+	}
+	return pairs
+}
+
+// tried reports whether a run set out to take a measure, which has no value. Runs that do not record it leave an error behind.
+func (r *Run) tried(m *Mode, main string) bool {
+	if len(r.Asked) > 0 {
+		return slices.Contains(r.Asked, main)
+	}
+	return len(m.Errors) > 0
+}
+
 // leastStep is the least change that counts of a value that may be 0, in its unit.
 const leastStep = 0.1
 
@@ -99,7 +171,8 @@ func (c *Change) absolute(a, b []float64) {
 }
 
 // differences are facts in which the runs differ.
-func differences(a, b *Run) (notes []string) {
+func differences(a, b *Run) []string {
+	notes := []string{}
 	say := func(what string, x, y any) {
 		if x != y {
 			notes = append(notes, fmt.Sprintf("%s: %v and %v", what, x, y))
@@ -154,7 +227,14 @@ func (d *Diff) Print(w io.Writer, verbose bool) error {
 		}
 		rows = append(rows, []string{c.Mode, c.Metric.Title, Digits(c.A), Digits(c.B), c.Metric.Unit, ratio, interval, verdict})
 	}
-	p.line("%d worse and %d better beyond noise, of %d measures.", worse, better, len(d.Changes))
+	text := fmt.Sprintf("%d worse and %d better beyond noise, of %d measures.", worse, better, len(d.Changes))
+	if n := len(d.Failed); n > 0 {
+		text += fmt.Sprintf(" %d FAILED in the second run.", n)
+	}
+	p.line("%s", text)
+	for _, f := range d.Failed {
+		p.paragraph(strings.Join(slices.DeleteFunc([]string{"FAILED in the second run: " + f.Mode, f.Title, f.Why}, func(s string) bool { return s == "" }), ": "), "  ")
+	}
 	for _, n := range d.Notes {
 		p.paragraph("! "+n, "  ")
 	}
@@ -163,7 +243,7 @@ func (d *Diff) Print(w io.Writer, verbose bool) error {
 		p.table(rows)
 	}
 	for _, m := range d.Missing {
-		p.line("Not in both runs, or in fewer than %d rounds: %s", IntervalRounds, m)
+		p.line("Not compared: %s", m)
 	}
 	return p.err
 }

@@ -25,14 +25,11 @@ func (r *Run) WriteCSV(w io.Writer) error {
 	return c.Error()
 }
 
-// WriteMarkdown writes the table for a README: medians, with the ratio to the reference and its interval.
+// WriteMarkdown writes the table for a README: medians, with the ratio to the reference and its interval. What failed comes after it.
 func (r *Run) WriteMarkdown(w io.Writer) error {
 	var b strings.Builder
 	to := r.Reference()
 	columns := r.Overview()
-	if len(columns) == 0 {
-		return fmt.Errorf("the run has none of the measures of the table")
-	}
 	b.WriteString("| mode |")
 	for _, m := range columns {
 		fmt.Fprintf(&b, " %s, %s |", m.Title, m.Unit)
@@ -80,6 +77,11 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 	}
 	if len(missing) > 0 {
 		fmt.Fprintf(&b, "\nNot measured: %s.\n", strings.Join(missing, ", "))
+	}
+	for _, m := range r.Modes {
+		for _, e := range m.Errors {
+			fmt.Fprintf(&b, "\n`%s` failed: %s\n", m.Name, oneLine(e))
+		}
 	}
 	_, err := io.WriteString(w, b.String())
 	return err

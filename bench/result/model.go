@@ -40,7 +40,9 @@ type Run struct {
 	Warnings []string `json:"warnings"`
 	Notes    []string `json:"notes"` // on the method
 	// Limits say what the run held back, so that figures are lower than what the network could do.
-	Limits  []string `json:"limits,omitempty"`
+	Limits []string `json:"limits,omitempty"`
+	// Asked are the measures that the run set out to take of each mode, by the keys of their main metrics. Older runs do not have it.
+	Asked   []string `json:"asked,omitempty"`
 	Metrics []Metric `json:"metrics"`
 	Modes   []Mode   `json:"modes"`
 	Ratios  []Ratio  `json:"ratios,omitempty"` // of the modes to the references, round by round
@@ -49,6 +51,8 @@ type Run struct {
 	Others Spread `json:"others_cpu_share"`
 	// Steal is the share of the machine's CPU time that the hypervisor took during the TCP measures.
 	Steal Spread `json:"steal_share"`
+
+	mains map[string]string // the main metric of the measure that gave a metric, by key
 }
 
 // The kinds of runs.

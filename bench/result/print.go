@@ -24,12 +24,44 @@ var glance = []column{
 	{"rtt64_pinned_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
 }
 
-// Overview are the metrics that are read first, as far as the run has them.
-func (r *Run) Overview() (out []Metric) {
-	for _, g := range glance {
-		if r.has(g.key) {
-			out = append(out, r.Metric(g.key))
+// pairColumns are the same for one path between two ends.
+var pairColumns = []column{
+	{"tcp1_gbps", "TCP 1, Gb/s"}, {"tcp4_gbps", "TCP 4, Gb/s"}, {"cpu_s_per_gb", "CPU, s/GB"}, {"rtt64_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
+}
+
+// columns are the metrics that are read first, as far as the run has them. A run of other measures has its medians and rates, and
+// otherwise whatever it has.
+func (r *Run) columns() []column {
+	first := glance
+	switch {
+	case r.Kind == Pair && len(r.Modes) == 1:
+		first = pairColumns
+	case r.Kind == Pair:
+		first = pathColumns
+	}
+	if out := r.some(first); len(out) > 0 {
+		return out
+	}
+	var medians, all []column
+	for _, m := range r.Metrics {
+		c := column{m.Key, m.Title + ", " + m.Unit}
+		if strings.HasSuffix(m.Key, "_p50_us") || strings.HasSuffix(m.Key, "bps") {
+			medians = append(medians, c)
 		}
+		if !m.explains() {
+			all = append(all, c)
+		}
+	}
+	if len(medians) > 0 {
+		return medians
+	}
+	return all
+}
+
+// Overview are the metrics that are read first.
+func (r *Run) Overview() (out []Metric) {
+	for _, c := range r.columns() {
+		out = append(out, r.Metric(c.key))
 	}
 	return out
 }
@@ -140,15 +172,7 @@ func (r *Run) path() string {
 }
 
 func (p *tables) lab(r *Run) {
-	columns := r.some(glance)
-	if len(columns) == 0 { // a run of other measures
-		for _, m := range r.Metrics {
-			if strings.HasSuffix(m.Key, "_p50_us") || strings.HasSuffix(m.Key, "bps") {
-				columns = append(columns, column{m.Key, m.Title + ", " + m.Unit})
-			}
-		}
-	}
-	p.glance(r, columns)
+	p.glance(r, r.columns())
 	text := medians(r.Rounds)
 	if to := r.Glance(); to != "" {
 		text += "; × is the ratio within a round, to " + to
@@ -228,11 +252,14 @@ func (p *tables) pair(r *Run) {
 	p.table(rows)
 	p.line("")
 	p.paragraph(fmt.Sprintf("Medians of %d rounds. Half RTT is half of a UDP datagram's round trip. CPU is that of both ends, sender and receiver.", r.measuredRounds()), "")
+	for _, n := range r.Limits {
+		p.paragraph(n, "")
+	}
 }
 
 // paths is the one table of several paths to one host.
 func (p *tables) paths(r *Run) {
-	p.glance(r, r.some(pathColumns))
+	p.glance(r, r.columns())
 	p.paragraph(fmt.Sprintf("%s; × is the ratio to %s within a round. Half RTT is half of the round trip of a 64-byte UDP datagram.",
 		medians(r.measuredRounds()), r.Reference()), "")
 	for _, n := range r.Limits {

@@ -2,6 +2,7 @@ package result
 
 import (
 	"bytes"
+	"encoding/json"
 	"math"
 	"math/rand/v2"
 	"slices"
@@ -99,6 +100,41 @@ func TestAtAGlance(t *testing.T) {
 	}
 }
 
+// Every run has a table for a README, whatever was measured: it would be too late to say that there is none.
+func TestMarkdown(t *testing.T) {
+	latency := func(kind string, size int, pinned bool) Round {
+		l := Latency{Kind: kind, Payload: size, Pinned: pinned, Seconds: 1, Answers: 1, Times: NewHistogram()}
+		l.Times.Record(20 * time.Microsecond)
+		return Round{Latency: []Latency{l}}
+	}
+	for name, tc := range map[string]struct {
+		kind  string
+		modes []string
+		round Round
+		want  string
+	}{
+		"latency of a pair":          {Pair, []string{"net"}, latency(PingPong, 64, false), "| mode | half RTT 64 B p50, µs |\n|---|---|\n| `net` | 10.0 |\n"},
+		"another size":               {Pair, []string{"net"}, latency(PingPong, 1400, false), "| mode | half RTT 1,400 B p50, µs |\n|---|---|\n| `net` | 10.0 |\n"},
+		"another size in a lab":      {Lab, []string{"udp", "vxlan"}, latency(PingPong, 1400, true), "| mode | half RTT 1,400 B pinned p50, µs |\n|---|---|\n| `udp` | 10.0 |\n| `vxlan` | 10.0 |\n"},
+		"paths":                      {Pair, []string{"udp", "vxlan"}, latency(RR, 0, false), "| mode | TCP request/response p50, µs |\n"},
+		"memory":                     {Lab, []string{"udp"}, Round{RSS: 5e6}, "| mode | memory, MB |\n|---|---|\n| `udp` | 5.00 |\n"},
+		"nothing, as all has failed": {Pair, []string{"net"}, Round{}, "| mode |\n|---|\n| `net` |\n"},
+	} {
+		r := &Run{Kind: tc.kind, Rounds: 1}
+		for _, m := range tc.modes {
+			r.Modes = append(r.Modes, Mode{Name: m, Rounds: []Round{tc.round}, Errors: []string{"round 1: no answer"}})
+		}
+		r.Summarise()
+		var out, table bytes.Buffer
+		if err := r.WriteMarkdown(&out); err != nil || !strings.HasPrefix(out.String(), tc.want) || !strings.Contains(out.String(), "` failed: round 1: no answer\n") {
+			t.Errorf("%s: %v\n%s", name, err, out.String())
+		}
+		if err := r.Print(&table, true); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 // Intervals of the median cover the median of the distribution as often as they say, and ratios of equals cover 1.
 func TestIntervalsCover(t *testing.T) {
 	rng := rand.New(rand.NewPCG(7, 7))
@@ -191,6 +227,104 @@ func TestCompare(t *testing.T) {
 	a, b := tcpRun(rng, 5, 5, 5), tcpRun(rng, 4, 5, 5)
 	if _, err := Compare(a, b, 0.03); err == nil || !strings.Contains(err.Error(), "the second run has 4 rounds: noise can be told from change with 5") {
 		t.Errorf("four rounds: %v", err)
+	}
+}
+
+// without is a copy of a run whose mode udp lacks what cut takes away.
+func without(r *Run, cut func(m *Mode)) *Run {
+	c := *r
+	c.Modes = slices.Clone(r.Modes)
+	m := &c.Modes[1]
+	m.Rounds = slices.Clone(m.Rounds)
+	cut(m)
+	c.Summarise()
+	return &c
+}
+
+// What the first run has and the second could not measure is a regression; what the second was not to measure is none.
+func TestCompareFailed(t *testing.T) {
+	full := tcpRun(rand.New(rand.NewPCG(3, 3)), 5, 5, 5)
+	for i := range full.Modes {
+		for j := range full.Modes[i].Rounds {
+			full.Modes[i].Rounds[j].Floods = []Flood{{Flows: 1, Payload: 1000, Trial: Trial{Sent: 100, Received: 100, Seconds: 1}}}
+		}
+	}
+	full.Summarise()
+	asked := func(r *Run, keys ...string) *Run {
+		c := *r
+		c.Asked = keys
+		return &c
+	}
+	tcpFails := func(rounds int) func(m *Mode) {
+		return func(m *Mode) {
+			for i := range rounds {
+				m.Rounds[i].TCP = nil
+				m.Errors = append(m.Errors, "round: TCP, one stream: no byte arrived")
+			}
+		}
+	}
+	noFlood := func(m *Mode) {
+		for i := range m.Rounds {
+			m.Rounds[i].Floods = nil
+		}
+	}
+	noCPU := func(m *Mode) {
+		for i := range m.Rounds {
+			m.Rounds[i].TCP = []TCP{{Streams: 1, Bytes: 1e9, Seconds: 1, Gbps: m.Rounds[i].TCP[0].Gbps}}
+		}
+	}
+	for _, tc := range []struct {
+		name            string
+		a, b            *Run
+		failed, missing []string // beginnings
+	}{
+		{"nothing", full, full, nil, nil},
+		{"one round", full, without(full, tcpFails(1)), []string{"udp tcp1_gbps in 1 of 5 rounds, in the first run in 0 of 5"}, nil},
+		{"all rounds", full, without(full, tcpFails(5)), []string{"udp tcp1_gbps in 5 of 5 rounds"}, nil},
+		{"all rounds, and that is recorded", full, asked(without(full, tcpFails(5)), "tcp1_gbps", "udp_flood1_gbps"), []string{"udp tcp1_gbps in 5 of 5"}, nil},
+		{"as often in both", without(full, tcpFails(1)), without(full, tcpFails(1)), nil, []string{"udp tcp1_gbps: in fewer than 5 rounds"}},
+		{"in the first run", without(full, tcpFails(1)), full, nil, []string{"udp tcp1_gbps: in fewer than 5 rounds"}},
+		{"the mode", full, without(full, func(m *Mode) { m.Rounds, m.Missing = nil, "no answer" }), []string{"udp  no answer"}, nil},
+		{"the mode in the first run", without(full, func(m *Mode) { m.Rounds, m.Missing = nil, "no answer" }), full, nil, []string{"udp: only in the second run"}},
+		{"a mode left out", full, without(full, func(m *Mode) { m.Name = "vxlan" }), nil, []string{"udp: only in the first run", "vxlan: only in the second run"}},
+		{"a measure left out", full, without(full, noFlood), nil, []string{"udp udp_flood1_gbps: only in the first run"}},
+		{"a measure left out while another failed", full, asked(without(full, func(m *Mode) { noFlood(m); tcpFails(1)(m) }), "tcp1_gbps"),
+			[]string{"udp tcp1_gbps in 1 of 5"}, []string{"udp udp_flood1_gbps: only in the first run"}},
+		{"a measure added", without(full, noFlood), full, nil, []string{"udp udp_flood1_gbps: only in the second run"}},
+		{"CPU time that cannot be read", full, without(full, noCPU), nil, []string{
+			"udp cpu_s_per_gb: only in the first run", "udp gbps_per_cpu: only", "udp softirq_s_per_gb: only", "udp tunnel_cpu_s_per_gb: only",
+		}},
+	} {
+		d, err := Compare(tc.a, tc.b, 0.03)
+		if err != nil {
+			t.Errorf("%s: %v", tc.name, err)
+			continue
+		}
+		var failed []string
+		for _, f := range d.Failed {
+			failed = append(failed, f.Mode+" "+f.Metric+" "+f.Why)
+		}
+		if begins := strings.HasPrefix; !slices.EqualFunc(failed, tc.failed, begins) || !slices.EqualFunc(d.Missing, tc.missing, begins) || d.Regressed() != (len(tc.failed) > 0) {
+			t.Errorf("%s: failed %q, missing %q, regressed %v", tc.name, failed, d.Missing, d.Regressed())
+		}
+	}
+	nothing := without(full, func(m *Mode) { m.Name = "vxlan" })
+	nothing.Modes = nothing.Modes[1:]
+	if _, err := Compare(full, nothing, 0.03); err == nil || !strings.Contains(err.Error(), "the runs have nothing in common: kernel-vxlan: only in the first run") {
+		t.Errorf("nothing in common: %v", err)
+	}
+}
+
+// What a comparison has none of is an empty list for programs.
+func TestCompareLists(t *testing.T) {
+	a := tcpRun(rand.New(rand.NewPCG(3, 3)), 5, 5, 5)
+	d, err := Compare(a, a, 0.03)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(d)
+	if err != nil || strings.Contains(string(b), "null") || !strings.Contains(string(b), `"notes":[]`) || !strings.Contains(string(b), `"missing":[]`) {
+		t.Errorf("%v: %s", err, b)
 	}
 }
 

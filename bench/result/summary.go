@@ -1,6 +1,7 @@
 package result
 
 import (
+	"cmp"
 	"fmt"
 	"strings"
 )
@@ -64,9 +65,19 @@ type found struct {
 	values  map[string]float64
 	metrics *[]Metric
 	known   map[string]bool
+	mains   map[string]string // see Run
+	main    string            // of the measure at hand: its first metric
+}
+
+// measure begins with another measure.
+func (f *found) measure(derive func(f *found)) {
+	f.main = ""
+	derive(f)
 }
 
 func (f *found) add(m Metric, v float64) {
+	f.main = cmp.Or(f.main, m.Key)
+	f.mains[m.Key] = f.main
 	f.values[m.Key] = v
 	if !f.known[m.Key] {
 		f.known[m.Key] = true
@@ -77,26 +88,30 @@ func (f *found) add(m Metric, v float64) {
 // derive computes the values of a round from what was measured.
 func (d *Round) derive(f *found) {
 	for _, t := range d.TCP {
-		t.derive(f)
+		f.measure(t.derive)
 	}
 	for _, l := range d.Latency {
-		l.derive(f)
+		f.measure(l.derive)
 	}
 	for _, s := range d.UDP {
-		s.derive(f)
+		f.measure(s.derive)
 	}
 	for _, fl := range d.Floods {
-		key := fmt.Sprintf("udp_flood%d", fl.Flows)
-		title := fmt.Sprintf("UDP %d %s", fl.Flows, map[bool]string{true: "flow", false: "flows"}[fl.Flows == 1])
-		f.add(Metric{key + "_gbps", title, "Gb/s", true, "UDP throughput"}, fl.Trial.Rate()*float64(fl.Payload)*8/1e9)
-		f.add(Metric{key + "_loss", title + " loss", "%", false, "UDP throughput"}, 100*fl.Trial.Loss())
+		f.measure(fl.derive)
 	}
 	for _, b := range d.Breakdown {
-		b.derive(f)
+		f.measure(b.derive)
 	}
 	if d.RSS > 0 {
-		f.add(Metric{"rss_mb", "memory", "MB", false, "memory"}, float64(d.RSS)/1e6)
+		f.measure(func(f *found) { f.add(Metric{"rss_mb", "memory", "MB", false, "memory"}, float64(d.RSS)/1e6) })
 	}
+}
+
+func (fl *Flood) derive(f *found) {
+	key := fmt.Sprintf("udp_flood%d", fl.Flows)
+	title := fmt.Sprintf("UDP %d %s", fl.Flows, map[bool]string{true: "flow", false: "flows"}[fl.Flows == 1])
+	f.add(Metric{key + "_gbps", title, "Gb/s", true, "UDP throughput"}, fl.Trial.Rate()*float64(fl.Payload)*8/1e9)
+	f.add(Metric{key + "_loss", title + " loss", "%", false, "UDP throughput"}, 100*fl.Trial.Loss())
 }
 
 func (t *TCP) derive(f *found) {
@@ -159,8 +174,8 @@ func (s *RateSearch) derive(f *found) {
 
 // Summarise computes values, metrics, medians, ratios and targets from what was measured.
 func (r *Run) Summarise() {
-	r.Metrics = nil
-	f := &found{metrics: &r.Metrics, known: map[string]bool{}}
+	r.Metrics, r.mains = nil, map[string]string{}
+	f := &found{metrics: &r.Metrics, known: map[string]bool{}, mains: r.mains}
 	for i := range r.Modes {
 		m := &r.Modes[i]
 		m.Summary = map[string]Spread{}

@@ -75,7 +75,10 @@ func PingPong(ctx context.Context, fd, payload int, warm, d, every time.Duration
 
 // rest sleeps on its thread until every has passed since start. Sleep would hand the thread over to others.
 func rest(start time.Time, every time.Duration) {
-	if wait := every - time.Since(start); every > 0 && wait > 0 {
+	if every <= 0 {
+		return
+	}
+	for wait := every - time.Since(start); wait > 0; wait = every - time.Since(start) {
 		ts := unix.NsecToTimespec(int64(wait))
 		_ = unix.Nanosleep(&ts, nil) // a signal ends it early
 	}

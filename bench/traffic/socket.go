@@ -10,7 +10,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"net/netip"
+	"strconv"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -73,13 +75,32 @@ func largeBuffers(fd int) (got int, err error) {
 	return got / 2, err // the kernel doubles what was asked for (socket(7))
 }
 
-// Sockaddr is an address for package unix.
+// Sockaddr is an address for package unix. The zone of a link-local address is an interface of the calling thread's namespace.
 func Sockaddr(a netip.AddrPort) unix.Sockaddr {
 	if a.Addr().Is4() {
 		return &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
 	}
-	sa := &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()}
-	return sa
+	return &unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16(), ZoneId: zoneID(a.Addr().Zone())}
+}
+
+// zoneID is the index of an interface, by its name or as a number; 0 if there is none: the kernel refuses it where one is needed.
+func zoneID(zone string) uint32 {
+	if n, err := strconv.ParseUint(zone, 10, 32); err == nil || zone == "" {
+		return uint32(n)
+	}
+	i, err := net.InterfaceByName(zone)
+	if err != nil {
+		return 0
+	}
+	return uint32(i.Index)
+}
+
+// Numbered is an address whose zone is a number: Sockaddr asks the kernel for the number of a name, which takes time.
+func Numbered(a netip.AddrPort) netip.AddrPort {
+	if id := zoneID(a.Addr().Zone()); id != 0 {
+		return netip.AddrPortFrom(a.Addr().WithZone(strconv.Itoa(int(id))), a.Port())
+	}
+	return a
 }
 
 // AddrPort is the opposite of Sockaddr. Addresses of other families give the zero value.
@@ -88,9 +109,21 @@ func AddrPort(sa unix.Sockaddr) netip.AddrPort {
 	case *unix.SockaddrInet4:
 		return netip.AddrPortFrom(netip.AddrFrom4(a.Addr), uint16(a.Port))
 	case *unix.SockaddrInet6:
-		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap(), uint16(a.Port))
+		return netip.AddrPortFrom(netip.AddrFrom16(a.Addr).Unmap().WithZone(zoneName(a.ZoneId)), uint16(a.Port))
 	}
 	return netip.AddrPort{}
+}
+
+// zoneName is the name of an interface, as package net writes it.
+func zoneName(id uint32) string {
+	if id == 0 {
+		return ""
+	}
+	i, err := net.InterfaceByIndex(int(id))
+	if err != nil {
+		return strconv.Itoa(int(id))
+	}
+	return i.Name
 }
 
 // Connect connects a TCP socket that sends without waiting for more (no Nagle), within patience.

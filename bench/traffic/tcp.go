@@ -108,8 +108,8 @@ func writeFull(fd int, b []byte) error {
 	return nil
 }
 
-// Respond answers requests on a connection until the other end closes it, or stop.
-func Respond(fd int, stop *atomic.Bool) {
+// Respond answers requests on a connection until the other end closes it, or stop, and counts their bytes in got.
+func Respond(fd int, got *atomic.Int64, stop *atomic.Bool) {
 	buf := make([]byte, Request)
 	for !stop.Load() {
 		switch err := readFull(fd, buf, stop.Load); {
@@ -118,6 +118,7 @@ func Respond(fd int, stop *atomic.Bool) {
 		case err != nil:
 			return
 		}
+		got.Add(Request)
 		if err := writeFull(fd, buf); err != nil {
 			return
 		}

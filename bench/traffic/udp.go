@@ -152,7 +152,7 @@ func (s *Sink) Run(c *ipv4.PacketConn) error {
 	runtime.LockOSThread()
 	ms := messages(2048)
 	for {
-		n, err := c.ReadBatch(ms, 0)
+		n, err := c.ReadBatch(ms, unix.MSG_TRUNC) // the length is the datagram's, also where a buffer is shorter
 		if errors.Is(err, net.ErrClosed) {
 			return nil
 		}
@@ -173,6 +173,7 @@ func (s *Sink) count(ms []ipv4.Message, now time.Time) {
 		s.first = now
 	}
 	for i := range ms {
+		s.bytes += int64(ms[i].N)
 		if ms[i].N < Least {
 			continue
 		}
@@ -180,7 +181,6 @@ func (s *Sink) count(ms []ipv4.Message, now time.Time) {
 		if seq > lastNumber {
 			continue
 		}
-		s.bytes += int64(ms[i].N)
 		if seq < s.next {
 			s.reordered++
 		} else {

@@ -1,12 +1,53 @@
 package traffic
 
 import (
+	"bytes"
 	"context"
 	"errors"
+	"net/netip"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
+
+// What arrived is counted in full, whatever it is: a server holds it against its limit.
+func TestSinkBytes(t *testing.T) {
+	at := netip.MustParseAddrPort("127.0.0.1:0")
+	fd, _, err := Socket(at, unix.SOCK_DGRAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	to, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn, err := PacketConn(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var s Sink
+	ended := make(chan error, 1)
+	go func() { ended <- s.Run(conn) }()
+	from, _, err := Socket(at, unix.SOCK_DGRAM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(from)
+	for _, size := range []int{1, 100, 9000} {
+		if err := unix.Sendto(from, bytes.Repeat([]byte{0xff}, size), 0, to); err != nil { // no number of a UDPSource
+			t.Fatal(err)
+		}
+	}
+	for deadline := time.Now().Add(time.Minute); s.Bytes() < 9101 && time.Now().Before(deadline); {
+		time.Sleep(time.Millisecond)
+	}
+	conn.Close()
+	if err := <-ended; err != nil || s.Bytes() != 9101 {
+		t.Errorf("%d bytes were counted (%v)", s.Bytes(), err)
+	}
+}
 
 func TestSettle(t *testing.T) {
 	for name, tc := range map[string]struct {

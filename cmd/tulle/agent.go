@@ -25,7 +25,7 @@ func agentCommand() *cobra.Command {
 		Use:   "agent",
 		Short: "Run the agent of this host",
 		Long: "Run the agent of this host. Each flag is also a key of " + config.DefaultFile + ", written with \"_\"; a flag overrides the file.\n" +
-			"docs/configuration.md describes them. SIGTERM and SIGINT stop it; routes, pods and their addresses stay.\n" +
+			"docs/configuration.md describes them (a package has docs/ in /usr/share/doc/tulle). SIGTERM and SIGINT stop it; routes, pods and their addresses stay.\n" +
 			"SIGHUP reads the configuration again, like `tulle reload`.",
 		Example: "  tulle agent --bootstrap                    # on one host\n" +
 			"  tulle agent --join host-a --join host-b    # on the others",

@@ -52,6 +52,8 @@ func (f *fixture) peers() []api.Peer {
 	if f.sick {
 		b.Path = ipip
 		b.Path.Loss, b.Path.Reason = 0.07, "udp: no answer to 5 probes from 192.168.1.12, UDP port 6080 seems blocked"
+		b.Candidates = []api.Candidate{{Path: path("udp", api.PathDown, 0, 0, "no answer to 5 probes"), Endpoint: b.Candidates[0].Endpoint},
+			{Path: b.Path, Active: true, Endpoint: b.Candidates[1].Endpoint}}
 		c.Leaves = nil
 		c.State, c.Since, c.Reason = api.PeerDead, f.ago(2), "gossip and data path agree that it is gone"
 		c.Path = path("udp", api.PathDown, 0, 0, "no answer to 5 probes")
@@ -73,15 +75,17 @@ func (f *fixture) Status(context.Context) (api.Status, error) {
 	s.Node.Blocks = []api.Block{f.block(), {Prefix: prefix("fd00:10:244::/64"), Used: 3, Size: api.MaxCount}}
 	s.Cluster = api.Cluster{ID: "9c0de7a1b2c3d4e5f60718293a4b5c6d", CIDRs: []netip.Prefix{prefix("10.244.0.0/16"), prefix("fd00:10:244::/48")}, Members: 3, Alive: 3,
 		Table: api.Table{Entries: 6, Digest: "4c1e7a90d2b3", Confirmed: true}}
-	s.Gossip = api.Gossip{Bind: netip.MustParseAddrPort("192.168.1.11:7946"), Encrypted: true, Keys: 2, LastSync: f.ago(1)}
+	s.Gossip = api.Gossip{Bind: netip.MustParseAddrPort("192.168.1.11:7946"),
+		Listens: []netip.AddrPort{netip.MustParseAddrPort("192.168.1.11:7946"), netip.MustParseAddrPort("[fd00:1::11]:7946")}, Encrypted: true, Keys: 2, LastSync: f.ago(1)}
 	s.Counters = api.Counters{TxPackets: 1_234_567, TxBytes: 1_718_000_000, TxSends: 40_123, RxPackets: 990, RxBytes: 64_000, RxReceives: 900}
 	s.Offload = api.Offload{TunCSUM: true, TunTSO: true, TunUSO: true, UDPGSO: true, UDPGRO: true}
 	s.Peers = f.peers()
 	if f.sick {
 		s.Cluster.Alive = 2
 		s.Offload.TunUSO, s.Offload.Reason = false, "this kernel is older than 6.2"
-		s.Drops = map[string]uint64{"not_member": 12, "malformed": 0, "peer_down": 40_321}
-		s.Counters.GSOFallbacks = 7
+		s.Drops = map[string]uint64{"not_member": 12, "malformed": 0, "peer_down": 40_321, "send_error": 18}
+		s.LastSendError = "operation not permitted"
+		s.Counters.GSOFallbacks, s.Counters.TunFallbacks = 7, 2
 		s.Problems = []api.Problem{
 			{What: "node-c is dead: 10.244.192.0/18 cannot be reached", Remedy: "start it again; if it will never come back: tulle forget node-c", Since: f.ago(2)},
 			{What: "UDP port 6080 is blocked between 192.168.1.11 and 192.168.1.12 and the slower ipip is used instead", Remedy: "let UDP port 6080 pass in both directions"},
@@ -195,6 +199,9 @@ func (f *fixture) Forget(_ context.Context, r api.ForgetRequest) (api.ForgetResu
 	}
 	if !r.Force {
 		return api.ForgetResult{}, api.Errorf(api.CodeRefused, "this node sees 1 of 3 members").WithRemedy("give --force if the others are dead too")
+	}
+	if r.Node == "node-b" { // owns nothing
+		return api.ForgetResult{Node: nodeB}, nil
 	}
 	return api.ForgetResult{Node: nodeC, Transfers: []api.Transfer{{Prefix: prefix("10.244.192.0/18"), From: nodeC, To: nodeA}}}, nil
 }

@@ -124,13 +124,17 @@ func benchShow() *cobra.Command {
 
 const benchDiffLong = `Compares two results that were stored with -o json, and prints what changed beyond noise. Both need at least five rounds. A change
 counts if the interval of the ratio of the medians excludes 1, for all measures together with 95 % confidence, and if it is at least
-the threshold. The exit code is 1 if something got worse, and 2 if the results cannot be compared.`
+the threshold. What the first result has and the second was to measure, but could not, or failed to in more of its rounds, counts as worse.
+What only one of them was to measure (--modes, --measures, --sizes, --streams) is named, and is no change.
+
+Exit codes: 0 nothing got worse; 1 something got worse, or failed in the second; 2 the results cannot be compared: one has fewer than five
+rounds, or they have nothing in common.`
 
 func benchDiff() *cobra.Command {
 	threshold, verbose, form := 0.03, false, "table"
 	cmd := &cobra.Command{
 		Use:     "diff A.json B.json",
-		Short:   "Say what changed beyond noise from one result to another; exit code 1 if something got worse",
+		Short:   "Say what changed beyond noise from one result to another; exit code 1 if something got worse or failed",
 		Long:    benchDiffLong,
 		Example: "  tulle bench diff before.json after.json\n  tulle bench diff flannel.json cilium.json -v",
 		Args:    exactly("A.json", "B.json"),

@@ -10,9 +10,11 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"os/signal"
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -35,8 +37,11 @@ func captureCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "capture [BPF EXPRESSION]",
 		Short: "Show packets as the data path handles them: drops with their reason, or all of them as pcapng",
-		Long: "Show packets as the data path handles them, one line each, until Ctrl-C. Without other flags it shows the packets\n" +
-			"that are dropped, with the reason; with --all also those that pass, before and after encapsulation.\n\n" +
+		Long: "Show packets as the data path handles them, one line each, until Ctrl-C; then how many were captured and missed. Without\n" +
+			"other flags it shows the packets that are dropped, with the reason; with --all also those that pass, before and after\n" +
+			"encapsulation.\n\n" +
+			"What the source checks of pods drop (pod_source, pod_neighbour, pod_dhcp and pod_protocol in tulle status) is not shown: the kernel\n" +
+			"drops it before the data path. tulle pod list counts it for each pod.\n\n" +
 			"The points where a packet is seen:\n" +
 			"  from-pods  read from tun0, before encapsulation\n" +
 			"  to-peer    encapsulated, handed to the underlay\n" +
@@ -51,10 +56,14 @@ func captureCommand() *cobra.Command {
 			"  tulle capture --all -w - | wireshark -k -i -",
 		Args: cobra.ArbitraryArgs,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := f.prepare(cmd.Context(), args); err != nil {
+			ctx, stop := interruptible(cmd)
+			defer stop()
+			context.AfterFunc(ctx, stop) // a second signal ends the program at once
+			if err := f.prepare(ctx, args); err != nil {
 				return err
 			}
-			return f.run(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+			signal.Ignore(syscall.SIGPIPE) // a reader that goes makes writes fail instead
+			return f.run(ctx, cmd.OutOrStdout(), cmd.ErrOrStderr())
 		},
 	}
 	fl := cmd.Flags()
@@ -63,7 +72,7 @@ func captureCommand() *cobra.Command {
 	fl.StringVarP(&f.write, "write", "w", "", "write pcapng to `FILE` instead; - is standard output")
 	fl.BoolVar(&f.all, "all", false, "also packets that are not dropped")
 	fl.StringSliceVar(&f.req.Points, "point", nil, "only packets at these `POINTS`")
-	fl.StringSliceVar(&f.req.Reasons, "reason", nil, "only packets dropped for these `REASONS`, as in tulle status")
+	fl.StringSliceVar(&f.req.Reasons, "reason", nil, "only packets dropped for these `REASONS`, as in tulle status, except those of pods' source checks")
 	fl.StringVar(&f.req.Peer, "peer", "", "only packets to or from this `NODE`")
 	fl.StringVar(&f.pod, "pod", "", "only packets from or to this `ADDRESS` of a pod")
 	fl.IntVar(&f.req.Snap, "snap", 0, "capture only so many `BYTES` of each packet; 0 captures all")
@@ -152,7 +161,7 @@ func compileBPF(ctx context.Context, expression string) ([]api.BPFInstruction, e
 	return program, nil
 }
 
-// errEnough ends a capture that has its --count.
+// errEnough ends a capture that has its --count, or whose output nobody reads any more.
 var errEnough = errors.New("enough packets")
 
 // run captures until ctx or the limits end it, and then says on errOut how much it was.
@@ -176,7 +185,9 @@ func (f *captureFlags) run(ctx context.Context, out, errOut io.Writer) error {
 		if e.Point == "" {
 			return nil
 		}
-		if err := show(e); err != nil {
+		if err := show(e); errors.Is(err, syscall.EPIPE) {
+			return errEnough
+		} else if err != nil {
 			return err
 		}
 		if n++; n == f.count {

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -45,6 +46,9 @@ func ask[T any](c *client, call func(ctx context.Context, a *api.Client, args []
 		}
 		ctx, cancel := context.WithTimeout(cmd.Context(), c.timeout)
 		defer cancel()
+		if c.timeout > quickTimeout && !cmd.Flags().Changed("timeout") {
+			ctx = c.whileItAnswers(ctx)
+		}
 		v, err := call(ctx, api.NewClient(c.socket), args)
 		if err != nil {
 			return err
@@ -57,6 +61,20 @@ func ask[T any](c *client, call func(ctx context.Context, a *api.Client, args []
 		}
 		return nil
 	}
+}
+
+// whileItAnswers returns a context that ends early if the agent is stuck: if it does not answer a question that needs no work, while a request that may take
+// minutes is under way.
+func (c *client) whileItAnswers(ctx context.Context) context.Context {
+	out, end := context.WithCancelCause(ctx)
+	go func() { // ends with ctx, if not before
+		ctx, cancel := context.WithTimeout(ctx, quickTimeout)
+		defer cancel()
+		if _, err := api.NewClient(c.socket).LogLevel(ctx, api.LogLevelRequest{}); errors.Is(err, context.DeadlineExceeded) {
+			end(context.DeadlineExceeded)
+		}
+	}()
+	return out
 }
 
 func (c *client) print(out io.Writer, v any, table func(*printer)) error {

@@ -15,7 +15,7 @@ import (
 )
 
 // doctorFlags are the keys of the agent's configuration that the doctor needs to know.
-var doctorFlags = []string{"config", "node-name", "join", "cluster-cidr", "pod-cidr", "gossip-port", "udp-port", "vxlan-port", "paths", "tun", "cni-dir"}
+var doctorFlags = []string{"config", "node-name", "join", "cluster-cidr", "pod-cidr", "gossip-port", "udp-port", "vxlan-port", "paths", "tun", "cni-dir", "underlay", "gossip-key-file", "metrics", "state-dir"}
 
 // doctorTimeout leaves time for an agent and a name server that hang.
 const doctorTimeout = 20 * time.Second
@@ -28,7 +28,8 @@ func doctorCommand() *cobra.Command {
 		Short: "Check this host and the cluster; name what is wrong, what was seen, and the command that mends it",
 		Long: "Check this host and, through the agent, the cluster. Each check is ok, warning, failed or skipped, and shows what was seen.\n" +
 			"What is wrong comes with its remedy and, where there is one, the command that does it. Without a running agent only\n" +
-			"the host is checked, by the configuration file and the flags.\n\n" +
+			"the host is checked, by the configuration file and the flags. That no agent runs is a failure where one has run before\n" +
+			"and has not left its cluster, and a warning elsewhere.\n\n" +
 			"Without --fix nothing is changed. With it, sysctls get the values that the agent sets while it runs, and leaked pod\n" +
 			"addresses are released; what was changed is shown.\n\n" +
 			"The exit code is 0 if no check failed (warnings do not count), 1 if one did, and 2 for wrong usage.\n\nChecks:\n" + checkList(),
@@ -94,11 +95,12 @@ func doctorOptions(flags *pflag.FlagSet) doctor.Options {
 		}
 	}
 	o.Tun, o.NodeName, o.ClusterCIDRs, o.PodCIDRs, o.Join = cfg.Tun, cfg.NodeName, cfg.ClusterCIDRs, cfg.PodCIDRs, cfg.Join
-	o.GossipPort, o.UDPPort, o.VXLANPort, o.Paths, o.CNIDir = cfg.GossipPort, cfg.UDPPort, cfg.VXLANPort, cfg.Paths, cfg.CNIDir
+	o.GossipPort, o.UDPPort, o.VXLANPort, o.Paths, o.CNIDir, o.CNIBinDir = cfg.GossipPort, cfg.UDPPort, cfg.VXLANPort, cfg.Paths, cfg.CNIDir, cfg.CNIBinDir
+	o.KeyFile, o.Metrics, o.Underlay, o.UnderlayAddrs = cfg.GossipKeyFile, cfg.Metrics, cfg.Underlay.Interface, cfg.Underlay.Addresses
 	if cfg.Bootstrap {
 		o.ClusterCIDRs = cfg.BootstrapCIDRs()
 	}
-	o.Socket = cfg.Socket
+	o.Socket, o.StateDir = cfg.Socket, cfg.StateDir
 	return o
 }
 

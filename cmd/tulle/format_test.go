@@ -2,6 +2,8 @@ package main
 
 import (
 	"fmt"
+	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -81,6 +83,61 @@ func TestNamesakes(t *testing.T) {
 	for i, want := range []string{"a (01234567)", "b", "a (21234567)"} {
 		if got := peerName(peers, peers[i]); got != want {
 			t.Errorf("%s, want %s", got, want)
+		}
+	}
+}
+
+// Packets of the two families may go two ways: both are shown and both count.
+func TestTwoPathsInUse(t *testing.T) {
+	now := time.Now()
+	since := now.Add(-time.Hour)
+	direct4 := api.Path{Mode: "direct", Family: "ipv4", State: api.PathUp, RTTUS: 300, MTU: 1500, Since: since, Reason: "answers"}
+	direct6 := api.Path{Mode: "direct", Family: "ipv6", State: api.PathUp, RTTUS: 320, MTU: 1400, Since: since, Reason: "answers6"}
+	udp := api.Path{Mode: "udp", State: api.PathDown, Loss: 1, Since: since, Reason: "no answer yet"}
+	peer := func(main api.Path, candidates ...api.Candidate) api.Peer {
+		return api.Peer{Name: "b", ID: "0123456789", State: api.PeerAlive, Prefixes: []netip.Prefix{netip.MustParsePrefix("10.244.1.0/24")}, Path: main, Candidates: candidates}
+	}
+	off := direct6
+	off.State = api.PathOff
+	for _, tc := range []struct {
+		name string
+		peer api.Peer
+		ok   bool
+		want []string // lines
+	}{
+		{"IPv6 by udp, which does not answer", peer(direct4, api.Candidate{Path: direct4, Active: true}, api.Candidate{Path: off}, api.Candidate{Path: udp, Active: true}), false,
+			[]string{"direct 300µs 0% 1500 1h00m answers", "udp down – 100% – 1h00m no answer yet"}},
+		{"both direct", peer(direct4, api.Candidate{Path: direct4, Active: true}, api.Candidate{Path: direct6, Active: true}), true,
+			[]string{"direct 300µs 0% 1500 1h00m answers", "direct ipv6 320µs 0% 1400 1h00m answers6"}},
+		{"IPv4 by udp, IPv6 direct", peer(direct6, api.Candidate{Path: direct4}, api.Candidate{Path: direct6, Active: true}, api.Candidate{Path: udp, Active: true}), false,
+			[]string{"direct 320µs 0% 1400 1h00m answers6", "direct ipv4 300µs 0% 1500 1h00m answers", "udp down – 100% – 1h00m no answer yet"}},
+		{"not in use, down", peer(direct4, api.Candidate{Path: direct4, Active: true}, api.Candidate{Path: udp}), true,
+			[]string{"direct 300µs 0% 1500 1h00m answers", "udp down – 100% – 1h00m no answer yet"}},
+		{"of one family, and nothing is known", peer(api.Path{Mode: "udp", State: api.PathUp, MTU: 1472, Since: since, Reason: "external peers are not probed"}), true,
+			[]string{"udp – – 1472 1h00m external peers are not probed"}},
+	} {
+		if got := peerOK(tc.peer); got != tc.ok {
+			t.Errorf("%s: OK %v, want %v", tc.name, got, tc.ok)
+		}
+		status := printer{width: 200, now: now}
+		printStatusPeers(&status, []api.Peer{tc.peer})
+		if shows := strings.Contains(status.String(), "udp down"); shows == tc.ok {
+			t.Errorf("%s: status shows that the peer is in trouble %v:\n%s", tc.name, shows, &status)
+		}
+		out := printer{width: 200, now: now}
+		printPeers(&out, []api.Peer{tc.peer})
+		var got []string
+		for line := range strings.Lines(out.String()) {
+			f := strings.Fields(line)
+			if f[0] == "b" {
+				f = f[3:]
+			}
+			if f[0] != "NAME" {
+				got = append(got, strings.Join(f, " "))
+			}
+		}
+		if !slices.Equal(got, tc.want) {
+			t.Errorf("%s:\n%s\nwant\n%s", tc.name, strings.Join(got, "\n"), strings.Join(tc.want, "\n"))
 		}
 	}
 }

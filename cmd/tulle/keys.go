@@ -73,7 +73,7 @@ func keysCommand() *cobra.Command {
 		"  tulle keys list                               until all members have it\n" +
 		"  tulle keys use NEW-ID                         every member encrypts with it\n" +
 		"  tulle keys remove OLD-ID\n\n" +
-		"The exit code is 1 if a member did not follow; the same command may be given again."
+		"The exit code is 1 if a member did not follow or is down; it is named. The same command may be given again."
 	return c.flags(cmd, changeTimeout)
 }
 

@@ -33,21 +33,31 @@ func leaveCommand() *cobra.Command {
 func forgetCommand() *cobra.Command {
 	c := new(client)
 	var force bool
-	cmd := &cobra.Command{
+	var cmd *cobra.Command
+	cmd = &cobra.Command{
 		Use:   "forget NODE",
 		Short: "Take over the address space of a node that is dead and will not come back",
-		Long: "Take over the address space of a node that is dead and will not come back. It is refused while the node is alive or\n" +
-			"its tunnel answers, and while this node does not reach a majority of the members. --force skips the majority: use it if\n" +
-			"the others are dead too. If the node comes back, it gives up its space and reports that.",
+		Long: "Take over the address space of a node that is dead and will not come back. A node that owns none stops to count as a\n" +
+			"member. It is refused while the node is alive or its tunnel answers, and while this node does not reach a majority of the\n" +
+			"members. It waits until the node has not been seen for half a minute. --force skips the majority and the wait: use it if\n" +
+			"the others are dead too. If the node comes back, it gives up its space and reports that. Forget no node while the network is split: one on the other side lives, and would give its addresses to\n" +
+			"pods as well.",
 		Args: exactly("a node"), ValidArgsFunction: c.nodeNames,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.ForgetResult, error) {
+			defer time.AfterFunc(3*time.Second, func() {
+				fmt.Fprintf(cmd.ErrOrStderr(), "waits until %s has not been seen for half a minute\n", args[0])
+			}).Stop()
 			return a.Forget(ctx, api.ForgetRequest{Node: args[0], Force: force})
 		}, func(p *printer, r api.ForgetResult) {
+			if len(r.Transfers) == 0 {
+				p.line("forgot %s: it owned no space, and is no member any more", nodeRef(r.Node))
+				return
+			}
 			p.line("forgot %s", nodeRef(r.Node))
 			printTransfers(p, r.Transfers)
 		}, nil),
 	}
-	cmd.Flags().BoolVar(&force, "force", false, "even if this node does not reach a majority of the members")
+	cmd.Flags().BoolVar(&force, "force", false, "even if this node does not reach a majority of the members, and without the wait")
 	return c.flags(cmd, changeTimeout)
 }
 
@@ -93,8 +103,9 @@ func externalCommand() *cobra.Command {
 		Use:   "add PREFIX ENDPOINT",
 		Short: "Give a prefix of this node's space to a router or host without an agent",
 		Long: "Give a prefix of this node's space to a router or host without an agent that has a plain tunnel: a Linux ipip, sit or\n" +
-			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). The agents learn the MAC of a vxlan device from\n" +
-			"its packets, or request it; give --mac if neither is possible.",
+			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). ENDPOINT is its underlay address, outside the\n" +
+			"cluster's address space. The agents learn the MAC of a vxlan device from its packets, or request it; give --mac if\n" +
+			"neither is possible.",
 		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip\n" +
 			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan --mac 02:00:5e:10:00:01",
 		Args: exactly("a prefix", "the address of its endpoint"),

@@ -17,8 +17,8 @@ func peersCommand() *cobra.Command {
 		Use:   "peers",
 		Short: "List the peers: state, prefixes, path, round-trip time, loss, MTU, since when and why",
 		Long: "List the peers, one per line: state, prefixes, path in use, round-trip time, loss, MTU, since when and why.\n" +
-			"Below a peer is a line for each other path that is probed.\n" +
-			"The exit code is 1 if a peer that owns address space cannot be reached.",
+			"Below a peer is a line for each other path that is probed or in use: packets of IPv4 and IPv6 may go two ways.\n" +
+			"The exit code is 1 if a peer that owns address space cannot be reached by a path in use.",
 		Args: exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) ([]api.Peer, error) { return a.Peers(ctx) },
 			printPeers, func(peers []api.Peer) bool {
@@ -49,15 +49,16 @@ func printPeers(p *printer, peers []api.Peer) {
 		why = withLeaves(x, why)
 		t.row(peerName(peers, x), x.State, orNone(list(x.Prefixes, "\n")), pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
 		for _, c := range x.Candidates {
-			if !c.Active && c.State != api.PathOff {
-				t.row("", "", "", pathName(c.Path), rtt(c.RTTUS), lossOf(c.Path), mtu(c.MTU), p.since(c.Since), c.Reason)
+			shown := c.Active && c.Mode == x.Path.Mode && c.Family == x.Path.Family
+			if !shown && (c.Active || c.State != api.PathOff) {
+				t.row("", "", "", pathOf(c.Path), rtt(c.RTTUS), lossOf(c.Path), mtu(c.MTU), p.since(c.Since), c.Reason)
 			}
 		}
 	}
 	p.table(&t)
 }
 
-// peerOK reports whether packets to the peer's space arrive, as far as this node knows. A peer that has left, or that is dead
+// peerOK reports whether packets to the peer's space arrive by all paths in use, as far as this node knows. A peer that has left, or that is dead
 // and owns nothing, is OK.
 func peerOK(p api.Peer) bool {
 	switch p.State {
@@ -66,7 +67,7 @@ func peerOK(p api.Peer) bool {
 	case api.PeerDead:
 		return len(p.Prefixes) == 0
 	}
-	return p.Path.State == api.PathUp || len(p.Prefixes) == 0
+	return len(p.Prefixes) == 0 || !slices.ContainsFunc(p.InUse(), func(path api.Path) bool { return path.State != api.PathUp })
 }
 
 // stateOf returns the more important state of a peer: gossip's if it is bad, else the path's.
@@ -93,8 +94,15 @@ func pathName(p api.Path) string {
 	return strings.TrimSpace(p.Mode + " " + p.State)
 }
 
+// pathOf is pathName with the family that a direct path carries, where each has its own.
+func pathOf(p api.Path) string {
+	p.Mode = strings.TrimSpace(p.Mode + " " + p.Family)
+	return pathName(p)
+}
+
+// lossOf is the loss of a path of which anything is measured.
 func lossOf(p api.Path) string {
-	if p.Mode == "" {
+	if p.RTTUS == 0 && p.Loss == 0 {
 		return none
 	}
 	return percent(p.Loss)

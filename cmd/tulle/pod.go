@@ -111,8 +111,12 @@ func podAdd(c *client) *cobra.Command {
 
 func addPod(ctx context.Context, r attach.Request, fresh bool) (podAdded, error) {
 	if fresh {
-		if err := attach.NewNetns(r.Name); err != nil {
-			return podAdded{}, err
+		err := attach.NewNetns(r.Name)
+		if errors.Is(err, fs.ErrExist) {
+			return podAdded{}, taken(r.Name, fmt.Errorf("%s is there already", r.Netns), "without --new the pod gets that namespace")
+		}
+		if err != nil {
+			return podAdded{}, denied(err)
 		}
 	} else if _, err := os.Stat(r.Netns); errors.Is(err, fs.ErrNotExist) {
 		return podAdded{}, fmt.Errorf("no network namespace at %s; make it with --new, or name another with --netns", r.Netns)
@@ -121,13 +125,29 @@ func addPod(ctx context.Context, r attach.Request, fresh bool) (podAdded, error)
 	if err != nil {
 		if fresh {
 			err = errors.Join(err, attach.DropNetns(r.Name))
+		} else if errors.Is(err, fs.ErrExist) {
+			err = taken(r.Name, err, "a second interface needs --interface")
 		}
-		return podAdded{}, err
+		return podAdded{}, denied(err)
 	}
 	return podAdded{
 		Name: r.Name, ID: r.ID.String(), Addresses: res.Attachment.Addresses, Netns: r.Netns,
 		Interface: r.ID.Interface, HostInterface: res.Attachment.HostInterface, MTU: res.Attachment.MTU,
 	}, nil
+}
+
+// taken is the error of an addition that finds something of this name; other is another remedy.
+func taken(name string, err error, other string) error {
+	what := strings.TrimSuffix(err.Error(), ": "+fs.ErrExist.Error())
+	return api.Errorf(api.CodeRefused, "%s", what).WithRemedy("`tulle pod del %s` first, or choose another name; %s", name, other)
+}
+
+// denied adds the remedy to the error of a user who may not do this.
+func denied(err error) error {
+	if errors.Is(err, fs.ErrPermission) && os.Geteuid() != 0 {
+		return fmt.Errorf("%w; run as root", err)
+	}
+	return err
 }
 
 // podDeleted is what `pod del` prints.
@@ -150,7 +170,7 @@ func podDel(c *client) *cobra.Command {
 				return podDeleted{}, err
 			}
 			recorded, err := attach.Remove(ctx, c.socket, id)
-			return podDeleted{args[0], recorded}, errors.Join(err, attach.DropNetns(args[0]))
+			return podDeleted{args[0], recorded}, denied(errors.Join(err, attach.DropNetns(args[0])))
 		}, func(p *printer, d podDeleted) {
 			if d.Recorded {
 				p.line("the agent does not answer: it gives the addresses of %s back when it runs", d.Name)
@@ -190,7 +210,7 @@ func podExec(c *client) *cobra.Command {
 			run.Stdin, run.Stdout, run.Stderr = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
 			code, err := attach.Exec(path, run)
 			if err != nil {
-				return err
+				return denied(err)
 			}
 			if code != 0 {
 				return exitCode(code)

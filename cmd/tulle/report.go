@@ -32,7 +32,7 @@ func reportCommand() *cobra.Command {
 		Short: "Collect everything that a bug report needs in one file, without keys",
 		Long: "Collect everything that a bug report needs in one file: what the agent says of itself and its peers, the host's links,\n" +
 			"addresses, routes, rules, firewall and sysctls, the agent's log, and versions. What cannot be collected is named in it.\n\n" +
-			"Whatever looks like a key of 32 bytes is replaced. Addresses and host names stay: look through the file before you send it.",
+			"Whatever looks like a key of 32 bytes, and the keys among the sysctls, are replaced. Addresses and host names stay: look through the file before you send it.",
 		Example: "  tulle report\n  tulle report -w - | tar tz",
 		Args:    exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -109,8 +109,13 @@ type report struct {
 // key is what a key of 32 bytes looks like in base64: those of gossip and of WireGuard.
 var key = regexp.MustCompile(`[A-Za-z0-9+/]{43}=`)
 
+// kernelKey is a sysctl that is a secret: tcp_fastopen_key, stable_secret, netdev_rss_key.
+var kernelKey = regexp.MustCompile(`(?m)^(net\.\S*_(?:key|secret) = ).*$`)
+
 // withoutKeys replaces what looks like a key.
-func withoutKeys(b []byte) []byte { return key.ReplaceAll(b, []byte("[key left out]")) }
+func withoutKeys(b []byte) []byte {
+	return kernelKey.ReplaceAll(key.ReplaceAll(b, []byte("[key left out]")), []byte("${1}[key left out]"))
+}
 
 func (r *report) add(name string, content []byte) {
 	if r.err != nil {

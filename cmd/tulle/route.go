@@ -15,7 +15,8 @@ func routeCommand() *cobra.Command {
 	get := &cobra.Command{
 		Use:   "get ADDR",
 		Short: "Show who owns an address, and how packets to it travel now",
-		Long: "Show who owns an address, and how packets to it travel now: endpoint, encapsulation, MTU, and why.\n" +
+		Long: "Show who owns an address, and how packets to it travel now: endpoint, encapsulation, MTU, and why. Of a member's underlay\n" +
+			"address it shows how pods' packets travel; those of the host itself take the host's routes.\n" +
 			"The exit code is 1 if they would not arrive.",
 		Example: "  tulle route get 10.244.7.3",
 		Args:    exactly("an address"),
@@ -33,6 +34,8 @@ func routeCommand() *cobra.Command {
 func printRoute(p *printer, r api.RouteAnswer) {
 	reach := "yes"
 	switch {
+	case r.Kind == api.RouteOutside && r.Encapsulation != "":
+		reach = "from pods through tulle, from the host by its own routes"
 	case r.Kind == api.RouteOutside:
 		reach = "not through tulle"
 	case !r.Reachable:

@@ -64,9 +64,9 @@ func printStatus(p *printer, s api.Status) {
 		[2]string{"table", table1(s.Cluster.Table)},
 		[2]string{"gossip", gossip(p, s.Gossip)},
 		[2]string{"traffic", traffic(s.Counters)},
-		[2]string{"offload", offload(s.Offload)},
+		[2]string{"offload", offload(&s)},
 		[2]string{"fast path", fastPath(&s)},
-		[2]string{"drops", drops(s.Drops)},
+		[2]string{"drops", drops(&s)},
 	)
 	printStatusPeers(p, s.Peers)
 	if len(s.Problems) > 0 {
@@ -139,13 +139,14 @@ func table1(t api.Table) string {
 	if !t.Confirmed {
 		text += ", not yet confirmed by a peer"
 	}
-	if t.Conflicts > 0 {
-		text += ", " + plural(t.Conflicts, "conflict")
-	}
 	return text
 }
 
+// gossip is empty while it is not started yet.
 func gossip(p *printer, g api.Gossip) string {
+	if !g.Bind.IsValid() {
+		return ""
+	}
 	parts := []string{"not encrypted"}
 	if g.Encrypted {
 		parts[0] = "encrypted"
@@ -153,8 +154,8 @@ func gossip(p *printer, g api.Gossip) string {
 			parts[0] += " with " + plural(g.Keys, "key")
 		}
 	}
-	if g.Bind.IsValid() {
-		parts = append(parts, g.Bind.String())
+	if len(g.Listens) > 0 {
+		parts = append(parts, list(g.Listens, " "))
 	}
 	if !g.LastSync.IsZero() {
 		parts = append(parts, "synced "+p.since(g.LastSync)+" ago")
@@ -183,7 +184,7 @@ func traffic(c api.Counters) string {
 	for _, x := range []struct {
 		n    uint64
 		what string
-	}{{c.GSOFallbacks, "GSO fallbacks"}, {c.SocketOverflows, "lost in a full socket"}, {c.TunDrops, "lost in a full TUN"}, {c.Repairs, "host settings mended"}} {
+	}{{c.GSOFallbacks, "GSO fallbacks"}, {c.TunFallbacks, "TUN fallbacks"}, {c.SocketOverflows, "lost in a full socket"}, {c.TunDrops, "lost in a full TUN"}, {c.Repairs, "host settings mended"}} {
 		if x.n > 0 {
 			parts = append(parts, count(x.n)+" "+x.what)
 		}
@@ -198,7 +199,12 @@ func batch(packets, calls uint64, verb string) string {
 	return fmt.Sprintf(" (%.3g per %s)", float64(packets)/float64(calls), verb)
 }
 
-func offload(o api.Offload) string {
+// offload is empty while there is no data path yet.
+func offload(s *api.Status) string {
+	o := s.Offload
+	if !s.Gossip.Bind.IsValid() {
+		return ""
+	}
 	var on, off []string
 	for _, f := range []struct {
 		on   bool
@@ -233,13 +239,13 @@ func fastPath(s *api.Status) string {
 }
 
 // drops lists what was dropped, the most frequent reason first.
-func drops(d map[string]uint64) string {
+func drops(s *api.Status) string {
 	type drop struct {
 		reason string
 		n      uint64
 	}
 	var ds []drop
-	for r, n := range d {
+	for r, n := range s.Drops {
 		if n > 0 {
 			ds = append(ds, drop{r, n})
 		}
@@ -255,7 +261,11 @@ func drops(d map[string]uint64) string {
 	})
 	var out []string
 	for _, d := range ds {
-		out = append(out, d.reason+" "+count(d.n))
+		text := d.reason + " " + count(d.n)
+		if d.reason == "send_error" && s.LastSendError != "" {
+			text += " (last: " + s.LastSendError + ")"
+		}
+		out = append(out, text)
 	}
 	if out == nil {
 		return "none"
@@ -278,6 +288,7 @@ func printStatusPeers(p *printer, peers []api.Peer) {
 		shown = maxStatusPeers
 	}
 	for _, x := range sorted[:shown] {
+		x.Path = worst(x)
 		at, why := stateOf(x)
 		why = withLeaves(x, why)
 		t.row(peerName(peers, x), x.State, pathName(x.Path), rtt(x.Path.RTTUS), lossOf(x.Path), mtu(x.Path.MTU), p.since(at), why)
@@ -291,6 +302,15 @@ func printStatusPeers(p *printer, peers []api.Peer) {
 		}
 		p.line("and %d more, %s of them in trouble: see `tulle peers`", rest, orNoneOf(bad))
 	}
+}
+
+// worst is the path in use to show where one is shown: the first that does not answer.
+func worst(p api.Peer) api.Path {
+	paths := p.InUse()
+	if i := slices.IndexFunc(paths, func(x api.Path) bool { return x.State != api.PathUp }); i >= 0 && p.Path.State == api.PathUp && !peerOK(p) {
+		return paths[i]
+	}
+	return p.Path
 }
 
 func orNoneOf(n int) string {

@@ -19,6 +19,7 @@ import (
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/docker"
+	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/membership/seed"
 	"github.com/tulle-net/tulle/tunnel/fastpath"
 )
@@ -65,10 +66,19 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	var plugin net.Listener
+	var plugin, metrics net.Listener
 	if cfg.DockerSocket != "" {
 		if plugin, err = api.Listen(cfg.DockerSocket); err != nil {
 			return errors.Join(fmt.Errorf("docker_socket: %w", err), listener.Close())
+		}
+	}
+	if cfg.Metrics != "" {
+		if metrics, err = listenMetrics(cfg.Metrics); err != nil {
+			err = errors.Join(err, listener.Close())
+			if plugin != nil {
+				err = errors.Join(err, plugin.Close())
+			}
+			return err
 		}
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -89,15 +99,15 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		name := strings.TrimSuffix(filepath.Base(cfg.DockerSocket), ".sock")
 		serve(func(ctx context.Context) error { return driver.Run(ctx, plugin, name, cfg.DockerAPI) })
 	}
-	if cfg.Metrics != "" {
-		serve(a.serveMetrics)
+	if metrics != nil {
+		serve(func(ctx context.Context) error { return a.serveMetrics(ctx, metrics) })
 	}
-	// What an agent that was killed has left must not be there before this one is ready.
+	// What an agent that was killed has left must not be there before this one is ready, unless engines need it (see publish).
 	a.conflist = &conflist.Publisher{Dir: cfg.CNIDir, BinDir: cfg.CNIBinDir, Bridge: cfg.CNIBridge}
 	if cfg.Socket != api.DefaultSocket {
 		a.conflist.Socket = cfg.Socket
 	}
-	if err := a.conflist.Set(ctx, false, false); err != nil {
+	if err := a.unpublish(ctx); err != nil {
 		log.Error("container engines do not see this network as it is", "error", err)
 	}
 	err = a.sessions(ctx)
@@ -107,6 +117,19 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		err = context.Cause(ctx)
 	}
 	return err
+}
+
+// unpublish takes the network of an earlier run away from container engines that have no pods here.
+func (a *agent) unpublish(ctx context.Context) error {
+	pods, err := podnet.Open("")
+	if err != nil {
+		return err
+	}
+	defer pods.Close()
+	if ofEngines(pods) {
+		return nil
+	}
+	return a.conflist.Set(ctx, false, false)
 }
 
 // sessions runs one session after the other, until ctx is done or one fails.
@@ -120,16 +143,21 @@ func (a *agent) sessions(ctx context.Context) error {
 		ran := err == nil
 		if ran {
 			a.session.Store(s)
-			err = s.run(ctx)
+			if err = a.configure(s); err == nil { // a reload that has met no session yet
+				err = s.run(ctx)
+			}
 			a.starting.beat()
 			a.session.Store(nil)
 		}
 		change, moves := errors.AsType[*underlayChange](err)
 		switch {
+		case ctx.Err() != nil && (moves || err == nil):
+			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
+			return nil
 		case moves:
 			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
 			if ran {
-				a.moved = underlayMove{time.Now(), s.link.Addrs, change.why}
+				a.moved = underlayMove{time.Now(), s.link.Addrs, change.why, s.members()}
 			}
 			a.release(s.tunName())
 			a.release(s.socketsName())
@@ -146,9 +174,6 @@ func (a *agent) sessions(ctx context.Context) error {
 			case <-ctx.Done():
 			case <-time.After(underlayRetry / 8 << short): // 0.5 to 8 s
 			}
-		case ctx.Err() != nil && err == nil:
-			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
-			return nil
 		default:
 			return err
 		}

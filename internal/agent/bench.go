@@ -76,10 +76,8 @@ type benchWay struct {
 	missing     string
 }
 
-func newBenches(s *session, mbps int) *benches {
-	b := &benches{s: s, inbox: make(chan inLetter, 16), ended: make(chan struct{}), settled: make(chan struct{})}
-	b.mbps.Store(int64(mbps))
-	return b
+func newBenches(s *session) *benches {
+	return &benches{s: s, inbox: make(chan inLetter, 16), ended: make(chan struct{}), settled: make(chan struct{})}
 }
 
 // letter takes a message of gossip. It must not block: one too many is lost, as the network may lose it.
@@ -236,7 +234,7 @@ func (s *session) proven(ctx context.Context, p *peerView, m encap.Mode) (mtu.TU
 	}
 	var last error
 	for range 3 {
-		if _, _, last = s.probes.ping(ctx, p.id, m, pingSize, pingWait); last == nil {
+		if _, _, last = s.pingOnce(ctx, p, m, pingSize, pingWait); last == nil {
 			return mtu.TUN(s.largest(ctx, p, m)), ""
 		}
 	}

@@ -97,7 +97,7 @@ func (b *benches) askable(req api.BenchRequest) (*peerView, error) {
 	return p, nil
 }
 
-// negotiate sends the question until there is an answer: the network may lose it, and the other agent may be restarting.
+// negotiate sends the question, over a stream, and waits for the answer.
 func (b *benches) negotiate(ctx context.Context, p *peerView, side *benchSide, ways []benchWay, six bool) (*benchLetter, error) {
 	ask := &benchLetter{Kind: letterAsk, ID: side.id, Six: six}
 	var missing []string

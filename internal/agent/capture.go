@@ -11,6 +11,7 @@ import (
 	"golang.org/x/net/bpf"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/tunnel/capture"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
@@ -114,9 +115,18 @@ func (s *session) captureFilter(req api.CaptureRequest) (capture.Filter, error) 
 	}
 	var reasons []string
 	for d := range encap.Drops() {
-		reasons = append(reasons, d.String())
+		if d != encap.DropSocketOverflow {
+			reasons = append(reasons, d.String())
+		}
 	}
 	for _, r := range req.Reasons {
+		switch r {
+		case encap.DropSocketOverflow.String():
+			return f, api.Errorf(api.CodeUsage, "reason %q: the kernel drops these packets before the agent sees them, so no capture has them", r).WithRemedy("`tulle status` counts them")
+		case podnet.DropSource, podnet.DropNeighbour, podnet.DropDHCP, podnet.DropProtocol:
+			return f, api.Errorf(api.CodeUsage, "reason %q: the kernel drops these packets at the pod's link, so no capture has them", r).
+				WithRemedy("`tulle pod list` counts them for each pod, and tcpdump in the pod shows them")
+		}
 		if !slices.Contains(reasons, r) {
 			return f, api.Errorf(api.CodeUsage, "reason %q: want some of %s", r, strings.Join(reasons, ", "))
 		}

@@ -12,6 +12,7 @@ import (
 	"github.com/vishvananda/netlink"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/podnet"
@@ -20,7 +21,7 @@ import (
 )
 
 // Cleanup removes what a stopped agent left in this host's network: the TUN device, routes and addresses with our mark, the
-// nft tables, the programs of the fast path, bridges without pods, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
+// nft tables, the programs of the fast path, bridges without pods, the network for container engines, and the socket's file. It restores changed sysctls. Missing objects are not an error. It is refused while an
 // agent runs. The state directory stays, so the node keeps its address space (see Leave).
 func Cleanup(ctx context.Context, cfg config.Config) error {
 	if err := checkCapabilities("tulle cleanup"); err != nil {
@@ -42,7 +43,8 @@ func Cleanup(ctx context.Context, cfg config.Config) error {
 	if podErr == nil {
 		podErr = errors.Join(pods.RemoveAllChecks(), pods.RemoveBridges(), pods.Close())
 	}
-	err = errors.Join(err, podErr, fastpath.Remove())
+	published := conflist.Publisher{Dir: cfg.CNIDir}
+	err = errors.Join(err, podErr, fastpath.Remove(), published.Set(ctx, false, false))
 	if dev != nil {
 		err = errors.Join(err, dev.Persist(false), dev.Close())
 	}
@@ -71,13 +73,16 @@ func refuseRunning(ctx context.Context, socket string) error {
 	return nil
 }
 
-// holdTun opens the TUN device if it exists; else it returns nil.
+// holdTun opens the TUN device if it exists; else it returns nil. A device that is another program's is an error.
 func holdTun(name string) (*device.Device, error) {
 	if _, err := netlink.LinkByName(name); err != nil {
 		if _, missing := errors.AsType[netlink.LinkNotFoundError](err); missing {
 			return nil, nil
 		}
 		return nil, fmt.Errorf("TUN device %s: %w", name, err)
+	}
+	if err := hostnet.CheckTun(name); err != nil {
+		return nil, err
 	}
 	return device.Open(device.Options{Name: name})
 }

@@ -1,10 +1,12 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -85,11 +87,33 @@ func (a *agent) Ping(ctx context.Context, req api.PingRequest) (api.PingResult, 
 
 // findPeer finds a peer by name, ID, a unique beginning of the ID, or an address that it owns or has.
 func (s *session) findPeer(text string) (*peerView, error) {
-	v := s.view.Load()
-	if v == nil {
-		return nil, api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")
+	v, err := s.viewed()
+	if err != nil {
+		return nil, err
 	}
 	return v.find(text)
+}
+
+// viewed returns the last view.
+func (s *session) viewed() (*view, error) {
+	if v := s.view.Load(); v != nil {
+		return v, nil
+	}
+	return nil, api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")
+}
+
+// withFormer returns the view with the peers that are not in it: they own nothing, and gossip does not know them any more. They
+// count as members nevertheless, until they are forgotten.
+func (v *view) withFormer(peers []ipam.Peer) *view {
+	out := *v
+	out.peers = slices.Clone(v.peers)
+	for _, k := range peers {
+		id := membership.NodeID(k.ID)
+		if !slices.ContainsFunc(v.peers, func(p peerView) bool { return p.node == id }) {
+			out.peers = append(out.peers, peerView{id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead})
+		}
+	}
+	return &out
 }
 
 func (v *view) find(text string) (*peerView, error) {
@@ -207,7 +231,11 @@ func (a *agent) Free(_ context.Context, req api.FreeRequest) (api.FreeResult, er
 	if err != nil {
 		return api.FreeResult{}, err
 	}
-	list, err := s.ownership.Release(time.Now(), req.ID)
+	release := s.ownership.Release
+	if req.Rested {
+		release = s.ownership.ReleaseRested
+	}
+	list, err := release(time.Now(), req.ID)
 	if err != nil {
 		return api.FreeResult{}, coded(err)
 	}
@@ -224,7 +252,7 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 	if err != nil {
 		return api.LeaveResult{}, err
 	}
-	before := s.ownership.Prefixes()
+	before, self := s.ownership.Prefixes(), s.ref(s.ownership.Node())
 	op, err := s.ownership.Leave(time.Now())
 	if err != nil {
 		return api.LeaveResult{}, coded(err)
@@ -234,7 +262,7 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 	}
 	out := api.LeaveResult{}
 	for _, p := range before {
-		out.Transfers = append(out.Transfers, s.transfer(p, s.ownership.Node()))
+		out.Transfers = append(out.Transfers, s.transfer(p, self))
 	}
 	s.log.Warn("this node has left the cluster", "result", op.Result())
 	if err := s.gossip.Leave(ctx); err != nil {
@@ -243,9 +271,9 @@ func (a *agent) Leave(ctx context.Context) (api.LeaveResult, error) {
 	return out, nil
 }
 
-// transfer returns the new owner of a prefix.
-func (s *session) transfer(p netip.Prefix, from membership.NodeID) api.Transfer {
-	t := api.Transfer{Prefix: p, From: s.ref(from)}
+// transfer returns the new owner of a prefix. from was named while it was still known.
+func (s *session) transfer(p netip.Prefix, from api.NodeRef) api.Transfer {
+	t := api.Transfer{Prefix: p, From: from}
 	if e, ok := s.ownership.Owner(p.Addr()); ok {
 		t.To = s.ref(e.Owner)
 	}
@@ -268,7 +296,11 @@ func (a *agent) Forget(ctx context.Context, req api.ForgetRequest) (api.ForgetRe
 	if err != nil {
 		return api.ForgetResult{}, err
 	}
-	p, err := s.findPeer(req.Node)
+	v, err := s.viewed()
+	if err != nil {
+		return api.ForgetResult{}, err
+	}
+	p, err := v.withFormer(s.ownership.Peers()).find(req.Node)
 	if err != nil {
 		return api.ForgetResult{}, err
 	}
@@ -286,7 +318,7 @@ func (a *agent) Forget(ctx context.Context, req api.ForgetRequest) (api.ForgetRe
 	s.rebuild()
 	out := api.ForgetResult{Node: api.NodeRef{Name: p.name, ID: p.id}}
 	for _, prefix := range p.prefixes {
-		out.Transfers = append(out.Transfers, s.transfer(prefix, p.node))
+		out.Transfers = append(out.Transfers, s.transfer(prefix, out.Node))
 	}
 	return out, nil
 }
@@ -321,6 +353,10 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 	if err != nil {
 		return api.External{}, api.Errorf(api.CodeUsage, "%v", err)
 	}
+	if bad := unfitEndpoint(req.Endpoint, s.ownership.Params().Families); bad != "" {
+		return api.External{}, api.Errorf(api.CodeRefused, "the endpoint %s", bad).
+			WithRemedy("give the underlay address of the external peer, outside of that space")
+	}
 	if v := s.view.Load(); v != nil {
 		if name := v.livesAt(req.Endpoint, s.link.Addrs); name != "" {
 			return api.External{}, api.Errorf(api.CodeRefused, "%v is the address of %s", req.Endpoint, name).
@@ -336,9 +372,9 @@ func (a *agent) ExternalAdd(_ context.Context, req api.ExternalRequest) (api.Ext
 	if err := s.ownership.AddExternal(time.Now(), req.Prefix, x); err != nil {
 		return api.External{}, coded(err)
 	}
-	e, _ := s.ownership.Owner(req.Prefix.Addr())
-	if e.External == nil {
-		return api.External{}, api.Errorf(api.CodeFailed, "the owner of %v has changed meanwhile", req.Prefix).WithRemedy("see tulle external list")
+	e, err := s.externalAt(req.Prefix)
+	if err != nil {
+		return api.External{}, err
 	}
 	return s.external(e), nil
 }
@@ -349,9 +385,9 @@ func (a *agent) ExternalRemove(_ context.Context, prefix netip.Prefix) (api.Exte
 	if err != nil {
 		return api.External{}, err
 	}
-	e, _ := s.ownership.Owner(prefix.Addr())
-	if e.External == nil {
-		return api.External{}, api.Errorf(api.CodeNotFound, "no external peer has %v", prefix).WithRemedy("see tulle external list")
+	e, err := s.externalAt(prefix)
+	if err != nil {
+		return api.External{}, err
 	}
 	if err := s.ownership.RemoveExternal(time.Now(), prefix); err != nil {
 		return api.External{}, coded(err)
@@ -359,11 +395,45 @@ func (a *agent) ExternalRemove(_ context.Context, prefix netip.Prefix) (api.Exte
 	return s.external(e), nil
 }
 
+// externalAt is the entry of the one external peer that has all of a prefix, cut to that prefix: entries of the table are joined
+// where they can be.
+func (s *session) externalAt(prefix netip.Prefix) (membership.Entry, error) {
+	return externalIn(s.ownership.Externals(), prefix)
+}
+
+func externalIn(all []membership.Entry, prefix netip.Prefix) (e membership.Entry, err error) {
+	var parts []netip.Prefix
+	var texts []string
+	several := false
+	for _, x := range all {
+		if !x.Prefix.Overlaps(prefix) {
+			continue
+		}
+		if ipam.Covers(x.Prefix, prefix) {
+			x.Prefix = prefix
+		}
+		several = several || len(parts) > 0 && *x.External != *e.External
+		if len(parts) == 0 || x.Version > e.Version {
+			e = x
+		}
+		parts = append(parts, x.Prefix)
+		texts = append(texts, fmt.Sprintf("%v (%v)", x.Prefix, x.External.Endpoint))
+	}
+	switch {
+	case len(parts) == 0:
+		return e, api.Errorf(api.CodeNotFound, "no external peer has %v", prefix).WithRemedy("see tulle external list")
+	case several:
+		return e, api.Errorf(api.CodeRefused, "%v belongs to several external peers: %s", prefix, strings.Join(texts, ", ")).WithRemedy("name one of these prefixes")
+	case len(ipam.Subtract(prefix, parts, prefix.Addr().BitLen())) > 0:
+		return e, api.Errorf(api.CodeNotFound, "only a part of %v belongs to an external peer: %s", prefix, strings.Join(texts, ", ")).WithRemedy("name that prefix")
+	}
+	e.Prefix = prefix
+	return e, nil
+}
+
 // Reload implements api.Backend.
 func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
-	a.mu.Lock()
-	old := a.cfg
-	a.mu.Unlock()
+	old := a.config()
 	next, err := old.Reread()
 	if err != nil {
 		return api.ReloadResult{}, api.Errorf(api.CodeUsage, "nothing was changed: %v", err)
@@ -400,12 +470,34 @@ func (a *agent) apply(next config.Config, prefer *preference) {
 	a.cfg.Masquerade, a.cfg.NoMasquerade = next.Masquerade, next.NoMasquerade
 	a.mu.Unlock()
 	if s := a.session.Load(); s != nil {
-		s.masquerade.Store(&masquerading{next.Masquerade, next.NoMasquerade})
-		s.prefer.Store(prefer)
-		s.fast.wanted.Store(next.FastPath)
-		s.bench.mbps.Store(int64(next.BenchMbps))
+		s.follow(next, prefer)
 		s.rebuild()
 	}
+}
+
+// follow takes over the keys of the configuration that may change while a session runs.
+func (s *session) follow(c config.Config, prefer *preference) {
+	s.masquerade.Store(&masquerading{c.Masquerade, c.NoMasquerade})
+	s.prefer.Store(prefer)
+	s.fast.wanted.Store(c.FastPath)
+	s.bench.mbps.Store(int64(c.BenchMbps))
+}
+
+// configure gives a session those of the present configuration.
+func (a *agent) configure(s *session) error {
+	c := a.config()
+	prefer, err := newPreference(c.Paths)
+	if err == nil {
+		s.follow(c, prefer)
+	}
+	return err
+}
+
+// config is the present configuration.
+func (a *agent) config() config.Config {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.cfg
 }
 
 // ref names a node.
@@ -426,11 +518,6 @@ func (s *session) ref(id membership.NodeID) api.NodeRef {
 // summary is the line that systemctl status shows.
 func (s *session) summary() string {
 	v := s.view.Load()
-	alive := 1
-	for i := range v.peers {
-		if v.peers[i].state == api.PeerAlive {
-			alive++
-		}
-	}
-	return fmt.Sprintf("%d of %d members alive, own space %v", alive, 1+len(v.peers), v.own)
+	all, alive := v.members()
+	return fmt.Sprintf("%d of %d members alive, own space %v", alive, all, v.own)
 }

@@ -39,7 +39,10 @@ func family(a netip.Addr) int { return b2i(a.Is6()) }
 
 // openDirect makes the device for probes of direct paths. Without it these are off and the encapsulations work.
 func (s *session) openDirect() (err error) {
-	s.direct, s.noDirect = direct.Open(direct.Config{Name: hostnet.DirectDevice, Alias: "direct probes of tulle", Probed: s.probes.received})
+	probed := func(peer string, m encap.Mode, payload []byte, size int) {
+		s.probes.received(peer, m, m == encap.Direct6, payload, size)
+	}
+	s.direct, s.noDirect = direct.Open(direct.Config{Name: hostnet.DirectDevice, Alias: "direct probes of tulle", Probed: probed})
 	if s.noDirect != nil {
 		s.log.Warn("direct paths are off, the encapsulations work", "reason", s.noDirect)
 	}
@@ -51,11 +54,11 @@ func (s *session) openDirect() (err error) {
 	return err
 }
 
-// probe sends a probe by whatever way.
-func (s *session) probe(peer string, m encap.Mode, payload []byte, size int) error {
+// probe sends a probe by whatever way, in an inner packet of IPv6 if six. The direct path of a family has that family only.
+func (s *session) probe(peer string, m encap.Mode, six bool, payload []byte, size int) error {
 	switch {
 	case !m.IsDirect():
-		return s.engine.Probe(peer, m, payload, size)
+		return s.engine.Probe(peer, m, six, payload, size)
 	case s.direct == nil:
 		return s.noDirect
 	}
@@ -139,8 +142,8 @@ func (s *session) onLink(p *peerView, w *directWay, f int) (device, why string) 
 func (s *session) judgeDirect(p *peerView, w *directWay, f int) {
 	info, judged := s.probes.info(p.id, directMode[f])
 	w.mtu = w.link.TUN(0)
-	if judged && info.MTU > 0 && !info.First {
-		w.mtu = min(w.mtu, info.MTU)
+	if judged && !info.First {
+		w.mtu = min(w.mtu, cmp.Or(info.MTU, path.Base))
 	}
 	for _, prefix := range p.prefixes {
 		left, ok := s.leftDirect[prefix]
@@ -177,7 +180,7 @@ func (p *peerView) directOf(m encap.Mode) *directWay {
 
 // goes is how packets to an address of the peer travel.
 func (p *peerView) goes(f int) encap.Mode {
-	if p.direct[f].on {
+	if p.direct[f].on || p.mode.IsDirect() && !p.node.IsZero() { // nothing but direct paths is configured
 		return directMode[f]
 	}
 	return p.mode
@@ -204,9 +207,12 @@ func (p *peerView) main(v *view) encap.Mode {
 	return p.mode
 }
 
-// active reports whether packets of some family go by m.
+// active reports whether packets of some family that the peer has go by m.
 func (p *peerView) active(v *view, m encap.Mode) bool {
-	return slices.ContainsFunc(v.families(), func(f int) bool { return p.goes(f) == m })
+	return slices.ContainsFunc(v.families(), func(f int) bool {
+		has := len(p.prefixes) == 0 || slices.ContainsFunc(p.prefixes, func(x netip.Prefix) bool { return family(x.Addr()) == f })
+		return has && p.goes(f) == m
+	})
 }
 
 // modes are the ways to a peer in the configured order, with a direct one for each family. An external peer has one only.

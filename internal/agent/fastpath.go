@@ -272,7 +272,7 @@ func (s *session) fastProblem() []api.Problem {
 	}
 	remedy := "set fast_path to false"
 	if f.err != nil {
-		remedy = "give the agent what it names (docs/operations.md, \"The fast path\"), or set fast_path to false"
+		remedy = "give the agent what it names (docs/operations.md, \"The fast path\"; a package has docs/ in /usr/share/doc/tulle), or set fast_path to false"
 	}
 	return []api.Problem{{What: "fast_path is set, but the agent carries everything: " + f.trouble(), Remedy: remedy}}
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/coreos/go-systemd/v22/activation"
 	"golang.org/x/sys/unix"
 
+	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/tunnel/device"
 )
 
@@ -75,7 +76,7 @@ func (a *agent) discard(keep ...string) (found bool) {
 	return found
 }
 
-// openTUN adopts the kept descriptors, if there are some, or opens the device.
+// openTUN adopts the kept descriptors, if there are some, or opens the device. It refuses a device that is another program's.
 func (a *agent) openTUN(o device.Options) (*device.Device, error) {
 	name := tunName(o.Name, o.Queues)
 	if fds := a.store.take(name, o.Queues); fds != nil {
@@ -89,6 +90,9 @@ func (a *agent) openTUN(o device.Options) (*device.Device, error) {
 	}
 	var d *device.Device
 	err := afterRelease(device.ErrBusy, func() (err error) {
+		if err := hostnet.CheckTun(o.Name); err != nil {
+			return err
+		}
 		d, err = device.Open(o)
 		return err
 	})
@@ -110,10 +114,16 @@ func afterRelease(busy error, open func() error) error {
 // watch them: a socket with an ICMP error in its queue is as good as any (FDPOLL, sd_notify(3)).
 func (a *agent) keep(name string, fds []int) {
 	a.release(name)
-	if err := notifyFDs("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, fds...); err != nil {
-		a.log.Warn("packets are lost when the agent restarts: the service manager does not keep its descriptors", "name", name, "error", err)
+	for part := range slices.Chunk(fds, maxRights) {
+		if err := notifyFDs("FDSTORE=1\nFDPOLL=0\nFDNAME="+name, part...); err != nil {
+			a.log.Warn("packets are lost when the agent restarts: the service manager does not keep its descriptors", "name", name, "error", err)
+			return
+		}
 	}
 }
+
+// maxRights is the largest number of descriptors in one message: SCM_MAX_FD of the kernel (include/net/scm.h).
+const maxRights = 253
 
 // release makes the service manager close what it has under a name.
 func (a *agent) release(name string) {

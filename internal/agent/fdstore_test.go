@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"fmt"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -10,6 +11,9 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
+
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 // The service manager's side of sd_pid_notify_with_fds(3): state and descriptor arrive in one datagram.
@@ -54,6 +58,70 @@ func TestNotifyFDs(t *testing.T) {
 	}
 	if n, err := r.Read(buf); n != 1 || err != nil || buf[0] != 'x' {
 		t.Errorf("what was written to the kept descriptor did not arrive: %q, %v", buf[:n], err)
+	}
+}
+
+// The unit keeps all descriptors of an agent with as many queues as the configuration takes: those of the TUN, and for each underlay
+// address a socket of udp and one of vxlan a queue, and two raw ones (TestSockets in package tunnel counts them).
+func TestStoreIsLargeEnough(t *testing.T) {
+	b, err := os.ReadFile("../../packaging/tulle.service")
+	if err != nil {
+		t.Fatal(err)
+	}
+	const families = 2
+	if want := fmt.Sprintf("\nFileDescriptorStoreMax=%d\n", config.MaxQueues+families*(2*config.MaxQueues+2)); !strings.Contains(string(b), want) {
+		t.Errorf("tulle.service lacks %q", want)
+	}
+}
+
+// More descriptors than fit into one message go in several.
+func TestKeepMany(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	manager, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer manager.Close()
+	t.Setenv("NOTIFY_SOCKET", path)
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer null.Close()
+	a := &agent{log: slog.New(slog.NewTextHandler(t.Output(), nil))}
+	const many = 2 * (2*config.MaxQueues + 2)
+	a.keep("sockets", slices.Repeat([]int{int(null.Fd())}, many))
+	got := 0
+	for got < many {
+		if err := manager.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+			t.Fatal(err)
+		}
+		buf, oob := make([]byte, 256), make([]byte, 4096)
+		n, on, _, _, err := manager.ReadMsgUnix(buf, oob)
+		if err != nil {
+			t.Fatalf("%d of %d descriptors came: %v", got, many, err)
+		}
+		if strings.HasPrefix(string(buf[:n]), "FDSTOREREMOVE=1\n") {
+			continue
+		}
+		if want := "FDSTORE=1\nFDPOLL=0\nFDNAME=sockets"; string(buf[:n]) != want {
+			t.Errorf("state %q, want %q", buf[:n], want)
+		}
+		msgs, err := syscall.ParseSocketControlMessage(oob[:on])
+		if err != nil || len(msgs) != 1 {
+			t.Fatalf("%d control messages, %v; want one", len(msgs), err)
+		}
+		fds, err := syscall.ParseUnixRights(&msgs[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, fd := range fds {
+			syscall.Close(fd)
+		}
+		got += len(fds)
+	}
+	if got != many {
+		t.Errorf("%d descriptors came, want %d", got, many)
 	}
 }
 

@@ -2,6 +2,7 @@ package agent
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -41,31 +42,41 @@ func uid() string { return strconv.Itoa(os.Geteuid()) }
 type notifier struct {
 	log     *slog.Logger
 	isReady bool
+	once    bool // ready before
 	text    string
 }
 
 func newNotifier(log *slog.Logger) *notifier { return &notifier{log: log} }
 
-// ready reports readiness once, and updates the unit's status text.
+// ready reports readiness: to systemd once, in the journal each time that it comes. It updates the unit's status text.
 func (n *notifier) ready(text string) {
-	if !n.isReady {
-		n.isReady = true
+	switch {
+	case !n.once:
 		n.log.Info("ready", "state", text)
 		n.send(daemon.SdNotifyReady)
+	case !n.isReady:
+		n.log.Info("ready again", "state", text)
 	}
+	n.once, n.isReady = true, true
 	if text != n.text {
 		n.text = text
 		n.send("STATUS=" + text)
 	}
 }
 
-// waiting reports why the node is not ready, in the journal and in the unit's status text, once per reason.
+// waiting reports why the node is not ready, in the journal and in the unit's status text, once per reason. It is a warning if the node
+// was ready before.
 func (n *notifier) waiting(why string) {
-	if why == "" || why == n.text {
+	why = strings.ReplaceAll(why, "\n", "; ") // errors that were joined; a line is a variable of its own
+	if why == n.text {
 		return
 	}
-	n.text = why
-	n.log.Info("not ready", "reason", why)
+	n.text, n.isReady = why, false
+	level := slog.LevelInfo
+	if n.once {
+		level = slog.LevelWarn
+	}
+	n.log.Log(context.Background(), level, "not ready", "reason", why)
 	n.send("STATUS=not ready: " + why)
 }
 

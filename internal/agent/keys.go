@@ -1,7 +1,9 @@
 package agent
 
 import (
+	"cmp"
 	"context"
+	"slices"
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/membership"
@@ -22,7 +24,7 @@ func (a *agent) Keys(ctx context.Context) (api.KeyList, error) {
 	if err != nil {
 		return api.KeyList{}, coded(err)
 	}
-	out := api.KeyList{Encrypted: true, Members: len(r.Answers) + len(r.Missing)}
+	out := api.KeyList{Encrypted: true, Members: len(r.Answers) + len(s.absent(r))}
 	var order []keyring.Fingerprint
 	has := map[keyring.Fingerprint]map[membership.NodeID]bool{}
 	for _, m := range r.Answers {
@@ -63,7 +65,7 @@ func (a *agent) KeyInstall(ctx context.Context, req api.KeyRequest) (api.KeyResu
 		return api.KeyResult{}, err
 	}
 	r, err := s.gossip.KeyInstall(ctx, req.Key)
-	return keyResult(keyring.FingerprintOf(req.Key), r, err)
+	return s.keyResult(keyring.FingerprintOf(req.Key), r, err)
 }
 
 // KeyUse implements api.Backend.
@@ -90,15 +92,36 @@ func (a *agent) keyOperation(ctx context.Context, req api.KeyRequest,
 		return api.KeyResult{}, api.Errorf(api.CodeNotFound, "%v", err)
 	}
 	r, err := op(s.gossip, ctx, fp)
-	return keyResult(fp, r, err)
+	return s.keyResult(fp, r, err)
+}
+
+// absent are the members that were not asked, since gossip does not hold them for alive or does not know them at all: nodes that
+// own space, and those that were ever seen and have not left.
+func (s *session) absent(r gossip.KeyReport) (out []api.NodeRef) {
+	known := map[membership.NodeID]string{}
+	for _, e := range s.ownership.Entries() {
+		known[e.Owner] = ""
+	}
+	for _, p := range s.ownership.Peers() {
+		known[membership.NodeID(p.ID)] = p.Name
+	}
+	for _, m := range r.Answers { // this node's own is one of them
+		delete(known, m.ID)
+	}
+	for id, name := range known {
+		out = append(out, api.NodeRef{Name: name, ID: id.String()})
+	}
+	slices.SortFunc(out, func(a, b api.NodeRef) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
+	return out
 }
 
 // keyResult lists who did it and who did not.
-func keyResult(fp keyring.Fingerprint, r gossip.KeyReport, err error) (api.KeyResult, error) {
+func (s *session) keyResult(fp keyring.Fingerprint, r gossip.KeyReport, err error) (api.KeyResult, error) {
 	if err != nil {
 		return api.KeyResult{}, coded(err)
 	}
-	out := api.KeyResult{ID: fp.String(), Members: len(r.Answers) + len(r.Missing)}
+	absent := s.absent(r)
+	out := api.KeyResult{ID: fp.String(), Members: len(r.Answers) + len(absent)}
 	for _, m := range r.Answers {
 		if m.Err == "" {
 			out.Done++
@@ -106,8 +129,8 @@ func keyResult(fp keyring.Fingerprint, r gossip.KeyReport, err error) (api.KeyRe
 		}
 		out.Failed = append(out.Failed, api.KeyFailure{Node: api.NodeRef{Name: m.Name, ID: m.ID.String()}, Why: m.Err})
 	}
-	for _, m := range r.Missing {
-		out.Failed = append(out.Failed, api.KeyFailure{Node: api.NodeRef{Name: m.Name, ID: m.ID.String()}, Why: "not alive: it needs the new key in its key file before it can return"})
+	for _, n := range absent {
+		out.Failed = append(out.Failed, api.KeyFailure{Node: n, Why: "not alive: it needs the new key in its key file before it can return"})
 	}
 	return out, nil
 }

@@ -3,6 +3,7 @@ package agent
 import (
 	"cmp"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -61,8 +62,9 @@ type peerView struct {
 	fast      bool         // its kernel takes udp packets of the fast path
 	host      bool         // it takes packets for its underlay addresses out of the tunnel
 	gone      bool         // gossip and data path have both lost it: packets to it are answered with host unreachable
-	replaced  bool         // another node has its address: packets for it are not sent there, and packets from there are not its own
+	replaced  bool         // its address is another node's, or no host's: packets for it are not sent there, and packets from there are not its own
 	why       string       // reason for the endpoint or the state; may be empty
+	silent    time.Time    // since when it is answered by neither family, of the two in common; else zero
 }
 
 // holdDown is how long both gossip and the data path must have lost a node before packets to it are refused. It is long
@@ -72,27 +74,40 @@ const holdDown = 5 * time.Second
 // look builds the view. Only the session's loop calls it, which owns gone.
 func (s *session) look(now time.Time) *view {
 	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), tun: s.ownership.TunAddrs()}
+	if last := s.view.Load(); last == nil || !slices.Equal(v.tun, last.tun) {
+		s.tunSince = now
+	}
 	prefixes := map[membership.NodeID][]netip.Prefix{}
 	external := map[netip.Addr]*peerView{}
 	for p, r := range s.ownership.Routes() {
 		switch {
 		case r.External != nil:
-			s.addExternal(external, p, r)
+			s.addExternal(now, v, external, p, r)
 		case !r.Self:
 			prefixes[r.Owner] = append(prefixes[r.Owner], p)
 		}
 	}
-	for _, m := range s.gossip.Members() {
-		if !m.Meta.Cluster.IsZero() && m.Meta.Cluster != v.status.Cluster {
-			continue
-		}
+	members := slices.DeleteFunc(s.gossip.Members(), func(m gossip.Member) bool {
+		return !m.Meta.Cluster.IsZero() && m.Meta.Cluster != v.status.Cluster
+	})
+	missing := s.memory.update(now, members, func(id membership.NodeID) bool { return len(prefixes[id]) > 0 })
+	for _, m := range members {
+		v.peers = append(v.peers, s.memberView(now, remembered{Member: m}, prefixes[m.ID]))
+		delete(prefixes, m.ID)
+	}
+	for _, m := range missing {
 		v.peers = append(v.peers, s.memberView(now, m, prefixes[m.ID]))
 		delete(prefixes, m.ID)
 	}
-	s.addUnseen(now, v, prefixes)
+	s.addUnknown(now, v, prefixes)
 	for _, p := range external {
 		v.peers = append(v.peers, *p)
 	}
+	s.externals.keep(v, external)
+	maps.DeleteFunc(s.families, func(id membership.NodeID, _ *outerFamily) bool {
+		return now.Sub(s.started) > unseenFor && !slices.ContainsFunc(v.peers, func(p peerView) bool { return p.node == id })
+	})
+	s.answering.forget(now)
 	v.yieldAddresses(s.link.Addrs)
 	s.benchDetours(v)
 	for i := range v.peers {
@@ -137,8 +152,54 @@ func (v *view) livesAt(a netip.Addr, ours []netip.Addr) string {
 	return ""
 }
 
+// nameOf returns the name of the peer with an ID, "" if it is not known.
+func (s *session) nameOf(id string) string {
+	if v := s.view.Load(); v != nil {
+		for i := range v.peers {
+			if v.peers[i].id == id {
+				return v.peers[i].name
+			}
+		}
+	}
+	return ""
+}
+
+// addresses are those that session.members returns.
+func (v *view) addresses() []netip.Addr {
+	var living, known []netip.Addr
+	for i := range v.peers {
+		p := &v.peers[i]
+		switch {
+		case p.lives():
+			living = append(living, p.underlay...)
+		case p.state == api.PeerDead && !p.replaced:
+			known = append(known, p.underlay...)
+		}
+	}
+	if len(living) > 0 {
+		return living
+	}
+	return known
+}
+
 // lives reports whether gossip considers the peer alive.
 func (p *peerView) lives() bool { return p.state == api.PeerAlive || p.state == api.PeerSuspect }
+
+// members counts the members of the cluster, all but those that have left, and how many of them are alive. This node is one until it has left.
+func (v *view) members() (all, alive int) {
+	if v.status.Phase != ownership.Left {
+		all, alive = 1, 1
+	}
+	for i := range v.peers {
+		switch p := &v.peers[i]; {
+		case p.lives():
+			all, alive = all+1, alive+1
+		case p.state == api.PeerDead:
+			all++
+		}
+	}
+	return all, alive
+}
 
 // label names a peer: by its name, and by its ID too if others have the same name.
 func (v *view) label(p *peerView) string {
@@ -170,9 +231,11 @@ func (v *view) unique(p *peerView) bool {
 // while the data path works.
 const unseenFor = 30 * time.Second
 
-// addUnseen adds the owners that gossip does not know (yet, or any more), at their last known address. Their space must not
-// look unowned.
-func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.NodeID][]netip.Prefix) {
+const whyUnseen = "not heard of since this agent started"
+
+// addUnknown adds the owners of which no more is known than the state file has: they died before this node joined, or an older
+// version has last seen them. Their space must not look unowned.
+func (s *session) addUnknown(now time.Time, v *view, prefixes map[membership.NodeID][]netip.Prefix) {
 	if len(prefixes) == 0 {
 		return
 	}
@@ -186,7 +249,7 @@ func (s *session) addUnseen(now time.Time, v *view, prefixes map[membership.Node
 			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
 			udpPort: s.cfg.UDPPort, vxlanPort: s.cfg.VXLANPort, mac: vtepMAC(id), // as it has them unless it is told otherwise
 			prefixes: ps, mode: s.prefer.Load().first(),
-			why: "not heard of since this agent started",
+			why: whyUnseen,
 		}
 		if k.Addr.IsValid() {
 			p.underlay = []netip.Addr{k.Addr.Addr()}
@@ -219,7 +282,7 @@ func b2i(b bool) int {
 }
 
 // memberView builds the view of one member.
-func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Prefix) peerView {
+func (s *session) memberView(now time.Time, m remembered, prefixes []netip.Prefix) peerView {
 	id := m.ID.String()
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
@@ -228,6 +291,7 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		fast: m.Meta.Capabilities&membership.CapFastPath != 0,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
+	s.chooseFamily(now, &p)
 	// The last words of a node that left and was stopped at once may have been lost. The table has not lost them, and nobody misses a node without space.
 	if m.State == gossip.StateDead && len(prefixes) == 0 {
 		p.state = api.PeerLeft
@@ -235,6 +299,14 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 	s.findWay(&p)
 	limit := s.limit(p.mode, &p)
 	p.mtu = limit
+	if p.state == api.PeerLeft && len(prefixes) == 0 {
+		delete(s.gone, m.ID)
+		p.why = "it has left the cluster"
+		if m.State == gossip.StateDead {
+			p.why = "it is gone and owns no addresses, as after tulle leave"
+		}
+		return p
+	}
 	if !p.endpoint.IsValid() {
 		return p
 	}
@@ -273,7 +345,10 @@ func (s *session) memberView(now time.Time, m gossip.Member, prefixes []netip.Pr
 		since = now
 		s.gone[m.ID] = now
 	}
-	if p.gone = now.Sub(since) >= holdDown; p.gone {
+	if m.unseen {
+		p.why = whyUnseen
+	}
+	if p.gone = now.Sub(since) >= holdDown && !(m.unseen && now.Sub(s.started) <= unseenFor); p.gone {
 		p.why = fmt.Sprintf("gossip and data path both lost it %v ago: packets to it are answered with host unreachable", now.Sub(since).Round(time.Second))
 	}
 	return p
@@ -318,16 +393,19 @@ func (s *session) limit(m encap.Mode, p *peerView) mtu.TUN {
 }
 
 // addExternal adds a prefix to the external peer at its endpoint.
-func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefix, r ownership.Route) {
+func (s *session) addExternal(now time.Time, v *view, peers map[netip.Addr]*peerView, prefix netip.Prefix, r ownership.Route) {
 	p := peers[r.External.Endpoint]
 	if p == nil {
 		p = &peerView{
 			id: "external " + r.External.Endpoint.String(), name: r.External.Endpoint.String(), state: api.PeerExternal,
-			since: s.started, underlay: []netip.Addr{r.External.Endpoint},
+			since: s.externals.since(r.External.Endpoint, now), underlay: []netip.Addr{r.External.Endpoint},
 			udpPort: cmp.Or(r.External.Port, s.cfg.UDPPort), vxlanPort: cmp.Or(r.External.Port, s.cfg.VXLANPort), mac: r.External.MAC,
 		}
 		var err error
-		if p.mode, err = encap.ParseMode(r.External.Encap); err != nil || !slices.Contains(sendable, p.mode) {
+		p.mode, err = encap.ParseMode(r.External.Encap)
+		if bad := unfitEndpoint(r.External.Endpoint, v.status.Params.Families); bad != "" {
+			p.replaced, p.gone, p.why = true, true, "its endpoint "+bad+": packets to it are answered with host unreachable"
+		} else if err != nil || !slices.Contains(sendable, p.mode) {
 			p.why = fmt.Sprintf("this version cannot send %q packets", r.External.Encap)
 		} else {
 			p.endpoint, p.why = s.endpoint(p.underlay)
@@ -340,6 +418,58 @@ func (s *session) addExternal(peers map[netip.Addr]*peerView, prefix netip.Prefi
 		peers[r.External.Endpoint] = p
 	}
 	p.prefixes = append(p.prefixes, prefix)
+}
+
+// externalTimes are since when this node has had each external peer, by endpoint. The table does not tell when an entry was made, so
+// the time is not known of those that come with the table itself, at a start.
+type externalTimes struct {
+	had   map[netip.Addr]time.Time // zero: not known
+	ready bool                     // the table has come
+}
+
+func (x *externalTimes) since(endpoint netip.Addr, now time.Time) time.Time {
+	at, ok := x.had[endpoint]
+	if !ok && x.ready {
+		return now
+	}
+	return at
+}
+
+// keep takes over the external peers of a view.
+func (x *externalTimes) keep(v *view, peers map[netip.Addr]*peerView) {
+	x.had = make(map[netip.Addr]time.Time, len(peers))
+	for endpoint, p := range peers {
+		x.had[endpoint] = p.since
+	}
+	x.ready = x.ready || v.status.Phase == ownership.Ready
+}
+
+// unfitEndpoint says why an address cannot be the endpoint of an external peer; "" if it can. The cluster's own space is routed
+// into the tunnel, so an endpoint inside would send the tunnel's packets into the tunnel. An entry with such an endpoint may come
+// from a member that does not check it.
+func unfitEndpoint(a netip.Addr, families []ipam.Family) string {
+	for _, f := range families {
+		if f.CIDR.Contains(a) {
+			return fmt.Sprintf("%v lies inside the cluster's address space %v, which the tunnel itself carries", a, f.CIDR)
+		}
+	}
+	if !a.IsGlobalUnicast() {
+		return fmt.Sprintf("%v is not the unicast address of a host", a)
+	}
+	return ""
+}
+
+// refused reports whether an address is the endpoint of an external peer to which nothing is sent.
+func (v *view) refused(a netip.Addr) bool {
+	return slices.ContainsFunc(v.peers, func(p peerView) bool { return p.node.IsZero() && p.replaced && slices.Contains(p.underlay, a) })
+}
+
+// outerAddrs are the addresses with which a peer exchanges the tunnel's packets. An external peer that is replaced has none of its own.
+func (p *peerView) outerAddrs() []netip.Addr {
+	if p.replaced && p.node.IsZero() {
+		return nil
+	}
+	return p.underlay
 }
 
 // tunnelPeers converts the view for the engine.
@@ -362,8 +492,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 	out := make(map[string][]path.Candidate, len(v.peers))
 	for _, p := range v.peers {
-		// A node without space has no tun address that could answer.
-		if p.node.IsZero() || !p.endpoint.IsValid() || len(p.tun) == 0 || len(p.prefixes) == 0 {
+		if p.node.IsZero() || !p.endpoint.IsValid() || v.unprobed(&p) != "" {
 			continue
 		}
 		six := p.endpoint.Is6()
@@ -374,11 +503,42 @@ func (s *session) probeTargets(v *view) map[string][]path.Candidate {
 			if m.IsDirect() {
 				out[p.id] = append(out[p.id], s.directCandidate(&p, m))
 			} else {
-				out[p.id] = append(out[p.id], path.Candidate{Mode: m, Max: s.limit(m, &p), Outer6: six, Needs: outerText(&p, m)})
+				c := path.Candidate{Mode: m, Max: s.limit(m, &p), Outer6: six, Needs: outerText(&p, m)}
+				if v.byFamily(&p, m) {
+					c.Inner = [2]string{"IP protocol 4", "IP protocol 41"}
+				}
+				out[p.id] = append(out[p.id], c)
 			}
 		}
 	}
 	return out
+}
+
+// unprobed says why no probes go to a member: they travel between the tun addresses of both nodes. "" if they do.
+func (v *view) unprobed(p *peerView) string {
+	common := func(a netip.Addr) bool {
+		return slices.ContainsFunc(p.tun, func(b netip.Addr) bool { return a.Is4() == b.Is4() })
+	}
+	switch {
+	case len(p.prefixes) == 0:
+		return "it has no address space yet, so nothing to probe"
+	case len(p.tun) == 0:
+		return "not probed: not heard of by gossip"
+	case len(v.tun) == 0:
+		return "this node has no pod addresses yet, so nothing is probed"
+	case !slices.ContainsFunc(v.tun, common):
+		return fmt.Sprintf("its pod addresses %v and this node's %v have no family in common, so nothing is probed", p.tun, v.tun)
+	}
+	return ""
+}
+
+// byFamily reports that IPv4 and IPv6 packets to the peer look different to the network, and that pods have both: one may be filtered and
+// the other not.
+func (v *view) byFamily(p *peerView, m encap.Mode) bool {
+	both := func(addrs []netip.Addr) bool {
+		return slices.ContainsFunc(addrs, netip.Addr.Is4) && slices.ContainsFunc(addrs, netip.Addr.Is6)
+	}
+	return m == encap.IPIP && both(v.tun) && both(p.tun)
 }
 
 // hostRoutes are the underlay addresses of a member that this node's pods reach through the tunnel: while gossip or the
@@ -434,10 +594,10 @@ func (s *session) hostState(v *view) hostnet.State {
 		h.ClusterCIDRs = append(h.ClusterCIDRs, f.CIDR)
 	}
 	if time.Since(s.started) <= unseenFor { // gossip may not have told of all of them yet
-		h.Members = append(h.Members, s.leftMembers...)
+		h.Members = append(h.Members, slices.DeleteFunc(slices.Clone(s.leftMembers), v.refused)...)
 	}
 	for _, p := range v.peers {
-		h.Members = append(h.Members, p.underlay...)
+		h.Members = append(h.Members, p.outerAddrs()...)
 		for _, prefix := range p.prefixes {
 			h.Peers = append(h.Peers, p.peerRoute(prefix))
 		}

@@ -5,10 +5,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/ownership"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
 func testPeer(id byte, name, state, addr string, prefixes ...string) peerView {
@@ -65,6 +68,31 @@ func TestAddressesYield(t *testing.T) {
 	}
 }
 
+// Since when an external peer is there is known only of those that come after the table itself.
+func TestExternalTimes(t *testing.T) {
+	var x externalTimes
+	start := time.Unix(1000, 0)
+	look := func(seconds int, phase ownership.Phase, want map[string]int) { // 0: not known
+		t.Helper()
+		now := start.Add(time.Duration(seconds) * time.Second)
+		peers := map[netip.Addr]*peerView{}
+		for text, sec := range want {
+			a := netip.MustParseAddr(text)
+			p := &peerView{since: x.since(a, now)}
+			peers[a] = p
+			if sec == 0 && !p.since.IsZero() || sec != 0 && !p.since.Equal(start.Add(time.Duration(sec)*time.Second)) {
+				t.Errorf("after %d s: %s is there since %v, want second %d", seconds, text, p.since, sec)
+			}
+		}
+		x.keep(&view{status: ownership.Status{Phase: phase}}, peers)
+	}
+	look(1, ownership.Waiting, map[string]int{"192.0.2.1": 0})
+	look(2, ownership.Ready, map[string]int{"192.0.2.1": 0, "192.0.2.2": 0})
+	look(3, ownership.Ready, map[string]int{"192.0.2.1": 0, "192.0.2.3": 3})
+	look(4, ownership.Ready, map[string]int{"192.0.2.2": 4, "192.0.2.3": 3}) // the second was removed and added again
+	look(5, ownership.Waiting, map[string]int{"192.0.2.3": 3, "192.0.2.4": 5})
+}
+
 func TestLivesAt(t *testing.T) {
 	ours := []netip.Addr{netip.MustParseAddr("192.0.2.9")}
 	v := &view{self: "self", peers: []peerView{testPeer(1, "a", api.PeerAlive, "192.0.2.1"), testPeer(2, "b", api.PeerDead, "192.0.2.2"), testPeer(0, "x", api.PeerExternal, "192.0.2.3")}}
@@ -104,5 +132,109 @@ func TestFindNamesakes(t *testing.T) {
 	}
 	if _, err := (&view{self: "self"}).find("x"); err == nil || !strings.Contains(err.Error(), "knows no other") {
 		t.Errorf("alone: %v", err)
+	}
+}
+
+// tulle forget finds peers that own nothing and that gossip does not know any more, by name and by ID; a name that a listed
+// node has, too, does not lead to them.
+func TestFindFormerPeers(t *testing.T) {
+	id := membership.NodeID{9, 9, 9, 9}
+	peers := []ipam.Peer{
+		{ID: ipam.ID(id), Name: "d"},
+		{ID: ipam.ID{8, 8, 8, 8}, Name: "a"},
+		{ID: ipam.ID{1, 1, 1, 1}, Name: "a"}, // listed
+		{ID: ipam.ID{7, 7, 7, 7}},
+	}
+	v := &view{self: "c", peers: []peerView{testPeer(1, "a", api.PeerAlive, "192.0.2.1", "10.244.0.0/24")}}
+	former := v.withFormer(peers)
+	for text, want := range map[string]string{
+		"d": id.String(), "09090909": id.String(), id.String(): id.String(), "0808": "08080808" + strings.Repeat("0", 24), "07070707": "07070707" + strings.Repeat("0", 24),
+		"01010101": v.peers[0].id, "10.244.0.7": v.peers[0].id,
+	} {
+		if p, err := former.find(text); err != nil || p.id != want {
+			t.Errorf("%s: %+v, %v, want %s", text, p, err, want)
+		}
+	}
+	if p, err := former.find("a"); err == nil || !strings.Contains(err.Error(), "fits 01010101 (alive), 08080808 (dead)") {
+		t.Errorf("a: %+v, %v", p, err)
+	}
+	if _, err := former.find("e"); err == nil || !strings.Contains(err.Error(), "known are: a (01010101), d, a (08080808), 07070707") {
+		t.Errorf("e: %v", err)
+	}
+	if _, err := v.find("d"); err == nil || len(v.peers) != 1 {
+		t.Error("other commands find a peer that is not listed")
+	}
+}
+
+func TestMembersAreCounted(t *testing.T) {
+	v := &view{peers: []peerView{{state: api.PeerAlive}, {state: api.PeerSuspect}, {state: api.PeerDead}, {state: api.PeerLeft}, {state: api.PeerExternal}}}
+	if all, alive := v.members(); all != 4 || alive != 3 {
+		t.Errorf("%d of %d members alive, not 3 of 4", alive, all)
+	}
+	v.status.Phase = ownership.Left // and its agent still runs
+	if all, alive := v.members(); all != 3 || alive != 2 {
+		t.Errorf("%d of %d members alive without this node, not 2 of 3", alive, all)
+	}
+}
+
+// Probes need a pod address of one family on both sides; where there is none, nothing is sent, and nothing is blamed.
+func TestUnprobed(t *testing.T) {
+	four, six := netip.MustParseAddr("10.244.0.0"), netip.MustParseAddr("fd00:244::")
+	for _, tc := range []struct {
+		name     string
+		own, tun []netip.Addr
+		prefixes []string
+		want     string
+	}{
+		{"both have IPv4", []netip.Addr{four, six}, []netip.Addr{four}, []string{"10.244.1.0/24"}, ""},
+		{"both have IPv6", []netip.Addr{six}, []netip.Addr{four, six}, []string{"10.244.1.0/24"}, ""},
+		{"this node has none", nil, []netip.Addr{four}, []string{"10.244.1.0/24"}, "this node has no pod addresses yet, so nothing is probed"},
+		{"no family in common", []netip.Addr{six}, []netip.Addr{four}, []string{"10.244.1.0/24"}, "its pod addresses [10.244.0.0] and this node's [fd00:244::] have no family in common, so nothing is probed"},
+		{"the peer has no space", []netip.Addr{four}, nil, nil, "it has no address space yet, so nothing to probe"},
+		{"the peer's addresses are not known", []netip.Addr{four}, nil, []string{"10.244.1.0/24"}, "not probed: not heard of by gossip"},
+	} {
+		p := testPeer(1, "a", api.PeerAlive, "192.0.2.1", tc.prefixes...)
+		p.tun = tc.tun
+		v := &view{tun: tc.own, peers: []peerView{p}}
+		if got := v.unprobed(&v.peers[0]); got != tc.want {
+			t.Errorf("%s: %q, want %q", tc.name, got, tc.want)
+		}
+	}
+}
+
+// By which paths packets to a peer go: each family that the peer has by its own.
+func TestActive(t *testing.T) {
+	all := []encap.Mode{encap.Direct, encap.Direct6, encap.UDP}
+	for _, tc := range []struct {
+		name     string
+		prefixes []string
+		direct   [2]bool
+		mode     encap.Mode
+		main     encap.Mode
+		want     []encap.Mode
+	}{
+		{"both direct", []string{"10.244.1.0/24", "fd00:244:0:1::/64"}, [2]bool{true, true}, encap.UDP, encap.Direct, []encap.Mode{encap.Direct, encap.Direct6}},
+		{"IPv6 by udp", []string{"10.244.1.0/24", "fd00:244:0:1::/64"}, [2]bool{true, false}, encap.UDP, encap.Direct, []encap.Mode{encap.Direct, encap.UDP}},
+		{"IPv4 by udp", []string{"10.244.1.0/24", "fd00:244:0:1::/64"}, [2]bool{false, true}, encap.UDP, encap.Direct6, []encap.Mode{encap.Direct6, encap.UDP}},
+		{"it has no IPv6", []string{"10.244.1.0/24"}, [2]bool{true, false}, encap.UDP, encap.Direct, []encap.Mode{encap.Direct}},
+		{"it has nothing yet", nil, [2]bool{}, encap.UDP, encap.UDP, []encap.Mode{encap.UDP}},
+		{"direct alone, IPv6 does not pass", []string{"10.244.1.0/24", "fd00:244:0:1::/64"}, [2]bool{true, false}, encap.Direct, encap.Direct, []encap.Mode{encap.Direct, encap.Direct6}},
+	} {
+		p := testPeer(1, "a", api.PeerAlive, "192.0.2.1", tc.prefixes...)
+		p.mode = tc.mode
+		for f := range p.direct {
+			p.direct[f].on = tc.direct[f]
+		}
+		v := &view{status: ownership.Status{Params: ownership.Params{Families: []ipam.Family{
+			{CIDR: netip.MustParsePrefix("10.244.0.0/16")}, {CIDR: netip.MustParsePrefix("fd00:244::/48")}}}}}
+		var got []encap.Mode
+		for _, m := range all {
+			if p.active(v, m) {
+				got = append(got, m)
+			}
+		}
+		if !slices.Equal(got, tc.want) || p.main(v) != tc.main {
+			t.Errorf("%s: %v, mainly %v, want %v and %v", tc.name, got, p.main(v), tc.want, tc.main)
+		}
 	}
 }

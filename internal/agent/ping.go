@@ -23,6 +23,8 @@ func (s *session) ping(ctx context.Context, p *peerView, count int) (api.PingRes
 			pm.State, pm.Reason = api.PathOff, s.unfit(p, m)
 		case p.node.IsZero():
 			pm.State, pm.Reason = api.PathOff, "external peers have no agent that answers"
+		case v.unprobed(p) != "":
+			pm.State, pm.Reason = api.PathOff, v.unprobed(p)
 		default:
 			s.pingMode(ctx, p, m, count, &pm)
 		}
@@ -37,12 +39,22 @@ const (
 	sizeWait = 300 * time.Millisecond // for the answer to a large packet, once the path has answered
 )
 
+// pingOnce sends one ping, or one in each inner family where these look different on the way: it is answered when both are.
+func (s *session) pingOnce(ctx context.Context, p *peerView, m encap.Mode, size int, wait time.Duration) (rtt time.Duration, got int, err error) {
+	rtt, got, err = s.probes.ping(ctx, p.id, m, false, size, wait)
+	if err == nil && s.view.Load().byFamily(p, m) {
+		rtt6, got6, err := s.probes.ping(ctx, p.id, m, true, size, wait)
+		return max(rtt, rtt6), min(got, got6), err
+	}
+	return rtt, got, err
+}
+
 func (s *session) pingMode(ctx context.Context, p *peerView, m encap.Mode, count int, pm *api.PingMode) {
 	var sum time.Duration
 	var last error
 	for range count {
 		pm.Sent++
-		rtt, _, err := s.probes.ping(ctx, p.id, m, pingSize, pingWait)
+		rtt, _, err := s.pingOnce(ctx, p, m, pingSize, pingWait)
 		if err != nil {
 			last = err
 			if pm.Received == 0 && pm.Sent >= 3 || ctx.Err() != nil {
@@ -75,7 +87,7 @@ func (s *session) pingMode(ctx context.Context, p *peerView, m encap.Mode, count
 func (s *session) largest(ctx context.Context, p *peerView, m encap.Mode) int {
 	passes := func(size int) bool {
 		for range 2 {
-			if _, got, err := s.probes.ping(ctx, p.id, m, size, sizeWait); err == nil && got == size {
+			if _, got, err := s.pingOnce(ctx, p, m, size, sizeWait); err == nil && got == size {
 				return true
 			}
 		}

@@ -70,8 +70,12 @@ func sameAddrs(a, b []netip.Addr) bool {
 	return slices.Equal(a, b)
 }
 
-// publish tells container engines whether they can have pods here.
+// publish tells container engines whether they can have pods here. While they have some they keep the network, because they cannot delete a pod
+// without it: ADD is told to try again later, and STATUS says why.
 func (s *session) publish(ctx context.Context, ready, again bool) {
+	if !ready && s.pods != nil && ofEngines(s.pods) {
+		return
+	}
 	err := s.conflist.Set(ctx, ready, again)
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -79,6 +83,46 @@ func (s *session) publish(ctx context.Context, ready, again bool) {
 		s.log.Error("container engines do not see this network as it is", "error", err)
 	}
 	s.cniErr = err
+}
+
+// ofEngines reports whether this host has pods that a container engine has made with the CNI plugin, or may have.
+func ofEngines(pods *podnet.Host) bool {
+	list, err := pods.List()
+	return err != nil || slices.ContainsFunc(list, func(a podnet.Attachment) bool {
+		id, ok := api.ParsePodID(a.ID)
+		return ok && id.Engine == api.EngineCNI
+	})
+}
+
+// releaseGone gives back the addresses of pods that are gone. What cannot be saved now is tried again at the next look.
+func (s *session) releaseGone() {
+	if err := errors.Join(s.honourFreed(), s.releaseDead()); err != nil {
+		s.log.Warn("addresses of pods that are gone stay allocated for now", "error", err)
+	}
+}
+
+// releaseDead gives back the addresses of pods whose namespace is gone: after a reboot, or because their setup was killed.
+// Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
+func (s *session) releaseDead() error {
+	now := time.Now()
+	var dead []string
+	for _, l := range s.ownership.Allocations() {
+		if l.Netns != "" && now.Sub(l.Since) >= leakGrace && !namespaceLives(l.Netns) {
+			dead = append(dead, l.Key)
+		}
+	}
+	if len(dead) == 0 {
+		return nil
+	}
+	live, err := s.podsHere()
+	if err != nil {
+		return err
+	}
+	released, err := s.ownership.ReleaseLeaked(now, live, leakGrace, dead...)
+	if len(released) > 0 {
+		s.log.Info("released the addresses of pods that are gone", "addresses", len(released))
+	}
+	return err
 }
 
 // honourFreed gives back the addresses of pods that went while this agent did not answer.
@@ -91,7 +135,13 @@ func (s *session) honourFreed() error {
 	return errors.Join(errs...)
 }
 
+// honour does so for one record, unless somebody else has done it meanwhile: then its addresses may be those of a pod that is back.
 func (s *session) honour(id string) error {
+	s.honouring.Lock()
+	defer s.honouring.Unlock()
+	if !api.IsFreed(s.cfg.Socket, id) {
+		return nil
+	}
 	list, err := s.ownership.Release(time.Now(), id)
 	if err != nil {
 		return err

@@ -9,9 +9,11 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/direct"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/mtu"
 	"github.com/tulle-net/tulle/tunnel/path"
@@ -55,14 +57,17 @@ func parseProbe(b []byte) (kind byte, nonce uint64, size int, ok bool) {
 // prober does the I/O for the probe schedule: it sends probes that are due, answers probes of peers, and reports answers.
 type prober struct {
 	log     *slog.Logger
-	send    func(peer string, mode encap.Mode, payload []byte, size int) error
+	send    func(peer string, mode encap.Mode, six bool, payload []byte, size int) error
 	train   func(peer string, mode encap.Mode, packets []tunnel.ProbePacket, apart bool) error
 	traffic func(peer string) tunnel.PeerStats
-	pulse   pulse  // of run, which wakes at least every second
-	changed func() // a path came up, went down, has another MTU or another one is used; must not block
+	pulse   pulse                    // of run, which wakes at least every second
+	name    func(peer string) string // for the log; "" if it is not known. nil: none is
+	changed func()                   // a path came up, went down, has another MTU or another one is used; must not block
 
 	wake    chan struct{} // run the schedule now
 	arrived chan struct{} // run it within gather: answers have arrived
+
+	replies atomic.Uint64 // that have arrived
 
 	mu    sync.Mutex
 	rand  *rand.Rand
@@ -151,45 +156,46 @@ func (p *prober) poke(now time.Time, id string) {
 	signal(p.wake)
 }
 
-// tooBig handles a router's message that link is the largest outer packet toward the peer.
-func (p *prober) tooBig(id string, link mtu.Link) {
+// tooBig handles a router's message that link is the largest outer packet toward the peer, of IPv6 if six.
+func (p *prober) tooBig(id string, six bool, link mtu.Link) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.paths.TooBig(time.Now(), id, link)
+	p.paths.TooBig(time.Now(), id, six, link)
 	signal(p.wake)
 }
 
 // received is the engine's Probed hook: it runs on a receiving goroutine.
-func (p *prober) received(peer string, mode encap.Mode, payload []byte, size int) {
+func (p *prober) received(peer string, mode encap.Mode, six bool, payload []byte, size int) {
 	kind, nonce, seen, ok := parseProbe(payload)
 	switch {
 	case !ok:
 	case kind == probeRequest:
-		p.heard(peer, mode)
-		if err := p.send(peer, mode, appendClock(appendProbe(nil, probeReply, nonce, size), time.Now()), 0); err != nil {
+		p.heard(peer, mode, six)
+		if err := p.send(peer, mode, six, appendClock(appendProbe(nil, probeReply, nonce, size), time.Now()), 0); err != nil {
 			p.log.Debug("probe not answered", "peer", peer, "encapsulation", mode, "error", err)
 		}
 	case kind == probeCar:
 		p.car(peer, mode, nonce, seen, size, payload)
 	case kind == probeAsk:
-		p.askedOfTrain(peer, mode, nonce)
+		p.askedOfTrain(peer, mode, six, nonce)
 	case kind == probeAnswer:
+		p.replies.Add(1)
 		p.mu.Lock()
 		p.paths.TrainAnswered(time.Now(), peer, nonce, seen)
 		p.mu.Unlock()
 		signal(p.wake)
 	case kind == probeReply:
-		p.readClock(peer, payload, time.Now())
-		p.take(answer{peer, mode, nonce, seen, time.Now()})
+		p.replies.Add(1)
+		p.take(answer{peer, mode, nonce, seen, time.Now()}, payload)
 		signal(p.arrived)
 	}
 }
 
 // heard records that a probe of the peer has arrived.
-func (p *prober) heard(peer string, mode encap.Mode) {
+func (p *prober) heard(peer string, mode encap.Mode, six bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.paths.Heard(time.Now(), peer, mode)
+	p.paths.Heard(time.Now(), peer, mode, six)
 }
 
 // run runs the schedule until ctx is done.
@@ -225,9 +231,9 @@ func (p *prober) run(ctx context.Context) error {
 	}
 }
 
-// take passes an answer to the schedule or to a waiting ping. There is no queue of answers: peers that are asked at the same
-// time answer at the same time, and none of their answers may be lost.
-func (p *prober) take(a answer) {
+// take passes an answer to the schedule or to a waiting ping, and reads the clock in it if somebody has asked. There is no queue of
+// answers: peers that are asked at the same time answer at the same time, and none of their answers may be lost.
+func (p *prober) take(a answer, reply []byte) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c := p.pings[a.nonce]; c != nil {
@@ -235,9 +241,10 @@ func (p *prober) take(a answer) {
 		case c <- a:
 		default:
 		}
+	} else if !p.paths.Answered(a.at, a.peer, a.mode, a.nonce, a.size) {
 		return
 	}
-	p.paths.Answered(a.at, a.peer, a.mode, a.nonce, a.size)
+	p.readClock(a.peer, reply, a.at)
 }
 
 // followTraffic reports the traffic of all peers to the schedule.
@@ -265,7 +272,12 @@ func (p *prober) sendDue(now time.Time) time.Time {
 		p.changed() // at once: packets are lost until the engine knows
 	}
 	for _, d := range r.Probes {
-		if err := p.send(d.Peer, d.Mode, appendProbe(nil, probeRequest, d.Nonce, 0), d.Size); err != nil && !errors.Is(err, tunnel.ErrNoAddress) {
+		switch err := p.send(d.Peer, d.Mode, d.Six, appendProbe(nil, probeRequest, d.Nonce, 0), d.Size); {
+		case errors.Is(err, tunnel.ErrNoAddress), errors.Is(err, direct.ErrNoAddress):
+			p.mu.Lock()
+			p.paths.NotSent(d.Peer, d.Mode, d.Nonce)
+			p.mu.Unlock()
+		case err != nil:
 			p.log.Debug("probe not sent", "peer", d.Peer, "encapsulation", d.Mode, "size", d.Size, "error", err)
 		}
 	}
@@ -274,7 +286,7 @@ func (p *prober) sendDue(now time.Time) time.Time {
 		p.tell(c)
 	}
 	for _, c := range r.Switches {
-		p.log.Warn("packets go another way", "peer", c.Peer, "encapsulation", c.To, "old", c.From, "reason", c.Why)
+		p.tellSwitch(c)
 	}
 	if len(r.Changes) > 0 && p.changed != nil {
 		p.changed()
@@ -282,20 +294,36 @@ func (p *prober) sendDue(now time.Time) time.Time {
 	return r.Next
 }
 
+// about is the log to write to about a peer.
+func (p *prober) about(peer string) *slog.Logger {
+	log := p.log.With("peer", peer)
+	if p.name != nil {
+		if name := p.name(peer); name != "" {
+			log = log.With("name", name)
+		}
+	}
+	return log
+}
+
 // tell logs a change of a path.
 func (p *prober) tell(c path.Change) {
 	switch was, is := c.Was, c.Is; {
 	case is.Up && !was.Up:
-		p.log.Info("path is up", "peer", c.Peer, "encapsulation", c.Mode, "rtt", is.RTT)
+		p.about(c.Peer).Info("path is up", "encapsulation", c.Mode, "rtt", is.RTT)
 	case was.Up && !is.Up:
-		p.log.Warn("path is down", "peer", c.Peer, "encapsulation", c.Mode, "reason", is.Reason)
+		p.about(c.Peer).Warn("path is down", "encapsulation", c.Mode, "reason", is.Reason)
 	case is.MTU != was.MTU && is.Search == "complete":
-		p.log.Info("path MTU found", "peer", c.Peer, "encapsulation", c.Mode, "mtu", int(is.MTU))
+		p.about(c.Peer).Info("path MTU found", "encapsulation", c.Mode, "mtu", int(is.MTU))
 	}
 }
 
+// tellSwitch logs that packets to a peer go another way.
+func (p *prober) tellSwitch(c path.Switch) {
+	p.about(c.Peer).Warn("packets go another way", "encapsulation", c.To, "old", c.From, "reason", c.Why)
+}
+
 // ping sends one probe outside the schedule and waits for its answer.
-func (p *prober) ping(ctx context.Context, id string, m encap.Mode, size int, wait time.Duration) (rtt time.Duration, got int, err error) {
+func (p *prober) ping(ctx context.Context, id string, m encap.Mode, six bool, size int, wait time.Duration) (rtt time.Duration, got int, err error) {
 	c := make(chan answer, 1)
 	p.mu.Lock()
 	nonce := p.rand.Uint64()
@@ -307,7 +335,7 @@ func (p *prober) ping(ctx context.Context, id string, m encap.Mode, size int, wa
 		p.mu.Unlock()
 	}()
 	start := time.Now()
-	if err := p.send(id, m, appendProbe(nil, probeRequest, nonce, 0), size); err != nil {
+	if err := p.send(id, m, six, appendProbe(nil, probeRequest, nonce, 0), size); err != nil {
 		return 0, 0, err
 	}
 	timer := time.NewTimer(wait)

@@ -1,9 +1,11 @@
 package agent
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -11,6 +13,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/direct"
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/path"
 )
@@ -29,14 +32,14 @@ func TestProberSchedule(t *testing.T) {
 		p := newProber(slog.New(slog.DiscardHandler))
 		p.traffic = func(string) tunnel.PeerStats { return tunnel.PeerStats{} }
 		p.train = func(string, encap.Mode, []tunnel.ProbePacket, bool) error { return nil }
-		p.send = func(peer string, mode encap.Mode, payload []byte, size int) error {
+		p.send = func(peer string, mode encap.Mode, six bool, payload []byte, size int) error {
 			mu.Lock()
 			sent[peer]++
 			mu.Unlock()
 			if _, nonce, _, ok := parseProbe(payload); ok && peer != silent.Load() && mode.String() != silent.Load() {
 				replies.Go(func() {
 					time.Sleep(time.Millisecond)
-					p.received(peer, mode, appendProbe(nil, probeReply, nonce, size), 0)
+					p.received(peer, mode, six, appendProbe(nil, probeReply, nonce, size), 0)
 				})
 			}
 			return nil
@@ -112,4 +115,68 @@ func TestProberSchedule(t *testing.T) {
 			t.Errorf("%d of %d paths are up after peer-7 came back", n, 2*peers)
 		}
 	})
+}
+
+// What this host cannot send, for want of an address on one side, is not lost on the way.
+func TestProberWithoutAddresses(t *testing.T) {
+	for _, missing := range []error{tunnel.ErrNoAddress, direct.ErrNoAddress} {
+		synctest.Test(t, func(t *testing.T) {
+			var ready atomic.Bool
+			p := newProber(slog.New(slog.DiscardHandler))
+			p.traffic = func(string) tunnel.PeerStats { return tunnel.PeerStats{} }
+			p.train = func(string, encap.Mode, []tunnel.ProbePacket, bool) error { return nil }
+			var replies sync.WaitGroup
+			p.send = func(peer string, mode encap.Mode, six bool, payload []byte, size int) error {
+				if !ready.Load() {
+					return fmt.Errorf("probe %s: %w", peer, missing)
+				}
+				if _, nonce, _, ok := parseProbe(payload); ok {
+					replies.Go(func() { p.received(peer, mode, six, appendProbe(nil, probeReply, nonce, size), 0) })
+				}
+				return nil
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var running sync.WaitGroup
+			running.Go(func() { _ = p.run(ctx) })
+			p.setPeers(time.Now(), map[string][]path.Candidate{"far": {{Mode: encap.UDP, Max: 1472}}})
+			time.Sleep(20 * time.Second)
+			if st, ok := p.status("far", encap.UDP); !ok || st.Probed != 0 || st.Loss != 0 || strings.Contains(st.Words, "(") {
+				t.Errorf("%v: probed %d, loss %v, %q", missing, st.Probed, st.Loss, st.Words)
+			}
+			ready.Store(true)
+			time.Sleep(2 * time.Second)
+			if i, _ := p.info("far", encap.UDP); !i.Up || i.Loss != 0 {
+				t.Errorf("%v: two seconds after the addresses came: %+v", missing, i)
+			}
+			cancel()
+			running.Wait()
+			replies.Wait()
+		})
+	}
+}
+
+// What the journal says about a path has the peer's name beside its ID, where it is known.
+func TestProberLogsNames(t *testing.T) {
+	var log bytes.Buffer
+	p := newProber(slog.New(slog.NewTextHandler(&log, nil)))
+	p.name = func(id string) string { return map[string]string{"3660": "node-b"}[id] }
+	up, found := path.Info{Up: true}, path.Info{Up: true, MTU: 1472, Search: "complete"}
+	for _, id := range []string{"3660", "4711"} {
+		for _, c := range []path.Change{{Peer: id, Mode: encap.UDP, Is: up}, {Peer: id, Mode: encap.UDP, Was: up, Is: found}, {Peer: id, Mode: encap.UDP, Was: up}} {
+			p.tell(c)
+		}
+		p.tellSwitch(path.Switch{Peer: id, From: encap.UDP, To: encap.IPIP, Why: "udp does not answer"})
+		p.tellTrains(path.TrainChange{Peer: id})
+		p.tellTrains(path.TrainChange{Peer: id, TrainInfo: path.TrainInfo{Off: true, Of: 8}})
+	}
+	for _, msg := range []string{`"path is up"`, `"path MTU found"`, `"path is down"`, `"packets go another way"`, `"trains are sent again"`, `"trains are lost where single packets arrive: none are sent"`} {
+		for _, want := range []string{"msg=" + msg + " peer=3660 name=node-b", "msg=" + msg + " peer=4711 "} {
+			if !strings.Contains(strings.ReplaceAll(log.String(), "\n", " \n"), want) {
+				t.Errorf("no %s in\n%s", want, &log)
+			}
+		}
+	}
+	if strings.Count(log.String(), "name=") != 6 {
+		t.Errorf("names that are not known:\n%s", &log)
+	}
 }

@@ -1,12 +1,18 @@
 package agent
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
 // checkOf maps what ownership and gossip name as the topics of their problems to the checks of the doctor.
@@ -17,6 +23,9 @@ var checkOf = map[string]string{
 	"clone": api.CheckIdentity, "conflict": api.CheckIdentity, "foreign": api.CheckCluster,
 	"undecryptable": api.CheckGossip, "udp": api.CheckGossip, "seed": api.CheckGossip, "alone": api.CheckGossip,
 }
+
+// hostWrong comes before what Reconcile could not do.
+const hostWrong = "the host's network is not as it should be: "
 
 // problems collects the problems of all parts.
 func (s *session) problems(v *view) []api.Problem {
@@ -40,15 +49,28 @@ func (s *session) problems(v *view) []api.Problem {
 	s.mu.Unlock()
 	out = append(out, found(api.CheckRoutes, conflicts)...)
 	if hostErr != nil {
-		out = append(out, api.Problem{What: "the host's network is not as it should be: " + hostErr.Error(),
+		out = append(out, api.Problem{What: hostWrong + hostErr.Error(),
 			Remedy: "fix what it names; the agent tries again by itself", Check: api.CheckForwarding})
 	}
 	out = append(out, of(api.CheckUnderlay, s.underlayProblems()...)...)
 	out = append(out, of(api.CheckMTU, s.sizeProblems(v.status.Params.Families)...)...)
+	out = append(out, of(api.CheckMTU, s.pathsTooSmallFor6(v)...)...)
 	if cniErr != nil {
-		out = append(out, api.Problem{What: cniErr.Error(), Remedy: "mend what it names (see docs/kubernetes.md); the agent tries again by itself", Check: api.CheckCNI})
+		out = append(out, cniProblem(cniErr, s.cfg.CNIDir))
 	}
 	return append(out, s.hostProblems(v)...)
+}
+
+// cniProblem is why container engines do not see this network.
+func cniProblem(err error, dir string) api.Problem {
+	p := api.Problem{What: err.Error(), Remedy: "mend what it names (see docs/kubernetes.md; a package has docs/ in /usr/share/doc/tulle); the agent tries again by itself", Check: api.CheckCNI}
+	switch {
+	case errors.Is(err, conflist.ErrNoDir):
+		p.Remedy, p.Command = "make it; under systemd restart the service then (systemctl restart tulle), as it can write only where a directory was at its start", "mkdir -p "+dir
+	case errors.Is(err, unix.EROFS):
+		p.Remedy = "under systemd restart the service (systemctl restart tulle) if the directory is newer, or let it write there: ReadWritePaths=" + dir + " (systemctl edit tulle)"
+	}
+	return p
 }
 
 // of says of problems which check of the doctor they belong to.
@@ -70,16 +92,16 @@ func found(check string, list []hostnet.Problem) (out []api.Problem) {
 // peerProblem is what is wrong with a peer or the path to it.
 func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 	switch {
-	case p.state == api.PeerAlive && p.probed && !p.path.Up && p.path.Probed >= 3:
+	case p.state == api.PeerAlive && p.probed && !p.path.Up && (p.path.Probed >= 3 || !p.silent.IsZero()):
 		return api.Problem{
-			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", p.name, p.mode, s.path(p, p.mode).Reason),
-			Remedy: fmt.Sprintf("let %s pass between %v and %v in both directions", outerText(p, p.mode), s.link.Addrs[0], p.endpoint),
+			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", v.label(p), p.mode, s.path(p, p.mode).Reason),
+			Remedy: fmt.Sprintf("let %s%s pass between %v and %v in both directions", outerText(p, p.mode), fromPorts(p.mode), s.facing(p.endpoint), p.endpoint),
 			Since:  p.path.Since, Check: api.CheckPaths,
 		}, true
 	case p.state == api.PeerDead && p.probed && p.path.Up:
 		return api.Problem{
-			What:   p.name + " is lost for gossip, but answers through the tunnel: its routes stay",
-			Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.link.Addrs[0], p.endpoint),
+			What:   v.label(p) + " is lost for gossip, but answers through the tunnel: its routes stay",
+			Remedy: fmt.Sprintf("let TCP and UDP port %d pass between %v and %v in both directions", s.cfg.GossipPort, s.facing(p.endpoint), p.endpoint),
 			Since:  p.since, Check: api.CheckGossip,
 		}, true
 	case p.lives() && len(p.prefixes) > 0 && !p.replaced && s.noWay(v, p) != "":
@@ -88,7 +110,7 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 			Remedy: "add udp to --paths", Check: api.CheckPaths,
 		}, true
 	case p.replaced && p.node.IsZero():
-		return api.Problem{What: "external peer " + p.name + ": " + p.why, Remedy: "see tulle external list; tulle external remove PREFIX", Check: api.CheckOwners}, true
+		return api.Problem{What: "external peer " + p.name + ": " + p.why, Remedy: s.removal(p), Check: api.CheckOwners}, true
 	case p.replaced:
 		return api.Problem{What: v.label(p) + " is gone, and its space with it: " + p.why,
 			Remedy: "if its disk is lost: tulle forget " + v.argument(p) + "; if it has moved: start its agent", Since: p.since, Check: api.CheckOwners}, true
@@ -96,9 +118,32 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 		return api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
 			Remedy: "start its agent; if it is gone for good: tulle forget " + v.argument(p), Since: p.since, Check: api.CheckOwners}, true
 	case !p.endpoint.IsValid() && p.why != "" && (p.lives() || p.node.IsZero()):
-		return api.Problem{What: p.name + ": " + p.why, Remedy: "see --underlay", Check: api.CheckUnderlay}, true
+		return api.Problem{What: v.label(p) + ": " + p.why, Remedy: "see --underlay", Check: api.CheckUnderlay}, true
 	}
 	return api.Problem{}, false
+}
+
+// removal says where and how the entries of an external peer are removed.
+func (s *session) removal(p *peerView) string {
+	const most = 3
+	var out []string
+	for i, prefix := range p.prefixes {
+		if i == most {
+			out = append(out, fmt.Sprintf("and %d more: see tulle external list", len(p.prefixes)-most))
+			break
+		}
+		e, _ := s.ownership.Owner(prefix.Addr())
+		out = append(out, fmt.Sprintf("on %s: tulle external remove %v", s.ref(e.Owner).Name, prefix))
+	}
+	return strings.Join(out, "; ")
+}
+
+// fromPorts names the source ports of an encapsulation's packets; "" if it has none.
+func fromPorts(m encap.Mode) string {
+	if m == encap.UDP || m == encap.VXLAN {
+		return fmt.Sprintf(" from source ports %d to %d", encap.FirstSourcePort, encap.LastSourcePort)
+	}
+	return ""
 }
 
 // hostProblems returns settings of the host that drop packets.
@@ -115,13 +160,15 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 	}
 	list, err := hostnet.ForwardProblems(s.cfg.Tun, cidrs)
 	add(api.CheckFirewall, "firewall", list, err)
-	var members []netip.Addr
+	var members, pods []netip.Addr
 	for i := range v.peers {
-		members = append(members, v.peers[i].underlay...)
+		members, pods = append(members, v.peers[i].outerAddrs()...), append(pods, v.peers[i].tun...)
 	}
 	list, err = hostnet.CheckMembers(s.cfg.Tun, members)
 	add(api.CheckRoutes, "routes to members", list, err)
-	if v4 := func(a netip.Addr) bool { return a.Is4() }; slices.ContainsFunc(s.link.Addrs, v4) && slices.ContainsFunc(v.tun, v4) {
+	list, err = hostnet.CheckPods(s.cfg.Tun, s.link.Addrs, pods, s.ownership.ProbeAddrs())
+	add(api.CheckRoutes, "routes to pods", list, err)
+	if slices.ContainsFunc(s.link.Addrs, netip.Addr.Is4) {
 		list, err = hostnet.ReversePathProblems(s.asymmetric(v))
 		add(api.CheckRPFilter, "reverse path filter", list, err)
 	}
@@ -129,19 +176,19 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 }
 
 // asymmetric are the devices by which packets may arrive to whose senders packets leave by another one: the underlay
-// address's own device, if packets to a living member leave elsewhere; and all devices toward the members, if pods of one of
-// them (an agent of an older version) reach this host by the bare underlay.
+// address's own device, if packets to a living member leave elsewhere; and all devices toward the members, if IPv4 pods of one of
+// them (an agent of an older version) reach this host by the bare underlay. IPv6 has no such filter.
 func (s *session) asymmetric(v *view) (out []string) {
 	for i := range v.peers {
 		p := &v.peers[i]
 		if !p.lives() {
 			continue
 		}
-		if !p.host {
+		if !p.host && slices.ContainsFunc(v.tun, netip.Addr.Is4) {
 			out = append(append(out, s.sizes.Load().links...), p.leaves...)
 		}
-		if len(p.leaves) > 0 && !slices.Contains(p.leaves, s.link.Iface) {
-			out = append(out, s.link.Iface)
+		if own := s.current().Iface; len(p.leaves) > 0 && !slices.Contains(p.leaves, own) {
+			out = append(out, own)
 		}
 	}
 	slices.Sort(out)

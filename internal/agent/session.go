@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"log/slog"
@@ -45,9 +46,16 @@ type session struct {
 	pulse   pulse        // of loop, which wakes at least every second
 	outlive func() error // lets the TUN device stay when this process ends
 
-	wake chan struct{}                   // members, paths or configuration changed
-	gone map[membership.NodeID]time.Time // since when both gossip and data path have lost a node; used by loop only
-	view atomic.Pointer[view]            // the last view of loop; nil before the first one
+	wake   chan struct{}                   // members, paths or configuration changed
+	memory *memory                         // of members that own space; loop's own
+	gone   map[membership.NodeID]time.Time // since when both gossip and data path have lost a node; used by loop only
+	view   atomic.Pointer[view]            // the last view of loop; nil before the first one
+
+	// families are those of outer packets to members that have both in common with this host; loop's own.
+	families  map[membership.NodeID]*outerFamily
+	tunSince  time.Time // since when this node has its present tun addresses; loop's own
+	answering answering
+	externals externalTimes // loop's own
 }
 
 // underlay is this host's address and its sizes.
@@ -86,6 +94,7 @@ type clusterSide struct {
 	gossip    *gossip.Gossip
 	keys      *keyring.Ring // nil: gossip is not encrypted
 	cluster   *cluster      // joins ownership to gossip
+	honouring sync.Mutex    // one record of a pod that is gone at a time
 }
 
 // masquerading is what the configuration says about pods that talk to the outside.
@@ -142,7 +151,7 @@ func (s *session) run(ctx context.Context) error {
 	} {
 		wg.Go(func() {
 			if err := f(ctx); err != nil {
-				cancel(err)
+				cancel(s.orLost(err)) // not the cause of the agent's end: that is no socket of the session
 			}
 		})
 	}
@@ -154,7 +163,7 @@ func (s *session) run(ctx context.Context) error {
 	if errors.Is(err, context.Canceled) {
 		err = nil
 	}
-	return errors.Join(s.orLost(err), s.ownership.Flush(time.Now()), s.close())
+	return errors.Join(err, s.ownership.Flush(time.Now()), s.close())
 }
 
 // runDirect receives the probes of direct paths.
@@ -244,6 +253,7 @@ func (s *session) loop(ctx context.Context) error {
 	notify := newNotifier(s.log)
 	var applied applied
 	defer func() { s.publish(context.WithoutCancel(ctx), false, false) }()
+	defer func() { s.saveMemory(time.Now(), true) }()
 	for {
 		s.pulse.beat()
 		force, again := false, false
@@ -261,6 +271,11 @@ func (s *session) loop(ctx context.Context) error {
 				return err
 			}
 		case <-look.C:
+			select {
+			case <-s.gossip.Ready():
+				s.store.Alive(uptime())
+			default:
+			}
 			if !s.lostSince.IsZero() || !s.besideKnown {
 				if err := s.checkUnderlay(time.Now()); err != nil {
 					return err
@@ -271,9 +286,7 @@ func (s *session) loop(ctx context.Context) error {
 			if err := s.checkUnderlay(time.Now()); err != nil {
 				return err
 			}
-			if err := s.honourFreed(); err != nil {
-				s.log.Warn("addresses of pods that are gone stay allocated for now", "error", err)
-			}
+			s.releaseGone()
 		case <-s.disturbed:
 			force = true
 			if err := s.checkUnderlay(time.Now()); err != nil {
@@ -313,12 +326,14 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 	}
 	v := s.look(now)
 	s.view.Store(v)
+	s.saveMemory(now, false)
 	if m := s.meta(); !reflect.DeepEqual(m, was.meta) {
 		if err := s.gossip.SetMeta(m); err != nil {
 			return err
 		}
 		was.meta = m
 	}
+	s.gossip.SetDigest(s.ownership.Digest())
 	local := tunnel.Local{TunAddrs: v.tun, Prefixes: v.own, Underlay: s.link.Addrs, VTEPMAC: s.vtepMAC(), Probes: s.probeAddrs()}
 	s.updateDirect(v)
 	s.probes.setPeers(now, s.probeTargets(v))
@@ -341,6 +356,13 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 	s.updateFast(v, force)
 	s.bench.done(v.benchChange)
 	return nil
+}
+
+// saveMemory saves what is remembered of members for the next run.
+func (s *session) saveMemory(now time.Time, due bool) {
+	if err := s.memory.save(now, due); err != nil {
+		s.log.Warn("the members that own space are not noted for the next start", "error", err)
+	}
 }
 
 // narrower reports that some peer's packets may be less large than before.
@@ -381,6 +403,17 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	s.repairs += uint64(len(rep.Repaired))
 	s.conflicts, s.hostErr = rep.Conflicts, err
 	s.hostDone = s.hostDone || err == nil && len(h.TunAddrs) > 0
+}
+
+// notReady is why this node is not ready, in a sentence.
+func (s *session) notReady(v *view) string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	host := "the host's network is not set up yet"
+	if s.hostErr != nil {
+		host = hostWrong + s.hostErr.Error()
+	}
+	return cmp.Or(v.status.Why, s.tooSmallFor6(v.status.Params.Families).What, host)
 }
 
 // ready reports whether the table is confirmed, this node has its addresses, and the host is in its desired state.

@@ -1,7 +1,6 @@
 package agent
 
 import (
-	"cmp"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -91,9 +90,43 @@ func (s *session) tooSmallFor6(families []ipam.Family) api.Problem {
 	}
 }
 
-// notReady is why this node is not ready, in a sentence; empty if no reason is known.
-func (s *session) notReady(v *view) string {
-	return cmp.Or(v.status.Why, s.tooSmallFor6(v.status.Params.Families).What)
+// pathsTooSmallFor6 are paths that carry less than IPv6 pods need, as probes have found, though this host's links carry enough. A pod
+// need not send smaller packets than 1,280 bytes (RFC 8200 §5), whatever it is told: those that do not pass are lost.
+func (s *session) pathsTooSmallFor6(v *view) (out []api.Problem) {
+	if s.tunMTU() < mtu.Min6 {
+		return nil // all of them: tooSmallFor6 has said it
+	}
+	for i := range v.peers {
+		p := &v.peers[i]
+		if !slices.ContainsFunc(p.prefixes, func(prefix netip.Prefix) bool { return prefix.Addr().Is6() }) {
+			continue
+		}
+		m := p.goes(1)
+		path, ok := s.probes.info(p.id, m)
+		if !ok || !path.Up || path.First || path.MTU >= mtu.Min6 {
+			continue
+		}
+		carries, lost := fmt.Sprintf("packets of %d bytes at most", path.MTU), fmt.Sprintf("IPv6 packets of %d to %d bytes", path.MTU+1, mtu.Min6)
+		if path.MTU == 0 {
+			carries, lost = fmt.Sprintf("no packets of %d bytes or more", mtu.Min4), "larger IPv6 packets"
+		}
+		from, to := s.link.Addrs[0], p.endpoint
+		if w := p.directOf(m); w != nil {
+			to = w.via
+		}
+		for _, a := range s.link.Addrs {
+			if a.Is6() == to.Is6() {
+				from = a
+				break
+			}
+		}
+		out = append(out, api.Problem{
+			What: fmt.Sprintf("the path to %s by %s carries %s, and IPv6 pods need %d: %s are lost", v.label(p), m, carries, mtu.Min6, lost),
+			Remedy: fmt.Sprintf("the network between %v and %v must carry packets of %d bytes: raise the MTU of the links on the way. IPv4 pods are not affected",
+				from, to, int(mtu.TUN(mtu.Min6).Link(encap.Overhead(m, to.Is6())))),
+		})
+	}
+	return out
 }
 
 // without6 leaves of a host's state what does not need IPv6 on the TUN, which the kernel takes away below 1,280 bytes.

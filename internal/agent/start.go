@@ -33,21 +33,17 @@ var sendable = []encap.Mode{encap.Direct, encap.UDP, encap.VXLAN, encap.IPIP}
 // start opens a session. It waits for an underlay address, because a host may boot slower than its services; everything
 // else that is wrong is an error.
 func (a *agent) start(ctx context.Context) (*session, error) {
+	cfg := a.config()
 	s := &session{
-		cfg: a.cfg, log: a.log, started: time.Now(),
+		cfg: cfg, log: a.log, started: time.Now(),
 		underlay: underlay{seeds: a.seeds, moved: a.moved},
 		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist},
-		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time),
+		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time), families: readFamilies(runFile(cfg, "families")),
 	}
-	s.bench = newBenches(s, a.cfg.BenchMbps)
-	s.masquerade.Store(&masquerading{a.cfg.Masquerade, a.cfg.NoMasquerade})
-	prefer, err := newPreference(a.cfg.Paths)
-	if err != nil {
+	s.bench = newBenches(s)
+	if err := a.configure(s); err != nil {
 		return nil, err
 	}
-	s.prefer.Store(prefer)
-	s.fast.wanted.Store(a.cfg.FastPath)
-	s.first = prefer.first()
 	if err := a.open(ctx, s); err != nil {
 		return s, errors.Join(s.orLost(err), s.close())
 	}
@@ -70,6 +66,10 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 	if err := a.awaitUnderlay(ctx, s, state); err != nil {
 		return err
 	}
+	if err := a.configure(s); err != nil { // it may have been read again while the host had no address
+		return err
+	}
+	s.first = s.prefer.Load().first()
 	if err := s.chooseMTU(); err != nil {
 		return err
 	}
@@ -181,7 +181,7 @@ func (s *session) openData(a *agent) (err error) {
 	if err := s.openDirect(); err != nil {
 		return err
 	}
-	s.probes.send, s.probes.traffic, s.probes.changed = s.probe, s.traffic, s.rebuild
+	s.probes.send, s.probes.traffic, s.probes.changed, s.probes.name = s.probe, s.traffic, s.rebuild, s.nameOf
 	if s.leftMTU, err = hostnet.RouteMTUs(s.cfg.Tun); err != nil {
 		return err
 	}
@@ -271,20 +271,28 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 	}
 	s.ownership, err = ownership.New(time.Now(), ownership.Config{
 		ID: id, Name: s.cfg.NodeName, Addr: s.link.Addrs[0], Bootstrap: s.cfg.Bootstrap, ForceBootstrap: s.cfg.ForceBootstrap, Bootstrapper: s.cfg.Bootstrapper, CIDRs: cidrs,
-		BlockLen4: s.cfg.AskedPrefixLen4, BlockLen6: s.cfg.AskedPrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(), Logger: s.log,
+		BlockLen4: s.cfg.AskedPrefixLen4, BlockLen6: s.cfg.AskedPrefixLen6, PodCIDRs: s.cfg.PodCIDRs, Fresh: s.store.Fresh(uptime()), Logger: s.log,
 	}, state, s.cluster)
 	if err != nil {
 		return err
 	}
 	s.cluster.ownership = s.ownership
+	if s.memory, err = recall(s.cfg.StateDir, s.ownership.Cluster(), s.started); err != nil {
+		s.log.Warn("what an earlier run noted of members is not usable", "error", err)
+	}
 	s.releaseBench("") // of a run that was killed
-	if err := errors.Join(s.honourFreed(), s.takeStock()); err != nil {
+	if err := s.takeStock(); err != nil {
 		return err
 	}
 	var known []netip.AddrPort
 	for _, p := range s.ownership.Peers() {
 		if p.Addr.IsValid() {
 			known = append(known, p.Addr)
+		}
+	}
+	for _, a := range s.moved.members { // the state has one address of each member, maybe of the family that this host has lost
+		if ours := s.link.Addrs; len(ours) == 1 && a.Is4() == ours[0].Is4() {
+			known = append(known, netip.AddrPortFrom(a, s.cfg.GossipPort))
 		}
 	}
 	s.gossip, err = gossip.New(gossip.Config{
@@ -296,51 +304,68 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 }
 
 // takeStock compares allocations with the host before anything is served: pods that the state does not know (it was lost,
-// or is older than they are) keep their addresses out of use, and what is left of pods whose namespace is gone, as after
-// a reboot, is released. Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
+// or is older than they are) keep their addresses out of use, and what is left of pods that are gone is released.
 func (s *session) takeStock() error {
+	pods, err := s.podsHere()
+	if err != nil {
+		return err
+	}
+	type half struct {
+		key string
+		six bool
+	}
+	allocated := map[netip.Addr]bool{}
+	has := map[half]bool{}
+	for _, l := range s.ownership.Allocations() {
+		allocated[l.Addr], has[half{l.Key, l.Addr.Is6()}] = true, true
+	}
+	unknown := slices.DeleteFunc(pods, func(l ipam.Allocation) bool { return allocated[l.Addr] })
+	for i, l := range unknown {
+		if l.Key == "" || has[half{l.Key, l.Addr.Is6()}] { // no link of ours, or its pod has another address in the state
+			unknown[i].Key = "found " + l.Addr.String()
+		}
+	}
+	if len(unknown) > 0 {
+		refused, err := s.ownership.Adopt(time.Now(), unknown)
+		s.log.Warn("found pods that the state does not know; their addresses stay out of use", "found", len(unknown), "refused", len(refused))
+		if err != nil {
+			s.log.Warn("pods that were found are not in the state yet", "error", err)
+		}
+	}
+	s.releaseGone()
+	return nil
+}
+
+// podsHere lists the addresses of pods on the host: those of our links, by the IDs of their pods, and others that have a route. Somebody
+// may have taken its route from a link.
+func (s *session) podsHere() ([]ipam.Allocation, error) {
 	cidrs := slices.Concat(s.cfg.ClusterCIDRs, s.cfg.PodCIDRs)
 	for _, f := range s.ownership.Params().Families {
 		cidrs = append(cidrs, f.CIDR)
 	}
 	routes, err := hostnet.PodRoutes(s.cfg.Tun, cidrs)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	now := time.Now()
-	routed := map[netip.Addr]bool{}
-	allocated := map[netip.Addr]bool{}
-	var unknown, live []ipam.Allocation
-	var dead []string
-	for _, l := range s.ownership.Allocations() {
-		allocated[l.Addr] = true
+	links, err := s.pods.List()
+	if err != nil {
+		return nil, err
+	}
+	var out []ipam.Allocation
+	seen := map[netip.Addr]bool{}
+	add := func(a netip.Addr, id, device string) {
+		if !seen[a] && slices.ContainsFunc(cidrs, func(c netip.Prefix) bool { return c.Contains(a) }) {
+			seen[a] = true
+			out = append(out, ipam.Allocation{Addr: a, Key: id, Pod: device})
+		}
+	}
+	for _, l := range links {
+		for _, a := range l.Addresses {
+			add(a, l.ID, l.HostInterface)
+		}
 	}
 	for _, r := range routes {
-		routed[r.Addr] = true
-		l := ipam.Allocation{Addr: r.Addr, Key: "found " + r.Addr.String(), Pod: r.Device, Since: now}
-		live = append(live, l)
-		if !allocated[r.Addr] {
-			unknown = append(unknown, l)
-		}
+		add(r.Addr, "", r.Device)
 	}
-	for _, l := range s.ownership.Allocations() {
-		if l.Netns != "" && !routed[l.Addr] && !namespaceLives(l.Netns) {
-			dead = append(dead, l.Key)
-		}
-	}
-	if len(unknown) > 0 {
-		refused, err := s.ownership.Adopt(now, unknown)
-		if err != nil {
-			return err
-		}
-		s.log.Warn("found pods that the state does not know; their addresses stay out of use", "found", len(unknown), "refused", len(refused))
-	}
-	if len(dead) > 0 {
-		released, err := s.ownership.ReleaseLeaked(now, live, leakGrace, dead...)
-		if err != nil {
-			return err
-		}
-		s.log.Info("released the addresses of pods that are gone", "addresses", len(released))
-	}
-	return nil
+	return out, nil
 }

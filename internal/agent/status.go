@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -41,7 +42,7 @@ func (s *session) fill(st *api.Status) {
 	v := s.view.Load()
 	st.Ready = s.ready()
 	st.Node.ID = v.status.Node.String()
-	st.Node.Underlay, st.Node.Interface, st.Node.UnderlayReason = s.link.Addrs, s.link.Iface, s.underlayReason()
+	st.Node.Underlay, st.Node.Interface, st.Node.UnderlayReason = s.link.Addrs, s.current().Iface, s.underlayReason()
 	st.Node.Links, st.Node.LinkMTU = s.sizes.Load().links, int(s.linkMTU())
 	st.Node.Tun = api.Tun{Name: s.device.Name(), MTU: int(s.tunMTU()), Addresses: v.tun, Queues: len(s.device.Queues())}
 	st.Node.UDPPort, st.Node.VXLANPort = s.cfg.UDPPort, s.cfg.VXLANPort
@@ -77,21 +78,16 @@ func (s *session) blocks(now time.Time) []api.Block {
 }
 
 func (s *session) clusterStatus(v *view) api.Cluster {
-	c := api.Cluster{Members: 1, Alive: 1, Isolated: s.gossip.Isolated()}
+	c := api.Cluster{Isolated: s.gossip.Isolated()}
+	if c.Isolated {
+		c.Since = s.gossip.AloneSince()
+	}
+	c.Members, c.Alive = v.members()
 	if !v.status.Cluster.IsZero() {
 		c.ID = v.status.Cluster.String()
 	}
 	for _, f := range v.status.Params.Families {
 		c.CIDRs = append(c.CIDRs, f.CIDR)
-	}
-	for i := range v.peers {
-		switch v.peers[i].state {
-		case api.PeerAlive, api.PeerSuspect:
-			c.Members++
-			c.Alive++
-		case api.PeerDead:
-			c.Members++
-		}
 	}
 	digest := s.ownership.Digest()
 	c.Table = api.Table{Entries: v.status.Entries, Digest: hex.EncodeToString(digest[:8]), Confirmed: v.status.Confirmed}
@@ -117,10 +113,19 @@ func (s *session) peer(v *view, p *peerView, direct hostnet.Counts) api.Peer {
 	return out
 }
 
+// familyLabel names the families in JSON and metrics.
+var familyLabel = [2]string{"ipv4", "ipv6"}
+
 // path returns the state of one encapsulation to a peer.
 func (s *session) path(p *peerView, m encap.Mode) api.Path {
 	out := api.Path{Mode: m.String(), State: api.PathProbing, Since: p.since}
+	if m.IsDirect() && len(s.view.Load().families()) > 1 {
+		out.Family = familyLabel[b2i(m == encap.Direct6)]
+	}
 	switch {
+	case p.state == api.PeerLeft && len(p.prefixes) == 0:
+		out.State, out.Reason = api.PathOff, p.why
+		return out
 	case s.unfit(p, m) != "":
 		out.State, out.Reason = api.PathOff, s.unfit(p, m)
 		return out
@@ -139,10 +144,7 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 	}
 	i, ok := s.probes.status(p.id, m)
 	if !ok {
-		out.Reason = "it has no address space yet, so nothing to probe"
-		if len(p.prefixes) > 0 {
-			out.Reason = "not probed: not heard of by gossip"
-		}
+		out.Reason = cmp.Or(s.view.Load().unprobed(p), "not probed yet")
 		return out
 	}
 	out.RTTUS, out.Loss, out.MTU, out.Since, out.Reason = i.RTT.Microseconds(), i.Loss, int(i.MTU), i.Since, i.Words
@@ -162,7 +164,7 @@ func (s *session) path(p *peerView, m encap.Mode) api.Path {
 
 func (s *session) fillCounters(st *api.Status) {
 	e := s.engine.Stats()
-	st.Drops = e.Drops
+	st.Drops, st.LastSendError = e.Drops, e.LastSendError
 	if pods, err := s.pods.Drops(); err == nil {
 		maps.Copy(st.Drops, pods)
 	} else {
@@ -171,7 +173,7 @@ func (s *session) fillCounters(st *api.Status) {
 	st.Counters = api.Counters{
 		TxPackets: e.TxPackets, TxBytes: e.TxBytes, TxSends: e.TxSends,
 		RxPackets: e.RxPackets, RxBytes: e.RxBytes, RxReceives: e.RxReceives, RxWrites: e.RxWrites,
-		GSOFallbacks: e.GSOFallbacks, SocketOverflows: e.SocketOverflows, Probes: e.ProbesSent, ProbeReplies: e.ProbesReceived,
+		GSOFallbacks: e.GSOFallbacks, TunFallbacks: e.TunFallbacks, ICMPSent: e.ICMPSent, ICMPReceived: e.ICMPReceived, SocketOverflows: e.SocketOverflows, Probes: e.ProbesSent, ProbeReplies: s.probes.replies.Load(),
 	}
 	if d, err := s.device.Stats(); err == nil {
 		st.Counters.TunDrops = d.TxDropped
@@ -184,16 +186,16 @@ func (s *session) fillCounters(st *api.Status) {
 	if !o.USO {
 		st.Offload.Reason = "the kernel takes no UDP super-packets on the TUN (Linux 6.2 does)"
 	}
-	if e.GSOFallbacks > 0 {
-		st.Offload.Reason = fmt.Sprintf("the kernel refused %d trains toward some peer; they went as single packets (last error: %s)", e.GSOFallbacks, e.LastSendError)
-	}
 }
 
 func (s *session) fillGossip(st *api.Status) {
 	g := s.gossip.Stats()
 	st.Gossip = api.Gossip{
 		Bind: netip.AddrPortFrom(s.link.Addrs[0], s.cfg.GossipPort), Encrypted: s.cfg.GossipKeyFile != "",
-		Undecrypted: g.Undecryptable, Rejected: g.Refused, Health: g.Health, Queued: g.Queue,
+		Undecrypted: g.Undecryptable, Rejected: g.Refused, Health: g.Health, Queued: g.Queue, LastSync: g.LastSync,
+	}
+	for _, a := range s.link.Addrs {
+		st.Gossip.Listens = append(st.Gossip.Listens, netip.AddrPortFrom(a, s.cfg.GossipPort))
 	}
 	if s.keys != nil {
 		st.Gossip.Keys = len(s.keys.Keys())
@@ -201,17 +203,25 @@ func (s *session) fillGossip(st *api.Status) {
 }
 
 func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {
-	var out api.IPAMSummary
+	var of [2]api.IPAMFamily
 	for _, p := range v.own {
 		n := api.MaxCount
 		if bits := p.Addr().BitLen() - p.Bits(); bits < 62 {
 			n = 1 << bits
 		}
-		out.Owned = min(api.MaxCount, out.Owned+min(n, api.MaxCount-out.Owned))
+		f := &of[family(p.Addr())]
+		f.Owned += min(n, api.MaxCount-f.Owned)
 	}
 	for _, b := range blocks {
-		out.Used += b.Used
-		out.Cooling += b.Cooling
+		f := &of[family(b.Prefix.Addr())]
+		f.Used += b.Used
+		f.Cooling += b.Cooling
+	}
+	out := api.IPAMSummary{Used: of[0].Used + of[1].Used, Cooling: of[0].Cooling + of[1].Cooling}
+	out.Owned = of[0].Owned + min(of[1].Owned, api.MaxCount-of[0].Owned)
+	for _, f := range v.families() {
+		of[f].Family = familyLabel[f]
+		out.Families = append(out.Families, of[f])
 	}
 	if v.status.Phase != ownership.Ready {
 		out.Waiting = v.status.Why
@@ -230,6 +240,35 @@ func outerText(p *peerView, m encap.Mode) string {
 	return "IP protocol 4 or 41"
 }
 
+// routeToHost completes the answer about an address outside the cluster's space: this node's pods reach members' hosts in their own way.
+func (s *session) routeToHost(v *view, out *api.RouteAnswer) {
+	out.Why = "it is outside the cluster's address space: the host's own routes decide"
+	for i := range v.peers {
+		p := &v.peers[i]
+		if p.node.IsZero() || !slices.Contains(p.underlay, out.Address) {
+			continue
+		}
+		out.Owner = s.ref(p.node)
+		why := fmt.Sprintf("it is an underlay address of %s: the host's own packets take the host's routes, and those of its pods", p.name)
+		out.Why = why + ", too"
+		for _, h := range s.hostRoutes(p) {
+			switch {
+			case h.Addr != out.Address:
+				continue
+			case h.Device != "":
+				m := directMode[family(h.Addr)]
+				out.Encapsulation, out.Why = m.String(), why+" go directly by "+h.Device
+				out.Endpoint = s.outer(p, m)
+			default:
+				out.Encapsulation, out.Why = p.mode.String(), fmt.Sprintf("%s take the tunnel by %s", why, p.mode)
+				out.Endpoint = s.outer(p, p.mode)
+			}
+			out.MTU = h.MTU
+		}
+		return
+	}
+}
+
 // route answers `tulle route get`.
 func (s *session) route(addr netip.Addr) api.RouteAnswer {
 	out := api.RouteAnswer{Address: addr, Kind: api.RouteOutside}
@@ -245,7 +284,7 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 		return out
 	}
 	if !inside {
-		out.Why = "it is outside the cluster's address space: the host's own routes decide"
+		s.routeToHost(v, &out)
 		return out
 	}
 	e, ok := s.ownership.Owner(addr)
@@ -273,11 +312,11 @@ func (s *session) route(addr netip.Addr) api.RouteAnswer {
 		out.Endpoint, out.Encapsulation, out.MTU = s.outer(p, m), m.String(), p.peerRoute(e.Prefix).MTU
 		out.Reachable = p.endpoint.IsValid() && !p.gone && path.State != api.PathDown && path.State != api.PathOff
 		if e.External != nil {
-			out.Why = fmt.Sprintf("the external peer at %s has %v since version %d, by %s; its path is %s (%s)", p.name, e.Prefix, e.Version, m, path.State, path.Reason)
+			out.Why = fmt.Sprintf("the external peer at %s has %v since version %d, by %s (%s)", p.name, e.Prefix, e.Version, m, path.Reason)
 			return out
 		}
 		out.Why = fmt.Sprintf("%s owns %v since version %d; its path by %s is %s (%s)",
-			p.name, e.Prefix, e.Version, m, path.State, path.Reason)
+			v.label(p), e.Prefix, e.Version, m, path.State, path.Reason)
 		if p.why != "" && p.why != path.Reason {
 			out.Why += "; " + p.why
 		}

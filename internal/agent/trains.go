@@ -27,16 +27,21 @@ func (p *prober) sendTrains(r path.Report) {
 		}
 	}
 	for _, q := range r.Asks {
-		if err := p.send(q.Peer, q.Mode, appendProbe(nil, probeAsk, q.Nonce, 0), 0); err != nil {
+		if err := p.send(q.Peer, q.Mode, q.Six, appendProbe(nil, probeAsk, q.Nonce, 0), 0); err != nil {
 			p.log.Debug("peer not asked about a train", "peer", q.Peer, "encapsulation", q.Mode, "error", err)
 		}
 	}
 	for _, c := range r.Trains {
-		if c.Off {
-			p.log.Warn("trains are lost where single packets arrive: none are sent", "peer", c.Peer, "arrived", c.Arrived, "of", c.Of)
-		} else {
-			p.log.Info("trains are sent again", "peer", c.Peer)
-		}
+		p.tellTrains(c)
+	}
+}
+
+// tellTrains logs whether trains are sent to a peer.
+func (p *prober) tellTrains(c path.TrainChange) {
+	if c.Off {
+		p.about(c.Peer).Warn("trains are lost where single packets arrive: none are sent", "arrived", c.Arrived, "of", c.Of)
+	} else {
+		p.about(c.Peer).Info("trains are sent again")
 	}
 }
 
@@ -55,14 +60,14 @@ func (p *prober) car(peer string, mode encap.Mode, nonce uint64, says, size int,
 }
 
 // askedOfTrain tells a peer how many packets of its train have arrived.
-func (p *prober) askedOfTrain(peer string, mode encap.Mode, nonce uint64) {
+func (p *prober) askedOfTrain(peer string, mode encap.Mode, six bool, nonce uint64) {
 	p.mu.Lock()
 	n, ok := p.paths.Arrived(time.Now(), peer, mode, nonce)
 	p.mu.Unlock()
 	if !ok {
 		return
 	}
-	if err := p.send(peer, mode, appendProbe(nil, probeAnswer, nonce, n), 0); err != nil {
+	if err := p.send(peer, mode, six, appendProbe(nil, probeAnswer, nonce, n), 0); err != nil {
 		p.log.Debug("question about a train not answered", "peer", peer, "encapsulation", mode, "error", err)
 	}
 }
@@ -81,7 +86,7 @@ func (s *session) trainProblems(v *view) (out []api.Problem) {
 		if !p.trains.Off {
 			continue
 		}
-		device := cmp.Or(strings.Join(p.leaves, ", "), s.link.Iface)
+		device := cmp.Or(strings.Join(p.leaves, ", "), s.current().Iface)
 		out = append(out, api.Problem{
 			What: fmt.Sprintf("trains of packets (UDP_SEGMENT) from kernel %s by %s do not reach %s: of %d packets %d arrived, one by one they arrive. They are sent one by one now, slower",
 				kernelRelease(), device, v.label(p), p.trains.Of, p.trains.Arrived),

@@ -89,7 +89,7 @@ func allTried(seeds []seed.Seed) bool {
 func (u *underlay) sought(cfg config.Config, last lastUnderlay) hostnet.Sought {
 	s := hostnet.Sought{
 		Interface: cfg.Underlay.Interface, Addresses: cfg.Underlay.Addresses, Tun: cfg.Tun, Pods: u.podSpace,
-		Peers: u.peers, Last: last.Addrs, LastBy: last.By,
+		Peers: u.peers, Last: last.Addrs, LastBy: last.By, Device: last.Device,
 	}
 	s.Seeds, s.Unknown = seedAddrs(u.seeds.All())
 	if cfg.ForceBootstrap {
@@ -122,8 +122,9 @@ func seedAddrs(seeds []seed.Seed) (known [][]netip.Addr, unknown string) {
 // lastUnderlay is what a run leaves for the next one: the same address is taken again while the host has it, though by then
 // something else may look better.
 type lastUnderlay struct {
-	Addrs []netip.Addr  `json:"addrs"`
-	By    hostnet.Basis `json:"by"`
+	Addrs  []netip.Addr  `json:"addrs"`
+	By     hostnet.Basis `json:"by"`
+	Device string        `json:"device"` // that had them
 }
 
 // readLastUnderlay reads what writeLastUnderlay wrote. Without it the choice is made afresh, so errors do not count.
@@ -137,7 +138,7 @@ func readLastUnderlay(path string) lastUnderlay {
 }
 
 func writeLastUnderlay(path string, link hostnet.Underlay) error {
-	b, err := json.Marshal(lastUnderlay{link.Addrs, link.By})
+	b, err := json.Marshal(lastUnderlay{link.Addrs, link.By, link.Iface})
 	if err != nil {
 		return err
 	}
@@ -147,11 +148,12 @@ func writeLastUnderlay(path string, link hostnet.Underlay) error {
 // An underlayChange ends a session: the address on which everything hangs is no longer the one to use.
 type underlayChange struct{ why string }
 
-// underlayMove is a change of the underlay address, for status.
+// underlayMove is a change of the underlay address.
 type underlayMove struct {
-	at    time.Time
-	addrs []netip.Addr // before it
-	why   string
+	at      time.Time
+	addrs   []netip.Addr // before it
+	why     string
+	members []netip.Addr // the addresses of members before it
 }
 
 func (e *underlayChange) Error() string { return "the underlay address changes: " + e.why }
@@ -167,7 +169,7 @@ func (s *session) orLost(err error) error {
 
 // checkUnderlay looks whether the underlay in use is still there. It ends the session for a reason, and not otherwise.
 func (s *session) checkUnderlay(now time.Time) error {
-	kept, err := hostnet.KeptUnderlay(s.link)
+	kept, err := hostnet.KeptUnderlay(s.current())
 	if err != nil {
 		s.log.Debug("underlay not looked at", "error", err)
 		return nil
@@ -184,13 +186,17 @@ func (s *session) checkUnderlay(now time.Time) error {
 		s.lostSince = now
 		s.log.Warn("this host has lost an underlay address, waiting for it to come back", "lost", kept.Lost)
 	}
-	last := lastUnderlay{By: s.link.By}
+	last := lastUnderlay{By: s.link.By, Device: kept.Iface}
 	for _, a := range s.link.Addrs {
 		if !slices.Contains(kept.Lost, a) {
 			last.Addrs = append(last.Addrs, a)
 		}
 	}
-	next, err := hostnet.DetectUnderlay(s.sought(s.cfg, last))
+	sought := s.sought(s.cfg, last)
+	if m := s.members(); len(m) > 0 {
+		sought.Peers = m
+	}
+	next, err := hostnet.DetectUnderlay(sought)
 	if err != nil {
 		s.log.Debug("no other underlay", "error", err)
 		return nil // there is nothing to change over to
@@ -200,6 +206,33 @@ func (s *session) checkUnderlay(now time.Time) error {
 		return &underlayChange{why}
 	}
 	return nil
+}
+
+// members are the underlay addresses of the members that have not left; of the living ones, if there are any.
+func (s *session) members() []netip.Addr {
+	if v := s.view.Load(); v != nil {
+		return v.addresses()
+	}
+	return nil
+}
+
+// current is the underlay in use as the host has it now: its address may have moved to another device, and a device may have got
+// another name.
+func (s *session) current() hostnet.Underlay {
+	if k := s.kept.Load(); k != nil {
+		return k.Underlay
+	}
+	return s.link
+}
+
+// facing is this host's address of the family of a peer's address.
+func (s *session) facing(peer netip.Addr) netip.Addr {
+	for _, a := range s.link.Addrs {
+		if a.Is4() == peer.Is4() {
+			return a
+		}
+	}
+	return s.link.Addrs[0]
 }
 
 // owns reports whether an address leads to this host, so that a seed which has it is this node.
@@ -231,8 +264,8 @@ func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost,
 			return ""
 		}
 		return fmt.Sprintf("this host has lost %s; %s on %s takes over (%s)", listed(kept.Lost), listed(next.Addrs), next.Iface, next.Why)
-	case use.By == hostnet.ByGuess && next.By == hostnet.BySeeds && alone && next.Addrs[0] != use.Addrs[0]:
-		return fmt.Sprintf("%s was a guess, and the seeds are known now: the route to them leaves from %s on %s", listed(use.Addrs), listed(next.Addrs), next.Iface)
+	case alone && use.By != hostnet.ByOperator && (next.By == hostnet.BySeeds || next.By == hostnet.ByPeers) && next.Addrs[0] != use.Addrs[0]:
+		return fmt.Sprintf("no other member is in sight from %s; %s on %s may be better: %s", listed(use.Addrs), listed(next.Addrs), next.Iface, next.Why)
 	case kept.More.IsValid() && wanted:
 		return fmt.Sprintf("this host has got %v, and some member or seed can only be reached by that family", kept.More)
 	case kept.More.IsValid() && alone:
@@ -277,7 +310,7 @@ func (s *session) underlayProblems() []api.Problem {
 	var out []api.Problem
 	if len(k.Lost) > 0 {
 		out = append(out, api.Problem{What: fmt.Sprintf("this host has lost its underlay address %s", listed(k.Lost)),
-			Remedy: fmt.Sprintf("give it back to an interface; after %v another address of this host takes over, if there is one", lostPatience)})
+			Remedy: fmt.Sprintf("give it back to an interface; after %v another address of %s takes over, or one from which a route leads to the members or seeds, if there is one", lostPatience, k.Iface)})
 	}
 	if k.Down != "" {
 		out = append(out, api.Problem{What: fmt.Sprintf("the underlay interface %s", k.Down), Remedy: "bring it up, or plug it in; the address stays in use"})

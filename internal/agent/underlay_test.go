@@ -28,7 +28,7 @@ func TestLetGo(t *testing.T) {
 	under := func(by hostnet.Basis, texts ...string) hostnet.Underlay {
 		return hostnet.Underlay{Iface: "eth0", MTU: 1500, Addrs: addrs(texts...), By: by, Why: "reason"}
 	}
-	guess, seeds := hostnet.ByGuess, hostnet.BySeeds
+	guess, seeds, peers := hostnet.ByGuess, hostnet.BySeeds, hostnet.ByPeers
 	for _, c := range []struct {
 		name                string
 		use                 hostnet.Underlay
@@ -40,7 +40,12 @@ func TestLetGo(t *testing.T) {
 		{name: "at rest", use: under(guess, "10.0.1.11"), next: under(guess, "10.0.1.11")},
 		{name: "a better default route, or a virtual address", use: under(guess, "10.0.1.11"), next: under(guess, "192.0.2.11")},
 		{name: "the same, on the node that is alone", use: under(guess, "10.0.1.11"), next: under(guess, "192.0.2.11"), alone: true},
-		{name: "a better route to the seeds", use: under(seeds, "10.0.1.11"), next: under(seeds, "192.0.2.11"), alone: true},
+		{name: "the route to the seeds leads elsewhere", use: under(seeds, "10.0.1.11"), next: under(seeds, "192.0.2.11")},
+		{name: "the same, on the node that is alone: a name that was wrong", use: under(seeds, "192.0.2.11"), next: under(seeds, "10.0.1.11"), alone: true, want: "no other member is in sight from 192.0.2.11; 10.0.1.11 on eth0"},
+		{name: "the same, with members from before", use: under(peers, "192.0.2.11"), next: under(seeds, "10.0.1.11"), alone: true, want: "no other member is in sight"},
+		{name: "a route leads to the members again", use: under(guess, "192.0.2.11"), next: under(peers, "10.0.1.11"), alone: true, want: "no other member is in sight"},
+		{name: "the same, but members are in sight", use: under(guess, "192.0.2.11"), next: under(peers, "10.0.1.11")},
+		{name: "the operator has named the address", use: under(hostnet.ByOperator, "192.0.2.11"), next: under(seeds, "10.0.1.11"), alone: true},
 		{name: "an address is gone for a moment", use: under(seeds, "10.0.1.11"), kept: hostnet.Kept{Lost: addrs("10.0.1.11")}, next: under(seeds, "10.0.1.12")},
 		{name: "an address is gone for good", use: under(seeds, "10.0.1.11"), kept: hostnet.Kept{Lost: addrs("10.0.1.11")}, next: under(seeds, "10.0.1.12"), lost: true,
 			want: "this host has lost 10.0.1.11; 10.0.1.12 on eth0 takes over"},
@@ -48,7 +53,7 @@ func TestLetGo(t *testing.T) {
 			want: "this host has lost 2001:db8::11;"},
 		{name: "a named address is gone, and there is nothing else", use: under(hostnet.ByOperator, "10.0.1.11"), kept: hostnet.Kept{Lost: addrs("10.0.1.11")},
 			next: under(hostnet.ByOperator, "10.0.1.11"), lost: true},
-		{name: "the seeds are known at last", use: under(guess, "192.0.2.11"), next: under(seeds, "10.0.1.11"), alone: true, want: "192.0.2.11 was a guess"},
+		{name: "the seeds are known at last", use: under(guess, "192.0.2.11"), next: under(seeds, "10.0.1.11"), alone: true, want: "no other member is in sight from 192.0.2.11"},
 		{name: "the same, but members are in sight: it works", use: under(guess, "192.0.2.11"), next: under(seeds, "10.0.1.11")},
 		{name: "the guess was right", use: under(guess, "10.0.1.11"), next: under(seeds, "10.0.1.11"), alone: true},
 		{name: "another family comes, and nobody needs it", use: under(guess, "10.0.1.11"), kept: hostnet.Kept{More: addrs("2001:db8::11")[0]}, next: under(guess, "10.0.1.11", "2001:db8::11")},
@@ -97,11 +102,11 @@ func TestLastUnderlay(t *testing.T) {
 	if last := readLastUnderlay(path); len(last.Addrs) > 0 {
 		t.Errorf("without a file: %+v", last)
 	}
-	link := hostnet.Underlay{Addrs: addrs("10.0.1.11", "2001:db8::11"), By: hostnet.BySeeds}
+	link := hostnet.Underlay{Iface: "eth0", Addrs: addrs("10.0.1.11", "2001:db8::11"), By: hostnet.BySeeds}
 	if err := writeLastUnderlay(path, link); err != nil {
 		t.Fatal(err)
 	}
-	if last := readLastUnderlay(path); !slices.Equal(last.Addrs, link.Addrs) || last.By != link.By {
+	if last := readLastUnderlay(path); !slices.Equal(last.Addrs, link.Addrs) || last.By != link.By || last.Device != "eth0" {
 		t.Errorf("read %+v, wrote %+v", last, link)
 	}
 	if err := os.WriteFile(path, []byte("{"), 0o600); err != nil {

@@ -86,7 +86,7 @@ func (s *session) externalVTEP(p *peerView) string {
 	case known:
 		return fmt.Sprintf("external peers are not probed; its VTEP is %v, learned from what it sends", mac)
 	}
-	return "the MAC of its VTEP is not known yet: it is learned when the peer sends something, or tell it with tulle external add --mac"
+	return "external peers are not probed; the MAC of its VTEP is not known yet: it is learned when the peer sends something, or tell it with tulle external add --mac"
 }
 
 // externalOf reads a request; the encapsulation is m.

@@ -36,24 +36,26 @@ const (
 	PathUp      = "up"
 	PathDown    = "down"
 	PathProbing = "probing" // not decided yet
-	PathOff     = "off"     // not used: not in --paths, or not supported on this host (the reason says which)
+	PathOff     = "off"     // not used: not in --paths, not supported on this host, or the peer has left (the reason says which)
 )
 
 // Status is the answer to GET /v1/status, the data of `tulle status`.
 type Status struct {
-	Version  string            `json:"version"`
-	Ready    bool              `json:"ready"` // table confirmed and TUN up; if false, Problems has the reason
-	Started  time.Time         `json:"started,omitzero"`
-	Node     Node              `json:"node"`
-	Cluster  Cluster           `json:"cluster"`
-	Peers    []Peer            `json:"peers"`
-	Drops    map[string]uint64 `json:"drops"` // by reason (names as in wire.md); includes reasons with count 0
-	Problems []Problem         `json:"problems"`
-	Counters Counters          `json:"counters"`
-	Offload  Offload           `json:"offload"`
-	FastPath FastPath          `json:"fast_path,omitzero"`
-	IPAM     IPAMSummary       `json:"ipam"`
-	Gossip   Gossip            `json:"gossip"`
+	Version string            `json:"version"`
+	Ready   bool              `json:"ready"` // table confirmed and TUN up; if false, Problems has the reason
+	Started time.Time         `json:"started,omitzero"`
+	Node    Node              `json:"node"`
+	Cluster Cluster           `json:"cluster"`
+	Peers   []Peer            `json:"peers"`
+	Drops   map[string]uint64 `json:"drops"` // by reason (names as in wire.md); includes reasons with count 0
+	// LastSendError is what the kernel said about the last packet that it did not send (drops of send_error).
+	LastSendError string      `json:"last_send_error,omitempty"`
+	Problems      []Problem   `json:"problems"`
+	Counters      Counters    `json:"counters"`
+	Offload       Offload     `json:"offload"`
+	FastPath      FastPath    `json:"fast_path,omitzero"`
+	IPAM          IPAMSummary `json:"ipam"`
+	Gossip        Gossip      `json:"gossip"`
 }
 
 // Healthy reports whether `tulle status` has exit code 0.
@@ -98,8 +100,8 @@ type Block struct {
 type Cluster struct {
 	ID       string         `json:"id"` // empty until this node has joined or bootstrapped
 	CIDRs    []netip.Prefix `json:"cidrs"`
-	Members  int            `json:"members"` // this node included
-	Alive    int            `json:"alive"`   // this node included
+	Members  int            `json:"members"` // this node included, unless it has left
+	Alive    int            `json:"alive"`   // likewise
 	Isolated bool           `json:"isolated"`
 	Since    time.Time      `json:"isolated_since,omitzero"`
 	Table    Table          `json:"table"`
@@ -110,15 +112,14 @@ type Table struct {
 	Entries   int    `json:"entries"`
 	Digest    string `json:"digest"`
 	Confirmed bool   `json:"confirmed"` // compared with a live peer since this agent started, or created here
-	Conflicts int    `json:"conflicts"` // ties between two owners; each results from a forced forget
 }
 
 // Peer is another node, or an external peer.
 type Peer struct {
 	Name    string    `json:"name"`
 	ID      string    `json:"id"`
-	State   string    `json:"state"` // PeerAlive and so on
-	Since   time.Time `json:"since"`
+	State   string    `json:"state"`          // PeerAlive and so on
+	Since   time.Time `json:"since,omitzero"` // zero: not known, as of an external peer that was there before the agent
 	Reason  string    `json:"reason"`
 	Version string    `json:"version,omitempty"`
 	// ClockSkewMS is how far its clock is ahead of this host's, in milliseconds; 0 if it does not tell.
@@ -126,9 +127,9 @@ type Peer struct {
 	Underlay    []netip.Addr   `json:"underlay"`
 	Leaves      []string       `json:"leaves,omitempty"` // interfaces by which packets to it really leave, where they are none of Node.Links
 	Prefixes    []netip.Prefix `json:"prefixes"`
-	Path        Path           `json:"path"`       // the one in use
+	Path        Path           `json:"path"`       // the one in use, or the first of two: see InUse
 	Candidates  []Candidate    `json:"candidates"` // all of them, in order of preference
-	TxPackets   uint64         `json:"tx_packets"` // through the tunnel or directly, since the agent started
+	TxPackets   uint64         `json:"tx_packets"` // through the tunnel or directly, since the agent started, or as Counters
 	TxBytes     uint64         `json:"tx_bytes"`
 	RxPackets   uint64         `json:"rx_packets"`
 	RxBytes     uint64         `json:"rx_bytes"`
@@ -136,24 +137,39 @@ type Peer struct {
 
 // Path is a path to a peer: an encapsulation and its state.
 type Path struct {
-	Mode  string  `json:"mode"`   // direct, udp, ipip, vxlan; empty if there is none
-	State string  `json:"state"`  // PathUp and so on
-	RTTUS int64   `json:"rtt_us"` // smoothed, microseconds; 0 if none was measured
-	Loss  float64 `json:"loss"`   // fraction of the last probes without answer, 0 to 1
-	MTU   int     `json:"mtu"`    // largest inner packet proven, bytes
+	Mode string `json:"mode"` // direct, udp, ipip, vxlan; empty if there is none
+	// Family of pods' packets that the path can carry, ipv4 or ipv6: of direct paths in a cluster with both, where each family has its own.
+	Family string  `json:"family,omitempty"`
+	State  string  `json:"state"`  // PathUp and so on
+	RTTUS  int64   `json:"rtt_us"` // smoothed, microseconds; 0 if none was measured
+	Loss   float64 `json:"loss"`   // fraction of the last 64 probes without answer, 0 to 1: since the path is up, and of the last two minutes
+	MTU    int     `json:"mtu"`    // largest inner packet proven, bytes
 	// MTULimit is the largest inner packet that this host's links toward the peer carry, bytes; 0 if the path is not probed.
 	MTULimit int `json:"mtu_limit,omitempty"`
 	// Heard is when the last probe of the peer arrived by this encapsulation: its packets get here, whether or not it answers.
 	Heard  time.Time `json:"heard,omitzero"`
-	Since  time.Time `json:"since"`
+	Since  time.Time `json:"since,omitzero"`
 	Reason string    `json:"reason"`
 }
 
 // Candidate is a path that this node could use.
 type Candidate struct {
 	Path
-	Active   bool           `json:"active"`
+	Active   bool           `json:"active"`            // packets of some family go this way
 	Endpoint netip.AddrPort `json:"endpoint,omitzero"` // outer destination; port 0 where the encapsulation has none
+}
+
+// InUse returns the paths by which packets to the peer go: two where those of IPv4 and IPv6 go different ways.
+func (p *Peer) InUse() (out []Path) {
+	for i := range p.Candidates {
+		if c := &p.Candidates[i]; c.Active {
+			out = append(out, c.Path)
+		}
+	}
+	if out == nil {
+		out = []Path{p.Path}
+	}
+	return out
 }
 
 // Problem is a fault and its remedy.
@@ -167,8 +183,9 @@ type Problem struct {
 	Since   time.Time `json:"since,omitzero"`
 }
 
-// Counters are totals since the agent started. Tx is from pods to the underlay, Rx the other direction. Both count inner packets
-// of the tunnel. The fields Direct… count those of the direct path, whose packets the kernel forwards; a super-packet is one.
+// Counters are totals since the agent started, or has begun again with another underlay address. Tx is from pods to the underlay, Rx the other direction. Both count inner packets
+// of the tunnel as they travel: the segments of a super-packet. (What a network card or a kernel joins before the agent receives it by ipip is one.) The fields
+// Direct… and Fast… count packets that the kernel carries on the direct path or in the fast path; there, a super-packet is one.
 type Counters struct {
 	DirectTxPackets uint64 `json:"direct_tx_packets"`
 	DirectTxBytes   uint64 `json:"direct_tx_bytes"`
@@ -183,14 +200,17 @@ type Counters struct {
 	TxSends         uint64 `json:"tx_sends"` // messages handed to the underlay's kernel; TxPackets/TxSends is the mean batch
 	RxPackets       uint64 `json:"rx_packets"`
 	RxBytes         uint64 `json:"rx_bytes"`
-	RxReceives      uint64 `json:"rx_receives"`
-	RxWrites        uint64 `json:"rx_writes"` // packets and super-packets written to the TUN
-	GSOFallbacks    uint64 `json:"gso_fallbacks"`
+	RxReceives      uint64 `json:"rx_receives"`   // receives with packets of pods; RxPackets/RxReceives is the mean train
+	RxWrites        uint64 `json:"rx_writes"`     // packets and super-packets written to the TUN
+	GSOFallbacks    uint64 `json:"gso_fallbacks"` // trains that the underlay's kernel refused and that went as single packets
+	TunFallbacks    uint64 `json:"tun_fallbacks"` // super-packets that the TUN refused and that went as single packets
+	ICMPSent        uint64 `json:"icmp_sent"`     // ICMP errors to senders in this node's pods
+	ICMPReceived    uint64 `json:"icmp_received"` // ICMP errors of the underlay about packets of the tunnel
 	SocketOverflows uint64 `json:"socket_overflows"`
-	TunDrops        uint64 `json:"tun_drops"` // the kernel's count of packets dropped because the TUN's queue was full
-	Probes          uint64 `json:"probes"`
-	ProbeReplies    uint64 `json:"probe_replies"`
-	Repairs         uint64 `json:"repairs"` // repairs of host state (routes, addresses, nft)
+	TunDrops        uint64 `json:"tun_drops"`     // the kernel's count of packets dropped because the TUN's queue was full
+	Probes          uint64 `json:"probes"`        // probe packets sent, answers to those of peers among them
+	ProbeReplies    uint64 `json:"probe_replies"` // answers that have arrived to this node's probes
+	Repairs         uint64 `json:"repairs"`       // repairs of host state (routes, addresses, nft)
 }
 
 // FastPath says whether the kernel carries packets in the agent's place.
@@ -216,18 +236,29 @@ type IPAMSummary struct {
 	Used    uint64 `json:"used"`    // allocated to pods
 	Cooling uint64 `json:"cooling"` // in cool-down
 	Waiting string `json:"waiting"` // what this node waits for, such as requested space; empty if nothing
+	// Families has the numbers of each of the cluster's families: IPv4 addresses run out alone.
+	Families []IPAMFamily `json:"families,omitempty"`
+}
+
+// IPAMFamily counts this node's addresses of one family.
+type IPAMFamily struct {
+	Family  string `json:"family"` // ipv4 or ipv6
+	Owned   uint64 `json:"owned"`
+	Used    uint64 `json:"used"`
+	Cooling uint64 `json:"cooling"`
 }
 
 // Gossip is the state of gossip on this node.
 type Gossip struct {
-	Bind        netip.AddrPort `json:"bind"`
-	Encrypted   bool           `json:"encrypted"`
-	Keys        int            `json:"keys"`
-	Undecrypted uint64         `json:"undecrypted"` // messages that no key decrypts
-	Rejected    uint64         `json:"rejected"`    // hosts of another cluster, or with the ID of another live host
-	Health      int            `json:"health"`      // memberlist's awareness score: 0 is best
-	Queued      int            `json:"queued"`      // broadcasts not yet sent
-	LastSync    time.Time      `json:"last_sync,omitzero"`
+	Bind        netip.AddrPort   `json:"bind"` // the first of Listens
+	Listens     []netip.AddrPort `json:"listens"`
+	Encrypted   bool             `json:"encrypted"`
+	Keys        int              `json:"keys"`
+	Undecrypted uint64           `json:"undecrypted"`        // messages that no key decrypts
+	Rejected    uint64           `json:"rejected"`           // hosts of another cluster, or with the ID of another live host
+	Health      int              `json:"health"`             // memberlist's awareness score: 0 is best
+	Queued      int              `json:"queued"`             // broadcasts not yet sent
+	LastSync    time.Time        `json:"last_sync,omitzero"` // when a member's whole table has last arrived
 }
 
 // NodeRef names a node.

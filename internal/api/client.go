@@ -203,8 +203,16 @@ func (c *Client) open(ctx context.Context, method, path string, req any) (*http.
 	return nil, e
 }
 
-// explain turns a connection failure into one line with its remedy.
+// explain turns a connection failure into one line with its remedy. It wraps the failure; that an answer did not come in time is the context's error.
 func (c *Client) explain(ctx context.Context, err error) error {
+	e := c.explained(ctx, err)
+	if e.cause = err; ctx.Err() != nil {
+		e.cause = context.Cause(ctx)
+	}
+	return e
+}
+
+func (c *Client) explained(ctx context.Context, err error) *Error {
 	switch {
 	case ctx.Err() != nil:
 		return Errorf(CodeNoAgent, "the agent at %s did not answer in time (%v)", c.socket, context.Cause(ctx)).

@@ -24,6 +24,8 @@ type Error struct {
 	Code    Code   `json:"code"`
 	Message string `json:"message"`
 	Remedy  string `json:"remedy,omitempty"`
+
+	cause error // of CodeNoAgent; stays on this side
 }
 
 // Error returns one line: the failure, then the remedy.
@@ -33,6 +35,9 @@ func (e *Error) Error() string {
 	}
 	return e.Message + "; " + e.Remedy
 }
+
+// Unwrap returns what failed on the way to the agent, nil if the agent has answered.
+func (e *Error) Unwrap() error { return e.cause }
 
 // Errorf returns an Error without a remedy.
 func Errorf(code Code, format string, args ...any) *Error {

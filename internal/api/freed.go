@@ -17,11 +17,12 @@ import (
 // the agent finds that the pods are.
 
 // FreeOrRecord gives a pod's addresses back; if the agent does not answer, or cannot do it now, it leaves a record that the
-// agent honours later. It reports whether it did so. The error is that nothing of this could be done.
+// agent honours later. It reports whether it did so. The error is that nothing of this could be done. An ID that is none, one
+// that is too long for instance, was refused when it asked for addresses: it has none.
 func (c *Client) FreeOrRecord(ctx context.Context, id string) (recorded bool, err error) {
 	_, err = c.Free(ctx, FreeRequest{ID: id})
 	if err == nil || CodeOf(err) == CodeUsage {
-		return false, err
+		return false, nil
 	}
 	if werr := writeFreed(c.socket, id); werr != nil {
 		return false, errors.Join(err, werr)

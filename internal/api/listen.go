@@ -18,8 +18,8 @@ import (
 const maxSocketPath = 96
 
 // Listen creates the control socket with mode 0660, and its directory with mode 0755 if it does not exist. It replaces the
-// socket of a dead agent. If an agent listens on the socket, it returns an error that says so. Closing the listener
-// removes the socket.
+// socket of a dead agent. If an agent listens on the socket, and does not end within a second, it returns an error that says
+// so. Closing the listener removes the socket.
 func Listen(path string) (net.Listener, error) {
 	if len(path) > maxSocketPath {
 		return nil, fmt.Errorf("control socket %s: the path is %d bytes long, the limit is %d; name a shorter one with --socket",
@@ -62,10 +62,12 @@ func removeStale(path string) error {
 			path, info.Mode())
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
+	ended := false
 	if err == nil {
+		ended = ends(conn.(*net.UnixConn), endsWithin)
 		conn.Close()
 	}
-	if !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
+	if !ended && !errors.Is(err, unix.ECONNREFUSED) && !errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("control socket %s: another agent listens there; stop it (systemctl stop tulle); an agent in another network namespace needs its own --socket and --state-dir", path)
 	}
 	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -121,4 +123,43 @@ func (l *listener) Close() error {
 		l.inode.Close()
 	}
 	return l.UnixListener.Close()
+}
+
+// endsWithin is how long an agent that was killed may take to end. Until then its socket, its devices and its ports are still open.
+const endsWithin = time.Second
+
+// ends reports whether the process that listens on the other side of a connection ends within a time. When it has, all that it had
+// open is closed.
+func ends(conn *net.UnixConn, within time.Duration) bool {
+	raw, err := conn.SyscallConn()
+	if err != nil {
+		return false
+	}
+	fd := -1
+	_ = raw.Control(func(s uintptr) {
+		if peer, err := unix.GetsockoptUcred(int(s), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil && peer.Pid > 0 && int(peer.Pid) != os.Getpid() {
+			fd = pidfd(int(peer.Pid))
+		}
+	})
+	if fd < 0 {
+		return false
+	}
+	defer unix.Close(fd)
+	deadline := time.Now().Add(within)
+	for left := within; left > 0; left = time.Until(deadline) {
+		n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, int(left.Milliseconds())+1)
+		if n > 0 || err != nil && err != unix.EINTR {
+			return n > 0
+		}
+	}
+	return false
+}
+
+// pidfd is a descriptor of a process; -1: there is none.
+func pidfd(pid int) int {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return -1
+	}
+	return fd
 }

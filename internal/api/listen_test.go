@@ -6,10 +6,12 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -133,4 +135,43 @@ func TestListenRace(t *testing.T) {
 		c.Close()
 	}
 	(<-won).Close()
+}
+
+// An agent that was killed a moment ago may still have its socket: its successor waits until it has ended.
+func TestListenOverAnEndingAgent(t *testing.T) {
+	if path := os.Getenv("TULLE_TEST_LISTEN"); path != "" { // the agent
+		l, err := Listen(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		time.Sleep(time.Minute)
+		return
+	}
+	path := filepath.Join(shortDir(t), "s")
+	cmd := exec.Command(os.Args[0], "-test.run=^TestListenOverAnEndingAgent$")
+	cmd.Env = append(os.Environ(), "TULLE_TEST_LISTEN="+path)
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan struct{})
+	go func() { defer close(ended); cmd.Wait() }()
+	t.Cleanup(func() { cmd.Process.Kill(); <-ended })
+	for end := time.Now().Add(20 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		if c, err := net.Dial("unix", path); err == nil {
+			c.Close()
+			break
+		} else if time.Now().After(end) {
+			t.Fatal(err)
+		}
+	}
+	if _, err := Listen(path); err == nil || !strings.Contains(err.Error(), "another agent") {
+		t.Errorf("over a live agent: %v", err)
+	}
+	time.AfterFunc(endsWithin/5, func() { cmd.Process.Kill() })
+	l, err := Listen(path)
+	if err != nil {
+		t.Fatalf("over an agent that ends: %v", err)
+	}
+	l.Close()
 }

@@ -57,7 +57,8 @@ const (
 	RouteNone     = "none"     // in the cluster CIDR, but without a known owner
 )
 
-// RouteAnswer describes the path of a packet to Address.
+// RouteAnswer describes the path of a packet to Address. If that is a member's underlay address, Kind is RouteOutside, Owner is the
+// member, and Endpoint, Encapsulation and MTU are those of pods' packets, empty where these take the host's own routes, too.
 type RouteAnswer struct {
 	Address       netip.Addr     `json:"address"`
 	Kind          string         `json:"kind"`
@@ -202,7 +203,8 @@ type AllocatedAddress struct {
 
 // FreeRequest frees the addresses of a pod that is gone. An unknown ID is not an error.
 type FreeRequest struct {
-	ID string `json:"id"`
+	ID     string `json:"id"`
+	Rested bool   `json:"rested,omitempty"` // the addresses have been out of use for the cool-down already, and need none
 }
 
 // FreeResult lists the freed addresses, none if the ID was unknown.
@@ -222,7 +224,7 @@ type LeaveResult struct {
 	Transfers []Transfer `json:"transfers"`
 }
 
-// ForgetRequest takes over the space of a dead node. Force skips only the check for a majority, never the check that the node is dead.
+// ForgetRequest takes over the space of a dead node. Force skips only the check for a majority and the wait, never the check that the node is dead.
 type ForgetRequest struct {
 	Node  string `json:"node"`
 	Force bool   `json:"force,omitempty"`
@@ -266,7 +268,7 @@ const KeySize = 32
 // KeyList lists the keys of this node and, for each key, how many members have it.
 type KeyList struct {
 	Encrypted bool  `json:"encrypted"`
-	Members   int   `json:"members"` // that were asked, this node included
+	Members   int   `json:"members"` // this node included, and those that are not alive
 	Answered  int   `json:"answered"`
 	Keys      []Key `json:"keys"`
 }

@@ -31,8 +31,11 @@ func NewNetns(name string) error {
 }
 
 // DropNetns removes the network namespace of that name if NewNetns has made it and no pod interface is left in it. It leaves
-// others', and says nothing of one that is gone.
+// others', and says nothing of one that is gone, of which it removes the file.
 func DropNetns(name string) error {
+	if stale, err := sys.StaleNetns(name); err == nil && stale {
+		return sys.DeleteNetns(name)
+	}
 	ours := false
 	err := onLoopback(name, func(n *sys.Netlink, lo netlink.Link) error {
 		links, err := n.LinkList()

@@ -52,19 +52,21 @@ func add(args *skel.CmdArgs) error {
 	if err != nil {
 		return err
 	}
+	req, err := conf.request(args)
+	if err != nil {
+		return err
+	}
 	if _, err := os.Stat(args.Netns); err != nil {
 		return types.NewError(types.ErrInvalidNetNS, "the container's network namespace", err.Error())
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	res, err := attach.Add(ctx, attach.Request{
-		Socket: conf.Socket, ID: conf.id(args), Name: conf.name, Netns: args.Netns, Requested: conf.requested, MAC: conf.mac, Bridge: conf.Bridge,
-	})
+	res, err := attach.Add(ctx, req)
 	if err != nil {
 		return coded(err)
 	}
 	if err := types.PrintResult(conf.result(args, &res.Attachment), conf.CNIVersion); err != nil {
-		_, rerr := attach.Remove(ctx, conf.Socket, conf.id(args))
+		_, rerr := attach.Remove(ctx, req.Socket, req.ID)
 		return types.NewError(types.ErrIOFailure, "write the result", errors.Join(err, rerr).Error())
 	}
 	return nil

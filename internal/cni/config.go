@@ -2,7 +2,6 @@ package cni
 
 import (
 	"cmp"
-	"net"
 	"net/netip"
 	"strings"
 
@@ -29,20 +28,19 @@ type config struct {
 			MAC string   `json:"mac"`
 		} `json:"cni"`
 	} `json:"args"`
-
-	requested []netip.Addr
-	mac       net.HardwareAddr // nil: any
-	name      string           // for people
 }
 
-// parse reads the configuration and CNI_ARGS. Addresses, and the MAC address, may be asked for in three ways (CONVENTIONS.md); the first one that is
-// used wins.
+// parse reads the configuration.
 func parse(args *skel.CmdArgs) (*config, error) {
 	c := new(config)
-	if err := decode(args.StdinData, c); err != nil {
-		return nil, err
-	}
+	return c, decode(args.StdinData, c)
+}
+
+// request is what ADD asks for. Addresses, and the MAC address, may be asked for in three ways (CONVENTIONS.md); the first one that is
+// used wins. The other verbs do not look at them: DEL succeeds where ADD was refused.
+func (c *config) request(args *skel.CmdArgs) (attach.Request, error) {
 	env := cniArgs(args.Args)
+	r := attach.Request{Socket: c.Socket, ID: c.id(args), Name: podName(env, args.ContainerID), Netns: args.Netns, Bridge: c.Bridge}
 	ips := c.RuntimeConfig.IPs
 	if len(ips) == 0 {
 		ips = c.Args.CNI.IPs
@@ -53,17 +51,16 @@ func parse(args *skel.CmdArgs) (*config, error) {
 	for _, s := range ips {
 		a, err := parseAddr(strings.TrimSpace(s))
 		if err != nil {
-			return nil, types.NewError(types.ErrInvalidNetworkConfig, "requested address "+s, err.Error())
+			return r, types.NewError(types.ErrInvalidNetworkConfig, "requested address "+s, err.Error())
 		}
-		c.requested = append(c.requested, a)
+		r.Requested = append(r.Requested, a)
 	}
 	mac, err := attach.ParseMAC(cmp.Or(c.RuntimeConfig.MAC, c.Args.CNI.MAC, env["MAC"]))
 	if err != nil {
-		return nil, types.NewError(types.ErrInvalidNetworkConfig, "requested MAC address", err.Error())
+		return r, types.NewError(types.ErrInvalidNetworkConfig, "requested MAC address", err.Error())
 	}
-	c.mac = mac
-	c.name = podName(env, args.ContainerID)
-	return c, nil
+	r.MAC = mac
+	return r, nil
 }
 
 // parseAddr reads an address with or without the length of a prefix, which does not matter: pods have a /32 or a /128.

@@ -8,7 +8,17 @@ import (
 	"github.com/containernetworking/cni/pkg/types"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/attach"
 )
+
+// asked is what ADD asks for.
+func asked(args *skel.CmdArgs) (attach.Request, error) {
+	c, err := parse(args)
+	if err != nil {
+		return attach.Request{}, err
+	}
+	return c.request(args)
+}
 
 // The MAC address is asked for in the ways of addresses.
 func TestParseMAC(t *testing.T) {
@@ -17,12 +27,12 @@ func TestParseMAC(t *testing.T) {
 		"args.cni":      {StdinData: []byte(`{"args": {"cni": {"mac": "02:00:00:00:00:01"}}}`), Args: "MAC=02:00:00:00:00:03"},
 		"CNI_ARGS":      {StdinData: []byte(`{}`), Args: "IgnoreUnknown=1;MAC=02:00:00:00:00:01"},
 	} {
-		if c, err := parse(args); err != nil || c.mac.String() != "02:00:00:00:00:01" {
-			t.Errorf("%s: %v, %v", what, c, err)
+		if r, err := asked(args); err != nil || r.MAC.String() != "02:00:00:00:00:01" {
+			t.Errorf("%s: %v, %v", what, r, err)
 		}
 	}
-	if c, err := parse(&skel.CmdArgs{StdinData: []byte(`{}`)}); err != nil || c.mac != nil {
-		t.Errorf("nothing asked for: %v, %v", c, err)
+	if r, err := asked(&skel.CmdArgs{StdinData: []byte(`{}`)}); err != nil || r.MAC != nil {
+		t.Errorf("nothing asked for: %v, %v", r, err)
 	}
 }
 
@@ -45,7 +55,7 @@ func TestParse(t *testing.T) {
 		{"no object", `[]`, "", "", nil, types.ErrDecodingFailure},
 		{"odd arguments", `{}`, ";;=;a;=b;c==d", "0123456789ab", nil, 0},
 	} {
-		got, err := parse(&skel.CmdArgs{ContainerID: "0123456789abcdef", IfName: "eth0", Args: c.args, StdinData: []byte(c.conf)})
+		got, err := asked(&skel.CmdArgs{ContainerID: "0123456789abcdef", IfName: "eth0", Args: c.args, StdinData: []byte(c.conf)})
 		if c.code != 0 {
 			if err == nil || coded(err).Code != c.code {
 				t.Errorf("%s: %v, want code %d", c.what, err, c.code)
@@ -57,11 +67,11 @@ func TestParse(t *testing.T) {
 			continue
 		}
 		var requested []string
-		for _, a := range got.requested {
+		for _, a := range got.Requested {
 			requested = append(requested, a.String())
 		}
-		if got.name != c.name || !slices.Equal(requested, c.requested) {
-			t.Errorf("%s: name %q, requested %v", c.what, got.name, requested)
+		if got.Name != c.name || !slices.Equal(requested, c.requested) {
+			t.Errorf("%s: name %q, requested %v", c.what, got.Name, requested)
 		}
 	}
 }
@@ -76,8 +86,8 @@ func FuzzParse(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if len(c.name) > api.MaxNameLen {
-			t.Errorf("name of %d bytes", len(c.name))
+		if r, err := c.request(args); err == nil && len(r.Name) > api.MaxNameLen {
+			t.Errorf("name of %d bytes", len(r.Name))
 		}
 		_, _ = c.previous(args)
 	})

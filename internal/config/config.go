@@ -11,11 +11,13 @@ package config
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"log/slog"
 	"net/netip"
 	"os"
 	"strings"
+	"sync/atomic"
 
 	"github.com/spf13/pflag"
 )
@@ -68,7 +70,9 @@ type Config struct {
 
 	file  string // that was read, or would have been
 	given given
-	level *slog.LevelVar
+	// needed and level are shared with what Reread returns.
+	needed *atomic.Bool // the file was named, or was there once: without it, a reload would set everything to its default
+	level  *slog.LevelVar
 }
 
 // Underlay selects the address of this host that carries the tunnel: that of an interface, or the given addresses (at most
@@ -107,7 +111,9 @@ func Load(flags *pflag.FlagSet, file string) (Config, error) {
 			g[v.key.name] = v.texts
 		}
 	})
-	c, err := load(g, file, named)
+	needed := new(atomic.Bool)
+	needed.Store(named)
+	c, err := load(g, file, needed, "name the file with --config")
 	if err != nil {
 		return Config{}, err
 	}
@@ -115,9 +121,10 @@ func Load(flags *pflag.FlagSet, file string) (Config, error) {
 	return c, nil
 }
 
-// Reread reads the file again, with the same flags as before. The result shares its LevelVar with c; Reread does not set it.
+// Reread reads the file again, with the same flags as before. A file that was named, or was there before, must be there. The
+// result shares its LevelVar with c; Reread does not set it.
 func (c Config) Reread() (Config, error) {
-	n, err := load(c.given, c.file, false)
+	n, err := load(c.given, c.file, c.needed, "put the file back; an empty one stands for the defaults")
 	if err != nil {
 		return Config{}, err
 	}
@@ -139,10 +146,13 @@ func (c Config) BootstrapCIDRs() []netip.Prefix {
 	return []netip.Prefix{defaultClusterCIDR}
 }
 
-func load(g given, file string, named bool) (Config, error) {
-	c := Config{file: file, given: g, level: new(slog.LevelVar)}
-	fromFile, err := readFile(file, named)
-	if err != nil {
+func load(g given, file string, needed *atomic.Bool, remedy string) (Config, error) {
+	c := Config{file: file, given: g, needed: needed, level: new(slog.LevelVar)}
+	fromFile, err := readFile(file, remedy)
+	switch {
+	case err == nil:
+		needed.Store(true)
+	case needed.Load() || !errors.Is(err, fs.ErrNotExist):
 		return c, err
 	}
 	at := origins{}
@@ -221,31 +231,23 @@ func Diff(before, after Config) []Change {
 // maxFile is the maximum size of the configuration file, in bytes.
 const maxFile = 64 << 10
 
-func readFile(path string, named bool) (map[string]entry, error) {
+func readFile(path, remedy string) (map[string]entry, error) {
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) && !named {
-		return nil, nil
+	if errors.Is(err, fs.ErrPermission) {
+		remedy = "run as root"
 	}
 	if err != nil {
-		return nil, fmt.Errorf("configuration: %w; name the file with --config", err)
+		return nil, fmt.Errorf("configuration: %w; %s", err, remedy)
 	}
 	defer f.Close()
-	buf := make([]byte, maxFile+1)
-	n := 0
-	for n < len(buf) {
-		m, err := f.Read(buf[n:])
-		n += m
-		if m == 0 {
-			break
-		}
-		if err != nil {
-			return nil, fmt.Errorf("configuration: %w", err)
-		}
+	data, err := io.ReadAll(io.LimitReader(f, maxFile+1))
+	if err != nil {
+		return nil, fmt.Errorf("configuration: %w; %s", err, remedy)
 	}
-	if n > maxFile {
+	if len(data) > maxFile {
 		return nil, fmt.Errorf("configuration: %s is larger than %d bytes; name the right file with --config", path, maxFile)
 	}
-	return parseFile(path, buf[:n])
+	return parseFile(path, data)
 }
 
 // value is a flag. It keeps the strings; Load checks them together with those of the file.

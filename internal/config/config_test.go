@@ -229,7 +229,9 @@ func TestRefusals(t *testing.T) {
 		{"name", "", "--node-name=a/b", []string{"--node-name", `"a/b"`, "63"}},
 		{"join without host", "", "--join=:7946", []string{"--join", "HOST:PORT"}},
 		{"join with a bad port", "", "--join=a:70000", []string{`"a:70000"`, "1 to 65535"}},
-		{"join without brackets", "", "--join=fd00::1", []string{`write "[fd00::1]"`}},
+		{"join without brackets", "", "--join=fd00::11:2233:abcd", []string{`write "[fd00::11:2233:abcd]"`}},
+		{"join with a port and without brackets", "", "--join=::1:7946", []string{`write "[::1]:7946" if 7946 is the port, or "[::1:7946]"`}},
+		{"join of a whole address with a port", "", "--join=fd00:1:2:3:4:5:6:7:7946", []string{`write "[fd00:1:2:3:4:5:6:7]:7946"`}},
 		{"join with an open bracket", "", "--join=[fd00::1", []string{"not closed"}},
 		{"join with IPv4 in brackets", "", "--join=[10.0.0.1]:1", []string{"not an IPv6 address"}},
 		{"join with a tail", "", "--join=[fd00::1]x", []string{`"x" after the bracket`}},
@@ -313,6 +315,15 @@ func TestFiles(t *testing.T) {
 	if _, err := load("--config", missing); err == nil || !strings.Contains(err.Error(), "--config") {
 		t.Errorf("a named file that is missing: %v", err)
 	}
+	if _, err := load("--config", t.TempDir()); err == nil || !strings.Contains(err.Error(), "is a directory; name the file with --config") {
+		t.Errorf("a directory: %v", err)
+	}
+	if _, err := load("--config", "/proc/self/mem"); err == nil || !strings.Contains(err.Error(), "input/output error") {
+		t.Errorf("a file that cannot be read: %v", err)
+	}
+	if _, err := load("--config", "/dev/null"); err != nil {
+		t.Errorf("an empty file: %v", err)
+	}
 	big := filepath.Join(t.TempDir(), "big.yaml")
 	if err := os.WriteFile(big, []byte(strings.Repeat("#", maxFile+1)), 0o600); err != nil {
 		t.Fatal(err)
@@ -360,6 +371,70 @@ func TestReread(t *testing.T) {
 	write("log_level: 7\n")
 	if _, err := before.Reread(); err == nil {
 		t.Error("a bad file was accepted")
+	}
+}
+
+// A reload without the file would set everything to its default, so it is refused, unless there was no file from the start.
+func TestRereadMissing(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "tulle.yaml")
+	write := func() {
+		if err := os.WriteFile(path, []byte("bench_mbps: 0\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := func(when string, c Config) {
+		t.Helper()
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		if n, err := c.Reread(); err == nil || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "put the file back") {
+			t.Errorf("%s: %v, bench_mbps %d", when, err, n.BenchMbps)
+		}
+	}
+	flags := pflag.NewFlagSet("agent", pflag.ContinueOnError)
+	AddFlags(flags)
+	if err := flags.Parse([]string{"--config", path}); err != nil {
+		t.Fatal(err)
+	}
+	write()
+	named, err := Load(flags, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	refused("a named file is gone", named)
+
+	flags = pflag.NewFlagSet("agent", pflag.ContinueOnError)
+	AddFlags(flags)
+	if err := flags.Set("config", path); err != nil {
+		t.Fatal(err)
+	}
+	flags.Lookup("config").Changed = false // as if it were the default
+	byDefault, err := Load(flags, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := byDefault.Reread(); err != nil {
+		t.Errorf("there is still no file: %v", err)
+	}
+	write()
+	if n, err := byDefault.Reread(); err != nil || n.BenchMbps != 0 {
+		t.Errorf("the file has come: %v, bench_mbps %d", err, n.BenchMbps)
+	}
+	refused("it was there at the last reload", byDefault)
+	write()
+	if byDefault, err = Load(flags, ""); err != nil {
+		t.Fatal(err)
+	}
+	refused("it was there at the start", byDefault)
+}
+
+// Some editors begin a file with a byte order mark.
+func TestByteOrderMark(t *testing.T) {
+	if c := must(t, "\ufeffmtu: 1400\n"); c.MTU != 1400 {
+		t.Errorf("MTU %d", c.MTU)
+	}
+	if _, err := try(t, "\ufeff# a comment\nmtu: big\n"); err == nil || !strings.Contains(err.Error(), "tulle.yaml:2: mtu") {
+		t.Errorf("the line of an error: %v", err)
 	}
 }
 

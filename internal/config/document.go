@@ -73,7 +73,7 @@ cluster_cidr: [10.244.0.0/16, "fd00:10:244::/48"]
 gossip_key_file: /etc/tulle/gossip.key
 ` + "```" + `
 
-A reload (` + "`systemctl reload tulle`" + `, SIGHUP, or ` + "`tulle reload`" + `) applies the keys marked *live* at once and reports which others need a restart. A
-restart keeps routes, pods and their addresses.
+A reload (` + "`systemctl reload tulle`" + `, SIGHUP, or ` + "`tulle reload`" + `) applies the keys marked *live* at once and reports which others need a restart. It
+changes nothing if the file has an error, cannot be read, or is gone. A restart keeps routes, pods and their addresses.
 
 `

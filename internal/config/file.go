@@ -1,6 +1,7 @@
 package config
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"strings"
@@ -20,7 +21,7 @@ type entry struct {
 // parseFile reads a flat mapping of known keys to scalars or lists of scalars. Scalars are taken as written; anchors,
 // aliases, tags and merges have no place here, so nothing in a file can grow while it is read.
 func parseFile(path string, data []byte) (map[string]entry, error) {
-	f, err := parser.ParseBytes(data, 0)
+	f, err := parser.ParseBytes(bytes.TrimPrefix(data, []byte("\ufeff")), 0) // some editors begin a file with a byte order mark
 	if err != nil {
 		return nil, syntaxError(path, err)
 	}
@@ -139,7 +140,7 @@ func suggest(name string) string {
 		}
 	})
 	if best == "" {
-		return "docs/configuration.md lists the keys, `tulle agent --help` too"
+		return "`tulle agent --help` lists the keys, and so does docs/configuration.md (a package has docs/ in /usr/share/doc/tulle)"
 	}
 	return fmt.Sprintf("did you mean %s?", best)
 }

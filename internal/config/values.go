@@ -72,7 +72,7 @@ func parseJoin(s string, port uint16) (string, error) {
 			}
 		}
 	case strings.Count(s, ":") > 1:
-		return "", fmt.Errorf("%q: an IPv6 address needs brackets, else its port cannot be told; write \"[%s]\" (with quotes in the file)", s, s)
+		return "", fmt.Errorf("%q: an IPv6 address needs brackets, else its port cannot be told; write %s (with quotes in the file)", s, bracketed(s))
 	case strings.Contains(s, ":"):
 		host, portText, _ = strings.Cut(s, ":")
 	}
@@ -87,6 +87,21 @@ func parseJoin(s string, port uint16) (string, error) {
 		return "", fmt.Errorf("%q: %q is neither a host name nor an address; %s", s, host, remedy)
 	}
 	return net.JoinHostPort(host, portText), nil
+}
+
+// bracketed is how an IPv6 address without brackets was probably meant.
+func bracketed(s string) string {
+	whole := `"[` + s + `]"`
+	i := strings.LastIndexByte(s, ':')
+	_, portErr := parsePort(s[i+1:])
+	if a, err := netip.ParseAddr(s[:i]); err != nil || !a.Is6() || portErr != nil {
+		return whole
+	}
+	withPort := `"[` + s[:i] + "]" + s[i:] + `"`
+	if _, err := netip.ParseAddr(s); err != nil {
+		return withPort
+	}
+	return withPort + " if " + s[i+1:] + " is the port, or " + whole
 }
 
 var hostRule = regexp.MustCompile(`^([A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.)*[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?\.?$`)
@@ -291,8 +306,8 @@ func parseMTU(s string) (int, error) {
 	return n, nil
 }
 
-// maxQueues bounds --queues: each queue costs a few MB of buffers.
-const maxQueues = 64
+// MaxQueues bounds --queues: each queue costs a few MB of buffers, and five of the descriptors that systemd keeps.
+const MaxQueues = 64
 
 func parseBenchMbps(s string) (int, error) {
 	n, err := strconv.Atoi(s)
@@ -310,8 +325,8 @@ func parseQueues(s string) (int, error) {
 		return 0, nil
 	}
 	n, err := strconv.Atoi(s)
-	if err != nil || n < 1 || n > maxQueues {
-		return 0, fmt.Errorf("%q: want 1 to %d, or auto", s, maxQueues)
+	if err != nil || n < 1 || n > MaxQueues {
+		return 0, fmt.Errorf("%q: want 1 to %d, or auto", s, MaxQueues)
 	}
 	return n, nil
 }

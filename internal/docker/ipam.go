@@ -120,15 +120,41 @@ func (d *Driver) requestAddress(ctx context.Context, r addressRequest) (address,
 	return address{}, fmt.Errorf("the cluster has no address like %v", p)
 }
 
-// holder is the ID of an endpoint that has this address and is gone: of the same container before it was restarted.
+// holder is the ID of an endpoint that has this address and is gone: of the same container before it was restarted. Its link is
+// removed.
 func (d *Driver) holder(ctx context.Context, a netip.Addr) (string, error) {
 	pods, err := d.pods(ctx)
+	if err != nil {
+		return "", err
+	}
+	host, err := podnet.Open("")
+	if err != nil {
+		return "", err
+	}
+	defer host.Close()
 	for _, p := range pods {
-		if slices.Contains(p.Addresses, a) && p.State == api.PodUnwired && p.Name == fixed {
-			return p.ID, err
+		if slices.Contains(p.Addresses, a) && p.Name == fixed && d.gone(host, p) {
+			return p.ID, host.Remove(podnet.InterfaceName(p.ID))
 		}
 	}
-	return "", err
+	return "", nil
+}
+
+// gone says whether an endpoint has no container: it has no link, or the container's end is in the host's network namespace,
+// where the engine puts it when a container ends, and could tell nobody. From CreateEndpoint to Join it is there, too; but an
+// endpoint joins only the process that has made it.
+func (d *Driver) gone(host *podnet.Host, p api.Pod) bool {
+	if p.State == api.PodUnwired {
+		return true
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, e := range d.endpoints {
+		if e.pod == p.PodID {
+			return false
+		}
+	}
+	return host.HasPodEnd(p.ID)
 }
 
 // pods are those of Docker.
@@ -146,47 +172,70 @@ func (d *Driver) releaseAddress(ctx context.Context, r addressRequest) (empty, e
 		return empty{}, fmt.Errorf("address %q: %w", r.Address, err)
 	}
 	pods, err := d.pods(ctx)
+	if err != nil {
+		return empty{}, err
+	}
+	host, err := podnet.Open("")
+	if err != nil {
+		return empty{}, err
+	}
+	defer host.Close()
 	for _, p := range pods {
-		if slices.Contains(p.Addresses, a) && p.State == api.PodUnwired && p.Name != fixed {
+		if slices.Contains(p.Addresses, a) && p.Name != fixed && d.gone(host, p) {
 			_, err := attach.Remove(ctx, d.agent.Socket(), p.PodID)
 			return empty{}, err
 		}
 	}
-	return empty{}, err
+	return empty{}, nil
 }
 
-// sweepEvery is how long an allocation may be without a link: far longer than a container takes to start or to restart.
+// sweepEvery is how long an endpoint may be gone: far longer than a container takes to start or to restart.
 const sweepEvery = time.Minute
 
-// sweep frees addresses whose endpoints are gone: those that the engine removed while the agent was down, those from before a
-// reboot, and fixed ones.
+// sweep frees endpoints that are gone: those that the engine removed while the agent was down, those from before a reboot, and
+// those with fixed addresses.
 func (d *Driver) sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepEvery)
 	defer tick.Stop()
-	old := map[string]bool{}
+	var old map[string]bool
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
 		}
-		pods, err := d.pods(ctx)
-		if err != nil {
-			continue // no session now
-		}
-		unwired := map[string]bool{}
-		for _, p := range pods {
-			if p.State != api.PodUnwired {
-				continue
-			}
-			unwired[p.ID] = true
-			if !old[p.ID] {
-				continue
-			}
-			if _, err := attach.Remove(ctx, d.agent.Socket(), p.PodID); err != nil {
-				d.log.Warn("the address of a container that is gone is not freed", "pod", p.ID, "error", err)
-			}
-		}
-		old = unwired
+		old = d.freeGone(ctx, old)
 	}
+}
+
+// freeGone frees the endpoints that are gone, and were so at the last look. It returns those that are gone now.
+func (d *Driver) freeGone(ctx context.Context, old map[string]bool) map[string]bool {
+	pods, err := d.pods(ctx)
+	if err != nil {
+		return old // no session now
+	}
+	host, err := podnet.Open("")
+	if err != nil {
+		d.log.Warn("the addresses of containers that are gone are not freed", "error", err)
+		return old
+	}
+	defer host.Close()
+	now := map[string]bool{}
+	for _, p := range pods {
+		if !d.gone(host, p) {
+			continue
+		}
+		now[p.ID] = true
+		if !old[p.ID] {
+			continue
+		}
+		err := host.Remove(podnet.InterfaceName(p.ID))
+		if err == nil { // they have rested since the last look, and a container may come back for a fixed one
+			_, err = d.agent.Free(ctx, api.FreeRequest{ID: p.ID, Rested: true})
+		}
+		if err != nil {
+			d.log.Warn("the address of a container that is gone is not freed", "pod", p.ID, "error", err)
+		}
+	}
+	return now
 }

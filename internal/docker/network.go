@@ -19,6 +19,7 @@ const podInterface = "eth"
 
 // endpoint is a container's interface in a network.
 type endpoint struct {
+	pod     api.PodID
 	link    string       // the container's end
 	addrs   []netip.Addr // those that the engine knows
 	sandbox string       // empty before Join
@@ -59,7 +60,7 @@ func (d *Driver) createEndpoint(ctx context.Context, r endpointRequest) (endpoin
 	if err != nil {
 		return endpointResponse{}, fmt.Errorf("MAC address of the endpoint: %w", err)
 	}
-	e := &endpoint{}
+	e := &endpoint{pod: pod}
 	for _, text := range []string{r.Interface.Address, r.Interface.AddressIPv6} {
 		if text == "" {
 			continue
@@ -82,8 +83,8 @@ func (d *Driver) createEndpoint(ctx context.Context, r endpointRequest) (endpoin
 		}
 	}
 	d.wiring.RLock()
+	defer d.wiring.RUnlock()
 	res, err := attach.Add(ctx, req)
-	d.wiring.RUnlock()
 	if errors.Is(err, fs.ErrExist) {
 		return endpointResponse{}, fmt.Errorf("%w; see `tulle pod list`", err)
 	}

@@ -23,7 +23,7 @@ const (
 	// longer than it repeats a call to a driver that is not there, which is half a minute.
 	lookEvery = 5 * time.Second
 	lookFor   = time.Minute
-	// maxStarts is how often in a row a container is started in vain.
+	// maxStarts is how often in a row a container is started in vain. A start for which the agent was not ready does not count.
 	maxStarts = 3
 	// askTimeout limits a question to the engine, startTimeout a start: longer than all the driver's calls of it.
 	askTimeout   = 10 * time.Second
@@ -73,7 +73,7 @@ func (r *reviver) run(ctx context.Context) {
 			continue
 		case <-tick.C:
 		}
-		if !until.IsZero() && time.Now().After(until) || !r.driver.hasSpace(ctx) {
+		if !until.IsZero() && time.Now().After(until) || !r.driver.ready(ctx) {
 			continue
 		}
 		err := r.look(ctx)
@@ -88,12 +88,12 @@ func (r *reviver) run(ctx context.Context) {
 	}
 }
 
-// hasSpace says whether the agent can give addresses.
-func (d *Driver) hasSpace(ctx context.Context) bool {
+// ready says whether the agent can give addresses. One that knows its space may still have to hear from other nodes that it is its own.
+func (d *Driver) ready(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, askTimeout)
 	defer cancel()
-	space, err := d.agent.IPAM(ctx)
-	return err == nil && len(space.Prefixes) > 0
+	st, err := d.agent.Status(ctx)
+	return err == nil && st.Ready
 }
 
 // look starts the containers that wait for this driver.
@@ -115,6 +115,9 @@ func (r *reviver) look(ctx context.Context) error {
 		name := strings.TrimPrefix(c.Name, "/")
 		if err := r.call(ctx, startTimeout, "POST", "/containers/"+url.PathEscape(c.ID)+"/start", nil); err != nil {
 			r.driver.log.Warn("a container of Docker whose network was not there does not start", "container", name, "attempt", r.tries[c.ID], "error", err)
+			if strings.Contains(err.Error(), notReady) {
+				r.tries[c.ID]--
+			}
 			continue
 		}
 		delete(r.tries, c.ID)

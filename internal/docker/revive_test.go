@@ -7,10 +7,10 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -63,6 +63,7 @@ func TestWaits(t *testing.T) {
 type stubborn struct {
 	mu    sync.Mutex
 	calls []string
+	early int // starts to come that fail because the driver is not ready
 }
 
 func (e *stubborn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -72,6 +73,11 @@ func (e *stubborn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	switch {
 	case r.Method == "POST":
 		w.WriteHeader(http.StatusInternalServerError)
+		if e.early > 0 {
+			e.early--
+			fmt.Fprint(w, `{"message": "IpamDriver.RequestAddress: tulle is not ready: its state is not confirmed"}`)
+			return
+		}
 		fmt.Fprint(w, `{"message": "no"}`)
 	case r.URL.Path == "/containers/json":
 		fmt.Fprint(w, `[{"Id": "one"}]`)
@@ -98,15 +104,18 @@ func (e *stubborn) take() (lists, starts int) {
 	return lists, starts
 }
 
-// spacious is an agent that has space.
-type spacious struct{ api.Backend }
-
-func (spacious) IPAM(context.Context) (api.IPAM, error) {
-	return api.IPAM{Prefixes: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/20")}}, nil
+// node is an agent that answers before it is ready.
+type node struct {
+	api.Backend
+	ready atomic.Bool
 }
 
-// The looks begin when the engine is there, end a minute later, and begin again after a call that came too early. A container that does
-// not start is left alone after three attempts.
+func (n *node) Status(context.Context) (api.Status, error) {
+	return api.Status{Ready: n.ready.Load()}, nil
+}
+
+// The looks begin when engine and agent are there, end a minute later, and begin again after a call that came too early. A container
+// that does not start is left alone after three attempts for which the agent was ready.
 func TestRevive(t *testing.T) {
 	dir := t.TempDir()
 	agent, err := api.Listen(filepath.Join(dir, "agent"))
@@ -117,8 +126,9 @@ func TestRevive(t *testing.T) {
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer stop()
-	wg.Go(func() { _ = api.NewServer(spacious{}, slog.New(slog.DiscardHandler)).Serve(ctx, agent) })
-	engine := &stubborn{}
+	backend := &node{}
+	wg.Go(func() { _ = api.NewServer(backend, slog.New(slog.DiscardHandler)).Serve(ctx, agent) })
+	engine := &stubborn{early: 2}
 	outside := make(chan net.Listener, 1)
 	wg.Go(func() {
 		select {
@@ -148,7 +158,9 @@ func TestRevive(t *testing.T) {
 			t.Fatal(err)
 		}
 		outside <- listener
-		looks("the engine is there", 10*time.Minute, 1+int(lookFor/lookEvery), maxStarts)
+		looks("the agent is not ready", 10*time.Minute, 0, 0)
+		backend.ready.Store(true)
+		looks("both are there", 10*time.Minute, 1+int(lookFor/lookEvery), 2+maxStarts) // two were too early
 		d.early <- struct{}{}
 		looks("a call came too early", 10*time.Minute, 1+int(lookFor/lookEvery), 0)
 	})

@@ -1,9 +1,11 @@
 package doctor_test
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -29,11 +31,41 @@ func TestHostWithoutAgent(t *testing.T) {
 	h.WriteFile("tulle.yaml", "udp_port: 6080\n")
 	p.well("config")
 
+	// What the agent would refuse, or wait for, is found before it starts.
+	keys := h.WriteFile("keys", strings.Repeat("A", 43)+"=\n")
+	for _, c := range []struct {
+		flag, value string
+		state       doctor.State
+		words       []string
+		mend        func()
+	}{
+		{"--gossip-key-file", "/nonexistent/keys", doctor.Failed, []string{"gossip_key_file", "/nonexistent/keys"}, nil},
+		{"--gossip-key-file", keys, doctor.Failed, []string{"gossip_key_file", keys, "chmod 600"}, func() { h.Run("chmod", "600", keys) }},
+		{"--metrics", "10.0.1.77:9646", doctor.Failed, []string{"metrics", "10.0.1.77", "give it to an interface"}, func() { h.Addr("eth0", "10.0.1.77/32") }},
+		{"--cni-dir", filepath.Join(filepath.Dir(keys), "cni"), doctor.Warning, []string{"cni_dir", "mkdir -p"}, func() { h.Run("mkdir", filepath.Join(filepath.Dir(keys), "cni")) }},
+		{"--underlay", "eth7", doctor.Warning, []string{"underlay", "eth7"}, func() { h.IP("link add eth7 type bridge", "link set eth7 up", "addr add 10.7.0.1/24 dev eth7") }},
+		{"--underlay", "10.0.1.78", doctor.Warning, []string{"underlay", "10.0.1.78"}, func() { h.Addr("eth0", "10.0.1.78/32") }},
+	} {
+		if c.value == keys {
+			h.Run("chmod", "644", keys)
+		}
+		q := p
+		q.args = append([]string{c.flag, c.value}, p.args...)
+		q.finds("config", c.state, c.words...)
+		if c.mend != nil {
+			c.mend()
+			q.well("config")
+		}
+	}
+	h.IP("link del eth7", "addr del 10.0.1.77/32 dev eth0", "addr del 10.0.1.78/32 dev eth0")
+
 	p.well("tunnels")
 	p.well("ports")
 	h.IP("link add flannel.1 type vxlan id 1 dstport 4789", "link set flannel.1 up")
 	p.finds("ports", doctor.Failed, "UDP port 4789 is in use", "vxlan_port")
-	p.mends("tunnels", doctor.Failed, "flannel.1 is a vxlan device of the kernel on UDP port 4789", "ip link del flannel.1")
+	p.finds("tunnels", doctor.Failed, "flannel.1 is a vxlan device of the kernel on UDP port 4789", "ip link del flannel.1")
+	h.IP("link del flannel.1")
+	p.well("tunnels")
 	p.well("ports")
 	var taken net.PacketConn
 	err := h.Do(func() (err error) { taken, err = net.ListenPacket("udp4", "10.0.1.11:7946"); return err })
@@ -49,8 +81,28 @@ func TestHostWithoutAgent(t *testing.T) {
 	h.IP("addr add 10.244.3.1/24 dev eth0")
 	p.mends("routes", doctor.Failed, "10.244.3.1/24 on eth0", "ip address del")
 
+	// A device of another kind is not Tulle's to change, whatever the configuration says: it may be the uplink.
 	h.IP("link add tun0 type bridge")
-	p.mends("tun", doctor.Failed, "tun0 is of type bridge", "ip link del tun0")
+	for _, tun := range []string{"tun0", "eth0"} {
+		q := p
+		q.args = append([]string{"--tun", tun}, p.args...)
+		if f := q.finds("tun", doctor.Failed, "device "+tun+" is of type", "another --tun", "--underlay"); f.Command != "" {
+			t.Errorf("the command for %s is %q", tun, f.Command)
+		}
+		settings := func() string {
+			return h.Run("sh", "-c", "grep . /proc/sys/net/ipv?/conf/"+tun+"/* /proc/sys/net/ipv?/conf/all/forwarding 2>/dev/null || :")
+		}
+		was := settings()
+		for _, check := range []string{"forwarding", "routes", "firewall", "managers"} {
+			if r, err := q.doctor(check, "--fix"); err != nil || r.State != doctor.Skipped || !strings.Contains(r.Seen, tun+" is not") || len(r.Findings) > 0 {
+				t.Errorf("%s with --tun %s: %+v, %v", check, tun, r, err)
+			}
+		}
+		if is := settings(); is != was {
+			t.Errorf("the settings of %s were\n%s\nand are\n%s", tun, was, is)
+		}
+	}
+	h.IP("link del tun0")
 
 	q := p
 	q.args = append([]string{"--join", "seed:7946"}, p.args...)
@@ -61,6 +113,63 @@ func TestHostWithoutAgent(t *testing.T) {
 	q.finds("names", doctor.Failed, "10.244.9.9, which is an address of the cluster's pods")
 	h.EtcHosts("10.0.1.12 seed")
 	q.well("names")
+}
+
+// TestPortsAfterTheAgent has what an agent leaves behind when it stops or restarts: connections in TIME_WAIT, and the sockets that systemd keeps for
+// the next one.
+func TestPortsAfterTheAgent(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	h := n.Host("h")
+	p := at(t, n, h, nil)
+	if err := h.Do(func() error {
+		l, err := net.Listen("tcp4", "127.0.0.1:7946")
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+		p.finds("ports", doctor.Failed, "TCP port 7946 is in use by")
+		c, err := net.Dial("tcp4", l.Addr().String())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		s, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		return s.Close() // first, so that TIME_WAIT is on this side
+	}); err != nil {
+		t.Fatal(err)
+	}
+	if out := h.Run("ss", "-tan", "state", "time-wait", "sport = :7946"); !strings.Contains(out, ":7946") {
+		t.Fatalf("nothing is in TIME_WAIT: %s", out)
+	}
+	p.well("ports")
+
+	// A process namespace whose process 1 is called systemd.
+	systemd := filepath.Join(t.TempDir(), "systemd")
+	if err := os.Symlink("/bin/sh", systemd); err != nil {
+		t.Fatal(err)
+	}
+	for port, want := range map[int]string{6080: "1 ok, 0 warnings, 0 failed", 7946: "UDP port 7946 is in use by systemd (process 1)"} {
+		var taken *net.UDPConn
+		if err := h.Do(func() (err error) { taken, err = net.ListenUDP("udp", &net.UDPAddr{Port: port}); return err }); err != nil {
+			t.Fatal(err)
+		}
+		file, err := taken.File()
+		if err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command("nsenter", "--net="+h.NetnsPath(), "unshare", "-p", "-f", "--mount-proc", systemd, "-c", n.Program()+" doctor ports --config /dev/null --socket /nonexistent/s 3<&-; :")
+		cmd.ExtraFiles = []*os.File{file}
+		if out, err := cmd.CombinedOutput(); err != nil || !strings.Contains(string(out), want) {
+			t.Errorf("process 1 has port %d: %s, %v; want %q", port, out, err, want)
+		}
+		if err := errors.Join(file.Close(), taken.Close()); err != nil {
+			t.Error(err)
+		}
+	}
 }
 
 // TestContainer: /dev/net is empty, as in a container; and the remedy is run there.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -17,20 +18,20 @@ import (
 // checks are all checks, in the order in which one thing builds on another.
 func checks() []check {
 	return []check{
-		{name: "config", about: "the configuration file, and what the cluster says differently", judge: judgeConfig},
-		{name: "tun", about: "/dev/net/tun and the TUN device", gather: gatherTun, judge: judgeTun},
+		{name: "config", about: "the configuration file, and what the host and the cluster say differently", gather: gatherConfig, judge: judgeConfig},
+		{name: "tun", about: "/dev/net/tun and the TUN device", judge: judgeTun},
 		{name: "capabilities", about: "CAP_NET_ADMIN and CAP_NET_RAW", gather: gatherCapabilities, judge: judgeCapabilities},
-		{name: "agent", about: "the agent answers and is ready", gather: gatherAlone, judge: judgeAgent},
+		{name: "agent", about: "the agent answers and is ready", gather: gatherAgent, judge: judgeAgent},
 		{name: "underlay", about: "the address and the links that carry the tunnel", judge: judgeTold(api.CheckUnderlay, Failed, seenUnderlay)},
-		{name: "forwarding", about: "sysctls that pods need", gather: gatherSettings, judge: judgeForwarding, fix: fixSettings},
+		{name: "forwarding", about: "sysctls that pods need", tun: true, gather: gatherSettings, judge: judgeForwarding, fix: fixSettings},
 		{name: "rp_filter", about: "strict reverse path filters", judge: judgeRPFilter},
-		{name: "routes", about: "addresses and routes of others inside the cluster's space", gather: gatherOverlap, judge: judgeRoutes},
+		{name: "routes", about: "addresses and routes of others inside the cluster's space", tun: true, gather: gatherOverlap, judge: judgeRoutes},
 		{name: "cni", about: "networks of other container engines and CNI plugins", gather: gatherNetworks, judge: judgeNetworks},
-		{name: "firewall", about: "FORWARD chains of nftables, iptables, iptables-legacy and firewalld", gather: gatherForward, judge: judgeFirewall},
+		{name: "firewall", about: "FORWARD chains of nftables, iptables, iptables-legacy and firewalld", tun: true, gather: gatherForward, judge: judgeFirewall},
 		{name: "ports", about: "the agent's ports: taken by others, or dropped by this host's own firewall", gather: gatherPorts, judge: judgePorts},
 		{name: "tunnels", about: "tunnel devices of the kernel that take the agent's packets", gather: gatherTunnels, judge: judgeTunnels},
 		{name: "fast_path", about: "BPF programs that carry packets in place of the agent", judge: judgeTold(api.CheckFastPath, Failed, seenFastPath)},
-		{name: "managers", about: "NetworkManager and systemd-networkd leave the TUN device alone", gather: gatherManagers, judge: judgeManagers},
+		{name: "managers", about: "NetworkManager and systemd-networkd leave the TUN device and pods' links alone", tun: true, gather: gatherManagers, judge: judgeManagers},
 		{name: "names", about: "the names of seeds", gather: gatherNames, judge: judgeNames},
 		{name: "clock", about: "the clock follows NTP, and those of the peers agree", gather: gatherClock, judge: judgeClock},
 		{name: "buffers", about: "socket buffers", gather: gatherBuffers, judge: judgeBuffers},
@@ -45,7 +46,7 @@ func checks() []check {
 		{name: "owners", about: "owners of address space that are not reachable", judge: judgeTold(api.CheckOwners, Failed, seenOwners)},
 		{name: "addresses", about: "addresses of pods that are gone", gather: gatherAddresses, judge: judgeAddresses, fix: fixAddresses},
 		{name: "state", about: "the state on disk can be saved", judge: judgeTold(api.CheckState, Failed, seenState)},
-		{name: "versions", about: "versions of the program, the agent and its peers", judge: judgeVersions},
+		{name: "versions", about: "versions of the program, the CNI plugin, the agent and its peers", gather: gatherVersions, judge: judgeVersions},
 	}
 }
 
@@ -57,7 +58,7 @@ func judgeConfig(s *snapshot) Result {
 	if _, err := os.Stat(text); err != nil {
 		text += " does not exist: the defaults and the flags count"
 	}
-	return result(text, s.told(api.CheckConfig, Warning)...)
+	return result(text, append(s.config, s.told(api.CheckConfig, Warning)...)...)
 }
 
 func judgeTun(s *snapshot) Result {
@@ -81,10 +82,13 @@ func judgeTun(s *snapshot) Result {
 		}
 	case "tuntap":
 		text = fmt.Sprintf("%s opens, %s is a TUN device", sys.TunPath, s.Tun)
+		if t.foreign != nil {
+			out = append(out, Finding{State: Failed, What: t.foreign.Error(), Remedy: "give the agent another --tun"})
+		}
 	default:
 		text = fmt.Sprintf("%s is a device of type %s", s.Tun, t.kind)
 		out = append(out, Finding{State: Failed, What: fmt.Sprintf("device %s is of type %s, not a TUN device", s.Tun, t.kind),
-			Remedy: "give the agent another --tun, or delete that device", Command: "ip link del " + s.Tun})
+			Remedy: "give the agent another --tun; the interface that carries the tunnel is named with --underlay"})
 	}
 	return result(text, out...)
 }
@@ -112,11 +116,10 @@ func judgeCapabilities(s *snapshot) Result {
 
 func judgeAgent(s *snapshot) Result {
 	if s.status == nil {
-		text, remedy := s.agentErr.Error(), "start it"
-		if e, ok := errors.AsType[*api.Error](s.agentErr); ok {
-			text, remedy = e.Message, cmp.Or(e.Remedy, remedy)
+		out := []Finding{s.noAnswer()}
+		if s.state.err != nil {
+			out = append(out, Finding{State: Failed, What: fmt.Sprintf("state file %s: %v", s.state.err.Path, s.state.err.Err), Remedy: s.state.err.Remedy})
 		}
-		out := []Finding{{State: Warning, What: text + ": only this host is checked", Remedy: remedy, Command: "systemctl start tulle"}}
 		if s.alone != nil {
 			out = append(out, Finding{State: Failed, What: s.alone.Error(), Remedy: "stop one of the two"})
 		}
@@ -129,6 +132,25 @@ func judgeAgent(s *snapshot) Result {
 		out = append(out, Finding{State: Failed, What: "the agent is not ready", Remedy: "wait a moment, then see `tulle status`"})
 	}
 	return result(text, out...)
+}
+
+// noAnswer says why the agent does not answer. One that has never run on this host is nothing wrong.
+func (s *snapshot) noAnswer() Finding {
+	f := Finding{State: Warning, What: s.agentErr.Error(), Remedy: "start the agent", Command: "systemctl start tulle"}
+	if e, ok := errors.AsType[*api.Error](s.agentErr); ok {
+		f.What, f.Remedy = e.Message, cmp.Or(e.Remedy, f.Remedy)
+	}
+	switch {
+	case s.stuck():
+		f.State, f.Remedy, f.Command = Failed, "the agent has the socket and is stuck: restart it; its log may say why", "systemctl restart tulle"
+	case !s.absent():
+		f.Command = ""
+	case s.state.member:
+		f.State, f.Remedy = Failed, "start it (`systemctl status tulle` says why it ended), or name its socket with --socket"
+		f.What += ", though this host is a member of a cluster, by the state in " + s.StateDir
+	}
+	f.What += ": only this host is checked"
+	return f
 }
 
 func judgeForwarding(s *snapshot) Result {
@@ -152,27 +174,22 @@ func judgeRoutes(s *snapshot) Result {
 	}
 	out := s.told(api.CheckRoutes, Failed)
 	for _, f := range s.overlap.found(Failed) {
-		if !hasCommand(out, f.Command) {
+		if !has(out, f) {
 			out = append(out, f)
 		}
 	}
 	return result("against "+join(s.ClusterCIDRs, ", "), out...)
 }
 
-// hasCommand reports whether a finding with that command is there already.
-func hasCommand(list []Finding, command string) bool {
-	for _, f := range list {
-		if command != "" && f.Command == command {
-			return true
-		}
-	}
-	return false
+// has reports whether a finding of the same text, or with the same command, is there already.
+func has(list []Finding, f Finding) bool {
+	return slices.ContainsFunc(list, func(g Finding) bool { return f.What == g.What || f.Command != "" && f.Command == g.Command })
 }
 
-// judgeFirewall prefers what this process sees now to what the agent saw, which is the same rule.
+// judgeFirewall prefers what this process sees now to what the agent saw, which is the same rule. The agent does not say whether it could look.
 func judgeFirewall(s *snapshot) Result {
 	if s.forward.err != nil && s.status != nil {
-		return result("as the agent sees it", s.told(api.CheckFirewall, Failed)...)
+		return result("as the agent sees it", append(unread(s.forward.err), s.told(api.CheckFirewall, Failed)...)...)
 	}
 	return result("chains on the forward hook", s.forward.found(Failed)...)
 }
@@ -186,11 +203,14 @@ func judgePorts(s *snapshot) Result {
 	for _, t := range s.taken {
 		who := "something"
 		command := ""
+		remedy := "stop it, or give the agent another port (gossip_port, udp_port, vxlan_port); this shows it"
+		if strings.HasPrefix(t.holder, "tulle (") {
+			remedy = "if that is the agent, name its socket with --socket; else " + remedy
+		}
 		if t.holder != "" {
 			who, command = t.holder, fmt.Sprintf("ss -lnp 'sport = :%d'", t.port.Number)
 		}
-		out = append(out, Finding{State: Failed, What: fmt.Sprintf("%v is in use by %s, and no agent runs", t.port, who),
-			Remedy: "stop it, or give the agent another port (gossip_port, udp_port, vxlan_port); this shows it", Command: command})
+		out = append(out, Finding{State: Failed, What: fmt.Sprintf("%v is in use by %s, and no agent listens on %s", t.port, who, s.Socket), Remedy: remedy, Command: command})
 	}
 	return result("gossip "+fmt.Sprint(s.GossipPort)+", "+join(s.ports()[2:], ", "), out...)
 }

@@ -2,7 +2,12 @@ package doctor
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io/fs"
+	"os/exec"
+	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/tulle-net/tulle/internal/api"
@@ -76,6 +81,14 @@ func (s *snapshot) silentPeer() bool {
 	return false
 }
 
+// label names a peer, with its ID if others have the same name.
+func (s *snapshot) label(p api.Peer) string {
+	if slices.ContainsFunc(s.status.Peers, func(o api.Peer) bool { return o.Name == p.Name && o.ID != p.ID }) {
+		return fmt.Sprintf("%s (%.8s)", p.Name, p.ID)
+	}
+	return p.Name
+}
+
 // judgePaths names what is blocked. Of each path the reason says in which direction packets are lost, as far as this side knows
 // it: the peer's probes that arrive here tell.
 func judgePaths(s *snapshot) Result {
@@ -88,13 +101,13 @@ func judgePaths(s *snapshot) Result {
 		if p.State == api.PeerExternal || p.State == api.PeerLeft {
 			continue
 		}
-		text = append(text, fmt.Sprintf("%s by %s %s", p.Name, p.Path.Mode, p.Path.State))
+		text = append(text, fmt.Sprintf("%s by %s %s", s.label(p), p.Path.Mode, p.Path.State))
 		for _, c := range p.Candidates {
 			if c.Active {
 				break // what follows is not preferred
 			}
 			if c.State == api.PathDown && p.Path.State == api.PathUp {
-				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is preferred toward %s, and blocked: %s", c.Mode, p.Name, c.Reason),
+				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is preferred toward %s, and blocked: %s", c.Mode, s.label(p), c.Reason),
 					Remedy: fmt.Sprintf("let %s pass between %s and %s, or leave %s out of `paths`; run `tulle doctor ports` on both hosts", outer(c), join(s.status.Node.Underlay, ", "), join(p.Underlay, ", "), c.Mode)})
 			}
 		}
@@ -131,18 +144,14 @@ func judgeMTU(s *snapshot) Result {
 		if a.State != api.PathUp || a.MTULimit == 0 {
 			continue
 		}
-		text = append(text, fmt.Sprintf("%s %d of %d", p.Name, a.MTU, a.MTULimit))
+		text = append(text, fmt.Sprintf("%s %d of %d", s.label(p), a.MTU, a.MTULimit))
 		less := a.MTULimit - a.MTU
 		if less <= 0 {
 			continue
 		}
-		f := Finding{State: Warning,
-			What:   fmt.Sprintf("the path to %s carries %d bytes less than this host's links: inner packets of %d, where %s (MTU %d) would carry %d by %s", p.Name, less, a.MTU, strings.Join(n.Links, ", "), n.LinkMTU, a.MTULimit, a.Mode),
-			Remedy: "raise the MTU of the link on the way; if it stays, set this host's link or `mtu` to it, so that new pods begin with the size that passes"}
-		if len(n.Links) == 1 && len(p.Leaves) == 0 {
-			f.Command = fmt.Sprintf("ip link set %s mtu %d", n.Links[0], n.LinkMTU-less)
-		}
-		out = append(out, f)
+		out = append(out, Finding{State: Warning,
+			What:   fmt.Sprintf("the path to %s carries %d bytes less than this host's links: inner packets of %d, where %s (MTU %d) would carry %d by %s", s.label(p), less, a.MTU, strings.Join(n.Links, ", "), n.LinkMTU, a.MTULimit, a.Mode),
+			Remedy: "raise the MTU of the link on the way; if it stays, set this host's link or `mtu` to it, so that new pods begin with the size that passes"})
 	}
 	if text == nil && out == nil {
 		return skip("no path is up")
@@ -174,10 +183,6 @@ func judgeSpace(s *snapshot) Result {
 	}
 	st := s.status
 	out := s.told(api.CheckSpace, Failed)
-	if n := st.Cluster.Table.Conflicts; n > 0 && len(out) == 0 {
-		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%d prefixes were claimed by two owners: a node was forgotten while it was alive", n),
-			Remedy: "look for pods with addresses that others have", Command: "tulle ipam check"})
-	}
 	text := fmt.Sprintf("%s of %s; %d entries, digest %.8s", join(st.Node.Prefixes, " "), join(st.Cluster.CIDRs, " "), st.Cluster.Table.Entries, st.Cluster.Table.Digest)
 	return result(text, out...)
 }
@@ -211,12 +216,47 @@ func judgeAddresses(s *snapshot) Result {
 	return result(fmt.Sprintf("%d allocations", s.leaks.Checked), out...)
 }
 
+// gatherVersions asks the plugin for its version, as a person would: it has no agent's socket, and is told no command.
+func gatherVersions(ctx context.Context, s *snapshot) {
+	s.plugin = plugin{}
+	if s.CNIBinDir == "" {
+		return
+	}
+	p := plugin{path: filepath.Join(s.CNIBinDir, "tulle-cni")}
+	ctx, cancel := context.WithTimeout(ctx, agentPatience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, p.path)
+	cmd.Env = []string{} // no CNI_COMMAND
+	out, err := cmd.CombinedOutput()
+	first, _, _ := strings.Cut(string(out), "\n")
+	version, ok := strings.CutPrefix(first, "tulle-cni ")
+	if p.version, p.err = version, err; err == nil && !ok {
+		p.version, p.err = "", fmt.Errorf("it says %q", first)
+	}
+	s.plugin = p
+}
+
+// judge compares the plugin with this program. Each upgrade brings both, but a copy in the engine's directory stays.
+func (p plugin) judge() (out []Finding) {
+	const remedy = "put the plugin of this version there (the package has it in /usr/lib/cni), or correct cni_bin_dir"
+	switch {
+	case p.path == "", errors.Is(p.err, fs.ErrNotExist): // of one that is missing the agent tells
+	case p.err != nil:
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s does not say its version: %v", p.path, p.err), Remedy: remedy})
+	case p.version != api.Version():
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is of version %s, and this program of %s", p.path, p.version, api.Version()), Remedy: remedy})
+	}
+	return out
+}
+
 func judgeVersions(s *snapshot) Result {
-	if s.status == nil {
+	out := s.plugin.judge()
+	if s.status == nil && len(out) == 0 {
 		return skip(noAgent)
+	} else if s.status == nil {
+		return result("this program "+api.Version(), out...)
 	}
 	text := []string{"agent " + s.status.Version}
-	var out []Finding
 	if own := api.Version(); own != s.status.Version {
 		text = append(text, "this program "+own)
 		out = append(out, Finding{State: Warning, What: fmt.Sprintf("the agent runs version %s, and the program on disk is %s", s.status.Version, own),
@@ -227,8 +267,8 @@ func judgeVersions(s *snapshot) Result {
 			continue
 		}
 		// A long version is announced in part.
-		if text = append(text, p.Name+" "+p.Version); !strings.HasPrefix(s.status.Version, p.Version) && p.State == api.PeerAlive {
-			out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s runs version %s, this node %s", p.Name, p.Version, s.status.Version),
+		if text = append(text, s.label(p)+" "+p.Version); !strings.HasPrefix(s.status.Version, p.Version) && p.State == api.PeerAlive {
+			out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s runs version %s, this node %s", s.label(p), p.Version, s.status.Version),
 				Remedy: "upgrade the older one"})
 		}
 	}

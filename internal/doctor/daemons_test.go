@@ -176,7 +176,7 @@ func TestNetworkManager(t *testing.T) {
 	t.Parallel()
 	n := hosts.New(t)
 	h := n.Host("h")
-	h.IP("tuntap add dev tun0 mode tun", "link set tun0 up", "addr add 10.244.0.1/32 dev tun0")
+	h.IP("tuntap add dev tun0 mode tun", "link set tun0 alias tulle up", "addr add 10.244.0.1/32 dev tun0")
 	u := newUserland(t, h, n.Program(), "NetworkManager --no-daemon")
 	hosts.Within(t, 30*time.Second, "NetworkManager runs", func() error { _, err := u.try("nmcli -t general status"); return err })
 	look := func() string {
@@ -198,12 +198,21 @@ func TestNetworkManager(t *testing.T) {
 		}
 		return nil
 	})
-	h.IP("tuntap add dev tulle-direct mode tun", "link set tulle-direct up")
-	hosts.Within(t, 20*time.Second, "the device for direct probes is left alone too", func() error {
-		if s := u.run("nmcli -t -f DEVICE,STATE device"); !strings.Contains(s, "tulle-direct:unmanaged") || !strings.Contains(s, "tun0:unmanaged") {
-			return errors.New(s)
+	h.IP("tuntap add dev tulle-direct mode tun", "link set tulle-direct up",
+		"link add tp0123456789ab type veth peer name peer", "link set tp0123456789ab up", "link set peer up",
+		"link add pods address ee:ee:ee:ee:ee:ee type bridge", "addr add 10.99.0.1/24 dev pods", "link set pods up")
+	hosts.Within(t, 20*time.Second, "all other devices of Tulle are left alone, too", func() error {
+		s := u.run("nmcli -t -f DEVICE,STATE device")
+		for _, d := range []string{"tun0:unmanaged", "tulle-direct:unmanaged", "tp0123456789ab:unmanaged", "pods:connected (externally)"} {
+			if !strings.Contains(s, d) {
+				return errors.New(s)
+			}
 		}
 		return nil
 	})
+	h.IP("link set tp0123456789ab alias 'tulle-pod 10.244.0.3 web'")
+	if out = look(); !strings.Contains(out, "manages 0 other devices of Tulle") || !strings.Contains(out, " 0 failed") {
+		t.Error(out)
+	}
 	t.Log(command)
 }

@@ -65,6 +65,7 @@ type Options struct {
 	Fix    bool     // mend what is safe to mend
 
 	Socket       string         // the agent's
+	StateDir     string         // the agent's
 	ConfigFile   string         // for words
 	ConfigErr    error          // of reading the configuration; the other fields have the defaults then
 	Tun          string         // name of the TUN device
@@ -77,6 +78,12 @@ type Options struct {
 	VXLANPort    uint16
 	Paths        []string // encapsulations, in order of preference
 	CNIDir       string   // where the agent publishes its network; empty: nowhere
+	CNIBinDir    string   // where the engine's plugins are; empty: not looked at
+	KeyFile      string   // of gossip; empty: not encrypted
+	Metrics      string   // ADDRESS:PORT; empty: not served
+	Underlay     string   // interface that carries the tunnel; empty: UnderlayAddrs, or the agent's choice
+
+	UnderlayAddrs []netip.Addr
 
 	Root string // in front of the paths below /etc and /run, for tests; empty: the host's own
 }
@@ -85,6 +92,7 @@ type Options struct {
 type check struct {
 	name   string
 	about  string // what it looks at, in a few words
+	tun    bool   // its commands name the TUN device: skipped where that name is of another device, which they would change
 	gather func(context.Context, *snapshot)
 	judge  func(*snapshot) Result
 	fix    func(context.Context, *snapshot) ([]string, error) // nil: nothing is safe
@@ -114,6 +122,7 @@ func Run(ctx context.Context, o Options) (Report, error) {
 	var r Report
 	s := &snapshot{Options: o}
 	s.askAgent(ctx)
+	s.gatherTun()
 	for _, c := range all {
 		if len(o.Checks) > 0 && !slices.Contains(o.Checks, c.name) {
 			continue
@@ -145,6 +154,11 @@ func (r *Report) add(one Result) {
 
 // run gathers, judges, and where it is asked for and something is wrong, mends and looks again.
 func (c check) run(ctx context.Context, s *snapshot) Result {
+	if c.tun && s.tun.others() {
+		r := skip("device %s is not Tulle's: see `tulle doctor tun`", s.Tun)
+		r.Check = c.name
+		return r
+	}
 	look := func() Result {
 		if c.gather != nil {
 			c.gather(ctx, s)

@@ -2,10 +2,14 @@ package doctor
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
+	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
@@ -18,11 +22,54 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/internal/sys"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/membership/keyring"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
-func gatherTun(_ context.Context, s *snapshot) {
+// gatherConfig compares the configuration with the host. What the agent refuses has failed; what it goes on without, or waits for, is a warning.
+func gatherConfig(_ context.Context, s *snapshot) {
+	s.config = nil
+	add := func(st State, key string, value any, what error, remedy, command string) {
+		s.config = append(s.config, Finding{State: st, What: fmt.Sprintf("%s %v: %v", key, value, what), Remedy: remedy, Command: command})
+	}
+	if s.KeyFile != "" {
+		switch _, err := keyring.Load(s.KeyFile); {
+		case errors.Is(err, fs.ErrPermission):
+			s.config = append(s.config, unread(err)...)
+		case err != nil:
+			add(Failed, "gossip_key_file", s.KeyFile, err, "mend the file: the agent does not start without it", "")
+		}
+	}
+	if host, _, err := net.SplitHostPort(s.Metrics); err == nil {
+		l, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+		if err == nil {
+			l.Close()
+		} else if a, _ := netip.ParseAddr(host); errors.Is(err, unix.EADDRNOTAVAIL) {
+			add(Failed, "metrics", s.Metrics, errors.New("this host does not have this address, and the agent does not start"), hostnet.ToHave(a)+", choose another address, or off", "")
+		} else {
+			add(Failed, "metrics", s.Metrics, err, "choose another address, or off", "")
+		}
+	}
+	if s.CNIDir != "" && s.status == nil { // a running agent says so itself
+		if _, err := os.Stat(s.CNIDir); errors.Is(err, fs.ErrNotExist) {
+			add(Warning, "cni_dir", s.CNIDir, errors.New("there is no such directory"), "make it before the service starts, which can write only where a directory is", "mkdir -p "+s.CNIDir)
+		}
+	}
+	if s.Underlay != "" || s.UnderlayAddrs != nil {
+		_, err := hostnet.DetectUnderlay(hostnet.Sought{Interface: s.Underlay, Addresses: s.UnderlayAddrs, Tun: s.Tun, Pods: s.ClusterCIDRs})
+		if st := Warning; err != nil {
+			if !errors.Is(err, hostnet.ErrNotYet) {
+				st = Failed
+			}
+			add(st, "underlay", cmp.Or(s.Underlay, join(s.UnderlayAddrs, ",")), err, "bring it up, or name another interface or address; the agent waits for what may come", "")
+		}
+	}
+}
+
+func (s *snapshot) gatherTun() {
 	s.tun = tunDevice{}
 	fd, err := sys.TunOpen()
 	if err == nil {
@@ -30,7 +77,10 @@ func gatherTun(_ context.Context, s *snapshot) {
 	}
 	s.tun.node = err
 	if link, err := netlink.LinkByName(s.Tun); err == nil {
-		s.tun.kind, s.tun.index = link.Type(), link.Attrs().Index
+		s.tun.kind, s.tun.index, s.tun.foreign = link.Type(), link.Attrs().Index, hostnet.CheckTun(s.Tun)
+		if t, ok := link.(*netlink.Tuntap); ok && t.Mode != netlink.TUNTAP_MODE_TUN {
+			s.tun.kind = "tap"
+		}
 		six, err := netlink.AddrList(link, netlink.FAMILY_V6)
 		s.tun.six = err == nil && len(six) > 0
 	}
@@ -49,12 +99,20 @@ func gatherCapabilities(_ context.Context, s *snapshot) {
 	}
 }
 
-func gatherAlone(_ context.Context, s *snapshot) { s.alone = hostnet.CheckAlone(s.Tun) }
+func gatherAgent(_ context.Context, s *snapshot) {
+	s.alone = hostnet.CheckAlone(s.Tun)
+	if s.status == nil && s.StateDir != "" {
+		st, err := ipam.ReadState(s.StateDir)
+		s.state.member = err == nil && !st.Left
+		if errors.Is(err, ipam.ErrCorrupt) || errors.Is(err, ipam.ErrNewer) {
+			s.state.err, _ = errors.AsType[*ipam.StoreError](err)
+		}
+	}
+}
 
-func gatherSettings(ctx context.Context, s *snapshot) {
-	gatherTun(ctx, s)
+func gatherSettings(_ context.Context, s *snapshot) {
 	v4, v6 := s.families()
-	s.settings.problems, s.settings.err = hostnet.SettingProblems(s.Tun, v4, v6)
+	s.settings.problems, s.settings.err = hostnet.SettingProblems(s.Tun, s.links(), v4, v6)
 }
 
 // fixSettings is safe: the agent sets the same values while it runs.
@@ -63,7 +121,7 @@ func fixSettings(_ context.Context, s *snapshot) ([]string, error) {
 		return nil, nil
 	}
 	v4, v6 := s.families()
-	return hostnet.MendSettings(s.Tun, v4, v6)
+	return hostnet.MendSettings(s.Tun, s.links(), v4, v6)
 }
 
 func gatherOverlap(_ context.Context, s *snapshot) {
@@ -105,18 +163,30 @@ func (s *snapshot) links() []string {
 	return s.status.Node.Links
 }
 
+// underlay are this node's addresses between hosts, as far as the agent says.
+func (s *snapshot) underlay() []netip.Addr {
+	if s.status == nil {
+		return nil
+	}
+	return s.status.Node.Underlay
+}
+
 func gatherPorts(_ context.Context, s *snapshot) {
-	s.blocked.problems, s.blocked.err = hostnet.PortProblems(hostnet.Outer{Ports: s.ports(), Links: s.links(), Pods: s.ClusterCIDRs})
-	if s.taken = nil; s.status == nil {
+	s.blocked.problems, s.blocked.err = hostnet.PortProblems(hostnet.Outer{Ports: s.ports(), Gossip: s.GossipPort, Links: s.links(), Addrs: s.underlay(), Pods: s.ClusterCIDRs})
+	if s.taken = nil; s.absent() {
 		for _, p := range s.ports() {
-			if p.Number != 0 && inUse(p) {
-				s.taken = append(s.taken, takenPort{p, holder(p)})
+			if p.Number == 0 || !inUse(p) {
+				continue
+			}
+			// systemd keeps the tunnel's sockets, not those of gossip, while the agent restarts.
+			if who := holder(p); who != "systemd (process 1)" || p.Number == s.GossipPort {
+				s.taken = append(s.taken, takenPort{p, who})
 			}
 		}
 	}
 }
 
-// inUse reports whether the port cannot be bound on all addresses.
+// inUse reports whether the port cannot be bound on all addresses. Connections of TCP that are over do not count, as for the agent.
 func inUse(p hostnet.Port) bool {
 	typ := unix.SOCK_DGRAM
 	if p.Proto == unix.IPPROTO_TCP {
@@ -132,6 +202,9 @@ func inUse(p hostnet.Port) bool {
 		}
 		if domain == unix.AF_INET6 {
 			_ = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
+		}
+		if typ == unix.SOCK_STREAM { // of UDP sockets it would let two have one port
+			_ = unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_REUSEADDR, 1)
 		}
 		err = unix.Bind(fd, addr)
 		_ = sys.Close(fd)
@@ -189,7 +262,7 @@ func judgeClock(s *snapshot) Result {
 	if k.synced {
 		return result(text, out...)
 	}
-	return result(text, append(out, Finding{State: Warning, What: "nothing keeps the clock right: logs of several hosts cannot be compared, and which of two clones is the newer one is decided by their clocks",
+	return result(text, append(out, Finding{State: Warning, What: "nothing keeps the clock right: logs of several hosts cannot be compared",
 		Remedy: "run an NTP client", Command: "timedatectl set-ntp true"})...)
 }
 
@@ -207,7 +280,7 @@ func (s *snapshot) skewed() (out []Finding) {
 			skew, way = -skew, "behind"
 		}
 		if skew > mostSkew && p.State == api.PeerAlive {
-			out = append(out, Finding{State: Warning, What: fmt.Sprintf("the clock of %s is %v %s this host's", p.Name, skew, way),
+			out = append(out, Finding{State: Warning, What: fmt.Sprintf("the clock of %s is %v %s this host's", s.label(p), skew, way),
 				Remedy: "run an NTP client on both hosts"})
 		}
 	}
@@ -355,9 +428,8 @@ func value(text, key string) string {
 const networkdLinks = "run/systemd/netif/links"
 
 // gatherManagers reads what systemd-networkd and NetworkManager write into /run of each link.
-func gatherManagers(ctx context.Context, s *snapshot) {
-	gatherTun(ctx, s)
-	m := managers{}
+func gatherManagers(_ context.Context, s *snapshot) {
+	m, others := managers{}, s.otherDevices()
 	if s.exists(networkdLinks) {
 		links, _ := os.ReadDir(s.path(networkdLinks))
 		for _, l := range links {
@@ -367,23 +439,67 @@ func gatherManagers(ctx context.Context, s *snapshot) {
 			}
 			if l.Name() == strconv.Itoa(s.tun.index) {
 				m.linkState = state
+			} else if other := others[l.Name()]; other != nil && networkdManages(state) {
+				m.networkdOthers = append(m.networkdOthers, other.Attrs().Name)
 			}
 		}
-		m.routesKept = s.routesKept()
+		var files [2]string
+		m.routesKept, files[0] = s.networkdKeeps("ManageForeignRoutes")
+		m.rulesKept, files[1] = s.networkdKeeps("ManageForeignRoutingPolicyRules")
+		m.unread = s.newerThan(networkdStart(), files[:])
 	}
-	if s.exists("run/NetworkManager/devices") {
+	if s.exists(nmDevices) {
 		m.nm = true
 		if s.tun.index != 0 {
-			m.nmManaged = value(s.read(fmt.Sprintf("run/NetworkManager/devices/%d", s.tun.index)), "managed")
+			m.nmManaged = s.nmManages(strconv.Itoa(s.tun.index))
+		}
+		for index, other := range others {
+			// Bridges that others have made it calls managed, too, but it leaves them as they are.
+			if other.Type() != "bridge" && s.nmManages(index) == "true" {
+				m.nmOthers = append(m.nmOthers, other.Attrs().Name)
+			}
 		}
 	}
+	slices.Sort(m.networkdOthers)
+	slices.Sort(m.nmOthers)
 	s.managers = m
 }
 
-// routesKept reports what networkd.conf(5) says of routes that it did not make: of files with one name those in /etc win, then /run, then
-// /usr/lib; of all files, the last one by name.
-func (s *snapshot) routesKept() bool {
-	said := value(s.read("etc/systemd/networkd.conf"), "ManageForeignRoutes")
+const nmDevices = "run/NetworkManager/devices"
+
+func (s *snapshot) nmManages(index string) string {
+	return value(s.read(filepath.Join(nmDevices, index)), "managed")
+}
+
+// networkdManages tells whether systemd-networkd touches a link in that state. It does nothing to one that is pending (for udev) or initialized.
+func networkdManages(state string) bool {
+	return slices.Contains([]string{"configuring", "configured", "failed", "linger"}, state)
+}
+
+// otherDevices are Tulle's devices besides the TUN device, by index.
+func (s *snapshot) otherDevices() map[string]netlink.Link {
+	out := map[string]netlink.Link{}
+	nl, err := sys.NewNetlink(-1)
+	if err != nil {
+		return nil
+	}
+	defer nl.Close()
+	links, _ := nl.LinkList()
+	for _, l := range links {
+		if at := l.Attrs(); podnet.Made(l) || strings.HasPrefix(at.Name, "tulle-") && at.Name != s.Tun {
+			out[strconv.Itoa(at.Index)] = l
+		}
+	}
+	return out
+}
+
+// networkdKeeps reports whether networkd.conf(5) says no to a key, and which file does: of files with one name those in /etc win, then /run, then /usr/lib; of all files,
+// the last one by name.
+func (s *snapshot) networkdKeeps(key string) (keeps bool, by string) {
+	said := value(s.read("etc/systemd/networkd.conf"), key)
+	if said != "" {
+		by = s.path("etc/systemd/networkd.conf")
+	}
 	files := map[string]string{}
 	for _, dir := range []string{"usr/lib", "run", "etc"} {
 		list, _ := filepath.Glob(s.path(filepath.Join(dir, "systemd/networkd.conf.d/*.conf")))
@@ -391,22 +507,52 @@ func (s *snapshot) routesKept() bool {
 			files[filepath.Base(f)] = f
 		}
 	}
-	var names []string
-	for n := range files {
-		names = append(names, n)
-	}
-	slices.Sort(names)
-	for _, n := range names {
+	for _, n := range slices.Sorted(maps.Keys(files)) {
 		b, _ := os.ReadFile(files[n])
-		if v := value(string(b), "ManageForeignRoutes"); v != "" {
-			said = v
+		if v := value(string(b), key); v != "" {
+			said, by = v, files[n]
 		}
 	}
-	return said == "no" || said == "false" || said == "0" || said == "off"
+	return said == "no" || said == "false" || said == "0" || said == "off", by
 }
 
-// otherDevices matches the names of all devices of Tulle but the TUN device, for NetworkManager and systemd-networkd.
-const otherDevices = "tulle-*"
+// newerThan are those of the files that were written after start. systemd-networkd reads networkd.conf(5) at its start only.
+func (s *snapshot) newerThan(start time.Time, files []string) (out []string) {
+	for _, f := range files {
+		if info, err := os.Stat(f); err == nil && !start.IsZero() && info.ModTime().After(start) && !slices.Contains(out, f) {
+			out = append(out, f)
+		}
+	}
+	return out
+}
+
+// networkdStart is when the systemd-networkd of this network namespace was started; zero: none is seen.
+func networkdStart() time.Time {
+	own, err := os.Readlink("/proc/thread-self/ns/net")
+	var now unix.Timespec
+	if err != nil || unix.ClockGettime(unix.CLOCK_BOOTTIME, &now) != nil {
+		return time.Time{}
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		b, _ := os.ReadFile(dir + "/stat")
+		comm, rest, _ := strings.Cut(string(b), ") ")
+		if !strings.HasSuffix(comm, "(systemd-network") { // the kernel keeps 15 bytes of a name
+			continue
+		}
+		if ns, err := os.Readlink(dir + "/ns/net"); err != nil || ns != own {
+			continue
+		}
+		if f := strings.Fields(rest); len(f) > 19 { // the state is field 3 of proc_pid_stat(5), starttime 22, in hundredths of a second since the boot
+			ticks, _ := strconv.ParseInt(f[19], 10, 64)
+			return time.Now().Add(-time.Duration(now.Nano()) + time.Duration(ticks)*time.Second/100)
+		}
+	}
+	return time.Time{}
+}
+
+// otherNames match the names of all devices of Tulle but the TUN device and bridges, for NetworkManager and systemd-networkd.
+var otherNames = []string{"tulle-*", podnet.HostPattern, podnet.PodPattern}
 
 func judgeManagers(s *snapshot) Result {
 	m := s.managers
@@ -416,26 +562,57 @@ func judgeManagers(s *snapshot) Result {
 	var text []string
 	var out []Finding
 	if m.networkd || m.linkState != "" {
-		text = append(text, fmt.Sprintf("systemd-networkd: %s %s, keeps routes of others %v", s.Tun, orNone(m.linkState), m.routesKept))
+		text = append(text, fmt.Sprintf("systemd-networkd: %s %s, keeps routes of others %v, policy rules %v, manages %d other devices of Tulle",
+			s.Tun, orNone(m.linkState), m.routesKept, m.rulesKept, len(m.networkdOthers)))
 	}
-	// It does nothing to a link whose state is pending (for udev) or initialized.
-	if slices.Contains([]string{"configuring", "configured", "failed", "linger"}, m.linkState) {
-		out = append(out, Finding{State: Failed, What: fmt.Sprintf("systemd-networkd manages %s (%s): it takes its addresses and routes away", s.Tun, m.linkState), Remedy: "tell it to leave the device alone",
-			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s %s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && networkctl reload`, s.Tun, otherDevices)})
+	managed := m.networkdOthers
+	if networkdManages(m.linkState) {
+		managed = append([]string{s.Tun}, managed...)
 	}
-	if m.networkd && !m.routesKept {
-		out = append(out, Finding{State: Warning, What: "systemd-networkd removes the agent's routes when it configures a link again: the agent restores them, and packets are lost in between",
-			Remedy:  "tell it to keep routes of others",
+	if len(managed) > 0 {
+		out = append(out, Finding{State: Failed, What: "systemd-networkd manages " + few(managed) + ": it takes addresses and routes away, and may take those that a pod offers", Remedy: "tell it to leave these devices alone",
+			Command: fmt.Sprintf(`mkdir -p /etc/systemd/network && printf '[Match]\nName=%s %s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle.network && printf '[Match]\nKind=bridge\nMACAddress=%s\n\n[Link]\nUnmanaged=yes\nRequiredForOnline=no\n' > /etc/systemd/network/05-tulle-bridge.network && networkctl reload`,
+				s.Tun, strings.Join(otherNames, " "), podnet.HostMAC)})
+	}
+	var removed []string
+	if !m.routesKept {
+		removed = append(removed, "routes")
+	}
+	if !m.rulesKept {
+		removed = append(removed, "policy rules")
+	}
+	if what := strings.Join(removed, " and "); m.networkd && what != "" {
+		out = append(out, Finding{State: Warning, What: "systemd-networkd removes the agent's " + what + " when it configures a link again: the agent restores them, and packets are lost in between",
+			Remedy:  "tell it to keep " + what + " of others",
 			Command: `mkdir -p /etc/systemd/networkd.conf.d && printf '[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n' > /etc/systemd/networkd.conf.d/90-tulle.conf && systemctl restart systemd-networkd`})
 	}
-	if m.nm {
-		text = append(text, fmt.Sprintf("NetworkManager: %s managed %s", s.Tun, orNone(m.nmManaged)))
+	if m.networkd && len(m.unread) > 0 {
+		out = append(out, Finding{State: Warning, What: "systemd-networkd was started before its settings were written: it has not read " + strings.Join(m.unread, ", "),
+			Remedy:  "restart it; it keeps what it has configured itself, but may take away addresses that others have given to its links (keepalived)",
+			Command: "systemctl restart systemd-networkd"})
 	}
+	if m.nm {
+		text = append(text, fmt.Sprintf("NetworkManager: %s managed %s, manages %d other devices of Tulle", s.Tun, orNone(m.nmManaged), len(m.nmOthers)))
+	}
+	managed = m.nmOthers
 	if m.nmManaged == "true" {
-		out = append(out, Finding{State: Failed, What: fmt.Sprintf("NetworkManager manages %s: it changes its addresses and routes", s.Tun), Remedy: "tell it to leave the device alone",
-			Command: fmt.Sprintf(`mkdir -p /etc/NetworkManager/conf.d && printf '[device-tulle]\nmatch-device=interface-name:%s,interface-name:%s\nmanaged=0\n' > /etc/NetworkManager/conf.d/90-tulle.conf && nmcli general reload && nmcli device set %[1]s managed no`, s.Tun, otherDevices)})
+		managed = append([]string{s.Tun}, managed...)
+	}
+	if len(managed) > 0 {
+		command := fmt.Sprintf(`mkdir -p /etc/NetworkManager/conf.d && printf '[device-tulle]\nmatch-device=interface-name:%s,interface-name:%s\nmanaged=0\n' > /etc/NetworkManager/conf.d/90-tulle.conf && nmcli general reload`,
+			s.Tun, strings.Join(otherNames, ",interface-name:"))
+		command += " && nmcli device set " + strings.Join(managed, " managed no && nmcli device set ") + " managed no"
+		out = append(out, Finding{State: Failed, What: "NetworkManager manages " + few(managed) + ": it changes addresses and routes", Remedy: "tell it to leave these devices alone", Command: command})
 	}
 	return result(strings.Join(text, "; "), out...)
+}
+
+// few names the first of many.
+func few(names []string) string {
+	if len(names) <= 3 {
+		return strings.Join(names, ", ")
+	}
+	return fmt.Sprintf("%s and %d more", strings.Join(names[:3], ", "), len(names)-3)
 }
 
 func orNone(s string) string {

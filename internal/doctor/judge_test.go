@@ -7,12 +7,15 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/testing/testbuild"
 	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
@@ -31,11 +34,11 @@ func TestJudge(t *testing.T) {
 		change(st)
 		return st
 	}
-	peer := func(change func(*api.Peer)) *api.Status {
+	peer := func(change func(*api.Peer), more ...api.Peer) *api.Status {
 		p := api.Peer{Name: "b", State: api.PeerAlive, Prefixes: pfx("10.244.1.0/24"), Path: api.Path{Mode: "udp", State: api.PathUp, MTU: 1472, MTULimit: 1472}}
 		change(&p)
 		return agent(func(st *api.Status) {
-			st.Peers = []api.Peer{p}
+			st.Peers = append([]api.Peer{p}, more...)
 			st.Node.Links = []string{"eth0"}
 			st.Node.LinkMTU = 1500
 		})
@@ -77,29 +80,47 @@ func TestJudge(t *testing.T) {
 		{"trains of kernel 6.1", "trains", snapshot{kernel: kernel{release: "6.1"}}, OK, ""},
 		{"trains of kernel odd", "trains", snapshot{kernel: kernel{release: "odd"}}, OK, ""},
 
-		{"networkd manages it", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "configured", routesKept: true}}, Failed, "networkctl reload"},
-		{"networkd leaves it alone", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true}}, OK, ""},
-		{"networkd waits", "managers", snapshot{managers: managers{networkd: true, linkState: "pending", routesKept: true}}, OK, ""},
-		{"networkd removes routes", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged"}}, Warning, "ManageForeignRoutes=no"},
+		{"networkd manages it", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "configured", routesKept: true, rulesKept: true}}, Failed, "networkctl reload"},
+		{"networkd leaves it alone", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true, rulesKept: true}}, OK, ""},
+		{"networkd waits", "managers", snapshot{managers: managers{networkd: true, linkState: "pending", routesKept: true, rulesKept: true}}, OK, ""},
+		{"networkd is older than its file", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true, rulesKept: true, unread: []string{"/etc/a.conf"}}}, Warning, "has not read /etc/a.conf"},
+		{"networkd removes routes", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", rulesKept: true}}, Warning, "removes the agent's routes when"},
+		{"networkd removes rules", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged", routesKept: true}}, Warning, "removes the agent's policy rules when"},
+		{"networkd removes routes and rules", "managers", snapshot{managers: managers{networkd: true, linkState: "unmanaged"}}, Warning, "removes the agent's routes and policy rules when"},
+		{"networkd manages pods' links", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "unmanaged", networkdOthers: []string{"pods", "tp0123456789ab", "tp0123456789ac", "tp0123456789ad", "tulle-direct"}, routesKept: true, rulesKept: true}}, Failed, "manages pods, tp0123456789ab, tp0123456789ac and 2 more"},
+		{"NetworkManager manages a pod's link", "managers", snapshot{Options: Options{Tun: "tun0"}, managers: managers{nm: true, nmManaged: "false", nmOthers: []string{"tp0123456789ab"}}}, Failed, "nmcli device set tp0123456789ab managed no"},
 		{"NetworkManager manages it", "managers", snapshot{Options: Options{Tun: "tun7"}, managers: managers{nm: true, nmManaged: "true"}}, Failed, "nmcli device set tun7 managed no"},
 		{"NetworkManager leaves it alone", "managers", snapshot{managers: managers{nm: true, nmManaged: "false"}}, OK, ""},
+
+		{"neither the agent nor the doctor sees the firewall", "firewall", snapshot{status: agent(func(*api.Status) {}), forward: seen{err: unix.EPERM}}, Warning, "not looked at"},
+		{"the agent alone sees the firewall", "firewall", snapshot{status: agent(func(st *api.Status) {
+			st.Problems = []api.Problem{{What: "policy drop", Check: api.CheckFirewall}}
+		}), forward: seen{err: unix.EPERM}}, Failed, "policy drop"},
 
 		{"space is used up", "space", snapshot{status: agent(func(st *api.Status) {
 			st.Problems = []api.Problem{{What: "the blocks of this node are full", Check: api.CheckSpace}}
 		})}, Failed, "full"},
-		{"space claimed twice", "space", snapshot{status: agent(func(st *api.Status) { st.Cluster.Table.Conflicts = 2 })}, Warning, "claimed by two owners"},
 		{"a leak", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Leaked: []api.LeakedAddr{{Address: netip.MustParseAddr("10.244.0.7"), ID: "x"}}}}, Warning, "tulle ipam release 10.244.0.7"},
 		{"an unknown pod", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Unknown: []api.UnknownAddr{{Address: netip.MustParseAddr("10.244.0.7"), Where: "veth1"}}}}, Warning, "never allocated"},
 		{"a foreign cluster", "cluster", snapshot{status: agent(func(st *api.Status) {
 			st.Problems = []api.Problem{{What: "belongs to cluster X", Check: api.CheckCluster}}
 		})}, Failed, "cluster X"},
 		{"another version there", "versions", snapshot{status: peer(func(p *api.Peer) { p.Version = "v0.0.1" })}, Warning, "b runs version v0.0.1"},
+		{"an old plugin", "versions", snapshot{status: agent(func(*api.Status) {}), plugin: plugin{path: "/opt/cni/bin/tulle-cni", version: "0.0.1"}}, Warning, "/opt/cni/bin/tulle-cni is of version 0.0.1"},
+		{"a plugin that does not run", "versions", snapshot{status: agent(func(*api.Status) {}), plugin: plugin{path: "/opt/cni/bin/tulle-cni", err: os.ErrPermission}}, Warning, "/opt/cni/bin/tulle-cni does not say its version"},
+		{"no plugin", "versions", snapshot{status: agent(func(*api.Status) {}), plugin: plugin{path: "/opt/cni/bin/tulle-cni", err: os.ErrNotExist}}, OK, ""},
+		{"the plugin of this version", "versions", snapshot{status: agent(func(*api.Status) {}), plugin: plugin{path: "/opt/cni/bin/tulle-cni", version: api.Version()}}, OK, ""},
+		{"an old plugin without an agent", "versions", snapshot{plugin: plugin{path: "/opt/cni/bin/tulle-cni", version: "0.0.1"}}, Warning, "0.0.1"},
 		{"one version", "versions", snapshot{status: peer(func(p *api.Peer) { p.Version = api.Version() })}, OK, ""},
 
 		{"the whole MTU", "mtu", snapshot{status: peer(func(*api.Peer) {})}, OK, ""},
-		{"a smaller MTU", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.MTU = 1372 })}, Warning, "ip link set eth0 mtu 1400"},
+		{"a smaller MTU", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.MTU = 1372 })}, Warning, "raise the MTU of the link on the way"},
 		{"a smaller MTU by another link", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.MTU = 1372; p.Leaves = []string{"eth1"} })}, Warning, "100 bytes less"},
 		{"no path", "mtu", snapshot{status: peer(func(p *api.Peer) { p.Path.State = api.PathDown })}, Skipped, ""},
+		{"two of one name", "paths", snapshot{status: peer(func(p *api.Peer) {
+			p.ID = "c2d85b1f90e34d6d8a40f7b91e2c6d03"
+			p.Candidates = []api.Candidate{{Path: api.Path{Mode: "ipip", State: api.PathDown}}, {Path: p.Path, Active: true}}
+		}, api.Peer{Name: "b", ID: "b0914e6627aa4c35be7f81d6e5c3a972"})}, Warning, "ipip is preferred toward b (c2d85b1f), and blocked"},
 		{"no peers", "paths", snapshot{status: agent(func(*api.Status) {})}, Skipped, ""},
 		{"what is not preferred is blocked", "paths", snapshot{status: peer(func(p *api.Peer) {
 			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}, {Path: api.Path{Mode: "ipip", State: api.PathDown}}}
@@ -128,6 +149,47 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// What the doctor's commands write is what the package has.
+func TestCommandsWriteTheDropIns(t *testing.T) {
+	lines := func(name string) string {
+		b, err := os.ReadFile(filepath.Join("../../packaging", name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(regexp.MustCompile("(?m)^#.*\n").ReplaceAllString(string(b), "")) + "\n"
+	}
+	r := judgeManagers(&snapshot{Options: Options{Tun: "tun0"}, managers: managers{networkd: true, linkState: "configured", nm: true, nmManaged: "true"}})
+	var all strings.Builder
+	for _, f := range r.Findings {
+		all.WriteString(f.Command + "\n")
+	}
+	for name, to := range map[string]string{
+		"05-tulle.network": "/etc/systemd/network/05-tulle.network", "05-tulle-bridge.network": "/etc/systemd/network/05-tulle-bridge.network",
+		"90-tulle.networkd.conf": "/etc/systemd/networkd.conf.d/90-tulle.conf", "90-tulle.NetworkManager.conf": "/etc/NetworkManager/conf.d/90-tulle.conf",
+	} {
+		if want := "printf '" + strings.ReplaceAll(lines(name), "\n", `\n`) + "' > " + to + " "; !strings.Contains(all.String(), want) {
+			t.Errorf("no command has %q:\n%s", want, all.String())
+		}
+	}
+}
+
+// The real plugin says its version.
+func TestPluginVersion(t *testing.T) {
+	dir := t.TempDir()
+	if err := testbuild.Command("tulle-cni", filepath.Join(dir, "tulle-cni"), nil, "-ldflags", "-X github.com/tulle-net/tulle/internal/api.version=0.0.7"); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("CNI_COMMAND", "DEL") // of whatever called the doctor
+	s := &snapshot{Options: Options{CNIBinDir: dir}}
+	if gatherVersions(t.Context(), s); s.plugin.version != "0.0.7" || s.plugin.err != nil {
+		t.Errorf("%+v", s.plugin)
+	}
+	s = &snapshot{}
+	if gatherVersions(t.Context(), s); s.plugin != (plugin{}) {
+		t.Errorf("no directory: %+v", s.plugin)
+	}
+}
+
 // The files of network managers and of other networks, as these programs write them.
 func TestFiles(t *testing.T) {
 	root := t.TempDir()
@@ -140,7 +202,7 @@ func TestFiles(t *testing.T) {
 	}
 	s := &snapshot{Options: Options{Root: root, Tun: "no such device", ClusterCIDRs: pfx("10.244.0.0/16"), CNIDir: "/etc/cni/net.d"}}
 	gatherManagers(context.Background(), s)
-	if s.managers != (managers{}) {
+	if !reflect.DeepEqual(s.managers, managers{}) {
 		t.Errorf("nothing there: %+v", s.managers)
 	}
 	// No device: its state is looked up under index 0.
@@ -148,20 +210,22 @@ func TestFiles(t *testing.T) {
 	write("run/systemd/netif/links/0", "ADMIN_STATE=unmanaged\nOPER_STATE=carrier\n")
 	write("run/NetworkManager/devices/3", "[device]\nmanaged=true\n")
 	gatherManagers(context.Background(), s)
-	if want := (managers{networkd: true, linkState: "unmanaged", nm: true}); s.managers != want {
+	if want := (managers{networkd: true, linkState: "unmanaged", nm: true}); !reflect.DeepEqual(s.managers, want) {
 		t.Errorf("managers %+v, want %+v", s.managers, want)
 	}
 	for _, step := range []struct {
-		file, text string
-		kept       bool
+		file, text    string
+		routes, rules bool
 	}{
-		{"usr/lib/systemd/networkd.conf.d/90-tulle.conf", "[Network]\nManageForeignRoutes=no\n", true},
-		{"etc/systemd/networkd.conf.d/95-site.conf", "[Network]\nManageForeignRoutes = yes\n", false},
-		{"etc/systemd/networkd.conf.d/99-last.conf", "[Network]\nManageForeignRoutes=false\n", true},
-		{"run/systemd/networkd.conf.d/99-last.conf", "[Network]\nManageForeignRoutes=yes\n", true}, // /etc wins
+		{"usr/lib/systemd/networkd.conf.d/80-site.conf", "[Network]\nManageForeignRoutes=no\n", true, false},
+		{"usr/lib/systemd/networkd.conf.d/90-tulle.conf", "[Network]\nManageForeignRoutes=no\nManageForeignRoutingPolicyRules=no\n", true, true},
+		{"etc/systemd/networkd.conf.d/95-site.conf", "[Network]\nManageForeignRoutes = yes\n", false, true},
+		{"etc/systemd/networkd.conf.d/99-last.conf", "[Network]\nManageForeignRoutes=false\n", true, true},
+		{"run/systemd/networkd.conf.d/99-last.conf", "[Network]\nManageForeignRoutes=yes\n", true, true}, // /etc wins
 	} {
-		if write(step.file, step.text); s.routesKept() != step.kept {
-			t.Errorf("with %s: routes kept is %v", step.file, !step.kept)
+		write(step.file, step.text)
+		if gatherManagers(context.Background(), s); s.managers.routesKept != step.routes || s.managers.rulesKept != step.rules {
+			t.Errorf("with %s: %+v", step.file, s.managers)
 		}
 	}
 
@@ -170,7 +234,8 @@ func TestFiles(t *testing.T) {
 	write("etc/cni/net.d/87-podman.conflist", `{"name":"podman","plugins":[{"ipam":{"ranges":[[{"subnet":"10.244.9.0/24"}]]}}]}`)
 	write("etc/cni/net.d/README", `10.244.0.0/16`)
 	write("etc/cni/net.d/99-broken.conf", `{`)
-	write("etc/docker/daemon.json", `{"bip":"10.244.100.1/24","default-address-pools":[{"base":"172.20.0.0/14","size":24}]}`)
+	write("etc/docker/daemon.json", `{"bip":"10.244.100.1/24","fixed-cidr-v6":"fd00:7::/64","default-address-pools":[{"base":"172.20.0.0/14","size":24},{"base":"10.244.192.0/18","size":24}],
+		"insecure-registries":["10.0.0.0/8"],"log-opts":{"env":"10.0.0.0/8"}}`)
 	write("run/flannel/subnet.env", "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.1.1/24\nFLANNEL_MTU=1450\n")
 	gatherNetworks(context.Background(), s)
 	r := judgeNetworks(s)
@@ -182,6 +247,7 @@ func TestFiles(t *testing.T) {
 		"/etc/cni/net.d/05-bridge.conf comes before 10-tulle.conflist: engines that take the first network in /etc/cni/net.d do not take Tulle's",
 		"/etc/cni/net.d/87-podman.conflist gives containers addresses of 10.244.9.0/24, which overlaps the cluster's 10.244.0.0/16",
 		"/etc/docker/daemon.json gives containers addresses of 10.244.100.0/24, which overlaps the cluster's 10.244.0.0/16",
+		"/etc/docker/daemon.json gives containers addresses of 10.244.192.0/18, which overlaps the cluster's 10.244.0.0/16",
 		"/run/flannel/subnet.env gives containers addresses of 10.244.0.0/16, which overlaps the cluster's 10.244.0.0/16",
 	}
 	if strings.Join(got, "\n") != strings.Join(want, "\n") {

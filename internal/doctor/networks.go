@@ -16,7 +16,10 @@ import (
 	"github.com/tulle-net/tulle/membership/seed"
 )
 
-const defaultCNIDir = "etc/cni/net.d"
+const (
+	defaultCNIDir = "etc/cni/net.d"
+	dockerFile    = "/etc/docker/daemon.json"
+)
 
 // gatherNetworks reads what other engines and plugins are configured for: CNI configurations, flannel's subnet, Docker's daemon.json.
 func gatherNetworks(_ context.Context, s *snapshot) {
@@ -31,12 +34,10 @@ func gatherNetworks(_ context.Context, s *snapshot) {
 		if ext := filepath.Ext(name); e.Name() == conflist.File || ext != ".conf" && ext != ".conflist" && ext != ".json" {
 			continue
 		}
-		s.networks = append(s.networks, readNetwork(name, s.read(name), true))
+		s.networks = append(s.networks, readNetwork(name, s.read(name)))
 	}
-	for _, name := range []string{"/etc/docker/daemon.json"} {
-		if s.exists(name) {
-			s.networks = append(s.networks, readNetwork(name, s.read(name), false))
-		}
+	if s.exists(dockerFile) {
+		s.networks = append(s.networks, readDocker(s.read(dockerFile)))
 	}
 	const flannel = "/run/flannel/subnet.env"
 	if text := s.read(flannel); text != "" {
@@ -50,9 +51,9 @@ func gatherNetworks(_ context.Context, s *snapshot) {
 	}
 }
 
-// readNetwork finds every prefix in a JSON file, under whatever key: plugins name them as they like.
-func readNetwork(file, text string, cni bool) network {
-	n := network{file: file, cni: cni}
+// readNetwork finds every prefix in a CNI configuration, under whatever key: plugins name them as they like.
+func readNetwork(file, text string) network {
+	n := network{file: file, cni: true}
 	var doc any
 	if json.Unmarshal([]byte(text), &doc) != nil {
 		return n
@@ -79,6 +80,35 @@ func readNetwork(file, text string, cni bool) network {
 		}
 	}
 	walk("", doc)
+	slices.SortFunc(n.prefixes, netip.Prefix.Compare)
+	n.prefixes = slices.Compact(n.prefixes)
+	return n
+}
+
+// readDocker finds what containers get addresses of in Docker's daemon.json. Other keys have prefixes too, such as insecure-registries.
+func readDocker(text string) network {
+	n := network{file: dockerFile}
+	var doc struct {
+		BIP         string `json:"bip"`
+		BIP6        string `json:"bip6"`
+		FixedCIDR   string `json:"fixed-cidr"`
+		FixedCIDRv6 string `json:"fixed-cidr-v6"`
+		Pools       []struct {
+			Base string `json:"base"`
+		} `json:"default-address-pools"`
+	}
+	if json.Unmarshal([]byte(text), &doc) != nil {
+		return n
+	}
+	found := []string{doc.BIP, doc.BIP6, doc.FixedCIDR, doc.FixedCIDRv6}
+	for _, p := range doc.Pools {
+		found = append(found, p.Base)
+	}
+	for _, t := range found {
+		if p, err := netip.ParsePrefix(t); err == nil {
+			n.prefixes = append(n.prefixes, p.Masked())
+		}
+	}
 	slices.SortFunc(n.prefixes, netip.Prefix.Compare)
 	n.prefixes = slices.Compact(n.prefixes)
 	return n

@@ -2,11 +2,16 @@ package doctor
 
 import (
 	"context"
+	"errors"
+	"io/fs"
 	"net/netip"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership/seed"
 )
 
@@ -16,7 +21,9 @@ type snapshot struct {
 	status   *api.Status // nil: no agent answers
 	agentErr error       // why not
 	alone    error       // another agent runs on this host
+	state    diskState
 
+	config   []Finding // what the agent would not find on this host as the configuration says
 	tun      tunDevice
 	caps     uint64 // of this process, capabilities(7)
 	settings seen
@@ -26,6 +33,7 @@ type snapshot struct {
 	blocked  seen
 	taken    []takenPort
 	managers managers
+	plugin   plugin
 	networks []network
 	kernel   kernel
 	seeds    []seed.Seed
@@ -38,13 +46,31 @@ type seen struct {
 	err      error
 }
 
+// absent reports that no agent listens on the socket. An agent that does not answer may be there all the same.
+func (s *snapshot) absent() bool {
+	return errors.Is(s.agentErr, fs.ErrNotExist) || errors.Is(s.agentErr, unix.ECONNREFUSED)
+}
+
+// stuck reports that an agent has the socket and gives no answer.
+func (s *snapshot) stuck() bool { return errors.Is(s.agentErr, context.DeadlineExceeded) }
+
+// diskState is what the agent's state on disk says of this host.
+type diskState struct {
+	member bool             // of a cluster, which it has not left
+	err    *ipam.StoreError // the agent does not start with it; nil if it does, or if that cannot be seen
+}
+
 // tunDevice is the driver's node and the device.
 type tunDevice struct {
-	node  error  // of opening /dev/net/tun
-	kind  string // of the device with the TUN's name; "" if there is none
-	index int
-	six   bool // it has IPv6 addresses
+	node    error  // of opening /dev/net/tun
+	kind    string // of the device with the TUN's name; "" if there is none
+	foreign error  // the device is another program's
+	index   int
+	six     bool // it has IPv6 addresses
 }
+
+// others reports whether the device is there and none of Tulle's, an uplink perhaps.
+func (t tunDevice) others() bool { return t.foreign != nil || t.kind != "" && t.kind != "tuntap" }
 
 // takenPort is a port that the agent needs and something else has.
 type takenPort struct {
@@ -52,13 +78,24 @@ type takenPort struct {
 	holder string // process with its ID; "" if it is not known
 }
 
-// managers is what the host's network managers say of the TUN device.
+// plugin is the CNI plugin in Options.CNIBinDir.
+type plugin struct {
+	path    string // "": no directory is configured
+	version string
+	err     error // why the version is not known
+}
+
+// managers is what the host's network managers say of Tulle's devices.
 type managers struct {
 	networkd   bool // systemd-networkd runs, and manages a device
 	linkState  string
-	routesKept bool   // ManageForeignRoutes=no
-	nm         bool   // NetworkManager runs
-	nmManaged  string // "true" or "false" of the TUN device; "" if NetworkManager does not know it
+	routesKept bool     // ManageForeignRoutes=no
+	rulesKept  bool     // ManageForeignRoutingPolicyRules=no
+	unread     []string // files with these two that are newer than the running systemd-networkd
+	nm         bool     // NetworkManager runs
+	nmManaged  string   // "true" or "false" of the TUN device; "" if NetworkManager does not know it
+
+	networkdOthers, nmOthers []string // other devices of Tulle that systemd-networkd and NetworkManager manage
 }
 
 // network is a network that something else on this host is configured for.

@@ -58,5 +58,5 @@ func TestSpaceAndClusters(t *testing.T) {
 	if code, _ := clone.Ended(20 * time.Second); code == 0 {
 		t.Error("a clone ended as if all were well")
 	}
-	at(t, n, a, first).finds("identity", doctor.Failed, "in use by", "it does not run")
+	at(t, n, a, first).finds("identity", doctor.Failed, "in use by", "the newer of them does not run")
 }

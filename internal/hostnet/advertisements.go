@@ -97,12 +97,9 @@ func (p *pass) guardPods(devices []string) error {
 }
 
 // podDevices names the interfaces by which this node's own space is reached, except uplinks: a bridge may be both.
-func (p *pass) podDevices() ([]string, error) {
-	routes, err := p.r.mainRoutes()
-	if err != nil {
-		return nil, err
-	}
+func (p *pass) podDevices() []string {
 	var out []string
+	routes := p.before
 	seen := map[int]bool{}
 	for i := range routes {
 		prefix := prefixOf(routes[i].Dst)
@@ -124,7 +121,7 @@ func (p *pass) podDevices() ([]string, error) {
 			}
 		}
 	}
-	return out, nil
+	return out
 }
 
 // inheritors are the interfaces that came after `default` was changed, and have its 2. It must run inside the namespace.

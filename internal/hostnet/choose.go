@@ -24,6 +24,8 @@ type Sought struct {
 	Unknown string
 	// Peers are the last known addresses of other members.
 	Peers []netip.Addr
+	// Device is the name of the device that had the addresses in Last, or "". While none of them is there, no other device is guessed.
+	Device string
 	// Last are the addresses in use before the agent's restart, and LastBy is the basis of that choice.
 	Last   []netip.Addr
 	LastBy Basis
@@ -44,8 +46,10 @@ const (
 //  1. the address or interface that the operator names;
 //  2. the source address of the route to the seeds, or, while their names do not resolve, to the members known from before;
 //  3. an address of this host that is in the list of seeds;
-//  4. the address that was in use before;
-//  5. if there are no seeds to wait for: the address of the default route, or of the only device that has an address.
+//  4. an address that was in use before;
+//  5. another address of the device whose address is lost;
+//  6. if there are no seeds to wait for, and no device's address is lost: the address of the default route, or of the only device
+//     that has an address.
 //
 // If two devices are possible, the error names them. Errors that may go away with time wrap ErrNotYet.
 func DetectUnderlay(s Sought) (Underlay, error) {
@@ -64,8 +68,9 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 		return d.byName(s.Interface, s)
 	}
 	last, lasts := d.inUse(s)
-	switch others := d.others(s.Seeds); {
-	case len(others) > 0:
+	others := d.others(s.Seeds)
+	switch {
+	case len(d.toward(others)) > 0:
 		return d.bySeeds(others, last, s.LastBy)
 	case len(d.toward([][]netip.Addr{s.Peers})) > 0:
 		return d.byPeers(s.Peers, last)
@@ -76,8 +81,17 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 	if lasts {
 		return d.because(last, s.LastBy, "it was in use before, and is still this host's")
 	}
+	if c, ok := d.beside(s.Device); ok {
+		return d.because(c, ByGuess, fmt.Sprintf("it is on %s, as the lost address was", s.Device))
+	}
+	if len(others) > 0 {
+		return Underlay{}, notYet{fmt.Errorf("no underlay leads to any seed: %w", d.noRoute(others))}
+	}
 	if s.Unknown != "" {
 		return Underlay{}, notYet{fmt.Errorf("it is the source address of the route to the seeds, and none of them has a known address: %s", s.Unknown)}
+	}
+	if s.Device != "" {
+		return Underlay{}, notYet{fmt.Errorf("%s has no other address, and no route leads to another member", s.Device)}
 	}
 	return d.byDefault()
 }
@@ -120,9 +134,6 @@ func (d *detector) toward(seeds [][]netip.Addr) []candidate {
 // bySeeds finds the device that leads to every seed to which there is a route, by whichever of its addresses.
 func (d *detector) bySeeds(seeds [][]netip.Addr, last candidate, lastBy Basis) (Underlay, error) {
 	all := d.toward(seeds)
-	if len(all) == 0 {
-		return Underlay{}, notYet{fmt.Errorf("no underlay leads to any seed: %w", d.noRoute(seeds))}
-	}
 	found := all
 	for _, s := range seeds {
 		reach := d.toward([][]netip.Addr{s})
@@ -201,16 +212,35 @@ func (d *detector) listed(seeds [][]netip.Addr) (candidate, bool) {
 	return candidate{}, false
 }
 
-// inUse finds the address that was in use before, if it is there and usable.
+// inUse finds the first address that was in use before, and is there and usable.
 func (d *detector) inUse(s Sought) (candidate, bool) {
-	if len(s.Last) == 0 {
-		return candidate{}, false
+	for _, a := range s.Last {
+		if h := d.holder(a); h != nil && h.Flags&unusable == 0 && refuse(a) == nil {
+			return candidate{h.LinkIndex, a}, true
+		}
 	}
-	h := d.holder(s.Last[0])
-	if h == nil || h.Flags&unusable != 0 || refuse(s.Last[0]) != nil {
-		return candidate{}, false
+	return candidate{}, false
+}
+
+// beside finds an address of a device that has lost the one in use. A single IPv4 address on a link without a default route may be a
+// virtual one, and would not stay.
+func (d *detector) beside(device string) (candidate, bool) {
+	for _, h := range d.addrs {
+		if d.name(h.LinkIndex) != device {
+			continue
+		}
+		a := addrOf(h.IP)
+		if !a.Is4() || !fullLength(h) || d.loopback(h.LinkIndex) || d.leadsOut(h.LinkIndex) {
+			return candidate{h.LinkIndex, a}, true
+		}
 	}
-	return candidate{h.LinkIndex, s.Last[0]}, true
+	return candidate{}, false
+}
+
+// leadsOut reports whether an IPv4 default route leaves by a device.
+func (d *detector) leadsOut(index int) bool {
+	routes, err := mainUnicast(true)
+	return err == nil && slices.ContainsFunc(routes, func(rt netlink.Route) bool { return isDefault(&rt) && slices.Contains(hops(&rt), index) })
 }
 
 func onDevice(cs []candidate, index int) bool {

@@ -19,6 +19,22 @@ func twoNICs(h *host) {
 	h.route("::/0", "2001:db8:2::1", "eth1", 1024, unix.RTPROT_RA)
 }
 
+// onlyIPv6 is a host that has no IPv4 (any more).
+func onlyIPv6(h *host) { h.device("eth0", "2001:db8:1::11/64") }
+
+// docker is a host whose eth0 has no address (any more), beside a container engine's bridge with a container.
+func docker(h *host) {
+	h.device("eth0")
+	h.device("docker0", "172.17.0.1/16")
+}
+
+// noCarrier makes a device without carrier, such as a bridge whose ports are gone.
+func noCarrier(h *host, name, addr string) {
+	h.device(name, addr)
+	h.check(h.nl.LinkSetDown(h.link(name + "-far")))
+	eventually(h.t, name+" has no carrier", func() bool { return h.link(name).Attrs().RawFlags&unix.IFF_RUNNING == 0 })
+}
+
 // deprecate makes an address of eth0 one whose preferred lifetime is over.
 func deprecate(h *host, addr string, bits int) {
 	h.t.Helper()
@@ -73,6 +89,31 @@ func TestSought(t *testing.T) {
 		{name: "the address in use is gone", sought: Sought{Last: ips("10.0.1.99"), LastBy: ByGuess}, addrs: ips("192.0.2.11", "2001:db8:2::11"), by: ByGuess},
 		{name: "the seeds say more than a guess that was in use", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}, Last: ips("192.0.2.11"), LastBy: ByGuess},
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
+		{name: "the seeds have IPv4 and no route, the members IPv6", setup: onlyIPv6, sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}, Peers: ips("10.0.1.12", "2001:db8:1::12")},
+			addrs: ips("2001:db8:1::11"), by: ByPeers},
+		{name: "the seeds have no route, one of two addresses is left", setup: onlyIPv6, sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}, Last: ips("10.0.1.11", "2001:db8:1::11"), LastBy: BySeeds},
+			addrs: ips("2001:db8:1::11"), by: BySeeds},
+		{name: "the seeds have no route, and nothing is known", setup: onlyIPv6, sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}}, err: []string{"no route to 10.0.1.12"}, wait: true},
+		{name: "the device with the lost address has nothing, another has", setup: docker, sought: Sought{Device: "eth0"}, err: []string{"eth0 has no other address"}, wait: true},
+		{name: "the same, and no route to the members", setup: docker, sought: Sought{Device: "eth0", Peers: ips("10.0.1.12")}, err: []string{"eth0 has no other address"}, wait: true},
+		{name: "the same, and no route to the seeds", setup: docker, sought: Sought{Device: "eth0", Seeds: [][]netip.Addr{ips("10.0.1.12")}}, err: []string{"no route to 10.0.1.12"}, wait: true},
+		{name: "the same, and no name resolves", setup: docker, sought: Sought{Device: "eth0", Unknown: "node-b"}, err: []string{"node-b"}, wait: true},
+		{name: "the device with the lost address has a new one", setup: func(h *host) { docker(h); h.addrs("eth0", "10.0.1.33/24") },
+			sought: Sought{Device: "eth0", Peers: ips("10.0.9.12")}, addrs: ips("10.0.1.33"), by: ByGuess},
+		{name: "it has a single one, which may be virtual", setup: func(h *host) { docker(h); h.addrs("eth0", "10.0.1.5/32") },
+			sought: Sought{Device: "eth0"}, err: []string{"eth0 has no other address"}, wait: true},
+		{name: "the same, and the default route leads there", setup: func(h *host) {
+			docker(h)
+			h.addrs("eth0", "10.0.1.5/32")
+			h.check(h.nl.RouteAdd(&netlink.Route{Dst: dst("10.0.1.1/32"), LinkIndex: h.link("eth0").Attrs().Index, Scope: netlink.SCOPE_LINK}))
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 0, unix.RTPROT_STATIC)
+		}, sought: Sought{Device: "eth0"}, addrs: ips("10.0.1.5"), by: ByGuess},
+		{name: "the address is lost, and another device leads to the members", sought: Sought{Device: "eth2", Peers: ips("10.0.1.12")},
+			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: ByPeers},
+		{name: "no default route, and the only device has no carrier", setup: func(h *host) { noCarrier(h, "docker0", "172.17.0.1/16") },
+			err: []string{"docker0 172.17.0.1", "no carrier"}, wait: true},
+		{name: "the same beside another device", setup: func(h *host) { noCarrier(h, "docker0", "172.17.0.1/16"); h.device("eth0", "10.0.1.11/24") },
+			addrs: ips("10.0.1.11"), by: ByGuess},
 		{name: "a virtual address of full length, added first", setup: func(h *host) {
 			h.device("eth0", "10.0.1.5/32", "10.0.1.11/24")
 			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 0, unix.RTPROT_STATIC)

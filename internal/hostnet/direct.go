@@ -59,19 +59,7 @@ func (p *pass) reconcileNextHops() error {
 
 func (p *pass) nextHops(family int) error {
 	v4 := family == netlink.FAMILY_V4
-	want := map[netip.Prefix]routeSpec{}
-	if p.probe != 0 && p.s.uses(v4) {
-		rest := netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-		if v4 {
-			rest = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-		}
-		want[rest] = routeSpec{unreachable: true}
-		for _, h := range p.s.NextHops {
-			if l := p.device(h.Device); l != 0 && h.Probe.Is4() == v4 && h.Via.Is4() == v4 {
-				want[netip.PrefixFrom(h.Probe, h.Probe.BitLen())] = routeSpec{link: l, via: h.Via}
-			}
-		}
-	}
+	want := p.wantedHops(v4)
 	err := p.directRule(family, len(want) > 0)
 	list, listErr := p.r.directRoutes(family)
 	if err = errors.Join(err, listErr); err != nil {
@@ -81,10 +69,7 @@ func (p *pass) nextHops(family int) error {
 		rt := &list[i]
 		dst := prefixOf(rt.Dst)
 		if !dst.IsValid() {
-			dst = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
-			if v4 {
-				dst = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
-			}
+			dst = netip.PrefixFrom(unspecified(v4), 0)
 		}
 		if w, ok := want[dst]; ok && w == specOf(rt) {
 			delete(want, dst)
@@ -101,6 +86,28 @@ func (p *pass) nextHops(family int) error {
 		}
 	}
 	return err
+}
+
+// wantedHops are a family's routes in the table.
+func (p *pass) wantedHops(v4 bool) map[netip.Prefix]routeSpec {
+	want := map[netip.Prefix]routeSpec{}
+	if p.probe == 0 || !p.s.uses(v4) {
+		return want
+	}
+	want[netip.PrefixFrom(unspecified(v4), 0)] = routeSpec{unreachable: true}
+	for _, h := range p.s.NextHops {
+		if l := p.device(h.Device); l != 0 && h.Probe.Is4() == v4 && h.Via.Is4() == v4 {
+			want[netip.PrefixFrom(h.Probe, h.Probe.BitLen())] = routeSpec{link: l, via: h.Via}
+		}
+	}
+	return want
+}
+
+func unspecified(v4 bool) netip.Addr {
+	if v4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
 }
 
 // directRule makes the policy rule, or removes it. The rule names the device, which may come later.

@@ -2,6 +2,8 @@ package hostnet
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -35,9 +37,8 @@ func TunnelProblems(vxlanPort uint16) ([]Problem, error) {
 		case *netlink.Vxlan:
 			if uint16(d.Port) == vxlanPort && up {
 				out = append(out, Problem{
-					What:    fmt.Sprintf("device %s is a vxlan device of the kernel on UDP port %d, the agent's vxlan_port", name, vxlanPort),
-					Remedy:  "give either of them another port (vxlan_port), or delete the device if nothing needs it",
-					Command: "ip link del " + name,
+					What:   fmt.Sprintf("device %s is a vxlan device of the kernel on UDP port %d, the agent's vxlan_port", name, vxlanPort),
+					Remedy: "give either of them another port (vxlan_port), or delete the device if nothing needs it (ip link del " + name + ")",
 				})
 			}
 		}
@@ -53,16 +54,14 @@ func TunnelProblems(vxlanPort uint16) ([]Problem, error) {
 }
 
 // SettingProblems lists the sysctls that differ from what the agent sets while it runs, in the calling thread's network
-// namespace. Settings of the TUN device are left out if there is no such device.
-func SettingProblems(tun string, v4, v6 bool) ([]Problem, error) {
-	_, err := netlink.LinkByName(tun)
-	there := err == nil
+// namespace; links are the devices by which the tunnel's packets leave. Settings of the TUN device are left out if the agent has no such device.
+func SettingProblems(tun string, links []string, v4, v6 bool) ([]Problem, error) {
+	list, err := settings(tun, links, v4, v6)
+	if err != nil {
+		return nil, err
+	}
 	var out []Problem
-	for _, c := range sysctlsFor(tun, "", v4, v6) {
-		ofTun := !isGlobal(c.name)
-		if ofTun && !there {
-			continue
-		}
+	for _, c := range list {
 		is, err := readSysctl(c.name)
 		if err != nil {
 			if c.optional {
@@ -83,13 +82,15 @@ func SettingProblems(tun string, v4, v6 bool) ([]Problem, error) {
 
 // MendSettings sets what SettingProblems lists, and returns a line for each change. It leaves the forwarding of IPv6 to the agent,
 // which first sees to it that the host keeps listening to router advertisements.
-func MendSettings(tun string, v4, v6 bool) ([]string, error) {
-	_, err := netlink.LinkByName(tun)
-	there := err == nil
+func MendSettings(tun string, links []string, v4, v6 bool) ([]string, error) {
+	list, err := settings(tun, links, v4, v6)
+	if err != nil {
+		return nil, err
+	}
 	var done []string
-	for _, c := range sysctlsFor(tun, "", v4, v6) {
+	for _, c := range list {
 		is, err := readSysctl(c.name)
-		if err != nil || is == c.value || c.name == allForwarding6 || !isGlobal(c.name) && !there {
+		if err != nil || is == c.value || c.name == allForwarding6 {
 			continue
 		}
 		if err := writeSysctl(c.name, c.value); err != nil {
@@ -100,5 +101,22 @@ func MendSettings(tun string, v4, v6 bool) ([]string, error) {
 	return done, nil
 }
 
-// isGlobal reports whether a sysctl of sysctlsFor is that of all devices.
-func isGlobal(name string) bool { return name == "net/ipv4/ip_forward" || name == allForwarding6 }
+// settings are sysctlsFor the calling thread's network namespace, without those of a TUN device that is not there, or is not the agent's.
+func settings(tun string, links []string, v4, v6 bool) ([]sysctl, error) {
+	routes, err := mainUnicast(true)
+	if err != nil {
+		return nil, err
+	}
+	uplinks := outward(slices.Values(links), routes, func(index int) string {
+		if l, err := netlink.LinkByIndex(index); err == nil {
+			return l.Attrs().Name
+		}
+		return ""
+	})
+	list := sysctlsFor(tun, "", slices.DeleteFunc(uplinks, func(n string) bool { return n == tun }), v4, v6)
+	link, err := netlink.LinkByName(tun)
+	if _, isTun := link.(*netlink.Tuntap); err == nil && isTun && link.Attrs().Alias == Alias {
+		return list, nil
+	}
+	return slices.DeleteFunc(list, func(c sysctl) bool { return strings.Contains(c.name, "/conf/"+tun+"/") }), nil
+}

@@ -27,37 +27,41 @@ type HostRoute struct {
 type hostSpec struct{ mtu, link int }
 
 // reconcileHosts brings table and rules to the state. Where nothing is wanted there are neither.
-func (p *pass) reconcileHosts(link int) error {
+func (p *pass) reconcileHosts() error {
 	var errs []error
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		v4 := family == netlink.FAMILY_V4
-		var from []netip.Prefix
-		for _, o := range p.s.Own {
-			if o.Addr().Is4() == v4 {
-				from = append(from, o)
-			}
-		}
-		want := map[netip.Addr]hostSpec{}
-		for _, h := range p.s.Hosts {
-			if h.Addr.Is4() != v4 || len(from) == 0 { // without pods of the family the device may have it switched off
-				continue
-			}
-			m := h.MTU
-			if l := p.device(h.Device); l != 0 {
-				want[h.Addr] = hostSpec{min(m, maxRouteMTU), l}
-				continue
-			}
-			if p.s.MTU != 0 && (m == 0 || m > p.s.MTU) {
-				m = p.s.MTU
-			}
-			want[h.Addr] = hostSpec{min(m, maxRouteMTU), link}
-		}
-		if len(want) == 0 {
-			from = nil
-		}
+		want, from := p.wantedHosts(family == netlink.FAMILY_V4)
 		errs = append(errs, p.hostRoutes(family, want), p.hostRules(family, from))
 	}
 	return errors.Join(errs...)
+}
+
+// wantedHosts are a family's addresses that pods reach so, and the prefixes from which they do.
+func (p *pass) wantedHosts(v4 bool) (want map[netip.Addr]hostSpec, from []netip.Prefix) {
+	for _, o := range p.s.Own {
+		if o.Addr().Is4() == v4 {
+			from = append(from, o)
+		}
+	}
+	want = map[netip.Addr]hostSpec{}
+	for _, h := range p.s.Hosts {
+		if h.Addr.Is4() != v4 || len(from) == 0 { // without pods of the family the device may have it switched off
+			continue
+		}
+		m := h.MTU
+		if l := p.device(h.Device); l != 0 {
+			want[h.Addr] = hostSpec{min(m, maxRouteMTU), l}
+			continue
+		}
+		if p.s.MTU != 0 && (m == 0 || m > p.s.MTU) {
+			m = p.s.MTU
+		}
+		want[h.Addr] = hostSpec{min(m, maxRouteMTU), p.link}
+	}
+	if len(want) == 0 {
+		from = nil
+	}
+	return want, from
 }
 
 // hostRoutes brings the table's routes to want. A route changes in one step.

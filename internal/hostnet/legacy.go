@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/google/nftables/xt"
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
@@ -59,7 +60,9 @@ type legacyRule struct {
 	ports    [2]uint16      // destination ports of it, first and last; of a rule without, all
 	matches  []string       // names of its extensions
 	in, out  string         // interfaces that it names
-	prefixes []netip.Prefix // source and destination that it names
+	src, dst netip.Prefix   // source and destination that it names; not valid if it names none
+	inverted byte           // which of these names mean all others: the bits below
+	tracked  []legacyStates // what it says about connections
 	narrow   bool           // it does not match every packet
 	target   string         // name of its target; "" is a verdict
 	verdict  int32          // of target "": -1 drops, -2 accepts, 0 and more is a jump
@@ -70,6 +73,12 @@ const (
 	legacyAccept = -2
 )
 
+// Bits of the byte of inverted fields (include/uapi/linux/netfilter_ipv4/ip_tables.h, IPT_INV_VIA_IN and so on; those of IPv6 are the same).
+const invertedIn, invertedOut, invertedSrc, invertedDst = 1, 2, 8, 16
+
+// legacyStates are states of a connection, with the flags of xt_conntrack.h.
+type legacyStates struct{ match, invert, mask uint16 }
+
 // legacyForward does what ForwardProblems says for the filter tables of iptables-legacy. A table that nobody has made is not looked
 // at: asking for it would make it.
 func legacyForward(tun string, clusters []netip.Prefix) ([]Problem, error) {
@@ -77,6 +86,10 @@ func legacyForward(tun string, clusters []netip.Prefix) ([]Problem, error) {
 	for _, l := range legacyLayouts {
 		if !l.exists() {
 			continue
+		}
+		concerned := ofFamily(clusters, l.domain == unix.AF_INET, l.domain == unix.AF_INET6)
+		if len(concerned) == 0 && len(clusters) > 0 {
+			continue // no pod has addresses of this family
 		}
 		rules, policy, err := l.chain(unix.NF_INET_FORWARD)
 		if err != nil {
@@ -91,17 +104,12 @@ func legacyForward(tun string, clusters []netip.Prefix) ([]Problem, error) {
 		}
 		handled := false
 		for _, r := range rules {
-			handled = handled || r.lets(tun, clusters)
+			handled = handled || r.lets(tun, concerned)
 		}
 		if how == "" || handled {
 			continue
 		}
-		remedy := fmt.Sprintf("%s -I FORWARD -i %s -j ACCEPT && %[1]s -I FORWARD -o %[2]s -j ACCEPT", l.tool, tun)
-		out = append(out, Problem{
-			What:    fmt.Sprintf("the FORWARD chain of %s %s and names neither %s nor the cluster: pods' packets are dropped", l.tool, how, tun),
-			Remedy:  remedy,
-			Command: remedy,
-		})
+		out = append(out, dropsPods(fmt.Sprintf("the FORWARD chain of %s %s and names neither %s nor the cluster", l.tool, how, tun), iptablesRemedy(l.tool, concerned)))
 	}
 	return out, nil
 }
@@ -175,17 +183,17 @@ func (l *legacyLayout) rule(e []byte, target, next int) legacyRule {
 		in: text(e[l.in : l.in+16]), out: text(e[l.out : l.out+16]),
 		target: text(e[target+2 : target+31]), narrow: target > l.extensions || binary.NativeEndian.Uint16(e[l.proto:]) != 0,
 	}
-	for i := range 2 { // source, destination
+	for i, to := range []*netip.Prefix{&r.src, &r.dst} {
 		addr, _ := netip.AddrFromSlice(e[l.src+i*l.addr : l.src+(i+1)*l.addr])
 		if bits := ones(e[l.mask+i*l.addr : l.mask+(i+1)*l.addr]); bits > 0 {
-			r.prefixes = append(r.prefixes, netip.PrefixFrom(addr, bits).Masked())
+			*to = netip.PrefixFrom(addr, bits).Masked()
 		}
 	}
 	r.readMatches(e[l.extensions:target])
-	if e[l.inverted] != 0 {
+	if r.inverted = e[l.inverted]; r.inverted != 0 {
 		r.narrow, r.matches = true, append(r.matches, "inverted")
 	}
-	r.narrow = r.narrow || r.in != "" || r.out != "" || len(r.prefixes) > 0
+	r.narrow = r.narrow || r.in != "" || r.out != "" || r.src.IsValid() || r.dst.IsValid()
 	if r.target == "" && next >= target+iptTargetLen+4 {
 		r.verdict = int32(binary.NativeEndian.Uint32(e[target+iptTargetLen:]))
 	}
@@ -208,6 +216,12 @@ func (r *legacyRule) readMatches(b []byte) {
 		at := map[string]int{"udp": udpInverted, "tcp": tcpInverted}[string(name)]
 		switch {
 		case string(name) == "comment":
+		case string(name) == "conntrack" || string(name) == "state":
+			if s, ok := readStates(string(name), b[31], data); ok {
+				r.tracked = append(r.tracked, s)
+			} else {
+				r.matches = append(r.matches, string(name))
+			}
 		case at == 0 || len(data) <= at:
 			r.matches = append(r.matches, string(name))
 		case data[at] != 0:
@@ -219,11 +233,32 @@ func (r *legacyRule) readMatches(b []byte) {
 	}
 }
 
+// readStates reads what a match says about the state of a connection: struct xt_state_info, or struct xt_conntrack_mtinfo1 to 3 by its revision.
+func readStates(name string, revision byte, data []byte) (s legacyStates, ok bool) {
+	const flags = 8*16 + 2*4 + 5*2 // behind eight addresses, two times and five numbers
+	switch {
+	case name == "state" && len(data) >= 4:
+		mask := binary.NativeEndian.Uint32(data)
+		s = legacyStates{match: uint16(xt.ConntrackState), mask: uint16(mask &^ stateUntracked)}
+		if mask&stateUntracked != 0 {
+			s.mask |= xtUntracked
+		}
+	case name == "conntrack" && len(data) >= flags+6 && revision >= 1 && revision <= 3:
+		s = legacyStates{match: binary.NativeEndian.Uint16(data[flags:]), invert: binary.NativeEndian.Uint16(data[flags+2:]), mask: uint16(data[flags+4])}
+		if revision > 1 {
+			s.mask = binary.NativeEndian.Uint16(data[flags+4:])
+		}
+	default:
+		return s, false
+	}
+	return s, true
+}
+
 // legacyPorts does what PortProblems says for the filter tables of iptables-legacy.
-func legacyPorts(ports []Port) ([]Problem, error) {
+func legacyPorts(o Outer) ([]Problem, error) {
 	var out []Problem
 	for _, l := range legacyLayouts {
-		if !l.exists() {
+		if !o.uses(l.domain == unix.AF_INET) || !l.exists() {
 			continue
 		}
 		for hook, name := range map[int]string{unix.NF_INET_LOCAL_IN: "INPUT", unix.NF_INET_LOCAL_OUT: "OUTPUT"} {
@@ -231,8 +266,9 @@ func legacyPorts(ports []Port) ([]Problem, error) {
 			if err != nil {
 				return out, fmt.Errorf("hostnet: read the rules of %s: %w", l.tool, err)
 			}
-			for _, p := range ports {
-				if pr, found := legacyBlocked(l.tool, name, rules, policy, p); found {
+			for _, p := range o.Ports {
+				w := weigher{outer: o, port: p}
+				if pr, found := legacyBlocked(l.tool, name, rules, policy, p, w.state()); found {
 					out = append(out, pr)
 				}
 			}
@@ -241,24 +277,31 @@ func legacyPorts(ports []Port) ([]Problem, error) {
 	return out, nil
 }
 
-// legacyBlocked weighs one chain for one port, as a weigher does.
-func legacyBlocked(tool, chain string, rules []legacyRule, policy int32, p Port) (Problem, bool) {
+// legacyBlocked weighs one chain for one port, as a weigher does; its packets are of that state.
+func legacyBlocked(tool, chain string, rules []legacyRule, policy int32, p Port, state uint32) (Problem, bool) {
 	for i, r := range rules {
+		other, unread := false, len(r.matches) > 0
+		for _, s := range r.tracked {
+			about := conntrack(s.match, s.invert, s.mask, state)
+			other, unread = other || about == none, unread || about == maybe
+		}
+		if other {
+			continue
+		}
 		if slices.Contains(r.matches, "inverted") {
 			if r.target == "" && r.verdict == legacyAccept {
 				return Problem{}, false
 			}
 			continue
 		}
-		if r.proto != 0 && r.proto != uint16(p.Proto) || p.Number < r.ports[0] || p.Number > r.ports[1] || r.in == "lo" ||
-			slices.Contains(r.matches, "conntrack") || slices.Contains(r.matches, "state") {
+		if r.proto != 0 && r.proto != uint16(p.Proto) || p.Number < r.ports[0] || p.Number > r.ports[1] || r.in == "lo" {
 			continue // about other packets
 		}
 		refuses := r.target == "REJECT" || r.target == "" && r.verdict == legacyDrop
 		passes := r.target == "" && (r.verdict == legacyAccept || r.verdict >= 0)
 		exact := r.proto != 0 && (p.Number == 0 || r.ports[0] == r.ports[1])
 		switch {
-		case refuses && exact && len(r.matches) == 0:
+		case refuses && exact && !unread:
 			remedy := fmt.Sprintf("%s -D %s %d", tool, chain, i+1)
 			return Problem{What: fmt.Sprintf("chain %s of %s drops %v (rule %d)", chain, tool, p, i+1), Remedy: remedy, Command: remedy}, true
 		case passes:
@@ -294,18 +337,13 @@ func (r *legacyRule) lets(tun string, clusters []netip.Prefix) bool {
 	if r.target != "" || r.verdict != legacyAccept && r.verdict < 0 {
 		return false
 	}
-	if slices.Contains(r.matches, "inverted") { // it may accept them
-		return true
+	ofCluster := func(p netip.Prefix) bool {
+		return p.IsValid() && slices.ContainsFunc(clusters, func(c netip.Prefix) bool { return contains(p, c.Masked()) })
 	}
-	if r.in == tun || r.out == tun || !r.narrow && r.verdict == legacyAccept {
-		return true
+	if r.inverted != 0 { // it may accept them, unless another field says that it does not
+		is := func(bit byte, named, pods bool) bool { return !named || r.inverted&bit != 0 || pods }
+		return is(invertedIn, r.in != "", r.in == tun) && is(invertedOut, r.out != "", r.out == tun) &&
+			is(invertedSrc, r.src.IsValid(), ofCluster(r.src)) && is(invertedDst, r.dst.IsValid(), ofCluster(r.dst))
 	}
-	for _, p := range r.prefixes {
-		for _, c := range clusters {
-			if contains(p, c.Masked()) {
-				return true
-			}
-		}
-	}
-	return false
+	return r.in == tun || r.out == tun || !r.narrow && r.verdict == legacyAccept || ofCluster(r.src) || ofCluster(r.dst)
 }

@@ -1,6 +1,7 @@
 package hostnet
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"net"
@@ -138,8 +139,21 @@ func (p *pass) removeStaleAddrs(link netlink.Link) error {
 			continue
 		}
 		p.rep.Removed = append(p.rep.Removed, fmt.Sprintf("address %s dev %s", addrText(h), p.s.Tun))
+		p.last4 = p.last4 || addrOf(h.IP).Is4() && !slices.ContainsFunc(p.s.deviceAddrs(), netip.Addr.Is4)
 	}
 	return errors.Join(errs...)
+}
+
+// afterLastAddr puts routes back. With a device's last IPv4 address, the kernel removes all its IPv4 routes, whatever their source (fib_frontend.c,
+// fib_inetaddr_event). That is our own doing, and no repair.
+func (p *pass) afterLastAddr(ctx context.Context, link int, routes map[routeKey]routeSpec) error {
+	if !p.last4 {
+		return nil
+	}
+	rep := *p.rep
+	err := errors.Join(p.reconcileRoutes(ctx, link, routes), p.reconcileHosts())
+	p.rep.Repaired, p.rep.Changed, p.rep.Conflicts = rep.Repaired, rep.Changed, rep.Conflicts
+	return err
 }
 
 func (r *Reconciler) removeAddrs(link netlink.Link) error {

@@ -56,7 +56,20 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 	}
 	inOwn := func(p netip.Prefix) bool { return covered(own, p) }
 	var out []Problem
-	refuse := func(c netip.Prefix, what, command string) {
+	// No command takes the address or the network from a device by which the host may be reached.
+	uplink := map[int]bool{}
+	for i := range routes {
+		if p := prefixOf(routes[i].Dst); !p.IsValid() || p.Bits() == 0 {
+			uplink[routes[i].LinkIndex] = true
+			for _, nh := range routes[i].MultiPath {
+				uplink[nh.LinkIndex] = true
+			}
+		}
+	}
+	refuse := func(c netip.Prefix, what string, index int, command string) {
+		if uplink[index] {
+			command = ""
+		}
 		out = append(out, Problem{
 			What:    fmt.Sprintf("cluster CIDR %v overlaps this host's %s", c.Masked(), what),
 			Remedy:  "choose another --cluster-cidr, or remove it",
@@ -71,7 +84,7 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 			if a.LinkIndex == tunIndex || !c.Contains(ip) || inOwn(netip.PrefixFrom(ip, ip.BitLen())) {
 				continue
 			}
-			refuse(c, fmt.Sprintf("address %s on %s", addrText(a), d.name(a.LinkIndex)), fmt.Sprintf("ip address del %s dev %s", addrText(a), d.name(a.LinkIndex)))
+			refuse(c, fmt.Sprintf("address %s on %s", addrText(a), d.name(a.LinkIndex)), a.LinkIndex, fmt.Sprintf("ip address del %s dev %s", addrText(a), d.name(a.LinkIndex)))
 			ones, _ := a.Mask.Size()
 			inAddr[netip.PrefixFrom(ip, ones).Masked()] = true
 		}
@@ -94,7 +107,11 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 					Remedy: fmt.Sprintf("stop that agent and run `tulle cleanup --tun %s`, or choose another --cluster-cidr", d.name(rt.LinkIndex)),
 				})
 			case contains(c.Masked(), p) || connected && contains(p, c):
-				refuse(c, "route "+routeText(rt, d.name), routeDel(rt, d.name))
+				command := ""
+				if contains(c.Masked(), p) { // and not a network around it, where other hosts are
+					command = routeDel(rt, d.name)
+				}
+				refuse(c, "route "+routeText(rt, d.name), rt.LinkIndex, command)
 			}
 		}
 	}
@@ -124,6 +141,58 @@ func halves(p netip.Prefix) (low, high netip.Prefix) {
 	b[p.Bits()/8] |= 0x80 >> (p.Bits() % 8)
 	a, _ := netip.AddrFromSlice(b)
 	return low, netip.PrefixFrom(a, low.Bits())
+}
+
+// CheckPods reports addresses in the pods' space, of other nodes (such as those of their TUN devices) and of this one (that no device of this host
+// has), to which packets of this host leave by a routing table that is neither the main one nor ours, in the calling thread's network namespace: a policy
+// rule of a VPN or of several uplinks comes first. It asks for packets without a source, and for those from each address of from: to pods, the
+// host answers from the address that they have called, and rules for several uplinks go by that.
+func CheckPods(tun string, from, others, own []netip.Addr) ([]Problem, error) {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return nil, fmt.Errorf("hostnet: open a route netlink socket: %w", err)
+	}
+	defer h.Close()
+	var out []Problem
+	said := map[int]bool{} // tables, of which one address is enough
+	ask := func(src, a netip.Addr, whose string) {
+		o, packets := &netlink.RouteGetOptions{}, "packets"
+		if src.IsValid() {
+			if src.Is4() != a.Is4() {
+				return
+			}
+			o.SrcAddr, packets = src.AsSlice(), fmt.Sprintf("packets from %v", src)
+		}
+		routes, err := h.RouteGetWithOptions(a.AsSlice(), o)
+		if err != nil || len(routes) == 0 || said[routes[0].Table] {
+			return // unreachable ones have a reason of their own
+		}
+		switch r := routes[0]; r.Table {
+		case unix.RT_TABLE_MAIN, unix.RT_TABLE_LOCAL, unix.RT_TABLE_DEFAULT, HostsTable, DirectTable:
+		default:
+			name := fmt.Sprintf("if%d", r.LinkIndex)
+			if l, err := h.LinkByIndex(r.LinkIndex); err == nil {
+				name = l.Attrs().Name
+			}
+			if name == tun {
+				return
+			}
+			said[r.Table] = true
+			out = append(out, Problem{
+				What:   fmt.Sprintf("%s to %v, of %s pods, leave by %s: a policy rule in front of the main table sends them to table %d", packets, a, whose, name, r.Table),
+				Remedy: "give the pods' space a rule before that one (`ip rule` lists them), such as `ip rule add to CLUSTER_CIDR lookup main priority 100`, and make it permanent where that rule is made",
+			})
+		}
+	}
+	for _, src := range append([]netip.Addr{{}}, from...) {
+		for _, a := range others {
+			ask(src, a, "another node's")
+		}
+		for _, a := range own {
+			ask(src, a, "this node's")
+		}
+	}
+	return out, nil
 }
 
 // CheckMembers reports underlay addresses of members that this host routes into the TUN device,

@@ -3,6 +3,7 @@ package hostnet
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/google/nftables"
 	"golang.org/x/sys/unix"
@@ -37,9 +38,16 @@ func (p Port) match() string {
 
 // Outer is what the hosts of the cluster send each other, as a firewall sees it.
 type Outer struct {
-	Ports []Port
-	Links []string       // interfaces by which it arrives and leaves; none: not known
-	Pods  []netip.Prefix // the cluster's space: no packet between hosts comes from there
+	Ports  []Port
+	Gossip uint16         // the port whose packets are tracked; all others are not, between members
+	Links  []string       // interfaces by which it arrives and leaves; none: not known
+	Addrs  []netip.Addr   // this node's underlay addresses; none: not known
+	Pods   []netip.Prefix // the cluster's space: no packet between hosts comes from there
+}
+
+// uses reports whether packets of that family go between hosts.
+func (o *Outer) uses(v4 bool) bool {
+	return len(o.Addrs) == 0 || slices.ContainsFunc(o.Addrs, func(a netip.Addr) bool { return a.Is4() == v4 })
 }
 
 // PortProblems lists the rules of this host's own firewall, on the hooks input and output of nftables and iptables-legacy in the calling thread's
@@ -60,8 +68,8 @@ func PortProblems(o Outer) ([]Problem, error) {
 		if *c.Hooknum != *nftables.ChainHookInput && *c.Hooknum != *nftables.ChainHookOutput {
 			continue
 		}
-		switch c.Table.Family {
-		case nftables.TableFamilyINet, nftables.TableFamilyIPv4, nftables.TableFamilyIPv6:
+		switch f := c.Table.Family; {
+		case f == nftables.TableFamilyINet, f == nftables.TableFamilyIPv4 && o.uses(true), f == nftables.TableFamilyIPv6 && o.uses(false):
 		default:
 			continue
 		}
@@ -76,6 +84,6 @@ func PortProblems(o Outer) ([]Problem, error) {
 			}
 		}
 	}
-	legacy, err := legacyPorts(o.Ports)
+	legacy, err := legacyPorts(o)
 	return append(out, legacy...), err
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"time"
 
@@ -120,9 +121,13 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 	}
 	routes, skipped := s.routes(index, device)
 	rep.Conflicts = append(rep.Conflicts, skipped...)
-	r.setWanted(&s, index, routes)
-
 	p := &pass{r: r, s: &s, rep: &rep, link: index, probe: device(s.Direct), device: device, next: map[string]string{}}
+	if p.before, err = r.mainRoutes(); err != nil {
+		return rep, err
+	}
+	p.outward = outward(maps.Keys(s.Uplinks), p.before, r.linkName)
+	p.outward = slices.DeleteFunc(p.outward, func(n string) bool { return n == s.Tun || n == s.Direct })
+	r.setWanted(p, routes)
 	// The MTU comes first: below 1,280 bytes a device has no IPv6 (addrconf.c, addrconf_notify), nor its
 	// sysctls. Those of the device decide what the kernel does when it goes up. Addresses precede the routes that name them as source, and stale
 	// ones go last, because the kernel deletes routes along with their source.
@@ -133,9 +138,10 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 		func(context.Context) error { return p.probeUp() },
 		func(context.Context) error { return p.addAddrs(link) },
 		func(ctx context.Context) error { return p.reconcileRoutes(ctx, index, routes) },
-		func(context.Context) error { return p.reconcileHosts(index) },
+		func(context.Context) error { return p.reconcileHosts() },
 		func(context.Context) error { return p.reconcileNextHops() },
 		func(context.Context) error { return p.removeStaleAddrs(link) },
+		func(ctx context.Context) error { return p.afterLastAddr(ctx, index, routes) },
 		func(context.Context) error { return p.reconcileNFT() },
 	}
 	var errs []error
@@ -201,6 +207,10 @@ type pass struct {
 
 	link, probe int                   // numbers of the TUN device and of State.Direct; 0: there is none
 	device      func(name string) int // any other's
+
+	before  []netlink.Route // the main table as it was found
+	last4   bool            // removeStaleAddrs has removed the device's last IPv4 address
+	outward []string
 }
 
 // put enters what was done about one object: was is the object's text as found on the host,
@@ -236,15 +246,37 @@ type wanted struct {
 	own      []netip.Prefix
 	prefixes map[netip.Prefix]bool // of the routes into the tunnel
 	routes   map[routeKey]routeSpec
+	tables   map[tableKey]routeSpec // of HostsTable and DirectTable
+	rules    map[ruleKey]bool
 	uplinks  map[string]int
+	outward  map[int]bool // numbers of devices
 	members  []netip.Addr // sorted
 }
 
-func (r *Reconciler) setWanted(s *State, index int, routes map[routeKey]routeSpec) {
+// tableKey is a route of a table other than main. Reconcile leaves one to each prefix.
+type tableKey struct {
+	table  uint32
+	prefix netip.Prefix
+}
+
+// ruleKey is a policy rule. Its priority is the table's number.
+type ruleKey struct {
+	v4    bool
+	table uint32
+	from  netip.Prefix // of HostsTable
+	iif   string       // of DirectTable
+}
+
+func (r *Reconciler) setWanted(p *pass, routes map[routeKey]routeSpec) {
+	s := p.s
 	w := wanted{
-		tun: s.Tun, index: index, mtu: s.MTU, v4: s.uses(true), v6: s.uses(false),
+		tun: s.Tun, index: p.link, mtu: s.MTU, v4: s.uses(true), v6: s.uses(false),
 		addrs: map[netip.Addr]bool{}, clusters: s.ClusterCIDRs, own: s.Own,
 		prefixes: make(map[netip.Prefix]bool, len(routes)), routes: routes, uplinks: s.Uplinks, members: s.Members,
+		tables: map[tableKey]routeSpec{}, rules: map[ruleKey]bool{}, outward: map[int]bool{},
+	}
+	for _, n := range p.outward {
+		w.outward[p.device(n)] = true
 	}
 	for _, a := range s.deviceAddrs() {
 		w.addrs[a] = true
@@ -252,6 +284,22 @@ func (r *Reconciler) setWanted(s *State, index int, routes map[routeKey]routeSpe
 	for k, spec := range routes {
 		if !spec.unreachable { // there, others' routes are welcome
 			w.prefixes[k.prefix] = true
+		}
+	}
+	for _, v4 := range []bool{true, false} {
+		hosts, from := p.wantedHosts(v4)
+		for a, spec := range hosts {
+			w.tables[tableKey{HostsTable, netip.PrefixFrom(a, a.BitLen())}] = routeSpec{link: spec.link, mtu: spec.mtu}
+		}
+		for _, o := range from {
+			w.rules[ruleKey{v4: v4, table: HostsTable, from: o}] = true
+		}
+		hops := p.wantedHops(v4)
+		for prefix, spec := range hops {
+			w.tables[tableKey{DirectTable, prefix}] = spec
+		}
+		if len(hops) > 0 {
+			w.rules[ruleKey{v4: v4, table: DirectTable, iif: s.Direct}] = true
 		}
 	}
 	r.wantMu.Lock()

@@ -183,6 +183,35 @@ func TestChangesAreNoRepairs(t *testing.T) {
 	h.quiet(r, s)
 }
 
+// Without its last address of a family, the device loses all routes of that family, by the kernel. Those of a node that has left are back at once, and nobody
+// else has taken them.
+func TestLeftNodeKeepsRoutes(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	r := h.reconciler(Options{})
+	h.reconcile(r, dual())
+	s := dual()
+	s.TunAddrs, s.Own = nil, nil
+	rep := h.reconcile(r, s)
+	if len(rep.Repaired) != 0 || len(rep.Conflicts) != 0 {
+		t.Errorf("of the address that was taken away: repairs %q, conflicts %v", rep.Repaired, rep.Conflicts)
+	}
+	want := []string{
+		"10.244.0.0/16 dev tun0 proto 84 mtu 1472",
+		"10.244.2.0/24 dev tun0 proto 84 mtu 1400",
+		"10.244.3.0/24 dev tun0 proto 84 mtu 1472",
+		"fd00:244:0:2::/64 dev tun0 proto 84 metric 1024 mtu 1400",
+		"fd00:244::/32 dev tun0 proto 84 metric 1024 mtu 1472",
+	}
+	h.wantRoutes(want)
+	h.quiet(r, s)
+	h.check(h.nl.RouteDel(&netlink.Route{Dst: dst("10.244.2.0/24"), Scope: netlink.SCOPE_NOWHERE, LinkIndex: h.link("tun0").Attrs().Index}))
+	if rep = h.reconcile(r, s); len(rep.Repaired) != 1 {
+		t.Errorf("a route that somebody has removed: %q", rep.Repaired)
+	}
+	h.wantRoutes(want)
+}
+
 // A replaced route is never missing in between: the kernel tells of no deletion.
 func TestReplaceWithoutGap(t *testing.T) {
 	h := newHost(t)
@@ -311,7 +340,7 @@ func TestLeftovers(t *testing.T) {
 func (h *host) snapshot() string {
 	var b strings.Builder
 	fmt.Fprintln(&b, h.routes(), h.addrsOf("lo"), h.tables())
-	for _, c := range sysctlsFor("eth0", "", true, true) {
+	for _, c := range sysctlsFor("eth0", "", nil, true, true) {
 		fmt.Fprintln(&b, c.name, h.sysctl(c.name))
 	}
 	return b.String()

@@ -476,14 +476,14 @@ func routeText(rt *netlink.Route, name func(index int) string) string {
 		return t
 	}
 	s += hop(rt.Gw, rt.LinkIndex)
-	for _, nh := range rt.MultiPath {
-		s += " nexthop" + hop(nh.Gw, nh.LinkIndex)
-	}
 	if rt.Protocol != 0 {
 		s += " proto " + rt.Protocol.String()
 	}
 	if rt.Priority != 0 {
 		s += fmt.Sprintf(" metric %d", uint32(rt.Priority))
+	}
+	for _, nh := range rt.MultiPath { // they come last, or ip refuses them
+		s += " nexthop" + hop(nh.Gw, nh.LinkIndex)
 	}
 	return s
 }

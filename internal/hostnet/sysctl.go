@@ -7,11 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"iter"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -25,16 +27,22 @@ type sysctl struct {
 	optional bool
 }
 
-// sysctlsFor lists the wanted settings in the order in which they must be written.
-func sysctlsFor(tun, direct string, v4, v6 bool) []sysctl {
+// sysctlsFor lists the wanted settings in the order in which they must be written. uplinks are the devices by which packets to
+// pods come from other hosts.
+func sysctlsFor(tun, direct string, uplinks []string, v4, v6 bool) []sysctl {
 	var list []sysctl
 	if v4 {
+		list = append(list, sysctl{name: "net/ipv4/ip_forward", value: "1"})
+		// IPv6 has no such switch: there conf/all decides alone (ip6_output.c, ip6_forward), and a device's own setting makes
+		// it deaf to router advertisements.
+		for _, d := range uplinks {
+			list = append(list, sysctl{name: forwarding4(d), value: "1", optional: true})
+		}
 		dev := "net/ipv4/conf/" + tun + "/"
 		list = append(list,
-			sysctl{name: "net/ipv4/ip_forward", value: "1"},
 			// Forwarding is decided by the device that a packet came in on; ip_forward
 			// sets all of them, once, but not a device switched off afterwards.
-			sysctl{name: dev + "forwarding", value: "1"},
+			sysctl{name: forwarding4(tun), value: "1"},
 			// 2, loose: a source needs a route, by whatever device. The kernel uses
 			// the larger of conf/all and this one (ip-sysctl.rst), so 0 would become
 			// strict on hosts with all=1, and strict drops what a peer sends
@@ -75,6 +83,25 @@ func sysctlsFor(tun, direct string, v4, v6 bool) []sysctl {
 	)
 }
 
+func forwarding4(device string) string { return "net/ipv4/conf/" + device + "/forwarding" }
+
+// outward are the devices by which packets to pods come from other hosts, sorted: links, by which the tunnel's packets leave, and
+// those of the IPv4 default routes, by which the answers of the outside come.
+func outward(links iter.Seq[string], routes []netlink.Route, name func(index int) string) []string {
+	out := slices.Collect(links)
+	for i := range routes {
+		rt := &routes[i]
+		if rt.Family != unix.AF_INET || rt.Type != unix.RTN_UNICAST || rt.Protocol == Protocol || !isDefault(rt) {
+			continue
+		}
+		for _, h := range hops(rt) {
+			out = append(out, name(h))
+		}
+	}
+	slices.Sort(out)
+	return slices.DeleteFunc(slices.Compact(out), func(n string) bool { return n == "" || n == "lo" })
+}
+
 // probeSysctls are those of the device for direct probes, which goes with the agent. Its packets have this node's own
 // address (accept_local), and the way back there is no reason to drop them.
 func probeSysctls(direct string, v4, v6 bool) (list []sysctl) {
@@ -104,10 +131,7 @@ func (p *pass) reconcileSysctls(context.Context) error {
 	v4, v6 := p.s.uses(true), p.s.uses(false)
 	var pods []string
 	if v6 {
-		var err error
-		if pods, err = p.podDevices(); err != nil {
-			return err
-		}
+		pods = p.podDevices()
 	}
 	return p.r.ns.do(func() error {
 		var list []sysctl
@@ -118,7 +142,7 @@ func (p *pass) reconcileSysctls(context.Context) error {
 			}
 		}
 		var errs []error
-		for _, c := range append(list, sysctlsFor(p.s.Tun, p.s.Direct, v4, v6)...) {
+		for _, c := range append(list, sysctlsFor(p.s.Tun, p.s.Direct, p.outward, v4, v6)...) {
 			if err := p.putSysctl(c); err != nil {
 				errs = append(errs, err)
 			}
@@ -292,8 +316,21 @@ func (s *sysctlStore) save() error {
 	return nil
 }
 
+// bridged reports whether a bridge has an IPv4 address by which containers or virtual machines of others may reach the outside.
+func bridged() bool {
+	links, err := dump("devices", netlink.LinkList)
+	if err != nil {
+		return false
+	}
+	return slices.ContainsFunc(links, func(l netlink.Link) bool {
+		addrs, err := dump("addresses", func() ([]netlink.Addr, error) { return netlink.AddrList(l, netlink.FAMILY_V4) })
+		return l.Type() == "bridge" && err == nil && slices.ContainsFunc(addrs, func(a netlink.Addr) bool { return !a.IP.IsLinkLocalUnicast() })
+	})
+}
+
 // restore puts the earlier values back, the last change first: forwarding goes before
-// accept_ra. A setting that somebody changed after us stays theirs. tun is the TUN device's name.
+// accept_ra. A setting that somebody changed after us stays theirs, and so does forwarding of IPv4 where a bridge needs it: a container engine that
+// found it on has not set it, and will not set it again. tun is the TUN device's name.
 func (s *sysctlStore) restore(tun string) error {
 	var errs []error
 	heirs := s.inheritors(tun)
@@ -303,6 +340,9 @@ func (s *sysctlStore) restore(tun string) error {
 		now, err := readSysctl(c.Name)
 		if errors.Is(err, fs.ErrNotExist) || err == nil && now != c.Set {
 			continue // the device is gone, or the value is not ours any more
+		}
+		if c.Name == "net/ipv4/ip_forward" && bridged() {
+			continue
 		}
 		if err == nil {
 			err = writeSysctl(c.Name, c.Was)

@@ -140,3 +140,78 @@ func TestAdvertisementsOfPods(t *testing.T) {
 		}
 	}
 }
+
+// A container engine that found forwarding on goes on to need it when the agent goes.
+func TestForwardingStaysForBridges(t *testing.T) {
+	for name, want := range map[string]string{"no bridge": "0", "a bridge without addresses": "0", "a bridge of containers": "1"} {
+		t.Run(name, func(t *testing.T) {
+			h := newHost(t)
+			h.setSysctl("net/ipv4/ip_forward", "0")
+			h.tun("tun0")
+			r := h.reconciler(Options{})
+			h.reconcile(r, dual())
+			if name != "no bridge" {
+				h.shell("ip link add docker0 type bridge; ip link set docker0 up")
+			}
+			if want == "1" {
+				h.addrs("docker0", "172.17.0.1/16")
+			}
+			h.check(r.Remove(t.Context()))
+			if got := h.sysctl("net/ipv4/ip_forward"); got != want {
+				t.Errorf("net.ipv4.ip_forward is %s, want %s", got, want)
+			}
+		})
+	}
+}
+
+// The kernel forwards an IPv4 packet only where the device that it came by forwards. So the devices by which packets to pods
+// come from other hosts do, whatever is set there later; others are left alone. Of IPv6 nothing is set by device.
+func TestForwardingOfUplinks(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	off := func(devices ...string) {
+		for _, d := range devices {
+			h.setSysctl(forwarding4(d), "0")
+		}
+	}
+	want := func(value string, devices ...string) {
+		t.Helper()
+		for _, d := range devices {
+			if got := h.sysctl(forwarding4(d)); got != value {
+				t.Errorf("IPv4 forwarding of %s is %s, want %s", d, got, value)
+			}
+		}
+	}
+	all := []string{"eth0", "eth0.7", "eth1", "storage"}
+	for _, d := range all {
+		h.device(d)
+	}
+	h.setSysctl("net/ipv4/ip_forward", "1")
+	off(all...)
+	h.shell("ip route add default nexthop dev eth0.7 nexthop dev eth1")
+	s := dual()
+	o := Options{Tun: "tun0", SysctlFile: filepath.Join(t.TempDir(), "s.json")}
+	r := h.reconciler(o)
+	h.reconcile(r, s)
+	want("1", "eth0", "eth0.7", "eth1")
+	want("0", "storage")
+	h.quiet(r, s)
+	off("eth0", "eth1")
+	if rep := h.reconcile(r, s); len(rep.Repaired) != 2 || !strings.Contains(rep.Repaired[0], "net/ipv4/conf/eth0/forwarding=1 (was: 0)") {
+		t.Errorf("repaired %q", rep.Repaired)
+	}
+	want("1", "eth0", "eth1")
+	// Without IPv4 pods nothing depends on it, and IPv6 does not ask the device.
+	h.device("late")
+	off("late")
+	h.setSysctl(conf6+"late/forwarding", "0")
+	s.Uplinks = map[string]int{"eth0": 1500, "late": 1500, "gone": 1500}
+	h.reconcile(r, s)
+	want("1", "late")
+	if got := h.sysctl(conf6 + "late/forwarding"); got != "0" {
+		t.Errorf("IPv6 forwarding of late is %s", got)
+	}
+	h.check(h.reconciler(o).Remove(t.Context()))
+	want("0", all...)
+	want("0", "late")
+}

@@ -28,6 +28,17 @@ type Underlay struct {
 	Why   string // reason for the choice, for the log and for status
 }
 
+// ToHave says what to do so that this host has an address.
+func ToHave(a netip.Addr) string {
+	switch {
+	case a.IsLoopback() && a.Is6():
+		return "let lo have IPv6 (`sysctl -w net.ipv6.conf.lo.disable_ipv6=0 && ip link set lo up`)"
+	case a.IsLoopback():
+		return "bring lo up (`ip link set lo up`)"
+	}
+	return "give it to an interface"
+}
+
 // ErrNotYet is wrapped by the errors of DetectUnderlay that may go away with time: a device, an
 // address or a route is missing, as early in the boot of a host. Other errors need an operator.
 var ErrNotYet = errors.New("not yet")
@@ -244,7 +255,11 @@ func (d *detector) byDefault() (Underlay, error) {
 	why, chosen := "the default route leads to more than one device", "the default route leads there"
 	if len(found) == 0 {
 		why, chosen = "there is no default route, and more than one device has an address", "no other device has an address"
-		found = d.candidates()
+		all := d.candidates()
+		found = slices.DeleteFunc(slices.Clone(all), func(c candidate) bool { return d.links[c.index].RawFlags&unix.IFF_RUNNING == 0 })
+		if len(found) == 0 && len(all) > 0 {
+			return Underlay{}, notYet{fmt.Errorf("no device with an address carries packets (they have %s, and no carrier): plug it in, or %s", d.list(all), pick)}
+		}
 	}
 	if len(found) == 0 {
 		return Underlay{}, notYet{fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)}

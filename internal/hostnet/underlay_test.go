@@ -175,6 +175,64 @@ func TestPodRoutes(t *testing.T) {
 	}
 }
 
+// A VPN's rule for a larger network comes before the main table.
+func TestCheckPods(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("vpn0", "192.0.2.1/24", "2001:db8::1/64")
+	h.reconcile(h.reconciler(Options{}), dual())
+	check := func() ([]Problem, error) {
+		return CheckPods("tun0", ips("192.0.2.1", "2001:db8::1", "203.0.113.7"), ips("10.244.64.0", "10.244.65.0", "fd00:244:64::"), ips("10.244.1.255", "fd00:244:0:1::ffff"))
+	}
+	if got := h.found(check); len(got) != 0 {
+		t.Fatalf("problems %v", got)
+	}
+	h.shell("ip route add 10.0.0.0/8 via 192.0.2.9 table 52; ip rule add priority 5270 lookup 52; ip -6 route add fd00::/8 via 2001:db8::9 table 53; ip -6 rule add priority 5270 lookup 53")
+	got := h.found(check)
+	if len(got) != 2 || !strings.Contains(got[0].What, "10.244.64.0, of another node's pods, leave by vpn0") || !strings.Contains(got[0].What, "table 52") || !strings.Contains(got[1].What, "fd00:244:64::") {
+		t.Errorf("problems %v", got)
+	}
+	h.shell("ip route add 10.244.0.0/16 dev tun0 table 54; ip rule add priority 5260 lookup 54") // a rule that leads them into the tunnel, too
+	if got := h.found(check); len(got) != 1 || !strings.Contains(got[0].What, "fd00:244:64::") {
+		t.Errorf("with a rule that leads IPv4 into the tunnel: %v", got)
+	}
+	h.shell("ip rule add to 10.244.0.0/16 lookup main priority 100; ip -6 rule add to fd00:244::/32 lookup main priority 100")
+	if got := h.found(check); len(got) != 0 {
+		t.Errorf("with rules for the pods: %v", got)
+	}
+}
+
+// Hosts with several uplinks have rules by source: what the host answers from its underlay address goes elsewhere than what it sends
+// by itself. That is named for other nodes' pods and for its own.
+func TestCheckPodsBySource(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+	h.device("pub", "198.51.100.1/24")
+	h.reconcile(h.reconciler(Options{}), dual())
+	h.shell("ip route add default via 198.51.100.9; ip route add default via 192.0.2.9 table 100; ip rule add from 192.0.2.1 lookup 100")
+	h.shell("ip -6 route add default via 2001:db8::9 table 101; ip -6 rule add from 2001:db8::1 lookup 101")
+	look := func(others, own []netip.Addr) []Problem {
+		return h.found(func() ([]Problem, error) {
+			return CheckPods("tun0", ips("192.0.2.1", "2001:db8::1"), others, own)
+		})
+	}
+	others, own := ips("10.244.2.0", "fd00:244:0:2::"), ips("10.244.1.255", "fd00:244:0:1::ffff")
+	for whose, got := range map[string][]Problem{"another node's": look(others, nil), "this node's": look(nil, own)} {
+		if len(got) != 2 || !strings.Contains(got[0].What, "packets from 192.0.2.1 to 10.244.") || !strings.Contains(got[0].What, whose+" pods, leave by eth0") ||
+			!strings.Contains(got[0].What, "table 100") || !strings.Contains(got[1].What, "from 2001:db8::1") || !strings.Contains(got[1].What, "table 101") {
+			t.Errorf("%s: problems %v", whose, got)
+		}
+	}
+	if got := look(others, own); len(got) != 2 {
+		t.Errorf("one problem for each table is enough: %v", got)
+	}
+	h.shell("ip rule add to 10.244.0.0/16 lookup main priority 100; ip -6 rule add to fd00:244::/32 lookup main priority 100")
+	if got := look(others, own); len(got) != 0 {
+		t.Errorf("with rules for the pods: %v", got)
+	}
+}
+
 func TestCheckMembers(t *testing.T) {
 	h := newHost(t)
 	h.tun("tun0")
@@ -211,21 +269,28 @@ func TestForwardProblems(t *testing.T) {
 		policy *nftables.ChainPolicy
 		rules  [][]expr.Any
 		want   []string
+
+		clusters []netip.Prefix // nil: of both families
 	}{
+		{name: "IPv4 is dropped, and no pod has it", table: "t", family: nftables.TableFamilyIPv4, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), clusters: pfx("fd00:244::/32")},
+		{name: "no prefix is known yet", table: "t", family: nftables.TableFamilyIPv4, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), clusters: []netip.Prefix{}, want: []string{"does not name tun0", "cluster_cidr"}},
 		{name: "none", table: "t", family: nftables.TableFamilyINet, chain: "forward", policy: policy(nftables.ChainPolicyAccept)},
-		{name: "policy drop", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), want: []string{"inet t fwd", "policy drop", `nft insert rule inet t fwd iifname "tun0" accept`}},
+		{name: "policy drop", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), want: []string{"inet t fwd", "policy drop", "nft insert rule inet t fwd ip saddr 10.244.0.0/16 accept && nft insert rule inet t fwd ip daddr 10.244.0.0/16 accept", "nft insert rule inet t fwd ip6 daddr fd00:244::/32 accept"}},
 		{name: "policy drop on input is none of ours", table: "t", family: nftables.TableFamilyINet, chain: "in", hook: nftables.ChainHookInput, policy: policy(nftables.ChainPolicyDrop)},
-		{name: "iptables-nft", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), want: []string{"ip filter FORWARD", "iptables -I FORWARD -i tun0 -j ACCEPT"}},
-		{name: "ip6tables-nft", table: "filter", family: nftables.TableFamilyIPv6, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), want: []string{"ip6 filter FORWARD", "ip6tables -I FORWARD"}},
+		{name: "iptables-nft", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), want: []string{"ip filter FORWARD", "does not name tun0, 10.244.0.0/16: pods", "iptables -I FORWARD -s 10.244.0.0/16 -j ACCEPT && iptables -I FORWARD -d 10.244.0.0/16 -j ACCEPT"}},
+		{name: "ip6tables-nft", table: "filter", family: nftables.TableFamilyIPv6, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), want: []string{"ip6 filter FORWARD", "does not name tun0, fd00:244::/32: pods", "ip6tables -I FORWARD -s fd00:244::/32 -j ACCEPT"}},
 		{name: "the device accepted", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{byName(expr.MetaKeyIIFNAME, "tun0", accept)}},
 		{name: "another device accepted", table: "filter", family: nftables.TableFamilyIPv4, chain: "FORWARD", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{byName(expr.MetaKeyIIFNAME, "tun01", accept)}, want: []string{"FORWARD"}},
 		{name: "the device dropped by name", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{byName(expr.MetaKeyIIFNAME, "tun0", dropped)}, want: []string{"inet t fwd"}},
-		{name: "the cluster accepted", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{cluster(accept)}},
+		{name: "the cluster accepted", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{cluster(accept)}, clusters: pfx("10.244.0.0/16")},
 		{name: "everything accepted", table: "t", family: nftables.TableFamilyINet, chain: "fwd", policy: policy(nftables.ChainPolicyDrop), rules: [][]expr.Any{{&expr.Counter{}, accept}}},
 		{name: "firewalld", table: "firewalld", family: nftables.TableFamilyINet, chain: "filter_FORWARD", policy: policy(nftables.ChainPolicyAccept), rules: [][]expr.Any{{&expr.Reject{Type: unix.NFT_REJECT_ICMPX_UNREACH, Code: unix.NFT_REJECT_ICMPX_ADMIN_PROHIBITED}}}, want: []string{"inet firewalld filter_FORWARD", "last rule", "firewall-cmd"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			h := newHost(t)
+			if c.clusters == nil {
+				c.clusters = pfx("10.244.0.0/16", "fd00:244::/32")
+			}
 			if c.hook == nil {
 				c.hook = nftables.ChainHookForward
 			}
@@ -239,7 +304,7 @@ func TestForwardProblems(t *testing.T) {
 			})
 			var got []Problem
 			h.do(func() (err error) {
-				got, err = ForwardProblems("tun0", pfx("10.244.0.0/16"))
+				got, err = ForwardProblems("tun0", c.clusters)
 				return err
 			})
 			if c.want == nil {

@@ -15,7 +15,7 @@ import (
 )
 
 // Watch calls changed when something on the host changed that concerns us: one of our
-// routes, addresses or sysctls, the TUN device, the nftables table; a foreign route
+// routes, policy rules, addresses or sysctls, the TUN device, the nftables table; a foreign route
 // within the cluster's space; a default route, a route to a member or an address of another device, by which
 // the underlay may have moved; an uplink's MTU. What a Reconcile does itself is not reported, unless
 // another one with another State has begun before its events were read.
@@ -29,7 +29,8 @@ func (r *Reconciler) Watch(ctx context.Context, changed func()) error {
 	err := r.ns.do(func() error {
 		var err error
 		if route, err = listen(unix.NETLINK_ROUTE, unix.RTNLGRP_LINK, unix.RTNLGRP_IPV4_IFADDR, unix.RTNLGRP_IPV6_IFADDR,
-			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF); err != nil {
+			unix.RTNLGRP_IPV4_ROUTE, unix.RTNLGRP_IPV6_ROUTE, unix.RTNLGRP_IPV4_RULE, unix.RTNLGRP_IPV6_RULE,
+			unix.RTNLGRP_IPV4_NETCONF, unix.RTNLGRP_IPV6_NETCONF); err != nil {
 			return err
 		}
 		nft, err = listen(unix.NETLINK_NETFILTER, unix.NFNLGRP_NFTABLES)
@@ -154,6 +155,8 @@ func (r *Reconciler) routeEvent(m nl.Message) bool {
 		return w.addrEvent(t == unix.RTM_NEWADDR, m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
 		return w.routeEvent(t == unix.RTM_NEWROUTE, m.Data)
+	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
+		return w.ruleEvent(t == unix.RTM_NEWRULE, m.Data)
 	case unix.RTM_NEWNETCONF:
 		return w.netconfEvent(m.Data)
 	}
@@ -269,6 +272,19 @@ func (w *wanted) routeEvent(isNew bool, b []byte) bool {
 			key.metric = native.Uint32(v)
 		}
 	})
+	if kind == unix.RTN_UNREACHABLE {
+		spec = routeSpec{unreachable: true}
+	}
+	if table == HostsTable || table == DirectTable {
+		if bits == 0 {
+			dst = unspecified(v4)
+		}
+		want, ok := w.tables[tableKey{table, netip.PrefixFrom(dst, bits)}]
+		if proto != Protocol {
+			return ok // a rival came, perhaps in the place of ours, or went
+		}
+		return isNew != (ok && (!isNew || spec == want))
+	}
 	if table != unix.RT_TABLE_MAIN {
 		return false
 	}
@@ -277,9 +293,6 @@ func (w *wanted) routeEvent(isNew bool, b []byte) bool {
 	}
 	key.prefix = netip.PrefixFrom(dst, bits)
 	if proto == Protocol {
-		if kind == unix.RTN_UNREACHABLE {
-			spec = routeSpec{unreachable: true}
-		}
 		want, ok := w.routes[key]
 		return isNew != (ok && (!isNew || spec == want))
 	}
@@ -291,6 +304,34 @@ func (w *wanted) routeEvent(isNew bool, b []byte) bool {
 	}
 	inside := func(p netip.Prefix) bool { return contains(p, key.prefix) }
 	return spec.link != w.index && slices.ContainsFunc(w.clusters, inside) && !slices.ContainsFunc(w.own, inside)
+}
+
+// ruleEvent knows our rules as reconcile does: nobody else has such a priority with the table of that number.
+func (w *wanted) ruleEvent(isNew bool, b []byte) bool {
+	const header = 12 // struct fib_rule_hdr (linux/fib_rules.h)
+	if len(b) < header || b[0] != unix.AF_INET && b[0] != unix.AF_INET6 {
+		return false
+	}
+	var src netip.Addr
+	var priority uint32
+	key := ruleKey{v4: b[0] == unix.AF_INET, table: uint32(b[4])}
+	eachAttr(b[header:], func(t uint16, v []byte) {
+		switch {
+		case t == unix.FRA_SRC:
+			src, _ = netip.AddrFromSlice(v)
+		case t == unix.FRA_IIFNAME:
+			key.iif = cString(v)
+		case len(v) != 4:
+		case t == unix.FRA_TABLE:
+			key.table = native.Uint32(v)
+		case t == unix.FRA_PRIORITY:
+			priority = native.Uint32(v)
+		}
+	})
+	if src.IsValid() {
+		key.from = netip.PrefixFrom(src, int(b[2]))
+	}
+	return (key.table == HostsTable || key.table == DirectTable) && priority == key.table && isNew != w.rules[key]
 }
 
 // netconf attributes (linux/netconf.h).
@@ -306,7 +347,8 @@ func (w *wanted) netconfEvent(b []byte) bool {
 	if len(b) < netconfHeader {
 		return false
 	}
-	if v4 := b[0] == unix.AF_INET; v4 && !w.v4 || !v4 && !w.v6 {
+	v4 := b[0] == unix.AF_INET
+	if v4 && !w.v4 || !v4 && !w.v6 {
 		return false
 	}
 	index, forwarding, filter := 0, int32(1), int32(2)
@@ -324,7 +366,7 @@ func (w *wanted) netconfEvent(b []byte) bool {
 			filter = n
 		}
 	})
-	return (index == w.index || index == netconfAll) && forwarding == 0 || index == w.index && filter != 2
+	return (index == w.index || index == netconfAll || v4 && w.outward[index]) && forwarding == 0 || index == w.index && filter != 2
 }
 
 func cString(b []byte) string {

@@ -2,6 +2,9 @@ package hostnet
 
 import (
 	"context"
+	"fmt"
+	"net/netip"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -34,7 +37,7 @@ func (h *host) watch(r *Reconciler) *atomic.Int64 {
 func (h *host) settle(calls *atomic.Int64) {
 	for last := int64(-1); last != calls.Load(); {
 		last = calls.Load()
-		time.Sleep(10 * watchDebounce)
+		time.Sleep(30 * watchDebounce)
 	}
 }
 
@@ -80,6 +83,7 @@ func TestWatchTells(t *testing.T) {
 			})
 		}},
 		{"forwarding off", func(h *host) { h.setSysctl("net/ipv4/ip_forward", "0") }},
+		{"forwarding off on an uplink", func(h *host) { h.setSysctl("net/ipv4/conf/eth0/forwarding", "0") }},
 		{"IPv6 forwarding off", func(h *host) { h.setSysctl("net/ipv6/conf/all/forwarding", "0") }},
 		{"rp_filter", func(h *host) { h.setSysctl("net/ipv4/conf/tun0/rp_filter", "1") }},
 		{"default route", func(h *host) { h.route("0.0.0.0/0", "192.0.2.7", "eth0", 0, unix.RTPROT_STATIC) }},
@@ -95,6 +99,119 @@ func TestWatchTells(t *testing.T) {
 			eventually(t, "a callback", func() bool { return calls.Load() > before })
 		})
 	}
+}
+
+// tabled is dual with all that HostsTable and DirectTable hold.
+func tabled() State {
+	s := dual()
+	s.Members = ips("192.0.2.1", "192.0.2.2", "2001:db8::1", "2001:db8::2")
+	s.Hosts = []HostRoute{{s.Members[1], 1400, ""}, {s.Members[3], 1380, "eth0"}}
+	s.Direct, s.ProbeAddrs = DirectDevice, ips("10.244.1.255", "fd00:244:0:1:ffff:ffff:ffff:ffff")
+	s.NextHops = []NextHop{
+		{netip.MustParseAddr("10.244.2.255"), s.Members[1], "eth0"},
+		{netip.MustParseAddr("fd00:244:0:2:ffff:ffff:ffff:ffff"), s.Members[3], "eth0"},
+	}
+	return s
+}
+
+// policies lists both tables and their rules as text.
+func (h *host) policies() (out []string) {
+	h.t.Helper()
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		for _, table := range []int{HostsTable, DirectTable} {
+			rules, err := h.nl.RuleListFiltered(family, &netlink.Rule{Table: table}, netlink.RT_FILTER_TABLE)
+			h.check(err)
+			for i := range rules {
+				out = append(out, rules[i].String())
+			}
+			routes, err := dump("routes", func() ([]netlink.Route, error) {
+				return h.nl.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+			})
+			h.check(err)
+			for i := range routes {
+				out = append(out, routes[i].String())
+			}
+		}
+	}
+	slices.Sort(out)
+	return out
+}
+
+// Without these rules and routes pods' packets to hosts leave under pods' addresses. Whoever takes one away is told of, what we do
+// ourselves is not, and with a Reconcile as the callback the two come to rest.
+func TestWatchTables(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.tun(DirectDevice)
+	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+	r := h.reconciler(Options{Tun: "tun0", Debounce: watchDebounce})
+	h.reconcile(r, tabled())
+	calls := h.watch(r)
+	all := h.policies()
+	told := func(what string, f func()) {
+		t.Helper()
+		h.settle(calls)
+		before := calls.Load()
+		f()
+		eventually(t, what+": a callback", func() bool { return calls.Load() > before })
+		h.settle(calls)
+		before = calls.Load()
+		h.reconcile(r, tabled())
+		h.settle(calls)
+		if n := calls.Load() - before; n != 0 {
+			t.Errorf("%s: its repair gives %d callbacks", what, n)
+		}
+		if got := h.policies(); !slices.Equal(got, all) {
+			t.Errorf("%s: %q, want %q", what, got, all)
+		}
+	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		for _, table := range []int{HostsTable, DirectTable} {
+			what := fmt.Sprintf("table %d, family %d", table, family)
+			rules, err := h.nl.RuleListFiltered(family, &netlink.Rule{Table: table}, netlink.RT_FILTER_TABLE)
+			h.check(err)
+			told(what+": rule deleted", func() { h.check(h.nl.RuleDel(&rules[0])) })
+			routes, err := h.nl.RouteListFiltered(family, &netlink.Route{Table: table, Protocol: Protocol}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PROTOCOL)
+			h.check(err)
+			for i := range routes {
+				told(what+": route deleted", func() { h.check(h.nl.RouteDel(&routes[i])) })
+				theirs := &netlink.Route{Dst: routes[i].Dst, Table: table, Priority: routes[i].Priority, Protocol: unix.RTPROT_STATIC, Type: unix.RTN_UNREACHABLE}
+				told(what+": route taken over by another", func() { h.check(h.nl.RouteReplace(theirs)) })
+			}
+		}
+	}
+	told("rule of another source", func() {
+		rule := netlink.NewRule()
+		rule.Priority, rule.Table, rule.Src = HostsTable, HostsTable, dst("10.244.77.0/24")
+		h.check(h.nl.RuleAdd(rule))
+	})
+	quiet := func(what string, f func()) {
+		t.Helper()
+		before := calls.Load()
+		f()
+		h.settle(calls)
+		if n := calls.Load() - before; n != 0 {
+			t.Errorf("%s: %d callbacks", what, n)
+		}
+	}
+	quiet("our own changes", func() {
+		s := tabled()
+		s.Hosts[0].MTU, s.Hosts[1].Device = 1300, ""
+		h.reconcile(r, s)
+		h.settle(calls)
+		s.Hosts, s.NextHops = s.Hosts[1:], s.NextHops[:1]
+		h.reconcile(r, s)
+		h.settle(calls)
+		s.Direct = ""
+		h.reconcile(r, s)
+	})
+	quiet("others' rules and tables", func() {
+		rule := netlink.NewRule()
+		rule.Priority, rule.Table, rule.Src = 100, 100, dst("10.244.1.0/24")
+		h.check(h.nl.RuleAdd(rule))
+		h.check(h.nl.RouteAdd(&netlink.Route{Dst: dst("192.0.2.2/32"), LinkIndex: h.link("eth0").Attrs().Index, Table: 100, Scope: netlink.SCOPE_LINK}))
+	})
+	quiet("remove", func() { h.check(r.Remove(t.Context())) })
 }
 
 // A carrier that comes back changes no route, and its loss was reported to an operator.

@@ -4,12 +4,14 @@ import (
 	"bytes"
 	"encoding/binary"
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/google/nftables/xt"
 )
 
 // weigher follows one port's packets through a base chain and the chains that its rules lead to.
@@ -103,6 +105,7 @@ func (w *weigher) chain(c *nftables.Chain, level int) (fate, error) {
 	if err != nil {
 		return passes, fmt.Errorf("hostnet: list the rules of nftables chain %s %s: %w", c.Table.Name, c.Name, err)
 	}
+	left := false // some of the packets may have returned to the chain that led here
 	for _, r := range rules {
 		about, err := w.concerns(r)
 		if err != nil {
@@ -115,19 +118,27 @@ func (w *weigher) chain(c *nftables.Chain, level int) (fate, error) {
 		case refuses && about == byPort:
 			w.rule, w.where = r, c.Name
 			return refused, nil
+		case refuses && about == every && left:
+			return falls, nil
 		case refuses && about == every:
 			w.where = c.Name
 			return refused, nil
 		case kind == expr.VerdictAccept || kind == expr.VerdictQueue || decidedByMap(r):
 			return passes, nil
-		case kind == expr.VerdictReturn && about != maybe:
-			return falls, nil
+		case kind == expr.VerdictReturn:
+			if about != maybe {
+				return falls, nil
+			}
+			left = true
 		case kind == expr.VerdictJump || kind == expr.VerdictGoto:
 			f, err := w.follow(r, level)
 			if err != nil || f == passes || w.rule != nil {
 				return f, err
 			}
 			if about != maybe && (f == refused || kind == expr.VerdictGoto) {
+				if left && f == refused {
+					f = falls
+				}
 				return f, nil
 			}
 		}
@@ -163,26 +174,35 @@ func decidedByMap(r *nftables.Rule) bool {
 // concerns says which of the port's packets that come from other hosts, or go to them, a rule is about.
 func (w *weigher) concerns(r *nftables.Rule) (reach, error) {
 	var load expr.Any
+	var mask []byte // of what is loaded
 	var protocol, number, some, unread bool
 	for _, e := range r.Exprs {
 		about := maybe
 		switch e := e.(type) {
 		case *expr.Meta, *expr.Payload, *expr.Ct:
-			load = e
+			load, mask = e, nil
 			continue
-		case *expr.Verdict, *expr.Reject, *expr.Counter, *expr.Log, *expr.Immediate, *expr.Bitwise:
+		case *expr.Bitwise:
+			mask = e.Mask
+			continue
+		case *expr.Verdict, *expr.Reject, *expr.Counter, *expr.Log, *expr.Immediate, *expr.Target:
 			continue
 		case *expr.Cmp:
-			about = w.compares(fieldOf(load), e)
+			about = w.compares(fieldOf(load), e, mask)
+			unread = unread || e.Op == expr.CmpOpNeq && fieldOf(load) == fieldAddress
 		case *expr.Lookup:
 			var err error
 			if about, err = w.looksUp(fieldOf(load), e); err != nil {
 				return none, err
 			}
+			unread = unread || e.Invert && fieldOf(load) == fieldAddress
 		case *expr.Match: // extensions of iptables
-			load = nil
-			if e.Name == "conntrack" || e.Name == "state" {
-				about = none
+			if e.Name == "comment" {
+				continue
+			}
+			load, about = nil, w.extension(e)
+			if about == every {
+				continue
 			}
 		default:
 			load = nil
@@ -207,11 +227,71 @@ func (w *weigher) concerns(r *nftables.Rule) (reach, error) {
 	return every, nil // a rule about the whole protocol included
 }
 
-// compares weighs one comparison.
-func (w *weigher) compares(what field, e *expr.Cmp) reach {
+// state is how connection tracking sees the first of the port's packets: those of the tunnel are not tracked between members (nft_rules.go).
+// The bits are those of nftables (net/netfilter/nft_ct.c, include/uapi/linux/netfilter/nf_conntrack_common.h).
+func (w *weigher) state() uint32 {
+	if w.port.Number != 0 && w.port.Number == w.outer.Gossip {
+		return stateNew
+	}
+	return stateUntracked
+}
+
+const stateNew, stateUntracked = 8, 64
+
+// In xt_conntrack.h; xt_state.h has the bits of nftables.
+const xtUntracked = 256
+
+// extension weighs a match of iptables. Of connection tracking it reads the state.
+func (w *weigher) extension(e *expr.Match) reach {
+	is := w.state()
+	switch info := e.Info.(type) {
+	case *xt.ConntrackMtinfo3:
+		return conntrack(info.MatchFlags, info.InvertFlags, info.StateMask, is)
+	case *xt.ConntrackMtinfo2:
+		return conntrack(info.MatchFlags, info.InvertFlags, info.StateMask, is)
+	case *xt.ConntrackMtinfo1:
+		return conntrack(info.MatchFlags, info.InvertFlags, uint16(info.StateMask), is)
+	case *xt.Unknown:
+		if e.Name == "state" && len(*info) >= 4 {
+			return when(binary.NativeEndian.Uint32(*info)&is != 0)
+		}
+	}
+	return maybe
+}
+
+// conntrack weighs a match of that name, as xt_conntrack.h has it, for packets of one state.
+func conntrack(match, invert, mask uint16, state uint32) reach {
+	const ofState = uint16(xt.ConntrackState)
+	if state == stateUntracked {
+		state = xtUntracked
+	}
+	switch {
+	case match&ofState == 0:
+		return none // NAT, or other properties of a connection that has begun
+	case (uint32(mask)&state != 0) == (invert&ofState != 0):
+		return none
+	case match&^(ofState|uint16(xt.ConntrackStateAlias)) != 0:
+		return maybe
+	}
+	return every
+}
+
+// compares weighs one comparison; mask is what counts of what was loaded, nil: all.
+func (w *weigher) compares(what field, e *expr.Cmp, mask []byte) reach {
 	switch equal := e.Op == expr.CmpOpEq; {
-	case what == fieldState:
-		return none // whatever state it is, it is not how a connection begins
+	case what == fieldState && len(mask) == 4: // those of a mask, or none of them
+		has := binary.NativeEndian.Uint32(mask)&w.state() != 0
+		return when(has != equal)
+	case what == fieldState && len(e.Data) == 4:
+		return when((binary.NativeEndian.Uint32(e.Data) == w.state()) == equal)
+	case what == fieldStatus:
+		return none
+	case what == fieldLink && equal && len(e.Data) == 4:
+		return w.index(binary.NativeEndian.Uint32(e.Data))
+	case what == fieldPorts && equal && len(e.Data) == 4: // of the source and the destination
+		if w.port.Number == 0 || binary.BigEndian.Uint16(e.Data[2:]) != w.port.Number {
+			return none
+		}
 	case what == fieldProto && equal && len(e.Data) >= 1:
 		return when(e.Data[0] == w.port.Proto)
 	case what == fieldPort && equal && len(e.Data) == 2:
@@ -229,6 +309,18 @@ func when(equal bool) reach {
 		return every
 	}
 	return none
+}
+
+// index weighs the index of an interface.
+func (w *weigher) index(i uint32) reach {
+	if i == 1 { // lo, in every network namespace (net/core/dev.c, LOOPBACK_IFINDEX)
+		return none
+	}
+	l, err := net.InterfaceByIndex(int(i))
+	if err != nil {
+		return maybe
+	}
+	return w.interfaces(append([]byte(l.Name), 0))
 }
 
 // interfaces weighs the name of an interface; one without its final zero is the beginning of a name.
@@ -258,26 +350,33 @@ func (w *weigher) interfaces(data []byte) reach {
 
 // looksUp weighs a set of protocols or ports. Ranges and maps are not read.
 func (w *weigher) looksUp(what field, e *expr.Lookup) (reach, error) {
-	if what == fieldState {
+	if what == fieldStatus {
 		return none, nil
 	}
-	if what != fieldProto && what != fieldPort || e.Invert || e.IsDestRegSet {
+	if what != fieldProto && what != fieldPort && what != fieldState || e.Invert || e.IsDestRegSet && what != fieldState {
 		return maybe, nil
 	}
 	set, err := w.conn.GetSetByName(w.base.Table, e.SetName)
 	if err != nil {
 		return none, fmt.Errorf("hostnet: read the nftables set %s of table %s: %w", e.SetName, w.base.Table.Name, err)
 	}
-	if set.Interval || set.IsMap {
+	if set.Interval || set.IsMap && what != fieldState || set.Concatenation {
 		return maybe, nil
 	}
 	elements, err := w.conn.GetSetElements(set)
 	if err != nil {
 		return none, fmt.Errorf("hostnet: read the elements of the nftables set %s of table %s: %w", e.SetName, w.base.Table.Name, err)
 	}
+	size := map[field]int{fieldProto: 1, fieldPort: 2, fieldState: 4}[what]
 	for _, el := range elements {
-		if what == fieldProto && len(el.Key) >= 1 && el.Key[0] == w.port.Proto ||
-			what == fieldPort && len(el.Key) >= 2 && w.port.Number != 0 && binary.BigEndian.Uint16(el.Key) == w.port.Number {
+		if len(el.Key) != size { // of several fields together
+			return maybe, nil
+		}
+		if what == fieldState && binary.NativeEndian.Uint32(el.Key) == w.state() {
+			return every, nil
+		}
+		if what == fieldProto && el.Key[0] == w.port.Proto ||
+			what == fieldPort && w.port.Number != 0 && binary.BigEndian.Uint16(el.Key) == w.port.Number {
 			return every, nil
 		}
 	}
@@ -299,15 +398,21 @@ const (
 	fieldInterface
 	fieldAddress
 	fieldFamily
-	fieldState
+	fieldState  // of a connection
+	fieldStatus // of a connection that has begun, or that is translated
+	fieldLink   // index of an interface
+	fieldPorts  // of source and destination
 )
 
 // fieldOf is what was loaded into a register.
 func fieldOf(load expr.Any) field {
 	switch l := load.(type) {
 	case *expr.Ct:
-		if l.Key == expr.CtKeySTATE || l.Key == expr.CtKeySTATUS {
+		switch l.Key {
+		case expr.CtKeySTATE:
 			return fieldState
+		case expr.CtKeySTATUS:
+			return fieldStatus
 		}
 	case *expr.Meta:
 		switch l.Key {
@@ -316,7 +421,7 @@ func fieldOf(load expr.Any) field {
 		case expr.MetaKeyIIFNAME, expr.MetaKeyOIFNAME:
 			return fieldInterface
 		case expr.MetaKeyIIF, expr.MetaKeyOIF:
-			return fieldAddress
+			return fieldLink
 		case expr.MetaKeyNFPROTO:
 			return fieldFamily
 		}
@@ -324,6 +429,8 @@ func fieldOf(load expr.Any) field {
 		switch {
 		case l.Base == expr.PayloadBaseTransportHeader && l.Offset == 2 && l.Len == 2:
 			return fieldPort
+		case l.Base == expr.PayloadBaseTransportHeader && l.Offset == 0 && l.Len == 4:
+			return fieldPorts
 		case l.Base == expr.PayloadBaseNetworkHeader && l.Len == 1 && (l.Offset == 9 || l.Offset == 6): // IPv4's protocol, IPv6's next header
 			return fieldProto
 		case l.Base == expr.PayloadBaseNetworkHeader:

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/sys"
 	"github.com/tulle-net/tulle/internal/testing/testbuild"
 )
 
@@ -187,4 +188,81 @@ func TestAgentThatFails(t *testing.T) {
 		t.Errorf("up with a flag that is not there: %v", err)
 	}
 	nothingLeft(t, name)
+}
+
+// Pods that `tulle pod` makes inside `tulle lab exec` work, go with `pod del`, and those that are left go with the lab.
+func TestPodsOfExec(t *testing.T) {
+	name := testName("execpod")
+	web, left := "web-of-"+name, "left-of-"+name
+	t.Cleanup(func() { // after the lab's end
+		if _, err := os.Lstat(sys.NetnsPath(left)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("the pod outlived its lab: %v", err)
+			_ = sys.DeleteNetns(left)
+		}
+	})
+	l := upAgents(t, Options{Name: name, Nodes: 2, Pods: -1})
+	tulle := func(argv ...string) string {
+		t.Helper()
+		var out bytes.Buffer
+		code, err := l.Exec(t.Context(), "h1", append([]string{l.Options().Binary}, argv...), Stdio{Out: &out, Err: &out})
+		if code != 0 || err != nil {
+			t.Errorf("tulle %q: %d, %v: %s", argv, code, err, &out)
+		}
+		return out.String()
+	}
+	// A namespace that is gone leaves a file, which stands in nobody's way.
+	if err := os.WriteFile(sys.NetnsPath(web), nil, 0o444); err != nil {
+		t.Fatal(err)
+	}
+	tulle("pod", "del", web)
+	if _, err := os.Lstat(sys.NetnsPath(web)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the stale file after pod del: %v", err)
+	}
+	tulle("pod", "add", web, "--new")
+	tulle("pod", "add", left, "--new")
+	for _, c := range []struct {
+		argv []string
+		want string
+	}{
+		{[]string{"pod", "add", web, "--new"}, "`tulle pod del " + web + "` first, or choose another name"},
+		{[]string{"pod", "add", web}, "`tulle pod del " + web + "` first, or choose another name"},
+		{[]string{"pod", "add", "other", "--netns", "/etc/hosts"}, "/etc/hosts is not a network namespace"},
+	} {
+		var errs bytes.Buffer
+		code, err := l.Exec(t.Context(), "h1", append([]string{l.Options().Binary}, c.argv...), Stdio{Err: &errs})
+		if code != 1 || err != nil || !strings.Contains(errs.String(), c.want) || strings.Contains(errs.String(), "exists") {
+			t.Errorf("tulle %q: %d, %v: %s", c.argv, code, err, &errs)
+		}
+	}
+	// Root of another user namespace is nobody here.
+	for _, argv := range [][]string{{"add", "more-of-" + name, "--new"}, {"add", "other", "--netns", sys.NetnsPath(left)}, {"exec", web, "--", "true"}, {"del", web}} {
+		var errs bytes.Buffer
+		code, err := l.Exec(t.Context(), "h1", append([]string{"unshare", "--user", l.Options().Binary, "pod"}, argv...), Stdio{Err: &errs})
+		if code != 1 || err != nil || !strings.HasSuffix(strings.TrimSpace(errs.String()), "run as root") || strings.Count(errs.String(), "run as root") != 1 {
+			t.Errorf("tulle pod %q without rights: %d, %v: %s", argv, code, err, &errs)
+		}
+	}
+	if out := tulle("pod", "list"); strings.Count(out, " up") != 2 {
+		t.Errorf("pods:\n%s", out)
+	}
+	if out := tulle("pod", "exec", web, "--", "cat", "/proc/net/dev"); !strings.Contains(out, "eth0") {
+		t.Errorf("devices of the pod:\n%s", out)
+	}
+	tulle("pod", "del", web)
+	if _, err := os.Lstat(sys.NetnsPath(web)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the namespace after pod del: %v", err)
+	}
+	// A power failure takes the pods of a host, too.
+	tulle("pod", "add", web, "--new")
+	if err := l.RemoveHost(t.Context(), "h1"); err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []string{web, left} {
+		if _, err := os.Lstat(sys.NetnsPath(n)); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("%s after the end of its host: %v", n, err)
+		}
+	}
+	if code, err := l.Exec(t.Context(), "h2", []string{l.Options().Binary, "pod", "add", left, "--new"}, Stdio{Out: os.Stdout, Err: os.Stderr}); code != 0 || err != nil {
+		t.Errorf("a pod on h2: %d, %v", code, err)
+	}
 }

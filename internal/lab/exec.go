@@ -68,8 +68,8 @@ func (l *Lab) socketDir(target string) string {
 // Bind makes a file or folder appear at another path for a command. That path must exist.
 type Bind struct{ From, At string }
 
-// Start starts a command in the network namespace at path, with private mounts: the /sys of the namespace, and the binds. The
-// caller must wait for the command.
+// Start starts a command in the network namespace at path, with private mounts: the /sys of the namespace, and the binds.
+// /run/netns stays shared. The caller must wait for the command.
 func Start(cmd *exec.Cmd, path string, binds ...Bind) error {
 	return sys.WithNetns(path, func() error {
 		runtime.LockOSThread() // never unlocked: the thread keeps its private mounts, so it must end with its goroutine
@@ -85,8 +85,17 @@ func privateMounts(binds []Bind) error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("unshare mounts: %w", err)
 	}
+	// Except this one: a network namespace that the command makes is everybody's, and the host's agent must see it.
+	shared, err := unix.OpenTree(unix.AT_FDCWD, sys.NetnsDir, unix.OPEN_TREE_CLONE|unix.OPEN_TREE_CLOEXEC|unix.AT_RECURSIVE)
+	if err != nil {
+		return fmt.Errorf("clone the mount %s: %w", sys.NetnsDir, err)
+	}
+	defer sys.Close(shared)
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_SLAVE, ""); err != nil {
 		return fmt.Errorf("make mounts private: %w", err)
+	}
+	if err := unix.MoveMount(shared, "", unix.AT_FDCWD, sys.NetnsDir, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		return fmt.Errorf("mount %s: %w", sys.NetnsDir, err)
 	}
 	if err := unix.Mount("sysfs", "/sys", "sysfs", 0, ""); err != nil {
 		return fmt.Errorf("mount /sys: %w", err)

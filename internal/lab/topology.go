@@ -137,7 +137,7 @@ func (l *Lab) cutPower(ctx context.Context, host string) error {
 			err = errors.Join(err, sys.DeleteNetns(l.netnsName(p.Name)))
 		}
 	}
-	err = errors.Join(err, sys.DeleteNetns(l.netnsName(host)), l.removePort(host))
+	err = errors.Join(err, dropPods(sys.NetnsPath(l.netnsName(host))), sys.DeleteNetns(l.netnsName(host)), l.removePort(host))
 	return errors.Join(err, l.change(func(s *state) {
 		s.Pods = slices.DeleteFunc(s.Pods, func(p Pod) bool { return p.Host == host })
 	}))

@@ -7,6 +7,9 @@ import (
 	"os"
 	"path/filepath"
 
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/attach"
+	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/internal/sys"
 )
 
@@ -216,6 +219,25 @@ func leftovers(name string) (int, error) {
 	return len(ns) + len(files), err
 }
 
+// dropPods removes the pods that `tulle pod` has made inside `tulle lab exec` from the host at path, with their namespaces.
+func dropPods(path string) error {
+	host, err := podnet.Open(path)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, sys.ErrNotNetns) {
+		return nil // gone
+	}
+	if err != nil {
+		return err
+	}
+	defer host.Close()
+	pods, err := host.List()
+	for _, p := range pods {
+		if id, ok := api.ParsePodID(p.ID); ok && id.Engine == api.EngineTulle {
+			err = errors.Join(err, host.Remove(p.HostInterface), attach.DropNetns(id.Container))
+		}
+	}
+	return err
+}
+
 // clean removes everything of a lab except its folder. It finds everything by name and does not need lab.json.
 func clean(ctx context.Context, name string) error {
 	ns, err := namespaces(name)
@@ -232,7 +254,7 @@ func clean(ctx context.Context, name string) error {
 		return err
 	}
 	for _, n := range ns {
-		err = errors.Join(err, sys.DeleteNetns(n))
+		err = errors.Join(err, dropPods(sys.NetnsPath(n)), sys.DeleteNetns(n))
 	}
 	if err != nil {
 		return err

@@ -2,6 +2,7 @@ package ownership
 
 import (
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -46,8 +47,7 @@ func (s *Machine) MembersChanged(now time.Time) {
 // drive advances the machine as far as possible without further input.
 func (s *Machine) drive(now time.Time) {
 	s.seeMembers(now)
-	s.forgetLoss(now)
-	s.forgetFounders(now)
+	s.endNotes(now)
 	if s.phase == Waiting {
 		s.driveWaiting(now)
 	}
@@ -69,7 +69,11 @@ func (s *Machine) drive(now time.Time) {
 // seeMembers records the members of this cluster as peers, so that they are found again after a restart. A newcomer that has got
 // space is one before it has told anybody that it has joined: if the network fails in that moment, nobody else may know of it.
 func (s *Machine) seeMembers(now time.Time) {
+	maps.DeleteFunc(s.seen, func(_ NodeID, at time.Time) bool { return now.Sub(at) > goneFor })
 	for _, m := range s.env.Members() {
+		if m.Alive {
+			s.seen[m.ID] = now
+		}
 		if m.ID == s.cfg.ID || s.cluster.IsZero() || !m.Alive || s.departed[m.ID] {
 			continue
 		}
@@ -82,6 +86,9 @@ func (s *Machine) seeMembers(now time.Time) {
 				p.Addr = old.Addr
 			}
 			s.peers[m.ID], s.dirty = p, true
+			if !ok {
+				s.returned(m.ID)
+			}
 		}
 	}
 }
@@ -307,8 +314,10 @@ func (s *Machine) due(now time.Time, c *confirmation, id NodeID) bool {
 		return false
 	}
 	if c.asked == nil {
-		c.asked = make(map[NodeID]time.Time)
+		c.asked, c.first = make(map[NodeID]time.Time), make(map[NodeID]time.Time)
 	}
-	c.asked[id] = now
+	if c.asked[id] = now; c.first[id].IsZero() {
+		c.first[id] = now
+	}
 	return true
 }

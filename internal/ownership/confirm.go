@@ -1,6 +1,7 @@
 package ownership
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"time"
@@ -29,6 +30,11 @@ import (
 // only on the disk: after a rollback, the cool-down of addresses that were allocated and
 // released since is lost.
 //
+// A push/pull is as good as an answer. What matters is that the sender's table is from after this start: an earlier one may lack
+// what this node did in between. A Sync has a number of this start, because its answer may come late. A push/pull is one exchange over one
+// connection, to a socket that this start has opened, and either side reads its table only when the connection is there. So a
+// member that cannot be asked, because its TCP port is filtered, still confirms by the connections that it makes itself.
+//
 // A node that knows no other member (it owns the whole table and has no peers) is
 // confirmed by itself, because there is nobody to ask. A disk that was rolled back to
 // that time is outside of this proof.
@@ -36,13 +42,18 @@ type confirmation struct {
 	done    bool
 	nonce   uint64               // of this start; answers to earlier starts do not count
 	asked   map[NodeID]time.Time // when last
+	first   map[NodeID]time.Time // when first
 	answers map[NodeID]bool      // the members that answered; true if the answer counts: the member has owned space
+	blocked bool                 // a member has not answered for answerWithin
 }
+
+// answerWithin is how long an answer may take before its way counts as blocked.
+const answerWithin = 5 * time.Second
 
 // driveConfirm asks every living member. It is done when all have answered.
 func (s *Machine) driveConfirm(now time.Time) {
 	alive := s.alive()
-	var silent []string
+	var silent, blocked []string
 	counted := 0
 	for _, m := range alive {
 		counts, answered := s.confirm.answers[m.ID]
@@ -51,6 +62,9 @@ func (s *Machine) driveConfirm(now time.Time) {
 		}
 		if !answered {
 			silent = append(silent, s.name(m.ID))
+			if at, ok := s.confirm.first[m.ID]; ok && now.Sub(at) >= answerWithin && m.Addr.IsValid() {
+				blocked = append(blocked, fmt.Sprintf("TCP port %d of %s at %v", m.Addr.Port(), s.name(m.ID), m.Addr.Addr()))
+			}
 		}
 		// A member whose answer does not count yet may count once it has space.
 		if !counts && s.due(now, &s.confirm, m.ID) {
@@ -58,11 +72,16 @@ func (s *Machine) driveConfirm(now time.Time) {
 		}
 	}
 	lone := s.isLone(alive)
+	s.confirm.blocked = len(blocked) > 0
 	switch {
 	case len(silent) > 0:
-		s.why = "waiting for the table of " + strings.Join(silent, ", ")
+		s.why = "waiting for the table of " + strings.Join(silent, ", ") + listed("; gossip sees it alive, but it does not answer: ", blocked)
+		if len(blocked) > 0 {
+			s.why += " may be blocked"
+		}
 	case counted == 0 && !lone:
-		s.why = "no member that knows the table answers yet; opens and gives no space until one does"
+		_, unseen := s.quorum(s.cfg.ID)
+		s.why = fmt.Sprintf("no member that knows the table answers yet%s; opens and gives no space until one does", listed(", of ", unseen))
 	default:
 		s.confirmed(now)
 	}

@@ -42,7 +42,6 @@ func (s *Machine) handleRequest(now time.Time, from NodeID, m *message) {
 		return
 	}
 	var give []netip.Prefix
-	var closing []netip.Prefix
 	if m.prefix.IsValid() {
 		r, why := s.mayGive(now, fam, m.prefix)
 		if why != "" {
@@ -50,11 +49,6 @@ func (s *Machine) handleRequest(now time.Time, from NodeID, m *message) {
 			return
 		}
 		give = []netip.Prefix{m.prefix}
-		for _, b := range s.pool.Prefixes() {
-			if b.Overlaps(m.prefix) {
-				closing = append(closing, b)
-			}
-		}
 	} else {
 		give = donation(s.free(now, fam), s.params.Families[fam].BlockLen)
 		if len(give) == 0 {
@@ -64,8 +58,10 @@ func (s *Machine) handleRequest(now time.Time, from NodeID, m *message) {
 	}
 	entries, err := s.transfer(now, give, from, func() {
 		s.granted[from] = m.seq
-		for _, b := range closing {
-			s.pool.Close(b)
+		for _, b := range s.pool.Prefixes() {
+			if b.Overlaps(m.prefix) {
+				s.closeBlock(b, ipam.Subtract(b, give, b.Addr().BitLen())...)
+			}
 		}
 	})
 	if err != nil {

@@ -2,8 +2,11 @@ package ownership
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
+
+	"github.com/tulle-net/tulle/ipam"
 )
 
 // promise is this node's promise that only one node may forget a given node for a while.
@@ -22,17 +25,23 @@ type promise struct {
 // majority is needed, but a living member that objects still stops the forget. A member
 // saves its promise before it answers; the promise lasts promiseLease. The takeover
 // happens within forgetWithin or not at all.
+//
+// A node that is restarted at once serves new pods before it has confirmed its table (Config.Fresh). So without force, a node
+// is forgotten only when nobody who promises has seen it alive for longer than its state stays fresh. The forget waits for
+// that, goneFor from when this node has seen it; the others refuse for ipam.FreshFor, which leaves them some seconds
+// to notice a death later.
 type forgetting struct {
 	op     *Op
 	victim NodeID
 	force  bool
 	seq    uint64
-	begun  time.Time
+	after  time.Time // waits until then
+	begun  time.Time // zero: still waits
 	sent   time.Time
 	yes    map[NodeID]bool
 }
 
-// Forget takes over the space of a node that is gone for good. It is refused while the
+// Forget takes over the space of a node that is gone for good; one that owns nothing just stops to count as a member. It is refused while the
 // node is alive, while its tunnel answers, while another node is forgetting it, and,
 // unless forced, while this node does not reach a majority of the members. A node whose
 // table is not confirmed may forget only by force, and only if no living member can
@@ -58,15 +67,29 @@ func (s *Machine) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 	if err := s.mayForget(now, id, s.cfg.ID); err != nil {
 		return nil, err
 	}
-	if all, here := s.quorum(id); !force && here <= all/2 {
-		return nil, errOf(ErrNoMajority, "it sees %d of %d (itself counted); --force does without", here, all)
+	if all, unseen := s.quorum(id); !force && all-len(unseen) <= all/2 {
+		return nil, errOf(ErrNoMajority, "it sees %d of %d (itself counted)%s; --force does without", all-len(unseen), all, listed(", not ", unseen))
 	}
 	op := newOp()
 	s.lastSeq++
-	s.promises[id] = promise{s.cfg.ID, now.Add(promiseLease)}
-	s.forget = &forgetting{op: op, victim: id, force: force, seq: s.lastSeq, begun: now, yes: make(map[NodeID]bool)}
+	f := &forgetting{op: op, victim: id, force: force, seq: s.lastSeq, after: now, yes: make(map[NodeID]bool)}
+	if !force && len(s.table.Owned(id)) > 0 {
+		f.after = s.lastSeen(id).Add(goneFor)
+	}
+	if wait := f.after.Sub(now); wait > 0 {
+		s.log.Info("forgets a node when it has been gone for long enough", "node", id.String(), "wait", wait.String())
+	}
+	s.forget = f
 	s.driveForget(now)
 	return op, nil
+}
+
+// lastSeen returns when this node has last seen another one alive, or when it started itself, as it may have missed it then.
+func (s *Machine) lastSeen(id NodeID) time.Time {
+	if at, ok := s.seen[id]; ok {
+		return at
+	}
+	return s.started
 }
 
 // mayForget is the check that each node makes before it promises.
@@ -86,9 +109,9 @@ func (s *Machine) mayForget(now time.Time, id, by NodeID) error {
 	return nil
 }
 
-// quorum counts the members, and how many of them are alive. Members are the nodes that
-// own space, the nodes that were ever seen and have not left, and the node in question.
-func (s *Machine) quorum(victim NodeID) (all, here int) {
+// quorum counts the members, and names those that are not alive. Members are the nodes that own space, the nodes that were
+// ever seen and have not departed, and the node in question.
+func (s *Machine) quorum(victim NodeID) (all int, unseen []string) {
 	ids := map[NodeID]bool{victim: false}
 	for _, e := range s.table.Entries() {
 		ids[e.Owner] = false
@@ -100,18 +123,29 @@ func (s *Machine) quorum(victim NodeID) (all, here int) {
 		ids[m.ID] = true
 	}
 	ids[s.cfg.ID] = true
-	for _, seen := range ids {
-		if seen {
-			here++
+	for _, id := range sortedKeys(ids) {
+		if !ids[id] {
+			unseen = append(unseen, s.name(id))
 		}
 	}
-	return len(ids), here
+	return len(ids), unseen
 }
 
 func (s *Machine) driveForget(now time.Time) {
 	f := s.forget
 	if f == nil {
 		return
+	}
+	if f.begun.IsZero() {
+		err := s.mayForget(now, f.victim, s.cfg.ID)
+		switch {
+		case err != nil: // it may have come back
+			s.endForget("", err)
+			return
+		case now.Before(f.after):
+			return
+		}
+		f.begun, s.promises[f.victim] = now, promise{s.cfg.ID, now.Add(promiseLease)}
 	}
 	late := now.Sub(f.begun) >= forgetWithin
 	var missing []string
@@ -156,6 +190,10 @@ func (s *Machine) handlePromise(now time.Time, m *message) {
 		refuse("%v", err)
 		return
 	}
+	if at, ok := s.seen[m.node]; ok && m.flags&flagForced == 0 && now.Sub(at) < ipam.FreshFor && len(s.table.Owned(m.node)) > 0 {
+		refuse("%s saw it alive %v ago; try again in %v", s.name(s.cfg.ID), now.Sub(at).Round(time.Second), (ipam.FreshFor - now.Sub(at)).Round(time.Second))
+		return
+	}
 	old, had := s.promises[m.node]
 	s.promises[m.node] = promise{m.sender, now.Add(promiseLease)}
 	if err := s.save(now); err != nil {
@@ -191,13 +229,8 @@ func (s *Machine) takeOver(now time.Time) {
 		s.endForget("", err)
 		return
 	}
-	all, here := s.quorum(f.victim)
-	here = 1
-	for range f.yes {
-		here++
-	}
-	if !f.force && here <= all/2 {
-		s.endForget("", errOf(ErrNoMajority, "%d of %d promised (itself counted)", here, all))
+	if all, _ := s.quorum(f.victim); !f.force && len(f.yes)+1 <= all/2 {
+		s.endForget("", errOf(ErrNoMajority, "%d of %d promised (itself counted)", len(f.yes)+1, all))
 		return
 	}
 	table := s.table.Clone()
@@ -212,10 +245,12 @@ func (s *Machine) takeOver(now time.Time) {
 		entries = append(entries, in...)
 	}
 	peer, had := s.peers[f.victim]
+	former := slices.Clone(s.former)
 	delete(s.peers, f.victim)
+	s.addFormer(f.victim)
 	s.joined = s.joined || len(entries) > 0
 	if err := s.save(now); err != nil {
-		if s.table = table; had {
+		if s.table, s.former = table, former; had {
 			s.peers[f.victim] = peer
 		}
 		s.endForget("", err)
@@ -225,15 +260,22 @@ func (s *Machine) takeOver(now time.Time) {
 	news := message{kind: kindNews, cluster: s.cluster, sender: s.cfg.ID, flags: s.flags(), node: f.victim}
 	s.env.Broadcast(news.encode())
 	s.log.Warn("forgot a node", "node", f.victim.String(), "prefixes", len(entries), "forced", f.force)
-	var names []string
-	for _, e := range entries {
-		names = append(names, e.Prefix.String())
-	}
-	s.endForget(fmt.Sprintf("took over %d prefixes: %s", len(entries), strings.Join(names, ", ")), nil)
+	s.endForget(takenOver(entries), nil)
 	s.notify()
 	if s.leave == nil {
 		s.driveSpace(now)
 	}
+}
+
+func takenOver(entries []Entry) string {
+	if len(entries) == 0 {
+		return "it owned no space; it is no member any more"
+	}
+	var names []string
+	for _, e := range entries {
+		names = append(names, e.Prefix.String())
+	}
+	return fmt.Sprintf("took over %d prefixes: %s", len(entries), strings.Join(names, ", "))
 }
 
 func (s *Machine) endForget(text string, err error) {

@@ -180,16 +180,6 @@ func (s *Machine) handleUnfound(m *message) {
 // noteFounder reports that two hosts may start the cluster: both have --bootstrap, or the bootstrap node's name. The
 // report stays for a while, because the configuration is still so when the cluster has begun.
 func (s *Machine) noteFounder(now time.Time, id NodeID) {
-	s.foundersAt = now
-	s.note("founder "+id.String(), fmt.Sprintf("two nodes are told to start the cluster: this one (%s) and %s; the one with the lower ID does, the other one joins it", s.cfg.ID.Short(), s.nameOf(id)),
+	s.noteAt(now, "founder "+id.String(), fmt.Sprintf("two nodes are told to start the cluster: this one (%s) and %s; the one with the lower ID does, the other one joins it", s.cfg.ID.Short(), s.nameOf(id)),
 		"give --bootstrap to one of them only, or each host a name of its own (--node-name) where `bootstrap` names both")
-}
-
-// forgetFounders ends the report of several founders.
-func (s *Machine) forgetFounders(now time.Time) {
-	if s.foundersAt.IsZero() || now.Sub(s.foundersAt) < reportFor {
-		return
-	}
-	s.unnotePrefix("founder ")
-	s.foundersAt = time.Time{}
 }

@@ -57,13 +57,15 @@ func (s *Machine) MergeState(now time.Time, b []byte, join bool) error {
 	if m.kind != kindState {
 		return fmt.Errorf("%w: kind %d in a push/pull", errMalformed, m.kind)
 	}
-	m.seq = 0 // no answer to a question of ours
+	m.seq, m.pushed = 0, true // no answer to a question of ours
 	return s.handle(now, m)
 }
 
 // state is the answer to a Sync.
 func (s *Machine) state(seq uint64) message {
-	return message{kind: kindState, seq: seq, families: s.params.Families, entries: s.table.Entries()}
+	m := message{kind: kindState, seq: seq, families: s.params.Families, entries: s.table.Entries()}
+	m.setDeparted(s.departures())
+	return m
 }
 
 func (s *Machine) handle(now time.Time, m *message) error {
@@ -80,7 +82,7 @@ func (s *Machine) handle(now time.Time, m *message) error {
 		return nil
 	}
 	if m.cluster != s.cluster {
-		s.note("cluster "+m.cluster.String(), fmt.Sprintf("node %s is in cluster %s, this node in %s: they never merge", m.sender.Short(), m.cluster, s.cluster),
+		s.noteAt(now, "cluster "+m.cluster.String(), fmt.Sprintf("node %s is in cluster %s, this node in %s: they never merge", m.sender.Short(), m.cluster, s.cluster),
 			"stop the node that does not belong here; to move it, let it leave its cluster, remove its state directory and start it with --join")
 		return fmt.Errorf("%w: %s of node %s, ours is %s", ErrOtherCluster, m.cluster, m.sender, s.cluster)
 	}
@@ -94,14 +96,17 @@ func (s *Machine) handle(now time.Time, m *message) error {
 			// By push/pull alone it would take minutes until all of a large cluster know what the other side of a partition did.
 			s.tell(changed)
 		}
-		if m.seq == s.confirm.nonce {
+		if m.pushed || m.seq == s.confirm.nonce {
 			s.answered(m)
+		}
+		if m.flags&flagJoined != 0 {
+			s.heardDeparted(m.departed())
 		}
 		s.drive(now)
 	case kindNews:
 		s.learn(now, m.entries)
-		if !m.node.IsZero() && m.node != s.cfg.ID && !s.isAlive(m.node) {
-			s.dropPeer(m.node)
+		if !m.node.IsZero() {
+			s.heardDeparted([]NodeID{m.node})
 		}
 	case kindRequest:
 		s.handleRequest(now, m.sender, m)
@@ -151,35 +156,28 @@ func (s *Machine) handleWaiting(now time.Time, m *message) error {
 		return nil
 	}
 	if err := s.adopt(now, m); err != nil {
-		s.note("adopt", err.Error(), "use the same version of tulle on all nodes")
+		s.noteAt(now, "adopt", err.Error(), "use the same version of tulle on all nodes")
 		return err
 	}
+	s.unnote("adopt")
 	s.sawFlags(m)
 	s.drive(now)
 	return nil
 }
 
-// answered records an answer to the question of this start. The answer of a member that
-// never owned space does not count: its table comes from others, perhaps from this node.
+// answered records a member's table as of this start. That of a member that
+// never owned space does not count: it comes from others, perhaps from this node.
 func (s *Machine) answered(m *message) {
 	if s.confirm.answers == nil {
 		s.confirm.answers = make(map[NodeID]bool)
 	}
-	s.confirm.answers[m.sender] = m.flags&flagJoined != 0
+	s.confirm.answers[m.sender] = s.confirm.answers[m.sender] || m.flags&flagJoined != 0
 }
 
 func (s *Machine) sawFlags(m *message) {
 	if m.flags&flagLeft != 0 {
 		s.departed[m.sender] = true
 		s.dropPeer(m.sender)
-	}
-}
-
-// dropPeer removes a node from the peers.
-func (s *Machine) dropPeer(id NodeID) {
-	if _, ok := s.peers[id]; ok {
-		delete(s.peers, id)
-		s.dirty = true
 	}
 }
 

@@ -20,7 +20,7 @@ func (s *Machine) learn(now time.Time, entries []Entry) []Entry {
 	}
 	changed, conflicts := merge(entries)
 	for _, c := range conflicts {
-		s.note("tie "+c.Prefix.String(), fmt.Sprintf("two nodes claimed %v: %s keeps it, %s has lost it (a node was forgotten while it was alive)",
+		s.noteAt(now, "tie "+c.Prefix.String(), fmt.Sprintf("two nodes claimed %v: %s keeps it, %s has lost it (a node was forgotten while it was alive)",
 			c.Prefix, s.name(c.Winner), s.name(c.Loser)), "restart the pods of the loser that have addresses in it")
 	}
 	if len(changed) == 0 {
@@ -34,8 +34,7 @@ func (s *Machine) learn(now time.Time, entries []Entry) []Entry {
 		}
 		for _, old := range before.Within(e.Prefix) {
 			if old.Owner == s.cfg.ID {
-				s.lostAt = now
-				s.lost(old.Prefix, e)
+				s.lost(now, old.Prefix, e)
 			}
 		}
 	}
@@ -56,24 +55,14 @@ func (s *Machine) inside(entries []Entry) []Entry {
 
 // lost closes the blocks that another node owns now. This node did not give them away
 // itself: it was forgotten while it was away, or its disk was older than the donation.
-func (s *Machine) lost(p netip.Prefix, to Entry) {
+func (s *Machine) lost(now time.Time, p netip.Prefix, to Entry) {
 	for _, b := range s.pool.Prefixes() {
 		if b.Overlaps(p) {
 			s.pool.Close(b)
 		}
 	}
-	s.note("lost "+to.Prefix.String(), fmt.Sprintf("%v, which this node used, belongs to %s since version %d: this node was forgotten while it was away, or its disk is older than that",
+	s.noteAt(now, "lost "+to.Prefix.String(), fmt.Sprintf("%v, which this node used, belongs to %s since version %d: this node was forgotten while it was away, or its disk is older than that",
 		p, s.name(to.Owner), to.Version), "new pods get addresses from new space; restart pods that still have an old address (tulle ipam check)")
-}
-
-// forgetLoss ends the report of lost space once it affects no pod and has been shown for
-// long enough.
-func (s *Machine) forgetLoss(now time.Time) {
-	if s.lostAt.IsZero() || now.Sub(s.lostAt) < reportFor || len(s.stranded()) > 0 {
-		return
-	}
-	s.unnotePrefix("lost ")
-	s.lostAt = time.Time{}
 }
 
 // owned returns this node's space of a family, without the prefixes of external peers.

@@ -269,7 +269,7 @@ func (s *Machine) handleHeld(now time.Time, m *message) {
 			continue
 		}
 		if a, ok := s.pool.At(r.addr); ok {
-			s.note("twice "+r.addr.String(), fmt.Sprintf("%v is used by a pod here (%s) and by one on %s, which was forgotten while it was alive", r.addr, a.Key, s.name(m.sender)),
+			s.noteAt(now, "twice "+r.addr.String(), fmt.Sprintf("%v is used by a pod here (%s) and by one on %s, which was forgotten while it was alive", r.addr, a.Key, s.name(m.sender)),
 				"restart one of the two pods")
 			continue
 		}

@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"net/netip"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
@@ -54,7 +53,10 @@ type Machine struct {
 	granted    map[NodeID]uint64
 	promises   map[NodeID]promise
 	peers      map[NodeID]ipam.Peer
-	departed   map[NodeID]bool // nodes that have left; such an ID never returns
+	seen       map[NodeID]time.Time // when nodes were last seen alive in this run, lately
+	departed   map[NodeID]bool      // nodes that have left by their own word; such an ID never returns
+	former     []NodeID             // nodes that left or were forgotten, and have not been seen since; oldest first
+	toldFormer int                  // how many of them were told of, see departures
 
 	confirm  confirmation
 	asks     [2]ask // by family index: 0 IPv4, 1 IPv6
@@ -64,18 +66,15 @@ type Machine struct {
 	found    founding
 	heldNext time.Time
 	started  time.Time
-	lostAt   time.Time // when this node last found that it lost space
 
 	completeFrom   time.Time // since when all seeds, completeOthers of them, have answered; zero: not looked at yet
 	completeOthers int
-
-	foundersAt time.Time // when another node with bootstrap set was last found
 
 	dirty    bool  // the table has changes that are not on disk
 	saveErr  error // of the last save
 	saved    []byte
 	savedFor *[32]byte
-	notes    map[string]Problem // problems by key, until their cause is gone
+	notes    map[string]note // problems by key, until their cause is gone
 	subs     map[chan struct{}]struct{}
 	plant    plants
 }
@@ -104,8 +103,9 @@ func New(now time.Time, cfg Config, st *ipam.State, env Env) (*Machine, error) {
 		granted:  make(map[NodeID]uint64),
 		promises: make(map[NodeID]promise),
 		peers:    make(map[NodeID]ipam.Peer),
+		seen:     make(map[NodeID]time.Time),
 		departed: make(map[NodeID]bool),
-		notes:    make(map[string]Problem),
+		notes:    make(map[string]note),
 		subs:     make(map[chan struct{}]struct{}),
 	}
 	if s.rand == nil {
@@ -114,6 +114,7 @@ func New(now time.Time, cfg Config, st *ipam.State, env Env) (*Machine, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	s.pool.Prefer(cfg.PodCIDRs)
 	s.confirm.nonce = s.rand.Uint64()
 	s.lastSeq = uint64(now.UnixNano())
 	s.why = "starting"
@@ -222,22 +223,30 @@ func (s *Machine) restore(now time.Time, st *ipam.State) error {
 	s.joined, s.left = st.Joined, st.Left
 	s.cfg.Fresh = s.cfg.Fresh && !st.Unsure
 	s.table.Merge(entries)
-	for _, p := range st.Blocks {
-		s.pool.Open(p)
-	}
+	s.openBlocks(st)
 	for _, a := range st.Allocations {
 		s.pool.Adopt(a)
 	}
 	for _, c := range st.Cooling {
-		s.pool.Rest(now, c)
+		longest := s.cfg.Cooldown
+		if c.Key == "" { // perhaps another node's pod has it
+			longest = max(longest, heldFor)
+		}
+		s.pool.Rest(now, c, longest)
 	}
 	for _, p := range st.Peers {
 		s.peers[NodeID(p.ID)] = p
+	}
+	for _, id := range st.Departed {
+		s.addFormer(NodeID(id))
 	}
 	for _, g := range st.Granted {
 		s.granted[NodeID(g.Node)] = g.Seq
 	}
 	for _, p := range st.Promises {
+		if most := now.Add(promiseLease); p.Until.After(most) { // the host's clock was ahead
+			p.Until = most
+		}
 		s.promises[NodeID(p.Victim)] = promise{NodeID(p.To), p.Until}
 	}
 	s.setPhase(now, Confirming, "the state on disk has to be confirmed by the members that are alive")
@@ -271,6 +280,9 @@ func (s *Machine) save(now time.Time) error {
 	}
 	for _, id := range sortedKeys(s.peers) {
 		st.Peers = append(st.Peers, s.peers[id])
+	}
+	for _, id := range s.former {
+		st.Departed = append(st.Departed, ipam.ID(id))
 	}
 	for _, id := range sortedKeys(s.granted) {
 		st.Granted = append(st.Granted, ipam.Granted{Node: ipam.ID(id), Seq: s.granted[id]})
@@ -365,20 +377,6 @@ func (s *Machine) notify() {
 		default:
 		}
 	}
-}
-
-// note reports a problem until unnote removes it.
-func (s *Machine) note(key, what, remedy string) {
-	if s.notes[key].What != what {
-		s.log.Warn(what, "remedy", remedy)
-	}
-	s.notes[key] = Problem{What: what, Remedy: remedy}
-}
-
-func (s *Machine) unnote(key string) { delete(s.notes, key) }
-
-func (s *Machine) unnotePrefix(prefix string) {
-	maps.DeleteFunc(s.notes, func(key string, _ Problem) bool { return strings.HasPrefix(key, prefix) })
 }
 
 // name returns the name of a node for people.

@@ -566,6 +566,57 @@ func TestCheckAndRelease(t *testing.T) {
 	if got := s.Check(now, live, time.Hour); len(got) != 0 {
 		t.Errorf("%+v", got)
 	}
+
+	// A container that comes back while its former namespace's allocation is there is being wired, and no leak.
+	for i, netns := range []string{"/run/netns/one", "/run/netns/two"} {
+		at := simStart.Add(time.Duration(i) * time.Hour)
+		if got, err := s.Allocate(at, PodRequest{Key: "back", Netns: netns}); err != nil || got[0].Netns != netns || got[0].Since != at {
+			t.Errorf("%+v, %v", got, err)
+		}
+	}
+	if out, err := s.ReleaseLeaked(simStart.Add(time.Hour), live, time.Minute, "back"); err != nil || len(out) != 0 {
+		t.Errorf("released %v, %v", out, err)
+	}
+}
+
+// An address that has been out of use for the cool-down already is free at once.
+func TestReleaseRested(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	had, err := s.Allocate(simStart, PodRequest{Key: "before"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	env.fail = errors.New("no space left on device")
+	if out, err := s.ReleaseRested(simStart, "before"); err == nil || len(s.Allocations()) != 1 {
+		t.Errorf("released %v, %v", out, err)
+	}
+	env.fail = nil
+	if out, err := s.ReleaseRested(simStart, "before"); err != nil || !slices.Equal(out, had) || len(s.Resting(simStart)) != 0 {
+		t.Errorf("released %v, %v; resting are %v", out, err, s.Resting(simStart))
+	}
+	if got, err := s.Allocate(simStart, PodRequest{Key: "after", Want: []netip.Addr{had[0].Addr}}); err != nil || got[0].Addr != had[0].Addr {
+		t.Errorf("%v, %v", got, err)
+	}
+	if out, err := s.ReleaseRested(simStart, "nobody"); err != nil || len(out) != 0 {
+		t.Errorf("released %v, %v", out, err)
+	}
+}
+
+// Pods that are found on the host keep their addresses, whether that can be saved or not.
+func TestAdoptOnFullDisk(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	found := ipam.Allocation{Addr: netip.MustParseAddr("10.244.0.7"), Key: "found"}
+	env.fail = errors.New("no space left on device")
+	if _, err := s.Adopt(simStart, []ipam.Allocation{found}); err == nil {
+		t.Error("no error")
+	}
+	env.fail = nil
+	if _, err := s.Allocate(simStart, PodRequest{Key: "other", Want: []netip.Addr{found.Addr}}); !errors.Is(err, ipam.ErrUnavailable) {
+		t.Errorf("another pod gets its address: %v", err)
+	}
+	if s.Tick(simStart); len(env.disk.Allocations) != 1 {
+		t.Errorf("the next Tick saves %v", env.disk.Allocations)
+	}
 }
 
 func TestConfigIsChecked(t *testing.T) {

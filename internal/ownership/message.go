@@ -16,7 +16,7 @@ type kind uint8
 
 const (
 	kindSync       kind = iota + 1 // request for the state: seq
-	kindState                      // answer, and the push/pull state: seq, flags, families, entries
+	kindState                      // answer, and the push/pull state: seq, flags, text (see departed), families, entries
 	kindRequest                    // request for space: seq, count (family), prefix (fixed) or none, entries (held by the sender)
 	kindGrant                      // grant of space: seq, entries
 	kindRefuse                     // refusal: seq, reason, text, count (last seq seen)
@@ -90,6 +90,8 @@ type message struct {
 	families []ipam.Family
 	rests    []rest
 	entries  []Entry
+
+	pushed bool // not encoded: it came by push/pull
 }
 
 // rest is an address in cool-down. A message has the duration, not the end, because clocks

@@ -47,7 +47,7 @@ func TestConcurrentUse(t *testing.T) {
 func sampleMessages(cluster ClusterID) (list [][]byte) {
 	block := netip.MustParsePrefix("10.244.3.0/24")
 	for k := kindSync; k < kindEnd; k++ {
-		m := message{kind: k, cluster: cluster, sender: NodeID{2}, seq: 1, node: NodeID{3}, prefix: block, text: "no",
+		m := message{kind: k, cluster: cluster, sender: NodeID{2}, seq: 1, node: NodeID{3}, prefix: block, text: "sixteen bytes...",
 			families: []ipam.Family{{CIDR: netip.MustParsePrefix("10.244.0.0/16"), BlockLen: 24}},
 			rests:    []rest{{netip.MustParseAddr("10.244.3.1"), 60}},
 			entries:  []Entry{{Prefix: block, Owner: NodeID{3}, Version: 2}}}

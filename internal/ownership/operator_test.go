@@ -98,7 +98,7 @@ func TestForget(t *testing.T) {
 	if _, err := n0.sp.Forget(w.now, n2.id, false); !errors.Is(err, ErrBusy) {
 		t.Fatalf("twice: %v", err)
 	}
-	w.runFor(3 * time.Second)
+	w.runFor(goneFor)
 	if op.Err() != nil || op.Result() == "" {
 		t.Fatal(op.Err())
 	}

@@ -87,6 +87,12 @@ func (s *Machine) allocate(now time.Time, fam int, r PodRequest) (a ipam.Allocat
 	old, had := s.pool.Lookup(r.Key, six)
 	switch {
 	case had && (!want.Addr.IsValid() || want.Addr == old.Addr):
+		if r.Netns != "" { // it is being wired again: as young as a new one
+			s.pool.Drop(old.Addr)
+			old.Netns, old.Since = r.Netns, now
+			s.pool.Adopt(old)
+			s.dirty = true
+		}
 		return old, false, nil
 	case s.leave != nil || s.left:
 		return a, false, errOf(ErrNotReady, "it is leaving the cluster")
@@ -123,11 +129,30 @@ func (s *Machine) Release(now time.Time, key string) ([]ipam.Allocation, error) 
 	return s.release(now, key)
 }
 
+// ReleaseRested is Release without a cool-down, for addresses that have been out of use that long already.
+func (s *Machine) ReleaseRested(now time.Time, key string) ([]ipam.Allocation, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []ipam.Allocation
+	for _, v6 := range []bool{false, true} {
+		if a, ok := s.pool.Lookup(key, v6); ok {
+			s.pool.Drop(a.Addr)
+			out = append(out, a)
+		}
+	}
+	return s.released(now, out)
+}
+
 func (s *Machine) release(now time.Time, keys ...string) ([]ipam.Allocation, error) {
 	var out []ipam.Allocation
 	for _, key := range keys {
 		out = append(out, s.pool.Release(now, key)...)
 	}
+	return s.released(now, out)
+}
+
+// released saves that these were released, or takes it back.
+func (s *Machine) released(now time.Time, out []ipam.Allocation) ([]ipam.Allocation, error) {
 	if len(out) == 0 {
 		return nil, nil
 	}
@@ -142,11 +167,12 @@ func (s *Machine) release(now time.Time, keys ...string) ([]ipam.Allocation, err
 
 // Adopt records addresses that pods on the host have although the state does not list them
 // (the state was lost, or is an old one). They are not allocated while the pods exist. It
-// returns those that could not be recorded because another pod has them.
+// returns those that could not be recorded because another pod has them. If the rest cannot be saved, the next Tick tries
+// again: they are out of use all the same.
 func (s *Machine) Adopt(now time.Time, list []ipam.Allocation) (refused []ipam.Allocation, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var added []netip.Addr
+	added := false
 	for _, a := range list {
 		_, had := s.pool.At(a.Addr)
 		if a.Since.IsZero() {
@@ -156,19 +182,13 @@ func (s *Machine) Adopt(now time.Time, list []ipam.Allocation) (refused []ipam.A
 		case !s.pool.Adopt(a):
 			refused = append(refused, a)
 		case !had:
-			added = append(added, a.Addr)
+			added = true
 		}
 	}
-	if len(added) == 0 || s.cluster.IsZero() {
+	if !added || s.cluster.IsZero() {
 		return refused, nil
 	}
-	if err := s.save(now); err != nil {
-		for _, a := range added {
-			s.pool.Drop(a)
-		}
-		return refused, err
-	}
-	return refused, nil
+	return refused, s.save(now)
 }
 
 // Allocations returns all allocations in address order.
@@ -207,6 +227,10 @@ type Finding struct {
 func (s *Machine) Check(now time.Time, live []ipam.Allocation, grace time.Duration) []Finding {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	return s.check(now, live, grace)
+}
+
+func (s *Machine) check(now time.Time, live []ipam.Allocation, grace time.Duration) []Finding {
 	var out []Finding
 	onHost := make(map[netip.Addr]bool, len(live))
 	for _, a := range live {
@@ -230,11 +254,10 @@ func (s *Machine) Check(now time.Time, live []ipam.Allocation, grace time.Durati
 // ReleaseLeaked releases the addresses that Check finds leaked now, only those of keys if
 // there are any.
 func (s *Machine) ReleaseLeaked(now time.Time, live []ipam.Allocation, grace time.Duration, keys ...string) ([]ipam.Allocation, error) {
-	found := s.Check(now, live, grace)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var leaked []string
-	for _, f := range found {
+	for _, f := range s.check(now, live, grace) {
 		k := f.Allocation.Key
 		if f.Kind == Leaked && (len(keys) == 0 || slices.Contains(keys, k)) && s.allGone(k, live) {
 			leaked = append(leaked, k)

@@ -89,7 +89,7 @@ func (h *host) write(st *ipam.State) {
 			h.older = slices.Delete(h.older, 0, 1)
 		}
 	}
-	h.disk, h.witness = st, st
+	h.disk, h.witness, h.wrote = st, st, true
 	h.w.must.onDisk(h)
 }
 

@@ -3,6 +3,7 @@ package ownership
 import (
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/ipam"
@@ -13,11 +14,10 @@ import (
 // the hosts from outside: which pod has which address, what was answered, what is
 // on which disk.
 //
-// The documented exception is a forget: whoever still uses space that was taken
-// over (the node that was forgotten, or somebody whom it gave space to and the
+// The documented exception is a forget, forced or not, of which somebody cannot hear: whoever still uses space that was
+// taken over (the node that was forgotten, or somebody whom it gave space to and the
 // taker did not hear of) may collide with the taker, and with those who have the
-// space from the taker. lineage says who has which space by way of a takeover: two
-// holders may collide only when exactly one of them is in it.
+// space from the taker. lineage says who has which space by way of which takeover; see excuse.
 type invariants struct {
 	w        *world
 	holders  map[netip.Addr][]holder
@@ -31,11 +31,17 @@ type invariants struct {
 }
 
 // takeover is one forget that took something.
-type takeover struct{ forced bool }
+type takeover struct {
+	forced bool
+	at     time.Time
+}
 
+// inherited is space that a node has by way of a takeover: from whom it was taken, and at which version.
 type inherited struct {
-	prefix netip.Prefix
-	by     *takeover
+	prefix  netip.Prefix
+	by      *takeover
+	from    NodeID
+	version uint64
 }
 
 type holder struct {
@@ -66,31 +72,40 @@ func tableOf(st *ipam.State) *membership.Table {
 	return membership.NewTable(entries)
 }
 
-// excuse reports whether a collision over p falls under the exception.
-func (l *invariants) excuse(a, b NodeID, p netip.Prefix) bool {
-	has := func(id NodeID) map[*takeover]bool {
-		out := make(map[*takeover]bool)
-		for _, i := range l.lineage[id] {
-			if ipam.Covers(i.prefix, p) {
-				out[i.by] = true
-			}
+// excuse reports whether a collision over p falls under the exception: one of the two has p by a takeover of which the other
+// one does not know. Two may have taken the same from the same node only by force: the promises of a majority exclude that.
+// now are those of the two that take p into use at this moment.
+func (l *invariants) excuse(a, b *host, p netip.Prefix, now ...*host) bool {
+	x, y := l.takeovers(a, p), l.takeovers(b, p)
+	return l.unheard(x, y, b, p, slices.Contains(now, b)) || l.unheard(y, x, a, p, slices.Contains(now, a))
+}
+
+// unheard reports whether some takeover explains that other, which has p by others or by none, uses p.
+func (l *invariants) unheard(by, others []inherited, other *host, p netip.Prefix, now bool) bool {
+	for _, t := range by {
+		shared := slices.ContainsFunc(others, func(o inherited) bool { return o.by == t.by })
+		twice := slices.ContainsFunc(others, func(o inherited) bool {
+			return o.from == t.from && o.version == t.version && !o.by.forced && !t.by.forced
+		})
+		knows := now && slices.ContainsFunc(other.sp.table.Within(p), func(e Entry) bool { return e.Version > t.version && e.Owner != other.id })
+		// Who was forgotten without force while it was down, and starts again, has asked somebody before it serves new pods.
+		unasked := now && other.id == t.from && !t.by.forced && other.upAt.After(t.by.at) && !other.sp.confirm.done
+		if !shared && !twice && !knows && !unasked {
+			l.excused++
+			return true
 		}
-		return out
 	}
-	x, y := has(a), has(b)
-	apart, forced := false, len(x) == 0 || len(y) == 0
-	for _, pair := range [][2]map[*takeover]bool{{x, y}, {y, x}} {
-		for t := range pair[0] {
-			if !pair[1][t] {
-				apart, forced = true, forced || t.forced
-			}
+	return false
+}
+
+// takeovers returns by which takeovers a host has p.
+func (l *invariants) takeovers(h *host, p netip.Prefix) (out []inherited) {
+	for _, i := range l.lineage[h.id] {
+		if ipam.Covers(i.prefix, p) {
+			out = append(out, i)
 		}
 	}
-	if !apart || !forced {
-		return false
-	}
-	l.excused++
-	return true
+	return out
 }
 
 // onSend notes what is answered.
@@ -173,6 +188,29 @@ func (l *invariants) afterStep(h *host, sp *Machine, before *membership.Table) {
 		l.seeTable(h, sp)
 	}
 	l.seeBlocks(h, sp)
+	l.seeTun(h, sp)
+}
+
+// seeTun checks that the address of the TUN device stays while an agent runs, unless it loses space. A fixed block that
+// begins elsewhere takes it over.
+func (l *invariants) seeTun(h *host, sp *Machine) {
+	for key := range sp.notes {
+		if strings.HasPrefix(key, "lost ") {
+			h.tun = [2]netip.Addr{}
+			return
+		}
+	}
+	for i, six := range []bool{false, true} {
+		was := h.tun[i]
+		h.tun[i], _ = sp.pool.TunAddr(six)
+		if !was.IsValid() || was == h.tun[i] || sp.left {
+			continue
+		}
+		e, _ := sp.table.Owner(was)
+		if e.Owner == h.id && !ipam.Overlaps(h.cfg.PodCIDRs, netip.PrefixFrom(was, was.BitLen())) {
+			l.w.fail("%s: the tun address %v becomes %v while it runs", h.name, was, h.tun[i])
+		}
+	}
 }
 
 // seeChanges notes what a host has done to its own space.
@@ -225,8 +263,10 @@ func (l *invariants) seeForget(h *host, sp *Machine, before *membership.Table) {
 			if old.Owner != sp.cfg.ID && old.Version < e.Version {
 				p := old.Prefix
 				l.taken = append(l.taken, p)
-				l.inherit(sp.cfg.ID, inherited{p, h.takeover})
-				took = true
+				l.inherit(sp.cfg.ID, inherited{p, h.takeover, old.Owner, old.Version})
+				if took = true; h.takeover.at.IsZero() {
+					h.takeover.at = l.w.now
+				}
 			}
 		}
 	}
@@ -290,7 +330,7 @@ func (l *invariants) seeBlocks(h *host, sp *Machine) {
 				if ipam.Covers(p, q) {
 					both = q
 				}
-				if !l.excuse(h.id, o.id, both) {
+				if !l.excuse(h, o, both, h, o) {
 					l.w.fail("S1: %s has block %v, %s has %v", h.name, p, o.name, q)
 				}
 			}
@@ -302,7 +342,7 @@ func (l *invariants) seeBlocks(h *host, sp *Machine) {
 func (l *invariants) handedOut(h *host, key string, a netip.Addr) {
 	p := netip.PrefixFrom(a, a.BitLen())
 	for _, o := range l.holders[a] {
-		if o.h == h || !l.excuse(h.id, o.h.id, p) {
+		if o.h == h || !l.excuse(h, o.h, p, h) {
 			l.w.fail("S1: %v is handed out to %s on %s, while %s on %s has it", a, key, h.name, o.key, o.h.name)
 		}
 	}
@@ -377,6 +417,9 @@ func (l *invariants) hasSpaceOrError(h *host) {
 		for fam := range sp.params.Families {
 			if p, fixed := sp.fixed(fam); fixed && slices.Contains(sp.pool.Prefixes(), p) {
 				l.seen["fixed block"]++
+				if h.changedCIDR {
+					l.seen["fixed block after a change"]++
+				}
 			}
 		}
 	case Left:
@@ -387,8 +430,8 @@ func (l *invariants) hasSpaceOrError(h *host) {
 			if slices.ContainsFunc(sp.pool.Prefixes(), f.CIDR.Overlaps) {
 				continue
 			}
-			if _, fixed := sp.fixed(fam); fixed {
-				if _, said := sp.notes["fixed"]; !said {
+			if p, fixed := sp.fixed(fam); fixed {
+				if _, said := sp.notes["fixed "+p.String()]; !said {
 					w.fail("L1: %s has no fixed block and no error: %s", h.name, sp.why)
 				}
 				l.seen["fixed block refused"]++

@@ -127,6 +127,9 @@ func simulate(seed uint64, plant string) *world {
 		}
 		w.op()
 		w.runFor(time.Duration(50+w.rng.IntN(2500)) * time.Millisecond)
+		if w.rng.IntN(8) == 0 && slices.ContainsFunc(w.hosts, func(h *host) bool { return h.forgetting != nil }) {
+			w.runFor(goneFor) // so that it comes to an end
+		}
 	}
 	w.heal()
 	return w
@@ -165,13 +168,8 @@ func (w *world) draw(plant string) {
 		h := &host{w: w, index: i, name: fmt.Sprintf("node-%d", i), pods: make(map[string][]netip.Addr)}
 		h.id = w.newID()
 		h.cfg = Config{Name: h.name, CIDRs: p.cidrs, BlockLen4: p.len4, BlockLen6: p.len6, Bootstrap: i == 0, Cooldown: p.cooldown}
-		if w.rng.IntN(8) == 0 { // a fixed block, perhaps one that somebody uses
-			c := p.cidrs[w.rng.IntN(len(p.cidrs))]
-			a := c.Addr()
-			for range w.rng.IntN(1 << (a.BitLen() - c.Bits())) {
-				a = a.Next()
-			}
-			h.cfg.PodCIDRs = []netip.Prefix{netip.PrefixFrom(a, a.BitLen()-3-w.rng.IntN(4)).Masked()}
+		if w.rng.IntN(8) == 0 {
+			h.cfg.PodCIDRs = w.someCIDR()
 		}
 		if plant == "reuse without cool-down" {
 			h.cfg.Cooldown = time.Nanosecond
@@ -179,6 +177,16 @@ func (w *world) draw(plant string) {
 		w.hosts = append(w.hosts, h)
 	}
 	w.calm(w.rng.IntN(3) == 0)
+}
+
+// someCIDR returns a fixed block, perhaps one that somebody uses.
+func (w *world) someCIDR() []netip.Prefix {
+	c := w.params.cidrs[w.rng.IntN(len(w.params.cidrs))]
+	a := c.Addr()
+	for range w.rng.IntN(1 << (a.BitLen() - c.Bits())) {
+		a = a.Next()
+	}
+	return []netip.Prefix{netip.PrefixFrom(a, a.BitLen()-3-w.rng.IntN(4)).Masked()}
 }
 
 func (w *world) newID() (id NodeID) {
@@ -220,6 +228,12 @@ func (w *world) op() {
 	case h.sp == nil && n < 30:
 		h.retire()
 	case h.sp == nil && n < 60:
+		if w.rng.IntN(8) == 0 {
+			if h.changedCIDR, h.cfg.PodCIDRs = true, nil; w.rng.IntN(4) > 0 {
+				h.cfg.PodCIDRs = w.someCIDR()
+			}
+			w.logf("%s: --pod-cidr %v", h.name, h.cfg.PodCIDRs)
+		}
 		h.start(w.rng.IntN(2) == 0)
 	case h.sp == nil:
 	case n < 35:
@@ -341,6 +355,7 @@ func (h *host) wipe() {
 	w.logf("%s (%s) is wiped", h.name, h.id.Short())
 	h.endOfPods()
 	h.disk, h.older, h.unsure, h.lostChange = nil, nil, false, nil
+	h.victim, h.forgetting = nil, nil // a forget that was under way is lost with the disk
 	delete(w.must.facts, h)
 	delete(w.must.changes, h)
 	h.id = w.newID()
@@ -416,7 +431,7 @@ func (w *world) forgetSomebody(h *host) {
 }
 
 func (w *world) forget(h *host, id NodeID, force bool) {
-	h.takeover = &takeover{force}
+	h.takeover = &takeover{forced: force}
 	h.victim, h.victimID = h, id // a wiped identity is nobody's
 	for _, o := range w.hosts {
 		if o.id == id {

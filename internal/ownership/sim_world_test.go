@@ -62,7 +62,9 @@ type host struct {
 	run        int      // counts starts
 	upAt       time.Time
 	downAt     time.Time
-	group      int // hosts of one group reach each other
+	wrote      bool      // has saved its state in this run
+	aliveAt    time.Time // when it was last alive, as ipam.Store.Alive notes it
+	group      int       // hosts of one group reach each other
 	retired    bool
 	disk       *ipam.State
 	older      []*ipam.State
@@ -88,6 +90,9 @@ type host struct {
 	takeover   *takeover
 	sawVictim  bool           // the victim was in reach before this step
 	blocks     []netip.Prefix // open, as last looked at
+	tun        [2]netip.Addr  // of this run, by family
+
+	changedCIDR bool // its --pod-cidr was set, changed or removed between two runs
 }
 
 type event struct {
@@ -186,6 +191,9 @@ func (w *world) step(h *host, what string, do func(sp *Machine)) {
 
 // stop ends the agent; disk and pods stay.
 func (h *host) stop() {
+	if h.sp != nil && (h.cfg.Fresh || h.wrote) {
+		h.aliveAt = h.w.now
+	}
 	h.sp, h.downAt = nil, h.w.now
 	h.w.relink()
 	h.atPersist, h.atSend = "", false
@@ -196,8 +204,9 @@ func (h *host) stop() {
 func (h *host) start(fresh bool) {
 	w := h.w
 	h.run++
-	h.upAt = w.now
-	h.cfg.ID, h.cfg.Fresh = h.id, fresh && h.disk != nil && h.disk == h.witness
+	h.upAt, h.tun = w.now, [2]netip.Addr{}
+	h.cfg.ID, h.wrote = h.id, false
+	h.cfg.Fresh = fresh && h.disk != nil && h.disk == h.witness && w.now.Sub(h.aliveAt) <= ipam.FreshFor
 	h.cfg.Rand = rand.New(rand.NewPCG(w.rng.Uint64(), 1))
 	sp, err := New(w.now, h.cfg, h.disk, simEnv{h})
 	if err != nil {

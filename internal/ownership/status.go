@@ -148,6 +148,9 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	switch {
 	case s.phase == Waiting || s.phase == Joining:
 		out = append(out, Problem{"this node has no pod addresses: " + s.why, "the reason says what to do; the agent goes on by itself as soon as it can", "phase"})
+	case s.phase == Confirming && s.confirm.blocked:
+		out = append(out, Problem{"the table is not confirmed: " + s.why,
+			"open the gossip port there (tulle doctor ports); until then it confirms within minutes by itself, or stop its agent", "phase"})
 	case s.phase == Confirming:
 		out = append(out, Problem{"the table is not confirmed: " + s.why,
 			"start the other nodes; a node that is gone for good: tulle forget NODE (--force when nobody else is left)", "phase"})
@@ -173,7 +176,7 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	}
 	slices.Sort(keys)
 	for _, k := range keys {
-		p := s.notes[k]
+		p := s.notes[k].Problem
 		p.Topic, _, _ = strings.Cut(k, " ")
 		out = append(out, p)
 	}

@@ -109,7 +109,7 @@ type Config struct {
 	// Cooldown is the time before another pod gets a released address; 0: DefaultCooldown.
 	Cooldown time.Duration
 	// Fresh means that the state on disk is proven to be the last one that this node
-	// wrote ([ipam.Store.Fresh]). Without it, the node allocates no new addresses from
+	// wrote, and that nobody can have taken its space over since ([ipam.Store.Fresh]). Without it, the node allocates no new addresses from
 	// its old blocks before the table is confirmed.
 	Fresh bool
 	// Rand is for retry jitter and request numbers; nil: seeded by the runtime.
@@ -123,15 +123,16 @@ const (
 	DefaultBlock4   = 24 // prefix length in bits
 	DefaultBlock6   = 64
 
-	retryEvery   = 2 * time.Second  // unanswered messages, to the same or another node
-	refusedEvery = 10 * time.Second // next round after all owners refused
-	promiseLease = 60 * time.Second // how long a promise about a forget lasts
-	forgetWithin = 10 * time.Second // time limit of a forget for collecting promises
-	seedPatience = 5 * time.Second  // a founder waits this long for members that call, from when all its seeds answer
-	selfPatience = 15 * time.Second // likewise, where every seed leads to the founder itself, some of them by name
-	heldFor      = 10 * time.Minute // cool-down of an address that another node's pod still has
-	heldEvery    = time.Minute      // interval at which such a node reports it
-	reportFor    = 10 * time.Minute // how long a loss that affects no pod is reported
+	retryEvery   = 2 * time.Second               // unanswered messages, to the same or another node
+	refusedEvery = 10 * time.Second              // next round after all owners refused
+	promiseLease = 60 * time.Second              // how long a promise about a forget lasts
+	forgetWithin = 10 * time.Second              // time limit of a forget for collecting promises
+	goneFor      = ipam.FreshFor + 5*time.Second // how long a node was not seen alive before its space is taken, unless by force
+	seedPatience = 5 * time.Second               // a founder waits this long for members that call, from when all its seeds answer
+	selfPatience = 15 * time.Second              // likewise, where every seed leads to the founder itself, some of them by name
+	heldFor      = 10 * time.Minute              // cool-down of an address that another node's pod still has
+	heldEvery    = time.Minute                   // interval at which such a node reports it
+	reportFor    = 10 * time.Minute              // how long a loss that affects no pod is reported
 )
 
 // A Problem is a condition that an operator should know about, with its remedy.

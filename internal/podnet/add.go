@@ -47,9 +47,9 @@ func (h *Host) makeVeth(c *Config) error {
 	}
 	v.GSOMaxSize, v.GSOMaxSegs, v.GSOIPv4MaxSize = uint32(c.GSOMaxSize), uint32(c.GSOMaxSegs), uint32(c.GSOMaxSize)
 	if c.Netns != "" {
-		ns, err := os.Open(c.Netns)
+		ns, err := sys.OpenNetns(c.Netns)
 		if err != nil {
-			return fmt.Errorf("podnet: the pod's network namespace: %w", err)
+			return fmt.Errorf("podnet: the pod's end: %w", err)
 		}
 		defer ns.Close()
 		if err := h.otherNamespace(ns); err != nil {
@@ -89,10 +89,13 @@ func (h *Host) otherNamespace(pod *os.File) error {
 
 func peerName(c *Config) string {
 	if c.Interface == "" {
-		return nameOf("tq", c.ID)
+		return handedOver(c.ID)
 	}
 	return c.Interface
 }
+
+// handedOver is the name of a pod's end in the host's namespace.
+func handedOver(id string) string { return nameOf("tq", id) }
 
 func (h *Host) wire(ctx context.Context, c *Config) (Attachment, error) {
 	a := Attachment{
@@ -170,12 +173,7 @@ func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
 		_, err := h.nl.LinkUp(c.HostInterface)
 		return err
 	}
-	err := h.do(func() error {
-		return sys.SetSysctls(sys.NoDAD(c.HostInterface),
-			[2]string{"ipv4/conf/" + c.HostInterface + "/forwarding", "1"}, [2]string{"ipv6/conf/" + c.HostInterface + "/forwarding", "1"},
-			[2]string{"ipv6/conf/" + c.HostInterface + "/accept_ra", "0"}) // a pod is no router of the host's
-	})
-	if err != nil {
+	if err := h.do(func() error { return sys.SetSysctls(settingsOf(a)...) }); err != nil {
 		return err
 	}
 	link, err := h.nl.LinkUp(c.HostInterface)
@@ -188,11 +186,14 @@ func (h *Host) hostSide(ctx context.Context, c *Config, a *Attachment) error {
 // hostAddresses gives the host's end its addresses, neighbours and routes, and puts back those that are missing.
 func (h *Host) hostAddresses(ctx context.Context, link netlink.Link, a *Attachment) error {
 	// Below an MTU of 1,280 bytes, as of a pod that has IPv4 alone on a narrow underlay, there is no IPv6.
-	if err := h.gatewayAddresses(ctx, link, slices.ContainsFunc(a.Addresses, netip.Addr.Is6)); err != nil {
+	if err := h.gatewayAddresses(ctx, link, hasSix(a)); err != nil {
 		return err
 	}
 	return h.hostRoutes(link, a)
 }
+
+// hasSix reports whether the pod has IPv6.
+func hasSix(a *Attachment) bool { return slices.ContainsFunc(a.Addresses, netip.Addr.Is6) }
 
 // gatewayAddresses makes link the pods' next hop.
 func (h *Host) gatewayAddresses(ctx context.Context, link netlink.Link, six bool) error {

@@ -48,8 +48,8 @@ func linkLocalOf(mac net.HardwareAddr) netip.Addr {
 	return netip.AddrFrom16(a)
 }
 
-// ensureBridge makes the bridge, or finds it. Several callers may do so at once.
-func (h *Host) ensureBridge(ctx context.Context, name string) (netlink.Link, error) {
+// ensureBridge makes the bridge, or finds it; six: a pod behind it has IPv6. Several callers may do so at once.
+func (h *Host) ensureBridge(ctx context.Context, name string, six bool) (netlink.Link, error) {
 	link, err := h.nl.LinkByName(name)
 	if errors.As(err, &netlink.LinkNotFoundError{}) {
 		b := &netlink.Bridge{LinkAttrs: sys.LinkAttrs(name), MulticastSnooping: new(bool)} // there is no querier
@@ -65,32 +65,24 @@ func (h *Host) ensureBridge(ctx context.Context, name string) (netlink.Link, err
 	if !ours(link) {
 		return nil, fmt.Errorf("podnet: %s is a device of somebody else (%s): choose another name for the bridge, which is made by itself", name, link.Type())
 	}
-	return link, h.setBridge(ctx, link)
+	return link, h.setBridge(ctx, link, six)
 }
 
 // setBridge gives the bridge its settings and the next hops' addresses, and puts back those that are missing.
-func (h *Host) setBridge(ctx context.Context, link netlink.Link) error {
+func (h *Host) setBridge(ctx context.Context, link netlink.Link, six bool) error {
 	name := link.Attrs().Name
-	conf4, conf6 := "ipv4/conf/"+name+"/", "ipv6/conf/"+name+"/"
-	err := h.do(func() error {
-		return sys.SetSysctls(sys.NoDAD(name), [2]string{conf4 + "forwarding", "1"}, [2]string{conf6 + "forwarding", "1"}, [2]string{conf6 + "accept_ra", "0"},
-			// Gateway6 is its only link-local address.
-			[2]string{conf6 + "addr_gen_mode", "1"},
-			// The host answers ARP for what pods expect on the bridge and is not there: pods on links of their own.
-			[2]string{conf4 + "proxy_arp", "1"}, [2]string{"ipv4/neigh/" + name + "/proxy_delay", "0"})
-	})
-	if err != nil {
+	if err := h.do(func() error { return sys.SetSysctls(settingsOfBridge(name, six)...) }); err != nil {
 		return fmt.Errorf("podnet: the bridge %s: %w", name, err)
 	}
 	if err := h.nl.LinkSetUp(link); err != nil {
 		return fmt.Errorf("podnet: set the bridge %s up: %w", name, err)
 	}
-	return h.gatewayAddresses(ctx, link, true)
+	return h.gatewayAddresses(ctx, link, six)
 }
 
 // behindBridge makes the pod's link a port of its bridge, and leads the host's packets to the pod there.
 func (h *Host) behindBridge(ctx context.Context, a *Attachment) error {
-	bridge, err := h.ensureBridge(ctx, a.Bridge)
+	bridge, err := h.ensureBridge(ctx, a.Bridge, hasSix(a))
 	if err != nil {
 		return err
 	}
@@ -98,8 +90,7 @@ func (h *Host) behindBridge(ctx context.Context, a *Attachment) error {
 	if err != nil {
 		return fmt.Errorf("podnet: find %s: %w", a.HostInterface, err)
 	}
-	// A port speaks for nobody: it needs no link-local address.
-	if err := h.do(func() error { return sys.SetSysctls([2]string{"ipv6/conf/" + a.HostInterface + "/disable_ipv6", "1"}) }); err != nil {
+	if err := h.do(func() error { return sys.SetSysctls(settingsOf(a)...) }); err != nil {
 		return err
 	}
 	if err := h.plug(port, bridge, a.MAC); err != nil {

@@ -170,6 +170,8 @@ func TestBridgeSpoof(t *testing.T) {
 		{"ND advertisement of the gateway", DropNeighbour, toBob(nd(136, local, bob6, Gateway6, false))},
 		{"ND advertisement as another pod", DropNeighbour, toBob(nd(136, bob6, allNodes, bob6, false))},
 		{"ND solicitation as another pod", DropSource, toBob(nd(135, bob6, bob6, bob6, false))},
+		{"DHCP answer", DropDHCP, toAll(udp4to(68, own4, netip.MustParseAddr("255.255.255.255")))},
+		{"DHCPv6 answer from its link-local address", DropDHCP, toAll(udp6to(546, local, allNodes))},
 		{"router advertisement", DropNeighbour, toBob(nd(134, local, allNodes, none6, false))},
 		{"redirect", DropNeighbour, toBob(nd(137, local, bob6, bob6, false))},
 		{"duplicate address detection", silent, toBob(nd(135, none6, netip.MustParseAddr("ff02::1:ff00:77"), bob6, false))},

@@ -12,7 +12,7 @@ import (
 )
 
 // Check compares a pod's interface with what Add has made of the same Config, and names everything that differs: links, addresses,
-// routes and source checks. The MTU may be left out.
+// routes, sysctls and source checks. The MTU may be left out.
 func (h *Host) Check(c Config) error {
 	c.MTU = cmp.Or(c.MTU, maxMTU)
 	c, err := c.validate()
@@ -31,6 +31,13 @@ func (h *Host) Check(c Config) error {
 	}
 	if link, err = h.behind(link, &a); err != nil {
 		return err
+	}
+	bad, err := h.wrongSettings(&a)
+	if err != nil {
+		return err
+	}
+	for _, w := range bad {
+		miss("sysctl net/%s is %s, not %s", w.name, w.is, w.want)
 	}
 	conn, err := h.nft()
 	if err != nil {

@@ -18,7 +18,7 @@
 //
 // A pod may hold CAP_NET_ADMIN and CAP_NET_RAW. What it sends meets, before anything else on the host looks at it, a chain
 // of its own in the nftables table `netdev tulle-pods`: only packets from the pod's addresses pass, and only ARP and
-// neighbour discovery for them. Behind a bridge its MAC, and the link-local address that follows from it, are part of that. The rest is counted by reason ([Drops]) and dropped.
+// neighbour discovery for them, and no answer to a DHCP client. Behind a bridge its MAC, and the link-local address that follows from it, are part of that. The rest is counted by reason ([Drops]) and dropped.
 //
 // # What is kept where
 //

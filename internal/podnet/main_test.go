@@ -69,8 +69,8 @@ var (
 
 func newWorld(t testing.TB) *world { return newWorldBehind(t, "") }
 
-// newWorldBehind is a world whose pods are behind this bridge.
-func newWorldBehind(t testing.TB, bridge string) *world {
+// newWorldBehind is a world whose pods are behind this bridge, and whose host has these settings.
+func newWorldBehind(t testing.TB, bridge string, settings ...[2]string) *world {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	t.Cleanup(cancel)
@@ -95,6 +95,7 @@ func newWorldBehind(t testing.TB, bridge string) *world {
 	for _, a := range hostAddrs {
 		check(t, w.host.nl.AddAddress(ctx, link, sys.HostPrefix(a)))
 	}
+	check(t, w.host.do(func() error { return sys.SetSysctls(settings...) }))
 	w.a = w.add("alice", alice)
 	w.b = w.add("bob", bob)
 	return w

@@ -37,6 +37,18 @@ func Gateway(a netip.Addr) netip.Addr {
 // that whoever knows the ID finds the link.
 func InterfaceName(id string) string { return nameOf("tp", id) }
 
+// Patterns, as of a shell, for the names of both ends of pods' links while they are in the host's namespace.
+const (
+	HostPattern = "tp????????????"
+	PodPattern  = "tq????????????" // handed over: an engine moves it into the pod
+)
+
+// Made tells the devices of the host that Add has made: its ends of pods' links, and bridges.
+func Made(l netlink.Link) bool {
+	_, pod := attachmentOf(l)
+	return pod || ours(l)
+}
+
 // nameOf makes a device's name: 14 bytes of the 15 that the kernel takes.
 func nameOf(prefix, id string) string {
 	sum := sha256.Sum256([]byte(id))
@@ -155,12 +167,12 @@ func Open(path string) (*Host, error) {
 	var err error
 	if path == "" {
 		h.nl, err = sys.NewNetlink(-1)
-	} else if h.ns, err = os.Open(path); err == nil {
+	} else if h.ns, err = sys.OpenNetns(path); err == nil {
 		h.nl, err = sys.NewNetlink(int(h.ns.Fd()))
 	}
 	if err != nil {
 		h.ns.Close()
-		return nil, fmt.Errorf("podnet: host's network namespace: %w", err)
+		return nil, fmt.Errorf("podnet: the host: %w", err)
 	}
 	return h, nil
 }

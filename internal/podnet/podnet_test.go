@@ -90,7 +90,7 @@ func TestAddIsAtomic(t *testing.T) {
 	}{
 		{"no namespace", func(c *Config) { c.Netns += "-not-there" }, fs.ErrNotExist, ""},
 		{"the host's own namespace", func(c *Config) { c.Netns = w.hostPath }, nil, "own network namespace"},
-		{"no namespace at all", func(c *Config) { c.Netns = "/etc/hostname" }, nil, "make veth"},
+		{"no namespace at all", func(c *Config) { c.Netns = "/etc/hostname" }, nil, "/etc/hostname is not a network namespace"},
 		{"the same pod again", func(c *Config) { c.ID = w.a.ID }, fs.ErrExist, ""},
 		{"the interface is taken", func(c *Config) { c.Netns = w.a.Netns }, fs.ErrExist, ""},
 		{"two addresses of one family", func(c *Config) { c.Addresses = addrs("10.244.0.5", "10.244.0.6") }, nil, "one of each family"},
@@ -193,6 +193,9 @@ func TestHandOver(t *testing.T) {
 	}
 	link, err := w.host.nl.LinkByName(a.PodInterface)
 	check(t, err)
+	if !w.host.HasPodEnd(c.ID) {
+		t.Error("the host has no pod's end to hand over")
+	}
 	path := namespace(t)
 	ns, err := os.Open(path)
 	check(t, err)
@@ -212,6 +215,79 @@ func TestHandOver(t *testing.T) {
 	for i := range bob {
 		if seen, err := ask(path, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != c.Addresses[i] {
 			t.Errorf("to %v: seen as %v, %v", bob[i], seen, err)
+		}
+	}
+	if w.host.HasPodEnd(c.ID) {
+		t.Error("the host has the pod's end still")
+	}
+}
+
+// Hosts may have IPv6 switched off for new devices: pods with IPv6 have it all the same, and those without do not switch it on.
+func TestIPv6OffByDefault(t *testing.T) {
+	for _, bridge := range []string{"", "pods"} {
+		w := newWorldBehind(t, bridge, [2]string{"ipv6/conf/default/disable_ipv6", "1"})
+		for i := range alice {
+			if seen, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != alice[i] {
+				t.Errorf("bridge %q: to %v: seen as %v, %v", bridge, bob[i], seen, err)
+			}
+		}
+		if bridge != "" {
+			w.bridge = "pods4" // without IPv6
+		}
+		c := w.add("carol", addrs("10.244.0.5"))
+		device := c.HostInterface
+		if bridge != "" {
+			device = w.bridge
+		}
+		check(t, w.host.do(func() error {
+			off, err := os.ReadFile("/proc/sys/net/ipv6/conf/" + device + "/disable_ipv6")
+			if err == nil && string(off) != "1\n" {
+				t.Errorf("bridge %q: disable_ipv6 of %s is %s", bridge, device, off)
+			}
+			return err
+		}))
+		if seen, err := ask(w.a.Netns, echo(t, c.Netns, c.Addresses[0]), 5*time.Second); err != nil || seen != alice[0] {
+			t.Errorf("bridge %q: to %v: seen as %v, %v", bridge, c.Addresses, seen, err)
+		}
+	}
+}
+
+// What a file of sysctls or a network manager sets on pods' links is put back: by itself, and where it takes addresses and
+// routes along, with them.
+func TestReconcileSettings(t *testing.T) {
+	for _, bridge := range []string{"", "pods"} {
+		w := newWorldBehind(t, bridge)
+		c := w.add("carol", addrs("10.244.0.5")) // without IPv6
+		device := cmp.Or(bridge, w.a.HostInterface)
+		for _, setting := range []struct{ name, value string }{
+			{"ipv6/conf/all/disable_ipv6", "1"},
+			{"ipv6/conf/all/disable_ipv6", "0"},
+			{"ipv6/conf/" + device + "/disable_ipv6", "1"},
+			{"ipv6/conf/" + device + "/forwarding", "0"},
+			{"ipv6/conf/" + device + "/accept_ra", "2"},
+			{"ipv4/conf/" + device + "/forwarding", "0"},
+		} {
+			_, err := w.host.Reconcile(w.ctx) // ports that all.disable_ipv6=0 has switched on are part of the first round
+			check(t, err)
+			check(t, w.host.do(func() error { return sys.SetSysctls([2]string{setting.name, setting.value}) }))
+			on := setting.name == "ipv6/conf/all/disable_ipv6" && setting.value == "0"
+			if err := w.host.Check(w.a); !on && err == nil {
+				t.Errorf("bridge %q: %v: Check finds nothing", bridge, setting)
+			}
+			did, err := w.host.Reconcile(w.ctx)
+			if err != nil || !on && !strings.Contains(strings.Join(did, "\n"), "sysctl net/"+strings.Replace(setting.name, "/all/", "/"+device+"/", 1)) {
+				t.Errorf("bridge %q: %v: repaired %q, %v", bridge, setting, did, err)
+			}
+			for i := range alice {
+				if seen, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != alice[i] {
+					t.Errorf("bridge %q: %v: to %v: seen as %v, %v", bridge, setting, bob[i], seen, err)
+				}
+			}
+			check(t, w.host.Check(w.a))
+			check(t, w.host.Check(c))
+			if did, err := w.host.Reconcile(w.ctx); err != nil || len(did) != 0 {
+				t.Errorf("bridge %q: %v: repaired again %q, %v", bridge, setting, did, err)
+			}
 		}
 	}
 }

@@ -21,9 +21,11 @@ type flaw struct {
 	pod    Attachment // zero: it is gone
 	checks bool       // they are missing, or others
 	routes bool       // at least one is missing, or the pod has lost its bridge
+
+	settings bool // at least one is wrong
 }
 
-// Reconcile puts back what somebody has taken from the pods of this host: source checks and routes. It removes checks of
+// Reconcile puts back what somebody has taken from the pods of this host: source checks, sysctls and routes. It removes checks of
 // pods that are gone. It returns a line for each thing mended.
 //
 // What looks wrong may be a pod that is coming or going. So it looks a second time, while nobody else makes or removes pods;
@@ -77,6 +79,11 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 		if err != nil || link.Attrs().RawFlags&unix.IFF_UP == 0 {
 			continue // it has gone meanwhile, or nobody has finished it: DEL's affair
 		}
+		bad, err := h.wrongSettings(&f.pod)
+		if err != nil {
+			return nil, err
+		}
+		f.settings = len(bad) > 0
 		way, err := h.behind(link, &f.pod)
 		f.routes = err != nil
 		for _, addr := range f.pod.Addresses {
@@ -86,7 +93,7 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 			ok, err := hasRoute(h.nl, way, sys.HostPrefix(addr).String())
 			f.routes = err != nil || !ok
 		}
-		if f.checks || f.routes {
+		if f.checks || f.routes || f.settings {
 			found = append(found, f)
 		}
 	}
@@ -106,6 +113,11 @@ func (h *Host) mend(ctx context.Context, f *flaw) (repaired []string, err error)
 	if f.checks {
 		err = h.installChecks(&f.pod)
 		repaired = append(repaired, fmt.Sprintf("source checks of %s (%s)", f.name, f.pod.ID))
+	}
+	if f.settings && err == nil { // before the routes: without IPv6 a link has none
+		var did []string
+		did, err = h.correct(&f.pod)
+		repaired = append(repaired, did...)
 	}
 	if f.routes && err == nil {
 		err = h.lead(ctx, &f.pod)
@@ -137,6 +149,10 @@ func (h *Host) Exists(device string) bool {
 	_, err := h.nl.LinkByName(device)
 	return err == nil
 }
+
+// HasPodEnd reports whether the host has the pod's end of a link that was handed over: until the engine has moved it into the pod,
+// and again when the engine has taken it out, which gives it its name back.
+func (h *Host) HasPodEnd(id string) bool { return h.Exists(handedOver(id)) }
 
 // Whoever makes or removes a pod holds a shared lock on the host's network namespace; any number of them do at once. Who mends,
 // holds it alone. The kernel releases the lock of a process that was killed.

@@ -14,10 +14,11 @@ import (
 const (
 	DropSource    = "pod_source"    // an IPv4 or IPv6 packet whose source is not the pod's
 	DropNeighbour = "pod_neighbour" // ARP or neighbour discovery that speaks for another address
+	DropDHCP      = "pod_dhcp"      // an answer to a DHCP client
 	DropProtocol  = "pod_protocol"  // neither IPv4, IPv6 nor ARP
 )
 
-var reasons = []string{DropSource, DropNeighbour, DropProtocol}
+var reasons = []string{DropSource, DropNeighbour, DropDHCP, DropProtocol}
 
 // rule is one rule of a pod's chain. Its text, which is its comment, has all that it depends on: equal texts are equal rules.
 type rule struct {
@@ -35,6 +36,7 @@ const (
 	arpFormat, arpOperation              = 0, 6 // htype, ptype, hlen, plen; then the operation
 	arpSenderMAC, arpSender, arpTarget   = 8, 14, 24
 	icmp6Type, ndTarget                  = 0, 8
+	udpDestination                       = 2
 
 	routerAdvertisement    = 134
 	neighbourSolicitation  = 135
@@ -92,6 +94,14 @@ func icmp6(kind byte) match {
 	}, transport(icmp6Type, kind))
 }
 
+// dhcpClient matches what DHCP clients read: UDP to port 68 (RFC 2131 §4.1), of IPv6 546 (RFC 8415 §7.2).
+func dhcpClient(family match, port uint16) match {
+	return slices.Concat(match{
+		&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: 1, Data: []byte{unix.IPPROTO_UDP}},
+	}, family, transport(udpDestination, binary.BigEndian.AppendUint16(nil, port)...))
+}
+
 var accept = match{&expr.Verdict{Kind: expr.VerdictAccept}}
 
 // drop counts for the host by reason, and for the pod.
@@ -107,6 +117,9 @@ func podRules(a *Attachment) []rule {
 	if a.Bridge != "" {
 		r.add("not from "+a.MAC.String(), field(expr.PayloadBaseLLHeader, etherSource, expr.CmpOpNeq, a.MAC...), drop(DropSource))
 	}
+	// A host may ask for its addresses on every device that it has: no pod tells it its default route.
+	r.add("dhcp answer", dhcpClient(isIP4, 68), drop(DropDHCP))
+	r.add("dhcpv6 answer", dhcpClient(isIP6, 546), drop(DropDHCP))
 	for _, addr := range a.Addresses {
 		if addr.Is4() {
 			r.own4(addr, a)

@@ -83,16 +83,21 @@ func ether(kind layers.EthernetType) *layers.Ethernet {
 	return &layers.Ethernet{SrcMAC: net.HardwareAddr{2, 0, 0, 0, 0, 9}, DstMAC: HostMAC, EthernetType: kind}
 }
 
-func udp4(from, to netip.Addr) []gopacket.SerializableLayer {
+func udp4(from, to netip.Addr) []gopacket.SerializableLayer { return udp4to(2, from, to) }
+
+// udp4to has the destination's port, as udp6to has.
+func udp4to(port layers.UDPPort, from, to netip.Addr) []gopacket.SerializableLayer {
 	ip := &layers.IPv4{Version: 4, TTL: 64, Protocol: layers.IPProtocolUDP, SrcIP: from.AsSlice(), DstIP: to.AsSlice()}
-	u := &layers.UDP{SrcPort: 1, DstPort: 2}
+	u := &layers.UDP{SrcPort: 1, DstPort: port}
 	_ = u.SetNetworkLayerForChecksum(ip)
 	return []gopacket.SerializableLayer{ether(layers.EthernetTypeIPv4), ip, u}
 }
 
-func udp6(from, to netip.Addr) []gopacket.SerializableLayer {
+func udp6(from, to netip.Addr) []gopacket.SerializableLayer { return udp6to(2, from, to) }
+
+func udp6to(port layers.UDPPort, from, to netip.Addr) []gopacket.SerializableLayer {
 	ip := ip6(from, to, layers.IPProtocolUDP)
-	u := &layers.UDP{SrcPort: 1, DstPort: 2}
+	u := &layers.UDP{SrcPort: 1, DstPort: port}
 	_ = u.SetNetworkLayerForChecksum(ip)
 	return []gopacket.SerializableLayer{ether(layers.EthernetTypeIPv6), ip, u}
 }
@@ -172,6 +177,11 @@ func TestSpoof(t *testing.T) {
 		{"ND advertisement of the gateway", DropNeighbour, nd(136, ownLocal, Gateway6, Gateway6, false)},
 		{"ND advertisement as another pod", DropNeighbour, nd(136, bob[1], Gateway6, bob[1], false)},
 		{"ND solicitation as another pod", DropSource, nd(135, bob[1], Gateway6, Gateway6, false)},
+		{"DHCP answer to whoever asks", DropDHCP, udp4to(68, own4, netip.MustParseAddr("255.255.255.255"))},
+		{"DHCP answer to an address that the host has yet to get", DropDHCP, udp4to(68, own4, otherHost4)},
+		{"DHCPv6 answer", DropDHCP, udp6to(546, own6, hostAddrs[1])},
+		{"DHCP as a client", pass, udp4to(67, own4, hostAddrs[0])},
+		{"router advertisement from an address of its own", DropNeighbour, nd(134, own6, allNodes, none6, false)},
 		{"router advertisement", DropNeighbour, nd(134, ownLocal, allNodes, none6, false)},
 		{"redirect", DropNeighbour, nd(137, ownLocal, Gateway6, bob[1], false)},
 		{"duplicate address detection", silent, nd(135, none6, netip.MustParseAddr("ff02::1:ff00:77"), ownLocal, false)},

@@ -32,9 +32,9 @@ func Poll(ctx context.Context, every time.Duration, done func() (bool, error)) e
 
 // OpenNetlink opens a handle whose sockets are in the namespace at path.
 func OpenNetlink(path string) (*Netlink, error) {
-	ns, err := os.Open(path)
+	ns, err := OpenNetns(path)
 	if err != nil {
-		return nil, fmt.Errorf("network namespace: %w", err)
+		return nil, err
 	}
 	defer ns.Close()
 	h, err := NewNetlink(int(ns.Fd()))

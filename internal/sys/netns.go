@@ -1,8 +1,10 @@
 package sys
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -25,8 +27,8 @@ func checkNetnsName(name string) error {
 }
 
 // NewNetns creates a named network namespace, like `ip netns add`, with its loopback
-// interface down. If the name exists, the error wraps fs.ErrExist. The caller's
-// thread stays in its own namespace.
+// interface down. If the name exists, the error wraps fs.ErrExist; the empty file of a
+// namespace that is gone is used again. The caller's thread stays in its own namespace.
 func NewNetns(name string) error {
 	if err := checkNetnsName(name); err != nil {
 		return err
@@ -35,11 +37,18 @@ func NewNetns(name string) error {
 		return fmt.Errorf("network namespace %s: %w", name, err)
 	}
 	path := NetnsPath(name)
-	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE|os.O_EXCL, 0o444)
+	f, err := os.OpenFile(path, os.O_RDONLY|os.O_CREATE, 0o444)
 	if err != nil {
 		return fmt.Errorf("network namespace %s: %w", name, err)
 	}
-	f.Close()
+	defer f.Close()
+	// Of several callers one mounts; the others see that it has.
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("network namespace %s: lock: %w", name, err)
+	}
+	if stale, err := StaleNetns(name); err != nil || !stale {
+		return fmt.Errorf("network namespace %s: %w", name, cmp.Or(err, fs.ErrExist))
+	}
 	err = onThread(func() (bool, error) {
 		if err := unix.Unshare(unix.CLONE_NEWNET); err != nil {
 			return true, fmt.Errorf("unshare: %w", err)
@@ -52,6 +61,43 @@ func NewNetns(name string) error {
 		return fmt.Errorf("network namespace %s: %w", name, err)
 	}
 	return nil
+}
+
+// ErrNotNetns is wrapped by the errors about a path where something else than a network namespace is.
+var ErrNotNetns = errors.New("is not a network namespace, as those at /run/netns/NAME and /proc/PID/ns/net are")
+
+// OpenNetns opens the network namespace at path.
+func OpenNetns(path string) (*os.File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("network namespace: %w", err)
+	}
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || fs.Type != unix.NSFS_MAGIC {
+		f.Close()
+		return nil, fmt.Errorf("%s %w", path, ErrNotNetns)
+	}
+	// ioctl_ns(2). Where it is not known (user emulation), setns tells.
+	if kind, err := unix.IoctlRetInt(int(f.Fd()), unix.NS_GET_NSTYPE); err == nil && kind != unix.CLONE_NEWNET {
+		f.Close()
+		return nil, fmt.Errorf("%s %w", path, ErrNotNetns)
+	}
+	return f, nil
+}
+
+// StaleNetns reports whether nothing is left of a named network namespace but the empty file that it was mounted on.
+func StaleNetns(name string) (bool, error) {
+	st, err := os.Lstat(NetnsPath(name))
+	if err != nil || !st.Mode().IsRegular() || st.Size() != 0 {
+		return false, err
+	}
+	f, err := OpenNetns(NetnsPath(name))
+	if err == nil {
+		f.Close()
+	} else if errors.Is(err, ErrNotNetns) {
+		return true, nil
+	}
+	return false, err
 }
 
 // prepareNetnsDir makes NetnsDir a shared mount, so that other mount namespaces see
@@ -95,9 +141,9 @@ func DeleteNetns(name string) error {
 // namespace. Sockets that f opens stay in it. If the thread cannot return to its own
 // namespace, it is discarded and never reused.
 func WithNetns(path string, f func() error) error {
-	target, err := os.Open(path)
+	target, err := OpenNetns(path)
 	if err != nil {
-		return fmt.Errorf("network namespace: %w", err)
+		return err
 	}
 	defer target.Close()
 	return WithNetnsFD(int(target.Fd()), f)

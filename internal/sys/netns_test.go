@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"strings"
 	"sync"
 	"testing"
 
@@ -207,5 +208,59 @@ func TestNetlinkUnderChange(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A file of a namespace that is gone, as a reboot of /run or an unmount elsewhere leaves it, gives its name to the next one.
+func TestNetnsStaleFile(t *testing.T) {
+	needRoot(t)
+	name := fmt.Sprintf("tulle-sys-%d-stale", os.Getpid())
+	path := NetnsPath(name)
+	write := func(text string) {
+		t.Helper()
+		if err := os.WriteFile(path, []byte(text), 0o444); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { os.Remove(path) })
+		if _, err := OpenNetns(path); !errors.Is(err, ErrNotNetns) {
+			t.Errorf("a file as a network namespace: %v", err)
+		}
+	}
+	write("somebody's")
+	if err := NewNetns(name); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("over a file with something in it: %v, want fs.ErrExist", err)
+	}
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	write("")
+	if err := WithNetns(path, func() error { return nil }); err == nil || !strings.Contains(err.Error(), path+" is not a network namespace") {
+		t.Errorf("WithNetns of an empty file: %v", err)
+	}
+	var wg sync.WaitGroup
+	made := make(chan error, 4)
+	for range cap(made) { // at once: one makes it, the others find it there
+		wg.Go(func() { made <- NewNetns(name) })
+	}
+	wg.Wait()
+	close(made)
+	ok := 0
+	for err := range made {
+		if err == nil {
+			ok++
+		} else if !errors.Is(err, fs.ErrExist) {
+			t.Error(err)
+		}
+	}
+	if ok != 1 {
+		t.Errorf("%d of 4 made it", ok)
+	}
+	if f, err := OpenNetns(path); err != nil {
+		t.Error(err)
+	} else {
+		f.Close()
+	}
+	if err := DeleteNetns(name); err != nil {
+		t.Error(err)
 	}
 }

@@ -58,8 +58,8 @@ type Config struct {
 	// [Gossip.KnownPeers].
 	LastPeers []netip.AddrPort
 
-	// Meta is the metadata of this node for other members. New fills in ID, Name
-	// and Started. A zero Cluster means that the node is in no cluster yet; it
+	// Meta is the metadata of this node for other members. New fills in ID, Name,
+	// Started and the capability of gossip itself. A zero Cluster means that the node is in no cluster yet; it
 	// then joins the first cluster that it meets.
 	Meta membership.Meta
 
@@ -86,6 +86,10 @@ type pace struct {
 	returning                     time.Duration // while peers still have this node's old address
 	presence                      time.Duration // for an answer of whoever has an address
 	conflict                      time.Duration // after which the addresses of one identity are asked, and asked again
+	suspects                      time.Duration // between pings of suspects
+	settle                        time.Duration // longer than news take to reach everybody
+	repair                        time.Duration // between push/pulls for what was missed
+	announced                     time.Duration // after which a broadcast of metadata that has not gone out is repeated, at the latest
 	keySettle, keyTimeout, leaves time.Duration
 }
 
@@ -106,6 +110,10 @@ func (p pace) withDefaults() pace {
 	def(&p.healSlow, time.Minute)
 	def(&p.seeds, 2*time.Second)
 	def(&p.returning, 3*time.Second)
+	def(&p.suspects, time.Second)
+	def(&p.settle, 2*time.Second)
+	def(&p.repair, 5*time.Second)
+	def(&p.announced, 4*time.Second)
 	def(&p.keySettle, 2*time.Second)
 	def(&p.keyTimeout, 10*time.Second)
 	def(&p.leaves, 3*time.Second)

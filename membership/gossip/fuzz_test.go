@@ -110,7 +110,9 @@ func FuzzPresence(f *testing.F) {
 	at := netip.MustParseAddrPort("192.0.2.1:7946")
 	f.Add(presenceAsk{id: 7, node: membership.NodeID{1}, at: at, from: netip.MustParseAddrPort("[2001:db8::1]:7946"), who: "node-a at 192.0.2.1:7946"}.encode())
 	f.Add(presenceAsk{id: 7, at: at, from: at, who: strings.Repeat("x", maxNewcomer+1)}.encode())
-	f.Add(presenceAnswer{7, presenceLives}.encode())
+	f.Add(presenceAsk{id: 7, at: at, from: at, who: "node-a", run: true}.encode())
+	f.Add(presenceAnswer{id: 7, verdict: presenceLives}.encode())
+	f.Add(presenceAnswer{id: 7, verdict: presenceLives, run: &run{true, time.Hour}}.encode())
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if a, err := decodePresenceAsk(b); err == nil {
 			if again, err := decodePresenceAsk(a.encode()); err != nil || !reflect.DeepEqual(a, again) {

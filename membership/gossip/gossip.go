@@ -34,20 +34,25 @@ type Gossip struct {
 	fatal        chan error
 	rejoinNow    chan struct{} // wakes the rejoin loop
 	dirty        chan struct{} // signals that the metadata has changed and must be announced
+	updating     sync.Mutex    // held while memberlist broadcasts the metadata
 	keyReqs      chan envelope
 	presenceReqs chan envelope
+	missing      chan missing // for repair
 	inbox        *inbox
 	signs        signs // of life
-	queue        *memberlist.TransmitLimitedQueue
+	queue        *queue
 	seen         seenSet
 	traffic      traffic
 	count        counters
-	alive        atomic.Int64 // other live members
+	alive        atomic.Int64              // other live members
+	alone        time.Time                 // since when there is none; guarded by mu
+	synced       atomic.Pointer[time.Time] // when a member's whole table has last arrived
 
 	attempts sync.WaitGroup // those of rejoin that are under way
 	slots    chan struct{}
 
 	started atomic.Bool
+	born    time.Time  // of this run, with the monotonic clock
 	life    sync.Mutex // held while memberlist is created, replaced or shut down
 
 	mu        sync.RWMutex
@@ -56,6 +61,8 @@ type Gossip struct {
 	gen       int // of net
 	meta      membership.Meta
 	metaWire  []byte
+	table     digest // of this node's table; zero: none was set
+	differing int    // members in a row that had another table at their last ping
 	peers     map[membership.NodeID]*peer
 	known     map[netip.AddrPort]time.Time // addresses of members, and when they were last alive
 	guard     guardState
@@ -85,8 +92,9 @@ type network struct {
 
 type peer struct {
 	Member
-	gen     int       // of the network that last saw it alive
-	doubted time.Time // when a probe of it last failed
+	gen      int       // of the network that last saw it alive
+	metaHash digest    // of its metadata as they came
+	doubted  time.Time // when a probe of it last failed
 }
 
 // New checks the configuration. It starts nothing.
@@ -103,6 +111,8 @@ func New(cfg Config) (*Gossip, error) {
 		cfg: cfg, log: log,
 		ready:        make(chan struct{}),
 		fatal:        make(chan error, 1),
+		born:         time.Now(),
+		alone:        time.Now(),
 		rejoinNow:    make(chan struct{}, 1),
 		dirty:        make(chan struct{}, 1),
 		keyReqs:      make(chan envelope, 64),
@@ -114,11 +124,9 @@ func New(cfg Config) (*Gossip, error) {
 		known:        map[netip.AddrPort]time.Time{},
 		tries:        map[netip.AddrPort]*attempt{},
 		slots:        make(chan struct{}, parallelAttempts),
+		missing:      make(chan missing, 1),
 	}
-	g.queue = &memberlist.TransmitLimitedQueue{
-		NumNodes:       func() int { return int(g.alive.Load()) + 1 },
-		RetransmitMult: retransmitMult,
-	}
+	g.queue = newQueue(func() int { return int(g.alive.Load()) + 1 }, broadcastHead+g.MaxBroadcast())
 	for _, a := range cfg.LastPeers {
 		if a = unmapPort(a); a != g.bind && a.IsValid() && len(g.known) < maxKnown {
 			g.known[a] = time.Now()
@@ -126,7 +134,7 @@ func New(cfg Config) (*Gossip, error) {
 	}
 	meta := cfg.Meta
 	meta.ID, meta.Name, meta.Leaving = cfg.ID, cfg.Name, false
-	meta.Started = time.Now().Unix()
+	meta.Started, meta.Capabilities = g.born.Unix(), meta.Capabilities|membership.CapTellsRun
 	wire, err := g.encodeMeta(meta)
 	if err != nil {
 		return nil, err
@@ -157,9 +165,9 @@ func (g *Gossip) Ready() <-chan struct{} { return g.ready }
 // sockets cannot be opened. A stop is not a leave: the others detect that this node is
 // dead, and let it return.
 //
-// When Run returns, its goroutines have ended, except a probe of memberlist that is in
-// progress. It cannot be ended, but uses only closed sockets and ends by itself within a
-// few seconds.
+// When Run returns, its goroutines have ended, except a probe or an announcement of
+// memberlist that is in progress. It cannot be ended, but uses only closed sockets and
+// ends by itself within a few seconds.
 func (g *Gossip) Run(ctx context.Context) error {
 	if !g.started.CompareAndSwap(false, true) {
 		return errors.New("gossip: Run was called twice")
@@ -175,6 +183,8 @@ func (g *Gossip) Run(ctx context.Context) error {
 	wg.Go(func() { g.announce(ctx) })
 	wg.Go(func() { g.rejoin(ctx) })
 	wg.Go(func() { g.callSeeds(ctx) })
+	wg.Go(func() { g.askSuspects(ctx) })
+	wg.Go(func() { g.repair(ctx) })
 	wg.Go(func() { g.answerKeys(ctx) })
 	wg.Go(func() { g.answerPresence(ctx) })
 	wg.Go(func() { g.investigateConflicts(ctx) })
@@ -412,7 +422,7 @@ func (d *delegate) NotifyMsg(b []byte) {
 }
 
 func (d *delegate) GetBroadcasts(overhead, limit int) [][]byte {
-	return d.g.queue.GetBroadcasts(overhead, limit)
+	return d.g.queue.take(overhead, limit)
 }
 
 func (d *delegate) LocalState(join bool) []byte { return d.g.localState(d.addr, join) }
@@ -455,30 +465,12 @@ func (d *delegate) NotifyConflict(existing, other *memberlist.Node) {
 	d.g.sawConflict(sighted(existing), sighted(other))
 }
 
-func (d *delegate) AckPayload() []byte { return nil }
+func (d *delegate) AckPayload() []byte { return d.g.digests().encode() }
 
-func (d *delegate) NotifyPingComplete(n *memberlist.Node, rtt time.Duration, _ []byte) {
+func (d *delegate) NotifyPingComplete(n *memberlist.Node, rtt time.Duration, payload []byte) {
 	if !d.closed.Load() {
 		d.g.pinged(n.Name, rtt)
-	}
-}
-
-// broadcast is one message in the queue. It is opaque and replaces no other.
-type broadcast []byte
-
-var _ memberlist.UniqueBroadcast = broadcast(nil)
-
-func (b broadcast) Invalidates(memberlist.Broadcast) bool { return false }
-func (b broadcast) Message() []byte                       { return b }
-func (b broadcast) Finished()                             {}
-func (b broadcast) UniqueBroadcast()                      {}
-
-// enqueue adds an enveloped message to the queue. If the queue is full, it drops the
-// message that was sent most often; push/pull delivers it to members that missed it.
-func (g *Gossip) enqueue(wire []byte) {
-	g.queue.QueueBroadcast(broadcast(wire))
-	if g.queue.NumQueued() > maxQueued {
-		g.queue.Prune(maxQueued)
+		d.g.compare(n.Name, payload)
 	}
 }
 

@@ -29,7 +29,8 @@ var quick = pace{
 	rejoinMin: 50 * time.Millisecond, rejoinMax: 300 * time.Millisecond,
 	heal: 200 * time.Millisecond, healSlow: 200 * time.Millisecond, seeds: 200 * time.Millisecond,
 	returning: 100 * time.Millisecond, conflict: 200 * time.Millisecond,
-	keySettle: 200 * time.Millisecond, keyTimeout: 5 * time.Second, leaves: time.Second,
+	keySettle: 200 * time.Millisecond, keyTimeout: 5 * time.Second, leaves: time.Second, announced: time.Second,
+	suspects: 200 * time.Millisecond, settle: 400 * time.Millisecond, repair: 500 * time.Millisecond,
 }
 
 // patient is for tests in which nobody dies: they find a member lost that is out of reach, but not one that has no CPU for a moment.
@@ -130,6 +131,12 @@ func links(f func(a, b netip.Addr) bool) option {
 // launch starts a node, which ends with the test.
 func launch(t *testing.T, name string, opts ...option) *node {
 	t.Helper()
+	return launchAltered(t, name, nil, opts...)
+}
+
+// launchAltered is launch of a node that alter changes before it runs.
+func launchAltered(t *testing.T, name string, alter func(*Gossip), opts ...option) *node {
+	t.Helper()
 	n := &node{recorder: newRecorder("state of " + name), name: name, done: make(chan struct{})}
 	c := Config{
 		ID: membership.NewNodeID(), Name: name, Bind: testAddr(), Port: testPort, Handler: n.recorder, pace: quick,
@@ -145,6 +152,9 @@ func launch(t *testing.T, name string, opts ...option) *node {
 		t.Fatal(err)
 	}
 	n.Gossip = g
+	if alter != nil {
+		alter(g)
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	var result error
 	go func() {
@@ -296,11 +306,20 @@ func TestSeedsNotThereYet(t *testing.T) {
 	if !n.Isolated() {
 		t.Error("not isolated")
 	}
+	if since := n.AloneSince(); since.IsZero() || time.Since(since) > time.Hour || !n.Stats().LastSync.IsZero() {
+		t.Errorf("alone since %v, synced at %v", since, n.Stats().LastSync)
+	}
 	other := launch(t, "late", at(late))
 	converge(t, n, other)
 	if n.Isolated() || other.Isolated() {
 		t.Error("isolated although joined")
 	}
+	eventually(t, "tables have been exchanged", func() bool { return time.Since(n.Stats().LastSync) < time.Hour })
+	before := time.Now()
+	other.stop()
+	eventually(t, "it is alone again", func() bool { return n.Alive() == 0 && !n.AloneSince().Before(before) })
+	other = launch(t, "late", at(late))
+	converge(t, n, other)
 	if p := n.Problems(); len(p) != 0 {
 		t.Errorf("problems remain: %v", p)
 	}

@@ -1,12 +1,14 @@
 package gossip
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/tulle-net/tulle/membership"
 )
@@ -49,7 +51,8 @@ type elsewhere struct {
 	addr      netip.AddrPort
 	name      string
 	started   int64
-	witnesses []netip.AddrPort // members that may list it there
+	tells     bool         // its run
+	witnesses []respondent // members that may list it there
 }
 
 // A CloneError means that two live hosts have the same node ID.
@@ -189,10 +192,10 @@ func (g *Gossip) listedSelf(n sighting, self netip.AddrPort, list []sighting) er
 	if !n.alive {
 		return nil
 	}
-	var witnesses []netip.AddrPort
+	var witnesses []respondent
 	for _, w := range list {
 		if w.alive && w.name != n.name && w.addr != self {
-			witnesses = append(witnesses, w.addr)
+			witnesses = append(witnesses, respondent{w.addr, tellsRun(w.meta)})
 		}
 	}
 	g.sawSelfElsewhere(n, witnesses)
@@ -203,13 +206,13 @@ func (g *Gossip) listedSelf(n sighting, self netip.AddrPort, list []sighting) er
 }
 
 // sawSelfElsewhere has the rejoin loop ask that address, and the witnesses. Without them some live members are asked.
-func (g *Gossip) sawSelfElsewhere(n sighting, witnesses []netip.AddrPort) {
+func (g *Gossip) sawSelfElsewhere(n sighting, witnesses []respondent) {
 	m, _ := membership.DecodeMeta(n.meta)
 	g.mu.Lock()
 	if old := g.guard.elsewhere; len(witnesses) == 0 && old != nil && old.addr == n.addr {
 		witnesses = old.witnesses
 	}
-	g.guard.elsewhere = &elsewhere{n.addr, m.Name, m.Started, witnesses}
+	g.guard.elsewhere = &elsewhere{n.addr, m.Name, m.Started, tellsRun(n.meta), witnesses}
 	g.mu.Unlock()
 	g.wake()
 }
@@ -221,22 +224,22 @@ func (g *Gossip) resolveIdentity(ctx context.Context) bool {
 	e := g.guard.elsewhere
 	g.guard.elsewhere = nil
 	self := g.bind
-	established := g.guard.established
 	started := g.meta.Started
 	g.mu.Unlock()
 	if e == nil || e.addr == self {
 		return true
 	}
 	if len(e.witnesses) == 0 {
-		e.witnesses = g.liveAddrs(presenceSample)
+		e.witnesses = g.liveMembers(presenceSample)
 	}
 	rand.Shuffle(len(e.witnesses), func(i, j int) { e.witnesses[i], e.witnesses[j] = e.witnesses[j], e.witnesses[i] })
 	e.witnesses = e.witnesses[:min(len(e.witnesses), presenceSample)]
 	who := fmt.Sprintf("%s at %v", g.cfg.Name, self)
-	switch g.findSelf(ctx, e, who) {
+	found, other := g.findSelf(ctx, e, who)
+	switch found {
 	case presenceLives:
 	case presenceNone:
-		if err := g.withdraw(ctx, e.addr, e.witnesses); err == nil {
+		if err := g.withdraw(ctx, e.addr, addrsToAsk(e.witnesses)); err == nil {
 			g.log.Info("gossip: this node has moved", "from", e.addr, "addr", self)
 			g.setReturning()
 			g.wake()
@@ -249,48 +252,86 @@ func (g *Gossip) resolveIdentity(ctx context.Context) bool {
 		}
 		g.mu.Lock()
 		g.guard.returning = true
-		g.noteLocked("clone "+g.cfg.ID.String(), fmt.Sprintf("members still know this node at %v, where nobody answers", e.addr),
+		g.noteLocked(stillThere, fmt.Sprintf("members still know this node at %v, where nobody answers", e.addr),
 			"if it has moved from there to "+self.String()+", this heals by itself as soon as the members find that address dead; if a host with a copy of this disk is there, stop it")
 		g.mu.Unlock()
 		return true
 	}
 	err := &CloneError{ID: g.cfg.ID, Self: who, Other: fmt.Sprintf("%s at %v", e.name, e.addr)}
-	newcomer := !established || started > e.started || started == e.started && self.Compare(e.addr) > 0
-	if newcomer {
+	if e.elder(g.ownRun(), started, self, other) {
 		g.log.Error("gossip: cloned identity", "err", err)
 		g.fail(err)
 		return false
 	}
-	g.note("clone "+g.cfg.ID.String(), fmt.Sprintf("%s has the identity of this node, %v", err.Other, g.cfg.ID), "its disk is a clone: it has been told to stop; give it a fresh state directory")
+	g.noteClone(g.cfg.ID, err.Other, "this host, "+who)
 	return true
+}
+
+// stillThere is the key of the problem that members know this node at an old address.
+const stillThere = "clone address"
+
+// sameStart is how far apart two nodes may start that count as started at once.
+const sameStart = time.Second
+
+// elder reports whether the node elsewhere is the elder, so that this one (its own run, started by its clock, at self) has to give
+// way. other is the run of the one elsewhere; nil if nobody has told it.
+//
+// Both nodes may decide this at the same time, about each other, and never do both of them give way: an age is older when it
+// arrives, so to each the other one seems younger than it is. That both stay takes two that started sameStart apart, to the
+// millisecond; each asks again whenever it hears of the other.
+func (e *elsewhere) elder(own run, started int64, self netip.AddrPort, other *run) bool {
+	after := self.Compare(e.addr) > 0
+	switch {
+	case other != nil && own.established != other.established:
+		return other.established
+	case other != nil && after: // of two that started at once the one with the higher address is the newer one
+		return own.age < other.age+sameStart
+	case other != nil:
+		return own.age < other.age-sameStart
+	case !own.established:
+		return true
+	case e.tells: // some member has accepted this node, and nobody could ask about the other one
+		return false
+	default: // an older agent
+		return started > e.started || started == e.started && after
+	}
 }
 
 // findSelf looks for this node's identity at another address: by itself and through the witnesses. Only together with a
 // witness that has found nobody there it says presenceNone.
-func (g *Gossip) findSelf(ctx context.Context, e *elsewhere, who string) presence {
+func (g *Gossip) findSelf(ctx context.Context, e *elsewhere, who string) (presence, *run) {
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.pace.presence+g.cfg.pace.presence/2) // the witnesses' own time, and the ways
 	defer cancel()
-	a := presenceAsk{node: g.cfg.ID, at: e.addr, who: who}
-	var self, others presence
+	a := presenceAsk{node: g.cfg.ID, at: e.addr, who: who, run: e.tells}
+	var self bool
+	var others presence
+	var told, toldOthers *run
 	var wg sync.WaitGroup
-	wg.Go(func() {
-		if g.lives(ctx, a) {
-			self = presenceLives
-		}
-	})
-	wg.Go(func() { others = g.askPresence(ctx, a, e.witnesses) }) // also when this node has found it: the witnesses report it
+	wg.Go(func() { self, told = g.lives(ctx, a) })
+	wg.Go(func() { others, toldOthers = g.askPresence(ctx, a, e.witnesses) }) // also when this node has found it: the witnesses report it
 	wg.Wait()
-	return max(self, others)
+	if self {
+		others = presenceLives
+	}
+	return others, cmp.Or(told, toldOthers)
 }
 
-// liveAddrs returns the addresses of up to n live members.
-func (g *Gossip) liveAddrs(n int) (addrs []netip.AddrPort) {
+// liveMembers returns the addresses of up to n live members.
+func (g *Gossip) liveMembers(n int) (list []respondent) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	for _, p := range g.peers {
-		if p.State <= StateSuspect && len(addrs) < n {
-			addrs = append(addrs, p.Addr)
+		if p.State <= StateSuspect && len(list) < n {
+			list = append(list, respondent{p.Addr, p.Meta.Capabilities&membership.CapTellsRun != 0})
 		}
+	}
+	return list
+}
+
+func addrsToAsk(list []respondent) []netip.AddrPort {
+	addrs := make([]netip.AddrPort, len(list))
+	for i, r := range list {
+		addrs[i] = r.addr
 	}
 	return addrs
 }

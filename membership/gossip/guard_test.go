@@ -51,22 +51,21 @@ func TestClonedIdentity(t *testing.T) {
 }
 
 // A clone that starts while the original is out of sight is let in; when they
-// meet, the one that started later gives way.
+// meet, the one that has run for a shorter time gives way, whatever its clock says.
 func TestClonesMeetAfterAPartition(t *testing.T) {
 	leakCheck(t)
 	var cut atomic.Bool
 	cut.Store(true)
 	addrs := []netip.Addr{testAddr(), testAddr(), testAddr(), testAddr()}
+	slices.Reverse(addrs) // the elder has the higher address, which decides only between two that started at once
 	left := map[netip.Addr]bool{addrs[0]: true, addrs[1]: true}
 	link := links(func(x, y netip.Addr) bool { return !cut.Load() || left[x] == left[y] })
 	id := membership.NewClusterID()
-	a := launch(t, "a", at(addrs[0]), link, cluster(id), seeds(addrs...))
+	older := func(g *Gossip) { g.born = g.born.Add(-time.Minute) } // tests start within one second
+	a := launchAltered(t, "a", older, at(addrs[0]), link, cluster(id), seeds(addrs...))
 	b := launch(t, "b", at(addrs[1]), link, cluster(id), seeds(addrs...))
-	twin := launch(t, "twin", at(addrs[2]), link, cluster(id), seeds(addrs...), identity(a.cfg.ID))
+	twin := launchAltered(t, "twin", wrongClock(-8*time.Hour), at(addrs[2]), link, cluster(id), seeds(addrs...), identity(a.cfg.ID))
 	d := launch(t, "d", at(addrs[3]), link, cluster(id), seeds(addrs...))
-	twin.Gossip.mu.Lock()
-	twin.meta.Started++ // tests start within one second
-	twin.Gossip.mu.Unlock()
 	converge(t, a, b)
 	converge(t, twin, d)
 	cut.Store(false)
@@ -82,6 +81,146 @@ func TestClonesMeetAfterAPartition(t *testing.T) {
 		t.Fatalf("Run returned %v", err)
 	}
 	converge(t, a, b, d)
+}
+
+// wrongClock is a host whose clock is ahead of the right time, or behind it, when its agent starts.
+func wrongClock(ahead time.Duration) func(*Gossip) {
+	return func(g *Gossip) { g.alterMeta(func(m *membership.Meta) { m.Started += int64(ahead / time.Second) }) }
+}
+
+// alterMeta changes the metadata of a node that does not run yet.
+func (g *Gossip) alterMeta(change func(*membership.Meta)) {
+	m := g.meta
+	change(&m)
+	wire, err := g.encodeMeta(m)
+	if err != nil {
+		panic(err)
+	}
+	g.meta, g.metaWire = m, wire
+}
+
+// A cloned host boots with a clock that is behind the start of the original's agent, or ahead of it, and calls the original.
+func TestCloneWithAWrongClockGivesWay(t *testing.T) {
+	for name, ahead := range map[string]time.Duration{"behind": -8 * time.Hour, "ahead": 8 * time.Hour} {
+		t.Run(name, func(t *testing.T) {
+			leakCheck(t)
+			a := launch(t, "original", patient, cluster(membership.NewClusterID()))
+			b := launch(t, "witness", patient, seeds(a.addr))
+			c := launch(t, "second-witness", patient, seeds(a.addr))
+			converge(t, a, b, c)
+			clone := launchAltered(t, "copy", wrongClock(ahead), patient, identity(a.cfg.ID), cluster(a.Cluster()), seeds(a.addr, b.addr))
+			select {
+			case <-a.done:
+				t.Fatalf("the original gave way: %v", a.stop())
+			case <-clone.done:
+			case <-time.After(30 * time.Second):
+				t.Fatal("both run on")
+			}
+			if _, ok := errors.AsType[*CloneError](clone.stop()); !ok {
+				t.Errorf("the clone's Run returned %v", clone.stop())
+			}
+			eventually(t, "the original names both", func() bool {
+				return a.hasProblem("original", a.addr.String(), "copy", clone.addr.String())
+			})
+			if !a.sees(b, c) || !b.sees(a, c) {
+				t.Error("the original has suffered")
+			}
+		})
+	}
+}
+
+func TestTheNewerOfTwo(t *testing.T) {
+	const low, high = "192.0.2.1:7946", "192.0.2.2:7946"
+	told := func(established bool, age time.Duration) *run { return &run{established, age} }
+	for _, tc := range []struct {
+		what     string
+		own      run
+		at       string
+		behind   int64 // by the clocks this node started so many seconds before the other one
+		other    *run
+		tells    bool
+		givesWay bool
+	}{
+		{"only this one is established", run{true, time.Second}, low, -9, told(false, time.Hour), true, false},
+		{"only the other one is", run{false, time.Hour}, low, 9, told(true, time.Second), true, true},
+		{"this one has run for longer", run{true, time.Hour}, high, -9, told(true, time.Minute), true, false},
+		{"the other one has", run{true, time.Minute}, low, 9, told(true, time.Hour), true, true},
+		{"neither is established, and this one has run for longer", run{false, time.Hour}, high, -9, told(false, time.Minute), true, false},
+		{"neither is, and the other one has", run{false, time.Minute}, low, 9, told(false, time.Hour), true, true},
+		{"at once, the lower address", run{true, time.Second}, low, -9, told(true, time.Second+time.Millisecond), true, false},
+		{"at once, the higher address", run{true, time.Second + time.Millisecond}, high, 9, told(true, time.Second), true, true},
+		{"no way to ask, established", run{true, time.Second}, high, -9, nil, true, false},
+		{"no way to ask, not established", run{false, time.Hour}, low, 9, nil, true, true},
+		{"an older agent, which started later by its clock", run{true, time.Second}, low, 9, nil, false, false},
+		{"an older agent, which started earlier by its clock", run{true, time.Hour}, low, -9, nil, false, true},
+		{"an older agent, in the same second, the higher address", run{true, time.Hour}, high, 0, nil, false, true},
+		{"an older agent, in the same second, the lower address", run{true, time.Hour}, low, 0, nil, false, false},
+		{"an older agent, and this one is not established", run{false, time.Hour}, low, 9, nil, false, true},
+	} {
+		e := elsewhere{addr: netip.MustParseAddrPort(low), started: 1_000_000, tells: tc.tells}
+		if tc.at == low {
+			e.addr = netip.MustParseAddrPort(high)
+		}
+		if got := e.elder(tc.own, e.started-tc.behind, netip.MustParseAddrPort(tc.at), tc.other); got != tc.givesWay {
+			t.Errorf("%s: gives way %v", tc.what, got)
+		}
+	}
+}
+
+// However long each takes to hear of the other: two that ask each other never both give way.
+func TestNeverBothGiveWay(t *testing.T) {
+	low, high := netip.MustParseAddrPort("192.0.2.1:7946"), netip.MustParseAddrPort("192.0.2.2:7946")
+	for apart := -3 * time.Second; apart <= 3*time.Second; apart += 50 * time.Millisecond {
+		for took1 := time.Duration(0); took1 <= 2*time.Second; took1 += 100 * time.Millisecond {
+			for took2 := time.Duration(0); took2 <= 2*time.Second; took2 += 100 * time.Millisecond {
+				a, b := time.Hour+apart, time.Hour
+				first := (&elsewhere{addr: high, tells: true}).elder(run{true, a + took1}, 0, low, &run{true, b})
+				second := (&elsewhere{addr: low, tells: true}).elder(run{true, b + took2}, 0, high, &run{true, a})
+				if first && second {
+					t.Fatalf("started %v apart, answers take %v and %v: both give way", apart, took1, took2)
+				}
+				if took1+took2 == 0 && !first && !second && apart.Abs() != sameStart {
+					t.Fatalf("started %v apart, answers take no time: both stay", apart)
+				}
+			}
+		}
+	}
+}
+
+// An older agent refuses what it does not know at the end of a question or an answer: with it the messages are those of its version.
+func TestPresenceMessagesOfOlderAgents(t *testing.T) {
+	leakCheck(t)
+	unable := func(g *Gossip) {
+		g.alterMeta(func(m *membership.Meta) { m.Capabilities &^= membership.CapTellsRun })
+	}
+	a := launchAltered(t, "older original", unable, patient, cluster(membership.NewClusterID()))
+	b := launch(t, "witness", patient, seeds(a.addr))
+	converge(t, a, b)
+	ask := presenceAsk{id: 7, node: a.cfg.ID, at: netip.AddrPortFrom(a.addr, testPort), from: netip.AddrPortFrom(b.addr, testPort), who: "copy"}
+	if got := ask.encode(); len(got) != 8+16+(1+6)+(1+6)+(1+len(ask.who)) {
+		t.Errorf("a plain question has %d bytes: %x", len(got), got)
+	}
+	if got, told := b.presenceOf(t.Context(), ask); got != presenceLives || len(presenceAnswer{7, got, told}.encode()) != 8+1 {
+		t.Errorf("a plain question is answered with %v, %+v", got, told)
+	}
+	if tellsRun(a.metaWire) || !tellsRun(b.metaWire) {
+		t.Error("the metadata does not say who tells its run")
+	}
+	for _, tells := range []bool{false, true} { // the run is in the answer if the question asked for it
+		ask.run = true
+		got, told := b.askPresence(t.Context(), ask, []respondent{{ask.at, tells}})
+		if got != presenceLives || (told != nil) != tells {
+			t.Errorf("a node that tells its run (%v) was asked, and has answered %v, %+v", tells, got, told)
+		}
+	}
+	clone := launch(t, "copy", patient, identity(a.cfg.ID), cluster(a.Cluster()), seeds(a.addr, b.addr))
+	select {
+	case <-clone.done:
+	case <-a.done:
+		t.Fatalf("the original gave way: %v", a.stop())
+	case <-time.After(30 * time.Second):
+		t.Fatal("the clone runs")
+	}
 }
 
 func TestReturns(t *testing.T) {

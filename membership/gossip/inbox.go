@@ -108,7 +108,7 @@ func (g *Gossip) received(b []byte) {
 		if !g.seen.first(e.body) {
 			return
 		}
-		g.enqueue(bytes.Clone(b))
+		g.queue.add(bytes.Clone(b))
 		e.body = bytes.Clone(e.body)
 		g.inbox.put(e, false)
 	case kindMessage:
@@ -150,6 +150,8 @@ func (g *Gossip) receivedState(b []byte, join bool) {
 	if g.stateOfClone(e) {
 		return
 	}
+	now := time.Now()
+	g.synced.Store(&now)
 	e.body = bytes.Clone(e.body)
 	g.inbox.put(e, join)
 }

@@ -139,12 +139,11 @@ type KeyAnswer struct {
 	age  time.Duration
 }
 
-// A KeyReport has the answers of all members, this node's first. Missing lists known
-// members that are not alive: they were not asked, and need the new key before they can
-// return.
+// A KeyReport has the answers of all live members, this node's first. Others were not
+// asked, and need a new key before they can return. Gossip does not know all of them:
+// some died before this node started.
 type KeyReport struct {
 	Answers []KeyAnswer
-	Missing []Member
 }
 
 // Err returns nil if every live member confirmed.
@@ -265,11 +264,8 @@ func (g *Gossip) keyOperation(ctx context.Context, r keyRequest) (KeyReport, err
 	var report KeyReport
 	var ask []Member
 	for _, m := range g.Members() {
-		switch {
-		case m.State <= StateSuspect:
+		if m.State <= StateSuspect {
 			ask = append(ask, m)
-		case m.State == StateDead:
-			report.Missing = append(report.Missing, m)
 		}
 	}
 	answers := g.keys.expect(r.id, len(ask))

@@ -22,14 +22,14 @@ type logWriter struct {
 	failures   map[string]*failure // by failureKind
 }
 
-// failure is a kind of failed send, of which memberlist logs every one.
+// failure is a kind of failed send, or of ping that is not for this node, of which memberlist logs every one.
 type failure struct {
 	told     time.Time // when it was last logged
 	last     string    // the last line that was not
 	repeated int       // how many were not since then
 }
 
-// A line about a failed send is logged once in this time, and then their number.
+// Such a line is logged once in this time, and then their number.
 const failureWindow = time.Minute
 
 const (
@@ -55,8 +55,14 @@ func (w *logWriter) pass(now time.Time) (ok bool, suppressed int) {
 	return true, suppressed
 }
 
-// failureKind is the part of a line about a failed send that does not depend on the destination and the error; "" for other lines.
+// pingForAnother begins a line that memberlist logs for each ping for another node at this address: one that has left, or was reset.
+const pingForAnother = "Got ping for unexpected node"
+
+// failureKind is the part of a line about a failed send that does not depend on the destination and the error, or pingForAnother; "" for other lines.
 func failureKind(line string) string {
+	if strings.HasPrefix(line, pingForAnother) {
+		return pingForAnother
+	}
 	if !strings.HasPrefix(line, "Failed to send ") {
 		return ""
 	}
@@ -68,7 +74,7 @@ func failureKind(line string) string {
 }
 
 // held reports whether a line repeats one that was logged less than a minute ago. If not, it returns what was held back meanwhile:
-// of its own kind, or of all kinds if the line is not about a failed send.
+// of its own kind, or of all kinds if the line is of none.
 func (w *logWriter) held(now time.Time, line string) (hold bool, over []failure) {
 	kind := failureKind(line)
 	w.mu.Lock()

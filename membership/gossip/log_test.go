@@ -83,9 +83,9 @@ func TestLogEvents(t *testing.T) {
 	logged.Reset()
 	w.window = time.Time{}
 	for range 10 * linesWindow {
-		fmt.Fprint(w, "[WARN] memberlist: Got ping for unexpected node\n")
+		fmt.Fprint(w, "[WARN] memberlist: msg type (99) not supported\n")
 	}
-	if n := strings.Count(logged.String(), "unexpected node"); n != linesWindow {
+	if n := strings.Count(logged.String(), "not supported"); n != linesWindow {
 		t.Errorf("%d lines for %d bad packets", n, 10*linesWindow)
 	}
 	w.window = time.Time{}
@@ -99,6 +99,27 @@ func TestLogEvents(t *testing.T) {
 	if n := g.Stats().Dropped; n != 3 {
 		t.Errorf("%d dropped messages counted", n)
 	}
+}
+
+// A node that was reset or has left hears pings for who it was: a few a second, each with another sender. The first one is told, then their number.
+func TestPingsForAnotherAreCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, _, logged := quietGossip(t)
+		w := &logWriter{g: g}
+		for i := range 5 * 60 {
+			fmt.Fprintf(w, "[WARN] memberlist: Got ping for unexpected node '%032x' from=192.0.2.%d:7946\n", i, i%9)
+			time.Sleep(200 * time.Millisecond)
+		}
+		if s := logged.String(); strings.Count(s, "Got ping") != 1 {
+			t.Fatalf("a minute of them:\n%s", s)
+		}
+		time.Sleep(time.Minute)
+		logged.Reset()
+		fmt.Fprint(w, "[WARN] memberlist: something else\n")
+		if s := logged.String(); strings.Count(s, "Got ping") != 1 || !strings.Contains(s, "more=299") {
+			t.Fatalf("later:\n%s", s)
+		}
+	})
 }
 
 // While an address is gone, memberlist logs each packet that it cannot send: some a second.

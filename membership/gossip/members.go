@@ -139,6 +139,7 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 		g.peers[id] = p
 	}
 	was := p.State
+	p.metaHash = hashOf(n.meta)
 	if meta, err := membership.DecodeMeta(n.meta); err == nil {
 		p.Meta, p.Name = meta, meta.Name
 	}
@@ -165,7 +166,11 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 		g.lastDeath = now
 		delete(g.tries, at) // a seed that has answered and is gone may have started a cluster meanwhile: it is tried anew
 	}
-	g.alive.Add(g.liveLocked(id) - before)
+	if now := g.liveLocked(id); g.alive.Add(now-before) == 1 && now > before {
+		signal(g.dirty) // see announce
+	} else if now < before && g.alive.Load() == 0 {
+		g.alone = time.Now()
+	}
 	if now.Sub(g.pruned) > pruneInterval {
 		g.pruneLocked(now)
 	}
@@ -192,7 +197,9 @@ func (g *Gossip) recountLocked() {
 	for id := range g.peers {
 		alive += g.liveLocked(id)
 	}
-	g.alive.Store(alive)
+	if g.alive.Swap(alive) > 0 && alive == 0 {
+		g.alone = time.Now()
+	}
 }
 
 // ghost reports whether a member is gone that never had anything: it waited for a cluster, and went.
@@ -290,6 +297,13 @@ func (g *Gossip) Isolated() bool {
 	return known > 0 || slices.ContainsFunc(g.Seeds(), func(s Seed) bool { return !s.Self() })
 }
 
+// AloneSince is since when there has been no other live member: since the start, if there was none. It means nothing while there is one.
+func (g *Gossip) AloneSince() time.Time {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.alone
+}
+
 // Alive returns the number of other live members.
 func (g *Gossip) Alive() int { return int(g.alive.Load()) }
 
@@ -302,11 +316,12 @@ func (g *Gossip) Cluster() membership.ClusterID {
 }
 
 // SetMeta replaces this node's metadata and announces it soon. ID, Name and Started
-// keep their values. A zero Cluster keeps the current one. A different cluster is
+// keep their values, and so does the capability of gossip itself. A zero Cluster keeps the current one. A different cluster is
 // refused, because clusters never merge.
 func (g *Gossip) SetMeta(m membership.Meta) error {
 	g.mu.Lock()
 	m.ID, m.Name, m.Started, m.Leaving = g.meta.ID, g.meta.Name, g.meta.Started, g.meta.Leaving
+	m.Capabilities |= g.meta.Capabilities & membership.CapTellsRun
 	if m.Cluster == (membership.ClusterID{}) {
 		m.Cluster = g.meta.Cluster
 	}
@@ -361,9 +376,6 @@ func (g *Gossip) sendEnvelope(ctx context.Context, to membership.NodeID, e envel
 // ErrTooLarge is returned by [Gossip.Queue] for a broadcast that does not fit one packet.
 var ErrTooLarge = errors.New("gossip: broadcast does not fit a gossip packet")
 
-// maxQueued is the maximum number of queued broadcasts.
-const maxQueued = 8192
-
 // MaxBroadcast returns the maximum size of a broadcast, in bytes.
 func (g *Gossip) MaxBroadcast() int {
 	// Compound header 2, its entry 2, message type 1, encryption 29
@@ -381,12 +393,12 @@ func (g *Gossip) Queue(b []byte) error {
 	if g.seen.passed(b) {
 		return nil // came from the network recently and is queued already
 	}
-	g.enqueue(envelope{kind: kindBroadcast, cluster: g.Cluster(), body: b}.encode())
+	g.queue.add(envelope{kind: kindBroadcast, cluster: g.Cluster(), body: b}.encode())
 	return nil
 }
 
 // Queued returns the number of queued broadcasts.
-func (g *Gossip) Queued() int { return g.queue.NumQueued() }
+func (g *Gossip) Queued() int { return g.queue.len() }
 
 // Stats has counters since the start, and gauges.
 type Stats struct {
@@ -397,11 +409,12 @@ type Stats struct {
 	BytesReceived   uint64
 	PacketsSent     uint64 // UDP datagrams
 	PacketsReceived uint64
-	LargestPacket   uint64 // bytes of the largest datagram sent, without IP and UDP headers
-	Undecryptable   uint64 // messages that no key decrypts
-	Refused         uint64 // from other clusters
-	Malformed       uint64 // messages and metadata that could not be read
-	Dropped         uint64 // messages for which the handler was too slow
+	LargestPacket   uint64    // bytes of the largest datagram sent, without IP and UDP headers
+	Undecryptable   uint64    // messages that no key decrypts
+	Refused         uint64    // from other clusters
+	Malformed       uint64    // messages and metadata that could not be read
+	Dropped         uint64    // messages for which the handler was too slow
+	LastSync        time.Time // when a member's whole table has last arrived; zero: never
 }
 
 type counters struct {
@@ -411,12 +424,15 @@ type counters struct {
 // Stats returns the counters.
 func (g *Gossip) Stats() Stats {
 	s := Stats{
-		Queue: g.queue.NumQueued(), Health: g.health(),
+		Queue: g.queue.len(), Health: g.health(),
 		BytesSent: g.traffic.sent.Load(), BytesReceived: g.traffic.received.Load(),
 		PacketsSent: g.traffic.packetsSent.Load(), PacketsReceived: g.traffic.packetsReceived.Load(),
 		LargestPacket: g.traffic.largest.Load(),
 		Undecryptable: g.count.undecryptable.Load(), Refused: g.count.refused.Load(),
 		Malformed: g.count.malformed.Load(), Dropped: g.inbox.dropped.Load(),
+	}
+	if at := g.synced.Load(); at != nil {
+		s.LastSync = *at
 	}
 	for _, m := range g.Members() {
 		if m.State <= StateSuspect {

@@ -141,12 +141,15 @@ func TestPresenceIsAskedOfKnownAddressesOnly(t *testing.T) {
 		{b.cfg.ID, here, presenceNone}, // a itself is there
 		{a.cfg.ID, here, presenceLives},
 	} {
-		if got := a.presenceOf(t.Context(), presenceAsk{node: tc.id, at: tc.at, from: nowhere, who: "x"}); got != tc.want {
-			t.Errorf("%v at %v: %v, want %v", tc.id.Short(), tc.at, got, tc.want)
+		for _, askRun := range []bool{false, true} {
+			got, told := a.presenceOf(t.Context(), presenceAsk{node: tc.id, at: tc.at, from: nowhere, who: "x", run: askRun})
+			if got != tc.want || (told != nil) != (askRun && tc.want == presenceLives) {
+				t.Errorf("%v at %v, asked for its run %v: %v, %+v, want %v", tc.id.Short(), tc.at, askRun, got, told, tc.want)
+			}
 		}
 	}
 	b.stop()
-	if got := a.presenceOf(t.Context(), presenceAsk{node: b.cfg.ID, at: there, from: nowhere}); got != presenceNone {
+	if got, _ := a.presenceOf(t.Context(), presenceAsk{node: b.cfg.ID, at: there, from: nowhere}); got != presenceNone {
 		t.Errorf("after its end: %v", got)
 	}
 }

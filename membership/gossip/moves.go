@@ -1,12 +1,16 @@
 package gossip
 
 import (
+	"cmp"
 	"context"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
+	"slices"
 	"time"
 
+	"github.com/hashicorp/memberlist"
 	"github.com/tulle-net/tulle/membership"
 )
 
@@ -53,10 +57,11 @@ func (g *Gossip) rebind(bind netip.Addr) error {
 		return err
 	}
 	g.setReturning()
+	signal(g.dirty) // metadata that changed meanwhile may have gone to the old instance
 	return nil
 }
 
-// announce sends changed metadata to the other members.
+// announce sends changed metadata to the other members, and again when the first other member comes (see update).
 func (g *Gossip) announce(ctx context.Context) {
 	for {
 		select {
@@ -65,10 +70,49 @@ func (g *Gossip) announce(ctx context.Context) {
 		case <-g.dirty:
 		}
 		if n, err := g.current(); err == nil {
-			// After a timeout it is still queued.
-			_ = n.ml.UpdateNode(time.Second)
+			g.update(ctx, n)
 		}
 	}
+}
+
+// announcements is how often metadata are announced at most.
+const announcements = 3
+
+// update broadcasts this node's metadata, and returns when they have gone out. It repeats the broadcast if memberlist does not say so
+// in time (outWithin), because memberlist may lose one: if the only entry of its queue is replaced by a newer one of
+// the same node, the next entry but one gets the same number, and takes its place if it is as long (memberlist 0.7.0, queue.go,
+// deleteItem). The wait is well above the time that a broadcast takes (1.2 s for two nodes, 1.6 s for a thousand, more if much is queued), for a
+// repetition begins anew with all the transmissions. Where nobody is alive, memberlist does not wait.
+func (g *Gossip) update(ctx context.Context, n *network) {
+	for range announcements {
+		done := make(chan error, 1)
+		go func() { done <- g.updateOnce(n) }()
+		select {
+		case err := <-done:
+			if err == nil {
+				return
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// updateOnce is one broadcast at a time: a second one would replace the first, which memberlist then reports as gone out.
+func (g *Gossip) updateOnce(n *network) error {
+	g.updating.Lock()
+	defer g.updating.Unlock()
+	return n.ml.UpdateNode(g.outWithin())
+}
+
+// outWithin is twice the time that a broadcast takes to go out, and half a second: its transmissions, to up to three members in each gossip
+// interval (memberlist's GossipNodes). It is pace.announced at most.
+func (g *Gossip) outWithin() time.Duration {
+	others := max(1, int(g.alive.Load()))
+	transmissions := retransmitMult * int(math.Ceil(math.Log10(float64(others+2))))
+	each := cmp.Or(g.cfg.pace.gossipInterval, memberlist.DefaultLANConfig().GossipInterval)
+	rounds := (transmissions + min(3, others) - 1) / min(3, others)
+	return min(2*time.Duration(rounds)*each+500*time.Millisecond, g.cfg.pace.announced)
 }
 
 // Leave announces that this node leaves, so that the members do not suspect it first.
@@ -101,7 +145,7 @@ func (g *Gossip) Leave(ctx context.Context) error {
 			done <- err
 			return
 		}
-		_ = n.ml.UpdateNode(wait)
+		g.update(ctx, n)
 		done <- n.ml.Leave(wait)
 	}()
 	select {
@@ -141,4 +185,14 @@ func (g *Gossip) ping(id membership.NodeID, addr netip.AddrPort) (time.Duration,
 		return 0, err
 	}
 	return n.ml.Ping(id.String(), net.UDPAddrFromAddrPort(addr))
+}
+
+// Answers reports whether a member answers a ping right now, at its gossip port of one of these addresses: its state lags by
+// seconds. It takes up to half a second for each.
+func (g *Gossip) Answers(id membership.NodeID, at ...netip.Addr) bool {
+	m, ok := g.Member(id)
+	return ok && slices.ContainsFunc(at, func(a netip.Addr) bool {
+		_, err := g.ping(id, netip.AddrPortFrom(a, m.Addr.Port()))
+		return err == nil
+	})
 }

@@ -96,11 +96,11 @@ func (g *Gossip) returnRound(ctx context.Context) {
 	g.mu.Lock()
 	g.guard.stale = 0
 	g.mu.Unlock()
-	n, _ := g.joinAll(ctx, g.liveAddrs(returnSample))
+	n, _ := g.joinAll(ctx, addrsToAsk(g.liveMembers(returnSample)))
 	g.mu.Lock()
 	if n > 0 && g.guard.stale == 0 {
 		g.guard.returning = false
-		g.problems.drop("clone " + g.cfg.ID.String())
+		g.problems.drop(stillThere)
 	}
 	g.mu.Unlock()
 }

@@ -6,8 +6,9 @@ import (
 )
 
 // Writer writes events as pcapng (draft-ietf-opsawg-pcapng) with a comment on each packet, which gopacket's writer has no
-// place for. Inner packets belong to the interface "tun0", outer ones to "underlay"; both are of link type RAW. The format's
-// byte order is the writer's choice: little endian here.
+// place for. The comment begins with the point. All packets belong to one interface of link type RAW: libpcap reads a file with
+// a second one only if both have the same type, and up to 1.10 at least takes RAW and RAW for two (pcapng.c compares the type of
+// the first as DLT_RAW, 12, with LINKTYPE_RAW, 101). The format's byte order is the writer's choice: little endian here.
 type Writer struct {
 	w   io.Writer
 	buf []byte
@@ -40,37 +41,32 @@ func NewWriter(w io.Writer, program string) (*Writer, error) {
 	p.option(optUserAppl, []byte(program))
 	p.option(optEnd, nil)
 	p.end(at)
-	for _, name := range []string{"tun0", "underlay"} {
-		at := p.begin(blockInterface)
-		p.u16(linkRaw)
-		p.u16(0)
-		p.u32(0) // no limit of the length
-		p.option(optName, []byte(name))
-		p.option(optTSResol, []byte{9})
-		p.option(optEnd, nil)
-		p.end(at)
-	}
+	at = p.begin(blockInterface)
+	p.u16(linkRaw)
+	p.u16(0)
+	p.u32(0) // no limit of the length
+	p.option(optName, []byte("tulle"))
+	p.option(optTSResol, []byte{9})
+	p.option(optEnd, nil)
+	p.end(at)
 	return p, p.flush()
 }
 
-// Write writes one packet with a comment.
-func (p *Writer) Write(e Event, comment string) error {
+// Write writes one packet with its point and what became of it as the comment.
+func (p *Writer) Write(e Event, outcome string) error {
 	at := p.begin(blockPacket)
-	iface, flags := uint32(0), uint32(flagInbound)
-	if e.Point.Outer() {
-		iface = 1
-	}
+	flags := uint32(flagInbound)
 	if e.Point == ToPeer || e.Point == ToPods {
 		flags = flagOutbound
 	}
 	ns := uint64(e.Time.UnixNano())
-	p.u32(iface)
+	p.u32(0) // the interface
 	p.u32(uint32(ns >> 32))
 	p.u32(uint32(ns))
 	p.u32(uint32(len(e.Data)))
 	p.u32(uint32(e.Length))
 	p.padded(e.Data)
-	p.option(optComment, []byte(comment))
+	p.option(optComment, []byte(string(e.Point)+": "+outcome))
 	p.option(optFlags, binary.LittleEndian.AppendUint32(nil, flags))
 	p.option(optEnd, nil)
 	p.end(at)

@@ -37,9 +37,6 @@ const (
 // Points lists all points.
 func Points() []Point { return []Point{FromPods, ToPeer, FromPeer, ToPods} }
 
-// Outer reports whether the packet of this point is the encapsulated one.
-func (p Point) Outer() bool { return p == ToPeer || p == FromPeer }
-
 // Packet is what the data path offers. All slices stay the caller's.
 type Packet struct {
 	Point  Point

@@ -88,6 +88,7 @@ type Device struct {
 	queues []*Queue
 	kept   bool // attached to an existing device
 	name   string
+	lost   uint64 // packets that the kernel has dropped before Open, when the device had no reader
 
 	mu       sync.Mutex // guards nl, closed, and changes of offloads
 	nl       *sys.Netlink
@@ -161,17 +162,18 @@ func (d *Device) SetTxQueueLen(packets int) error {
 
 // Stats are the kernel's counters of the device, seen from the host's side.
 type Stats struct {
-	TxDropped uint64 // packets to us that were dropped: the queue was full, or the device had no reader
+	TxDropped uint64 // packets to us that were dropped because the queue was full
 	RxDropped uint64 // packets from us that the host dropped
 	RxErrors  uint64 // malformed packets from us
 }
 
-// Stats reads the kernel's counters.
+// Stats reads the kernel's counters. TxDropped counts from Open on; of a device whose descriptors were kept (FromFD), whose queue
+// has been there all the time, from its beginning.
 func (d *Device) Stats() (Stats, error) {
 	var s Stats
 	err := d.link(func(l netlink.Link) error {
 		if st := l.Attrs().Statistics; st != nil {
-			s = Stats{TxDropped: st.TxDropped, RxDropped: st.RxDropped, RxErrors: st.RxErrors + st.RxFrameErrors}
+			s = Stats{TxDropped: st.TxDropped - d.lost, RxDropped: st.RxDropped, RxErrors: st.RxErrors + st.RxFrameErrors}
 		}
 		return nil
 	})

@@ -167,9 +167,9 @@ func TestForeignInterface(t *testing.T) {
 			nl.LinkAdd(&netlink.Tuntap{LinkAttrs: tap, Mode: netlink.TUNTAP_MODE_TAP, Flags: netlink.TUNTAP_NO_PI}))
 	})
 	_, err := h.tryOpen(Options{Name: "veth0"})
-	says(t, err, "veth0", "type veth", "rename")
+	says(t, err, "veth0", "type veth", "another name with --tun", "--underlay")
 	_, err = h.tryOpen(Options{Name: "tap0"})
-	says(t, err, "tap0", "type tap", "rename")
+	says(t, err, "tap0", "type tap", "another name with --tun", "--underlay")
 	for _, name := range []string{"veth0", "tap0"} {
 		if _, err := h.link(name); err != nil {
 			t.Error(err)

@@ -18,7 +18,8 @@ var ErrBusy = errors.New("device is held by another process")
 // and creates it if it does not exist. If an earlier run left the device with
 // Persist and no process uses it, Open attaches to it and keeps its addresses and
 // routes. If that device was made for one queue and several are wanted, or the
-// reverse, Open removes it first, because the kernel cannot change that.
+// reverse, Open removes it first, because the kernel cannot change that. Open cannot know
+// whose device it is: the caller sees to it that it is no other program's.
 func Open(o Options) (*Device, error) {
 	if err := o.validate(); err != nil {
 		return nil, err
@@ -33,6 +34,12 @@ func Open(o Options) (*Device, error) {
 		d.abandon()
 		return nil, err
 	}
+	before, err := d.Stats()
+	if err != nil {
+		d.abandon()
+		return nil, err
+	}
+	d.lost = before.TxDropped
 	return d, nil
 }
 
@@ -147,7 +154,7 @@ func (d *Device) lookAtOld(o Options) error {
 		if ok {
 			kind = "tap"
 		}
-		return fmt.Errorf("TUN device %s: an interface of type %s has this name: rename it (`ip link set %s name NEW`) or choose another name with --tun", o.Name, kind, o.Name)
+		return fmt.Errorf("TUN device %s: an interface of type %s has this name: choose another name with --tun; the interface that carries the tunnel is named with --underlay", o.Name, kind)
 	}
 	// With one queue the kernel itself refuses a second process. With several it
 	// would let us join, and each process would get some of the packets.

@@ -18,7 +18,7 @@ const (
 	DropNested                             // a tunnel inside the tunnel
 	DropTTLZero                            // inner TTL or hop limit 0
 	DropSourceInvalid                      // inner source multicast, loopback, unspecified or ours
-	DropSourceNotSenders                   // inner source outside the sending member's space
+	DropSourceNotSenders                   // inner source outside the sending member's space; of a probe, not its tun address
 	DropDestinationNotOurs                 // inner destination is not in our space
 	DropECN                                // inner Not-ECT in an outer CE (RFC 6040 §4.2)
 	DropNoOwner                            // encapsulation: nobody owns the destination; answered

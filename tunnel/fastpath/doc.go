@@ -7,10 +7,10 @@
 // not know), or in UDP over IPv4 (udp, without UDP checksum, which the other end has to expect). The program send hangs on the way into the TUN device. It sends what is for a peer's pod, if the agent
 // says how packets to that peer go, if no packet is larger than the path takes, and if the agent would change nothing in it: it
 // lowers the MSS of a SYN. Program receive hangs on the way in from the underlay. It takes what passes every check that the agent makes (docs/wire.md), and
-// hands it to the host as if the agent had written it to the TUN device. What came in UDP goes through the joint (joint.go) before, and
+// hands it to the host as if the agent had written it to the TUN device. TCP that came in UDP goes through the joint (joint.go) before, and
 // program deliver takes it from there.
 //
-// They drop nothing and answer nothing. Whatever is unusual (options, extension headers, fragments, a TTL of 0, ECN marks to combine, UDP super-packets in UDP, a source
+// They drop nothing and answer nothing. Whatever is unusual (options, extension headers, fragments, a TTL of 0, ECN marks to combine, flows with UDP super-packets, a source
 // that is not the sender's, probes, unknown destinations) goes on to the agent, which has the counters, the ICMP errors and
 // the captures for it. So the programs are a cache of the agent's decisions, not a second place where they are made. What the kernel itself drops behind
 // them (no neighbour, a full queue) it counts itself; [Counts].Lost are packets to which it could not add a header.

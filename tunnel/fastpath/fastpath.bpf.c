@@ -31,7 +31,6 @@
 #define ECN 3
 #define FIRST_SOURCE_PORT 0xc000 // RFC 6335, "dynamic ports": 49152 to 65535
 #define CHECKED 0x74756c6c // skb->mark between receive and deliver
-#define JOINT_MAC {2, 't', 'u', 'l', 'l', 'e'} // joint.go gives it to the device
 
 // An address of either family; IPv4 as ::ffff:a.b.c.d.
 struct addr {
@@ -106,10 +105,11 @@ struct {
 } trains SEC(".maps");
 
 struct settings {
-	__u32 on;    // 0: the agent carries everything
-	__u32 tun;   // index of the TUN device
-	__u32 joint; // index of the device behind which packets out of UDP are joined
-	__u32 port;  // of udp, here; 0: the agent receives what comes by udp
+	__u32 on;         // 0: the agent carries everything
+	__u32 tun;        // index of the TUN device
+	__u32 joint;      // index of the device behind which TCP out of UDP is joined
+	__u32 port;       // of udp, here; 0: the agent receives what comes by udp
+	__u32 generation; // of the tables: another one after each change, and not 0
 };
 
 struct {
@@ -118,6 +118,21 @@ struct {
 	__type(key, __u32);
 	__type(value, struct settings);
 } setting SEC(".maps");
+
+// Addresses of packets that came lately and whose they are, by a hash of the inner ones: one lookup for most packets instead of four.
+#define SEEN 256
+#define GOLDEN 0x9e3779b1
+struct seen {
+	struct addr outer_src, outer_dst, inner_src, inner_dst;
+	__u32 who, generation;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, SEEN);
+	__type(key, __u32);
+	__type(value, struct seen);
+} cache SEC(".maps");
 
 // What the program needs to know of an IP header.
 struct ip {
@@ -194,6 +209,36 @@ static __always_inline __u32 host(const struct addr *a)
 	__u32 *who = bpf_map_lookup_elem(&hosts, a);
 
 	return who ? *who : AGENT;
+}
+
+static __always_inline int same(const struct addr *a, const struct addr *b)
+{
+	return !((a->w[0] ^ b->w[0]) | (a->w[1] ^ b->w[1]) | (a->w[2] ^ b->w[2]) | (a->w[3] ^ b->w[3]));
+}
+
+// The peer whose packet this is by its addresses: between a peer and this host outside, between their pods inside. AGENT if it is none.
+static __always_inline __u32 sender(const struct ip *outer, const struct ip *inner, __u32 generation)
+{
+	__u32 mixed = (inner->src.w[2] ^ inner->src.w[3]) * GOLDEN ^ inner->dst.w[2] ^ inner->dst.w[3];
+	__u32 i = mixed * GOLDEN / (0x100000000 / SEEN); // the upper bits of Fibonacci hashing
+	struct seen *seen = bpf_map_lookup_elem(&cache, &i);
+	__u32 who;
+
+	if (seen && seen->generation == generation && same(&seen->inner_src, &inner->src) && same(&seen->inner_dst, &inner->dst) &&
+	    same(&seen->outer_src, &outer->src) && same(&seen->outer_dst, &outer->dst))
+		return seen->who;
+	who = host(&outer->src);
+	if (who <= OWN || host(&outer->dst) != OWN || owner(&inner->src) != who || owner(&inner->dst) != OWN)
+		return AGENT;
+	if (seen) {
+		seen->outer_src = outer->src;
+		seen->outer_dst = outer->dst;
+		seen->inner_src = inner->src;
+		seen->inner_dst = inner->dst;
+		seen->who = who;
+		seen->generation = generation;
+	}
+	return who;
 }
 
 static __always_inline struct settings *enabled(void)
@@ -346,7 +391,7 @@ int send(struct __sk_buff *skb)
 	c = bpf_map_lookup_elem(&counters, &who);
 	if (!w || !c || !passes(skb, &p, w->mtu) || p.length > 0xffff - sizeof(struct ipv6hdr))
 		return NEXT;
-	if (w->port && p.proto == IPPROTO_UDP && of_train(skb))
+	if (p.proto == IPPROTO_UDP && of_train(skb))
 		return NEXT;
 	skb->mark = 0; // it is the pods' packet's: no mark decides how the outer one leaves
 	if (is4(&w->to))
@@ -398,9 +443,7 @@ int receive(struct __sk_buff *skb)
 	// What no wire has cut, if it is UDP in UDP, would be taken for a tunnel of the kernel's own and cut wrongly. No fast path sends it.
 	if (outer.proto == IPPROTO_UDP && skb->gso_size && inner.proto != IPPROTO_TCP)
 		return NEXT;
-	who = host(&outer.src);
-	if (who <= OWN || host(&outer.dst) != OWN || owner(&inner.src) != who || owner(&inner.dst) != OWN)
-		return NEXT;
+	who = sender(&outer, &inner, s->generation);
 	c = bpf_map_lookup_elem(&counters, &who);
 	if (!c)
 		return NEXT;
@@ -410,10 +453,11 @@ int receive(struct __sk_buff *skb)
 		return NEXT;
 	c->rx_packets++;
 	c->rx_bytes += inner.length;
-	if (outer.proto == IPPROTO_UDP && !skb->gso_size) {
-		struct ethhdr e = {.h_dest = JOINT_MAC, .h_source = {2}, .h_proto = inner.six ? bpf_htons(ETH_P_IPV6) : bpf_htons(ETH_P_IP)};
+	if (outer.proto == IPPROTO_UDP && inner.proto == IPPROTO_TCP && !skb->gso_size) {
+		__be16 six = bpf_htons(ETH_P_IPV6);
 
-		bpf_skb_store_bytes(skb, 0, &e, sizeof(e), 0); // in place of the one that is there
+		if (inner.six)
+			bpf_skb_store_bytes(skb, offsetof(struct ethhdr, h_proto), &six, sizeof(six), 0);
 		skb->mark = CHECKED;
 		return bpf_redirect(s->joint, 0);
 	}

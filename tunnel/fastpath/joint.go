@@ -22,7 +22,7 @@ const (
 	jointMTU = 65535
 )
 
-// jointMAC is that of the second end, JOINT_MAC of fastpath.bpf.c. It also tells our pair from devices of others.
+// jointMAC is that of the second end. It tells our pair from devices of others.
 var jointMAC = net.HardwareAddr{2, 't', 'u', 'l', 'l', 'e'}
 
 // makeJoint makes the joint unless it is there, and returns the indices of its two ends.

@@ -21,15 +21,16 @@ type Path struct {
 	nl       *sys.Netlink
 	programs programsObjects
 
-	mu       sync.Mutex
-	numbers  map[string]uint32 // of peers, by ID
-	next     uint32            // the number of the next new peer
-	have     tables            // what is in the kernel's maps
-	on       programsSettings
-	paused   bool              // by Pause
-	past     Counts            // of peers that are gone
-	swept    bool              // filters of an earlier run are gone
-	attached map[filter]string // ours: the programs' names
+	mu         sync.Mutex
+	numbers    map[string]uint32 // of peers, by ID
+	next       uint32            // the number of the next new peer
+	have       tables            // what is in the kernel's maps
+	on         programsSettings
+	paused     bool              // by Pause
+	generation uint32            // of the tables
+	past       Counts            // of peers that are gone
+	swept      bool              // filters of an earlier run are gone
+	attached   map[filter]string // ours: the programs' names
 }
 
 // Open loads the programs. They do nothing before the first Update. It needs CAP_BPF and CAP_NET_ADMIN.
@@ -85,7 +86,8 @@ func (p *Path) Update(s State) error {
 			filters[filter{int(i), netlink.HANDLE_MIN_INGRESS}] = receive
 		}
 	}
-	settings := programsSettings{On: 1, Tun: uint32(tun.Attrs().Index)}
+	p.generation = max(p.generation+1, 1)
+	settings := programsSettings{On: 1, Tun: uint32(tun.Attrs().Index), Generation: p.generation}
 	if s.Port != 0 {
 		in, out, err := makeJoint(p.nl)
 		if err != nil {

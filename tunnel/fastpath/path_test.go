@@ -468,6 +468,30 @@ func TestReceive(t *testing.T) {
 	}
 	r.state.Peers[1].Accept = r.state.Peers[1].Accept[:1]
 	r.update()
+	// A change of the tables holds for packets whose like have passed before.
+	passes := func(when string, want int) {
+		t.Helper()
+		if ret, _, _ := run(good(0, 0)); ret != want {
+			t.Errorf("%s: %d, want %d", when, ret, want)
+		}
+	}
+	for what, change := range map[string]func(){
+		"the peer has other pods":       func() { r.state.Peers[0].Prefixes = prefixes("10.9.0.0/24") },
+		"this host has other pods":      func() { r.state.Own = prefixes("10.9.0.0/24") },
+		"the peer has other addresses":  func() { r.state.Peers[0].Accept = peerAddr[1:] },
+		"this host has other addresses": func() { r.state.Underlay = hostAddr[1:] },
+		"the peer is gone":              func() { r.state.Peers = r.state.Peers[1:] },
+	} {
+		before := r.state
+		r.state.Peers = append([]Peer{}, r.state.Peers...)
+		passes("before "+what, taken)
+		change()
+		r.update()
+		passes(what, left)
+		r.state = before
+		r.update()
+		passes("after "+what, taken)
+	}
 	// The same in UDP, over IPv4 and without checksum.
 	inUDP := func(inner int) frame {
 		f := good(0, inner)
@@ -477,10 +501,19 @@ func TestReceive(t *testing.T) {
 	}
 	for inner := range 2 {
 		what := fmt.Sprintf("IPv%d in UDP", 4+2*inner)
-		ret, out, pkt := run(inUDP(inner))
-		ethernet := binary.BigEndian.AppendUint16(append(append([]byte{}, jointMAC...), 2, 0, 0, 0, 0, 0), []uint16{unix.ETH_P_IP, unix.ETH_P_IPV6}[inner])
-		if ret != taken || !bytes.Equal(out, append(ethernet, pkt...)) {
-			t.Errorf("%s: %d, left % x, want % x % x", what, ret, out, ethernet, pkt)
+		segment := inUDP(inner)
+		segment.inner = tcp(inner, header.TCPFields{Flags: header.TCPAck}, 50)
+		segment.inner.src, segment.inner.dst = far[inner], pod[inner]
+		segment.udp = header.AppendUDPHeader(nil, 50000, ownPort, len(segment.inner.bytes()))
+		for i, f := range []frame{inUDP(inner), segment} {
+			ret, out, pkt := run(f)
+			if ret != taken || !bytes.Equal(out[14:], pkt) {
+				t.Errorf("%s, %d: %d, left % x, want % x", what, i, ret, out[min(14, len(out)):], pkt)
+			}
+			// The joint's devices are Ethernet; the TUN device goes by the packet.
+			if got, want := binary.BigEndian.Uint16(out[12:]), []uint16{unix.ETH_P_IP, unix.ETH_P_IPV6}[inner]; i == 1 && got != want {
+				t.Errorf("%s: EtherType %#x, want %#x", what, got, want)
+			}
 		}
 		for name, spoil := range map[string]func(f *frame){
 			"with a checksum":              func(f *frame) { f.udp[7] = 1 },
@@ -575,6 +608,17 @@ func TestJoint(t *testing.T) {
 			}
 		}
 	}
+	// through counts packets that have gone through the joint.
+	through := func() (n uint64) {
+		r.peer.Netlink(func(nl *sys.Netlink) error {
+			l, err := nl.LinkByName(jointIn)
+			if err == nil {
+				n = l.Attrs().Statistics.TxPackets
+			}
+			return err
+		})
+		return n
+	}
 	const segments, size = 8, 1000
 	for six := range 2 {
 		pkt := tcp(six, header.TCPFields{Flags: header.TCPAck, Window: 1000}, segments*size).bytes()
@@ -592,6 +636,21 @@ func TestJoint(t *testing.T) {
 		}
 		if c := peer.Counts("host"); c.RxPackets != uint64(segments*(six+1)) {
 			t.Errorf("IPv%d: counts %+v", 4+2*six, c)
+		}
+	}
+	if n := through(); n < 2*segments {
+		t.Errorf("%d packets have gone through the joint, of %d segments", n, 2*segments)
+	}
+	// What is not TCP is not joined.
+	for six := range 2 {
+		before := through()
+		r.send(udp(six, 100).bytes())
+		var got [][]byte
+		for deadline := time.Now().Add(5 * time.Second); len(got) == 0 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+			got = received()
+		}
+		if n := through() - before; len(got) != 1 || n != 0 {
+			t.Errorf("IPv%d: of one datagram %d came, %d through the joint", 4+2*six, len(got), n)
 		}
 	}
 	// A packet that was not checked.

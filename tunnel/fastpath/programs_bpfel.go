@@ -33,12 +33,23 @@ type programsPrefix struct {
 	Addr programsAddr
 }
 
+type programsSeen struct {
+	_          structs.HostLayout
+	OuterSrc   programsAddr
+	OuterDst   programsAddr
+	InnerSrc   programsAddr
+	InnerDst   programsAddr
+	Who        uint32
+	Generation uint32
+}
+
 type programsSettings struct {
-	_     structs.HostLayout
-	On    uint32
-	Tun   uint32
-	Joint uint32
-	Port  uint32
+	_          structs.HostLayout
+	On         uint32
+	Tun        uint32
+	Joint      uint32
+	Port       uint32
+	Generation uint32
 }
 
 type programsWay struct {
@@ -54,6 +65,7 @@ type programsWay struct {
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	programsMapCache    = "cache"
 	programsMapCounters = "counters"
 	programsMapHosts    = "hosts"
 	programsMapSetting  = "setting"
@@ -116,6 +128,7 @@ type programsProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type programsMapSpecs struct {
+	Cache    *ebpf.MapSpec `ebpf:"cache"`
 	Counters *ebpf.MapSpec `ebpf:"counters"`
 	Hosts    *ebpf.MapSpec `ebpf:"hosts"`
 	Setting  *ebpf.MapSpec `ebpf:"setting"`
@@ -150,6 +163,7 @@ func (o *programsObjects) Close() error {
 //
 // It can be passed to loadProgramsObjects or ebpf.CollectionSpec.LoadAndAssign.
 type programsMaps struct {
+	Cache    *ebpf.Map `ebpf:"cache"`
 	Counters *ebpf.Map `ebpf:"counters"`
 	Hosts    *ebpf.Map `ebpf:"hosts"`
 	Setting  *ebpf.Map `ebpf:"setting"`
@@ -160,6 +174,7 @@ type programsMaps struct {
 
 func (m *programsMaps) Close() error {
 	return _ProgramsClose(
+		m.Cache,
 		m.Counters,
 		m.Hosts,
 		m.Setting,

@@ -112,7 +112,7 @@ func TestNoAllocations(t *testing.T) {
 		}
 		j.FlushVnet()
 		j.Undo()
-		RawVnetHdr(pkt, 1500)
+		RawVnetHdr(pkt, 1500, NotTold)
 	}); n != 0 {
 		t.Errorf("%v allocations per super-packet, want 0", n)
 	}

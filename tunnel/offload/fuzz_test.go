@@ -50,7 +50,7 @@ func FuzzSplit(f *testing.F) {
 			return
 		}
 		pkt := slices.Clone(b[VnetHdrLen:])
-		RawVnetHdr(pkt, int(h.GSOSize))
+		RawVnetHdr(pkt, int(h.GSOSize), int(h.HdrLen)-1)
 		if CompleteChecksum(pkt, h) == nil && h.Flags&NeedsCsum != 0 {
 			at := int(h.CsumStart) + int(h.CsumOffset)
 			copy(pkt[at:at+2], b[VnetHdrLen+at:])

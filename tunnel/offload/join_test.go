@@ -390,7 +390,7 @@ func TestRawVnetHdr(t *testing.T) {
 		f := drawFlow(t, false)
 		pkt, want := f.super()
 		limit := rapid.IntRange(200, 9000).Draw(t, "max packet")
-		h, ok := RawVnetHdr(pkt, limit)
+		h, ok := RawVnetHdr(pkt, limit, NotTold)
 		switch {
 		case len(pkt) <= limit:
 			want.GSOType, want.GSOSize = GSONone, 0
@@ -406,12 +406,26 @@ func TestRawVnetHdr(t *testing.T) {
 			t.Fatalf("%+v, %v, want %+v", h, ok, want)
 		}
 	})
+	// Of UDP the socket has told the segment size, or that it is one datagram, however long.
+	rapid.Check(t, func(t *rapid.T) {
+		f := drawFlow(t, false)
+		if f.tcp {
+			return
+		}
+		pkt, want := f.super()
+		if rapid.Bool().Draw(t, "one datagram") || len(f.payload) <= f.mss {
+			want.GSOType, want.GSOSize = GSONone, 0
+		}
+		if h, ok := RawVnetHdr(pkt, rapid.IntRange(200, 9000).Draw(t, "max packet"), int(want.GSOSize)); !ok || h != want {
+			t.Fatalf("%+v, %v, want %+v", h, ok, want)
+		}
+	})
 	// Packets with a complete checksum are not touched, even one which equals the pseudo-header's sum.
 	hits := 0
 	for i := range 1 << 16 {
 		f := &flow{src: fill(4, 2), dst: fill(4, 3), ttl: 64, payload: []byte{byte(i >> 8), byte(i)}, mss: 2}
 		pkt := f.segments()[0]
-		if h, ok := RawVnetHdr(pkt, 1500); ok {
+		if h, ok := RawVnetHdr(pkt, 1500, NotTold); ok {
 			t.Fatalf("a complete checksum is taken for a partial one: %x, %+v", pkt, h)
 		}
 		if binary.BigEndian.Uint16(pkt[26:]) == slowFold(f.pseudo(10)) {

@@ -110,7 +110,7 @@ func TestKernelRawSuperPacket(t *testing.T) {
 	if len(inner) <= mtu {
 		t.Fatalf("the kernel sent %d bytes: not a super-packet, so that nothing is tested", len(inner))
 	}
-	got, ok := RawVnetHdr(inner, mtu)
+	got, ok := RawVnetHdr(inner, mtu, NotTold)
 	if !ok {
 		t.Fatalf("a super-packet of %d bytes is not recognised", len(inner))
 	}

@@ -6,7 +6,10 @@ import (
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 
-// RawVnetHdr recognises an inner packet with a partial checksum that a raw socket has received: the kernel's GRO has joined it,
+// NotTold says that a socket does not tell the segment size of UDP super-packets, as raw sockets do not.
+const NotTold = -1
+
+// RawVnetHdr recognises an inner packet with a partial checksum that a socket has received: the kernel's GRO has joined it,
 // or its sender left the checksum to the hardware. The TCP or UDP checksum field of such a packet holds only the sum of the
 // pseudo-header (net/ipv4/tcp_offload.c, tcp_gro_complete). RawVnetHdr returns the virtio-net header for writing the packet to
 // a TUN device. It returns false for any other packet; that one is GSONone.
@@ -15,10 +18,11 @@ import (
 // happens for one damaged packet in 65,536. Packets of udp and vxlan that agents send do not have this gap, because their outer checksum
 // covers everything; those that a kernel sends in their place (the fast path) have none.
 //
-// A raw socket does not receive the segment size. A TCP packet longer than maxPacket bytes gets the largest segment size that
-// keeps segments within maxPacket; for a byte stream any size is correct. A longer UDP packet cannot be split at its
+// No socket receives the segment size of TCP. A TCP packet longer than maxPacket bytes gets the largest segment size that
+// keeps segments within maxPacket; for a byte stream any size is correct. A UDP packet is a super-packet of datagrams of segment bytes, as the
+// UDP_GRO control message says, or one datagram if segment is 0. If that is NotTold, one longer than maxPacket cannot be split at its
 // datagram boundaries, so it is not recognised. pkt must have no trailing bytes.
-func RawVnetHdr(pkt []byte, maxPacket int) (VnetHdr, bool) {
+func RawVnetHdr(pkt []byte, maxPacket, segment int) (VnetHdr, bool) {
 	var l layout
 	if !l.parse(pkt) || l.total != len(pkt) {
 		return VnetHdr{}, false
@@ -38,10 +42,16 @@ func RawVnetHdr(pkt []byte, maxPacket int) (VnetHdr, bool) {
 		CsumStart:  uint16(l.l4),
 		CsumOffset: uint16(l.csumField() - l.l4),
 	}
+	if l.proto != protoTCP {
+		if segment > 0 && len(pkt) > l.hdr+segment {
+			h.GSOType, h.GSOSize = GSOUDPL4, uint16(segment)
+		}
+		return h, segment != NotTold || len(pkt) <= maxPacket
+	}
 	if len(pkt) <= maxPacket {
 		return h, true
 	}
-	if l.proto != protoTCP || maxPacket <= l.hdr {
+	if maxPacket <= l.hdr {
 		return VnetHdr{}, false
 	}
 	h.GSOSize = uint16(min(maxPacket-l.hdr, len(pkt)-l.hdr))

@@ -13,6 +13,7 @@ const (
 	failAfter  = 3  // unanswered probes in a row that the candidate in use may not have, while another one answers
 	trial      = 5  // answers in a row, one each Busy, before a better candidate is used that never failed in use
 	trialMost  = 60 // to which the trial grows: it doubles with each failure in use
+	clean      = 10 // answers in a row to small probes, until the candidate in use is left as large ones do not pass
 	forgive    = 10 * time.Minute
 	leaveAfter = 3 * time.Second // a candidate that is not in the order any more is left, answers or not
 )
@@ -27,8 +28,9 @@ const (
 //	│ the best is    │                                  │ a lesser one is  │ ─┐ fails, and
 //	│ in use         │ ◀─────────────────────────────── │ in use           │ ◀┘ another answers
 //	└────────────────┘  a better one has passed its     └──────────────────┘
-//	                    trial, and its path MTU is known;
-//	                    after a change of the order: it has answered
+//	                    trial, and its path MTU is known
+//	                    to be no worse; after a change of
+//	                    the order: it has answered
 //
 // A candidate in use fails when failAfter of its probes in a row stay unanswered (one,
 // if it is down or has never answered) while another candidate answers one that was
@@ -36,6 +38,10 @@ const (
 // stands still, which holds up all answers, nor when the whole peer is gone, nor when
 // the link of all flaps. Each loss of the candidate in use makes a probe of every other
 // one due, so that what is known of those is fresh.
+//
+// It also fails if it does not take packets of the size that every path should carry,
+// and another one takes these, or at least larger ones: small packets are not all that
+// pods send.
 //
 // Hysteresis: a better candidate has to answer trial probes in a row, and the trial
 // doubles each time that the candidate fails in use, up to trialMost. It is short again
@@ -106,6 +112,12 @@ func (c *choice) decide(now time.Time, paths *[encap.NumModes]*State) bool {
 		c.use(now, m, why)
 		return true
 	}
+	if m, ok := c.roomier(now, paths); ok {
+		old := c.active
+		c.use(now, m, fmt.Sprintf("%s does not carry packets of %d bytes", old, paths[old].cfg.Base))
+		c.trials[old] = min(2*c.need(now, old, paths[old]), trialMost)
+		return true
+	}
 	for _, m := range c.order {
 		if m == c.active || !c.outlives(paths[m], paths[c.active]) {
 			continue
@@ -135,18 +147,49 @@ func (c *choice) better(now time.Time, paths *[encap.NumModes]*State) (encap.Mod
 	}
 	for _, m := range c.order[:c.rank(c.active)] {
 		st := paths[m]
-		if !st.up || st.misses > 0 || !st.pmtu.settled() {
+		if !st.up || st.misses > 0 || !st.pmtu.settled() || c.smaller(m, paths) {
 			continue
 		}
 		need := c.need(now, m, st)
 		if !c.reordered.IsZero() && c.trials[m] == 0 && !st.answeredSent.Before(c.reordered) {
 			need = 1
 		}
-		if st.streak() >= need && now.Sub(st.since) >= time.Duration(need-1)*st.cfg.Busy {
+		if st.passed(now, need) {
 			return m, true
 		}
 	}
 	return 0, false
+}
+
+// passed reports that the path has answered need probes in a row, one each Busy.
+func (s *State) passed(now time.Time, need int) bool {
+	return s.streak() >= need && now.Sub(s.since) >= time.Duration(need-1)*s.cfg.Busy
+}
+
+// smaller reports that m takes only smaller packets than another candidate, and less than every path should.
+func (c *choice) smaller(m encap.Mode, paths *[encap.NumModes]*State) bool {
+	return slices.ContainsFunc(c.order, func(o encap.Mode) bool { return paths[o].takesMore(paths[m]) })
+}
+
+// takesMore reports that packets are proven to pass by s, of the size that every path should carry or at least of some use, which do not by t.
+func (s *State) takesMore(t *State) bool {
+	return s.up && s.misses == 0 && s.pmtu.proven > 0 && t.pmtu.room() != untold && s.pmtu.room() > t.pmtu.room()
+}
+
+// roomier finds the best candidate below what is in use that takes packets which that does not. One that has failed in use has to
+// pass its trial first. (For those above, better waits.)
+func (c *choice) roomier(now time.Time, paths *[encap.NumModes]*State) (best encap.Mode, ok bool) {
+	inUse := paths[c.active]
+	if !inUse.up || inUse.streak() < clean || !c.has(c.active) {
+		return 0, false
+	}
+	for _, m := range c.order[c.rank(c.active)+1:] {
+		st := paths[m]
+		if st.takesMore(inUse) && (!ok || st.takesMore(paths[best])) && (c.trials[m] == 0 || st.passed(now, c.need(now, m, st))) {
+			best, ok = m, true
+		}
+	}
+	return best, ok
 }
 
 // need is how many answers in a row m needs to be used.

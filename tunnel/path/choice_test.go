@@ -3,6 +3,7 @@ package path
 import (
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -10,6 +11,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
 // fabric is the network between this host and one peer, as a Schedule meets it: each encapsulation passes or does not.
@@ -17,8 +19,11 @@ type fabric struct {
 	s      *Schedule
 	now    time.Time
 	blocks [encap.NumModes]bool
+	no     [2]bool               // of ipip, packets of IPv4 or IPv6 do not pass
 	lose   func(encap.Mode) bool // nil: nothing
+	least  map[encap.Mode]int    // the largest packet that passes, where not all do
 	held   time.Time             // answers arrive no earlier: one of the hosts stands still
+	both   bool                  // pods have both families
 	busy   bool                  // packets are exchanged all the time
 	rtt    time.Duration
 
@@ -55,7 +60,11 @@ func newFabric(seed uint64, order ...encap.Mode) *fabric {
 func (f *fabric) order(order ...encap.Mode) {
 	var list []Candidate
 	for _, m := range order {
-		list = append(list, Candidate{Mode: m, Max: 1472, Needs: "the port of " + m.String()})
+		c := Candidate{Mode: m, Max: 1472, Needs: "the port of " + m.String()}
+		if m == encap.IPIP && f.both {
+			c.Inner = [2]string{"protocol 4", "protocol 41"}
+		}
+		list = append(list, c)
 	}
 	f.s.SetPeers(f.now, map[string][]Candidate{far: list})
 }
@@ -64,7 +73,7 @@ func (f *fabric) run(d time.Duration) {
 	for end := f.now.Add(d); ; {
 		r := f.s.Look(f.now)
 		for _, p := range r.Probes {
-			if !f.blocks[p.Mode] && (f.lose == nil || !f.lose(p.Mode)) {
+			if !f.blocks[p.Mode] && !(p.Mode == encap.IPIP && f.no[b2i(p.Six)]) && (f.lose == nil || !f.lose(p.Mode)) && f.passes(p.Mode, p.Size) {
 				f.flying = append(f.flying, answer{f.now.Add(f.rtt), p.Mode, p.Nonce, p.Size, false})
 			}
 		}
@@ -100,6 +109,11 @@ func (f *fabric) run(d time.Duration) {
 			f.s.Traffic(f.now, far, f.packets, f.packets)
 		}
 	}
+}
+
+func (f *fabric) passes(m encap.Mode, size int) bool {
+	most, limited := f.least[m]
+	return !limited || size <= most
 }
 
 // carry takes trains, and questions about them, to the peer.
@@ -185,7 +199,7 @@ func TestFailsOverAndClimbsBack(t *testing.T) {
 	f.blocks[encap.IPIP] = true
 	f.within(t, detection, encap.UDP)
 	f.run(30 * time.Second)
-	f.s.Heard(f.now, far, encap.IPIP)
+	f.s.Heard(f.now, far, encap.IPIP, false)
 	want := "no answer since 00:00:59, udp works: the port of ipip is filtered on the way from here to there"
 	if got := f.words(encap.IPIP); got != want {
 		t.Errorf("%q, want %q", got, want)
@@ -199,6 +213,113 @@ func TestFailsOverAndClimbsBack(t *testing.T) {
 	if len(f.switches) != 2 {
 		t.Errorf("switches: %v", f.switches)
 	}
+}
+
+// What a host says about the direction of a block is true from the start: an idle peer probes no more often than each 36 s, so that none of
+// its probes has arrived lately means nothing, and that one arrived before the block does not either.
+func TestDirectionOfABlock(t *testing.T) {
+	for _, way := range []string{"there", "back", "both"} {
+		for seed := range uint64(30) {
+			near, distant := newFabric(seed, encap.UDP), newFabric(seed+100, encap.UDP)
+			near.busy, distant.busy = false, false
+			blocked := func(f *fabric) bool { return way == "both" || (way == "there") == (f == near) }
+			run := func(d time.Duration) { // both, in steps that are shorter than anything that counts
+				for end := near.now.Add(d); near.now.Before(end); {
+					near.run(10 * time.Millisecond)
+					distant.run(10 * time.Millisecond)
+				}
+			}
+			cut, sent := false, 0
+			heardBy := func(f, by *fabric) {
+				f.lose = func(encap.Mode) bool {
+					if !cut || !blocked(f) {
+						by.s.Heard(f.now, far, encap.UDP, false)
+					}
+					if cut && f == near {
+						sent++
+					}
+					return cut // one way or the other, no answer comes back
+				}
+			}
+			heardBy(near, distant)
+			heardBy(distant, near)
+			run(5 * time.Minute)
+			cut = true
+			var arrives, none bool
+			misses := 0
+			for range 120 {
+				run(time.Second)
+				got := near.words(encap.UDP)
+				if i, _ := near.s.Info(far, encap.UDP); i.Up {
+					continue
+				}
+				arrives, none = strings.Contains(got, "but its own probes arrive"), strings.Contains(got, "none of its own probes arrives")
+				if arrives && way != "there" || none && way == "there" {
+					t.Fatalf("blocked %s, seed %d: %s after the cut: %q", way, seed, near.now.Sub(epoch)-5*time.Minute, got)
+				}
+				var n int
+				if _, rest, ok := strings.Cut(got, "("); !ok {
+					t.Fatalf("%q", got)
+				} else if _, err := fmt.Sscanf(rest, "%d probe", &n); err != nil || n < misses || n > sent {
+					t.Fatalf("%q after %d, want how many of the %d probes of the outage are unanswered", got, misses, sent)
+				}
+				misses = n
+			}
+			if arrives != (way == "there") || none != (way != "there") {
+				t.Fatalf("blocked %s, seed %d: two minutes after the cut: %q", way, seed, near.words(encap.UDP))
+			}
+		}
+	}
+}
+
+// Where pods have both families, ipip works only if both of its protocols pass: whichever is filtered, from the start or later, the next
+// encapsulation is used, and what is filtered is named.
+func TestOneInnerFamilyIsFiltered(t *testing.T) {
+	for form, family := range familyName {
+		f := newFabric(1, encap.IPIP, encap.UDP)
+		f.both = true
+		f.order(encap.IPIP, encap.UDP)
+		f.run(10 * time.Second)
+		if i, _ := f.s.Info(far, encap.IPIP); f.inUse() != encap.IPIP || i.MTU != 1472 || i.Loss != 0 || i.RTT != f.rtt {
+			t.Fatalf("%s is in use: %+v", f.inUse(), i)
+		}
+		f.no[form] = true
+		f.within(t, detection, encap.UDP)
+		f.run(10 * time.Second)
+		f.s.Heard(f.now, far, encap.IPIP, form == 0) // the other family's probes arrive: that says nothing about this one
+		want := fmt.Sprintf("no answer to %s packets since 00:00:09, udp works: protocol %d is filtered on the way", family, [2]int{4, 41}[form])
+		if got := f.words(encap.IPIP); got != want {
+			t.Errorf("%q, want %q", got, want)
+		}
+		f.s.Heard(f.now, far, encap.IPIP, form == 1)
+		if got := f.words(encap.IPIP); got != want+" from here to there" {
+			t.Errorf("%q, and its own arrive", got)
+		}
+		f.no[form] = false
+		f.within(t, 25*time.Second, encap.IPIP)
+
+		pinned := newFabric(1, encap.IPIP)
+		pinned.both, pinned.no[form] = true, true
+		pinned.order(encap.IPIP, encap.UDP)
+		pinned.order(encap.IPIP)
+		pinned.run(20 * time.Second)
+		if got := pinned.words(encap.IPIP); pinned.s.Answering(far) || !strings.Contains(got, fmt.Sprintf("protocol %d is filtered on the way", [2]int{4, 41}[form])) {
+			t.Errorf("pinned: answering %v, %q", pinned.s.Answering(far), got)
+		}
+	}
+}
+
+// A peer that gets its second family later is probed in both from then on.
+func TestSecondFamilyComesLater(t *testing.T) {
+	f := newFabric(1, encap.IPIP, encap.UDP)
+	f.no[1] = true
+	f.run(10 * time.Second)
+	if f.inUse() != encap.IPIP {
+		t.Fatalf("%s is in use where pods have IPv4 alone", f.inUse())
+	}
+	f.both = true
+	f.order(encap.IPIP, encap.UDP)
+	f.within(t, detection, encap.UDP)
 }
 
 func TestIdlePeerFailsOver(t *testing.T) {
@@ -289,6 +410,114 @@ func TestTheOtherLosesSome(t *testing.T) {
 	}
 }
 
+// Probes go by sixteen ports in turn, and so do their answers. Where a network loses those of one port in each direction, for instance as one of sixteen
+// equal links is dead, nothing moves, and the path MTU stays; where it loses three quarters of them, the other encapsulation is used, and stays so.
+func TestSomePortsAreLost(t *testing.T) {
+	const ports = 16
+	for seed := range uint64(50) {
+		f := newFabric(seed, encap.UDP, encap.IPIP)
+		coin := rand.New(rand.NewPCG(seed, 3))
+		there, back, turn := coin.IntN(ports), coin.IntN(ports), 0
+		f.lose = func(m encap.Mode) bool {
+			if m != encap.UDP {
+				return false
+			}
+			turn++
+			return turn%ports == there || (turn+turn/ports)%ports == back
+		}
+		f.run(10 * time.Minute)
+		if i, _ := f.s.Info(far, encap.UDP); len(f.switches) > 0 || i.MTU != 1472 || i.Loss == 0 {
+			t.Fatalf("seed %d: switches %v, %+v", seed, f.switches, i)
+		}
+		dead := coin.Perm(ports)[:ports*3/4]
+		f.lose = func(m encap.Mode) bool {
+			turn++
+			return m == encap.UDP && slices.Contains(dead, (turn+turn/ports*3)%ports)
+		}
+		f.run(10 * time.Minute)
+		if n := len(f.switches); f.inUse() != encap.IPIP || n > 5 {
+			t.Fatalf("seed %d: the ports %v are lost, %s is in use after %d switches", seed, dead, f.inUse(), n)
+		}
+	}
+}
+
+// A router's word is about paths of its own family. Of IPv6 no link carries less than 1,280 bytes.
+func TestTooBigByFamily(t *testing.T) {
+	f := newFabric(1)
+	modes := []encap.Mode{encap.UDP, encap.Direct6, encap.Direct}
+	f.s.SetPeers(f.now, map[string][]Candidate{far: {{Mode: encap.UDP, Max: 1452, Outer6: true}, {Mode: encap.Direct6, Max: 1500, Outer6: true}, {Mode: encap.Direct, Max: 1500}}})
+	f.run(10 * time.Second)
+	sizes := func() (out [3]int) {
+		for i, m := range modes {
+			info, _ := f.s.Info(far, m)
+			out[i] = int(info.MTU)
+		}
+		return out
+	}
+	for _, tt := range []struct {
+		six  bool
+		link mtu.Link
+		want [3]int
+	}{
+		{true, 700, [3]int{1452, 1500, 1500}},
+		{true, 1279, [3]int{1452, 1500, 1500}},
+		{true, 1400, [3]int{1352, 1400, 1500}},
+		{false, 700, [3]int{1452, 1500, Base}},
+	} {
+		f.s.TooBig(f.now, far, tt.six, tt.link)
+		if got := sizes(); got != tt.want {
+			t.Errorf("link %d, IPv6 %v: MTUs %d, want %d", tt.link, tt.six, got, tt.want)
+		}
+		f.run(20 * time.Second) // all of it was untrue
+		if got := sizes(); got != [3]int{1452, 1500, 1500} {
+			t.Errorf("link %d, IPv6 %v: then MTUs %d", tt.link, tt.six, got)
+		}
+	}
+}
+
+// Small packets are not all that pods send: of two that answer, the one is used that takes packets of the size that every path should carry, and the
+// preferred one again when it does.
+func TestOnlySmallPacketsPass(t *testing.T) {
+	for _, most := range []int{100, 500, 700, 1279} {
+		f := newFabric(1, encap.UDP, encap.IPIP, encap.VXLAN)
+		f.least = map[encap.Mode]int{encap.UDP: most, encap.VXLAN: most}
+		f.within(t, 15*time.Second, encap.IPIP)
+		f.run(30 * time.Minute)
+		if n := len(f.switches); f.inUse() != encap.IPIP || n != 1 || f.switches[0].Why != "udp does not carry packets of 1280 bytes" {
+			t.Fatalf("%d: %s is in use: %v", most, f.inUse(), f.switches)
+		}
+		if got := f.words(encap.UDP); got != "answers, but does not carry packets of 1280 bytes" {
+			t.Errorf("%d: %q", most, got)
+		}
+		f.blocks[encap.IPIP] = true // small packets are better than none
+		f.within(t, detection, encap.UDP)
+		f.blocks[encap.IPIP] = false
+		f.within(t, 30*time.Second, encap.IPIP)
+		f.least = nil
+		f.within(t, 15*time.Minute, encap.UDP)
+
+		f.least = map[encap.Mode]int{encap.UDP: most} // later, and without a word
+		f.within(t, 15*time.Second, encap.IPIP)
+	}
+}
+
+// Where none takes larger packets, the preferred one is used.
+func TestSmallPathsAlike(t *testing.T) {
+	for _, most := range []map[encap.Mode]int{{encap.UDP: 700, encap.IPIP: 900}, {encap.UDP: 100, encap.IPIP: 100}, {encap.UDP: 1280, encap.IPIP: 1400}} {
+		f := newFabric(1, encap.UDP, encap.IPIP)
+		f.least = most
+		f.run(30 * time.Minute)
+		if f.inUse() != encap.UDP || len(f.switches) > 0 {
+			t.Errorf("%v: %s is in use: %v", most, f.inUse(), f.switches)
+		}
+		f.order(encap.IPIP, encap.UDP)
+		f.run(10 * time.Second)
+		if f.inUse() != encap.IPIP {
+			t.Errorf("%v: %s is in use after a change of the order", most, f.inUse())
+		}
+	}
+}
+
 func TestReorder(t *testing.T) {
 	f := newFabric(1, encap.UDP, encap.IPIP)
 	f.run(time.Minute)
@@ -375,4 +604,23 @@ func TestAWorkingCandidateIsUsed(t *testing.T) {
 			}
 		}
 	})
+}
+
+// What answers by outer IPv4 proves nothing of IPv6.
+func TestOtherOuterFamily(t *testing.T) {
+	f := newFabric(3, encap.UDP)
+	f.run(5 * time.Second)
+	if i, _ := f.s.Info(far, encap.UDP); !i.Up {
+		t.Fatalf("%+v", i)
+	}
+	want := map[string][]Candidate{far: {{Mode: encap.UDP, Max: 1452, Outer6: true}}}
+	f.s.SetPeers(f.now, want)
+	if i, _ := f.s.Info(far, encap.UDP); i.Up || i.Probed > 0 {
+		t.Errorf("by IPv6, before any probe: %+v", i)
+	}
+	f.run(time.Second)
+	f.s.SetPeers(f.now, want)
+	if i, _ := f.s.Info(far, encap.UDP); !i.Up {
+		t.Errorf("by IPv6, after a second: %+v", i)
+	}
 }

@@ -60,6 +60,33 @@ func TestDirectFails(t *testing.T) {
 	}
 }
 
+// TestDirectTakesLittle: it is not used where it takes small packets only, and left when it does.
+func TestDirectTakesLittle(t *testing.T) {
+	for _, most := range []int{100, 500, 1200} {
+		f := newFabric(1, encap.Direct, encap.UDP)
+		f.least = map[encap.Mode]int{encap.Direct: most}
+		for range 120 {
+			f.run(time.Second)
+			if f.s.Direct(far, false) {
+				t.Fatalf("%d: direct after %v", most, f.now.Sub(epoch))
+			}
+		}
+		if got := f.words(encap.UDP); !strings.Contains(got, "direct answers, but does not carry packets of 1280 bytes") {
+			t.Errorf("%d: %q", most, got)
+		}
+		f.least = nil
+		f.run(15 * time.Minute)
+		if !f.s.Direct(far, false) {
+			t.Fatalf("%d: not direct, which passes all now: %s", most, f.words(encap.Direct))
+		}
+		f.least = map[encap.Mode]int{encap.Direct: most}
+		f.run(15 * time.Second)
+		if f.s.Direct(far, false) {
+			t.Errorf("%d: still direct: %s", most, f.words(encap.Direct))
+		}
+	}
+}
+
 // TestDirectWithoutAgent: the peer's agent does not answer at all. Its kernel forwards what arrives directly, so the direct
 // path stays.
 func TestDirectWithoutAgent(t *testing.T) {
@@ -171,9 +198,10 @@ func TestDirectChoice(t *testing.T) {
 			t.Fatalf("all works: %s / %s", f.words(encap.Direct), f.words(encap.Direct6))
 		}
 		n := len(f.switches)
-		f.lose = func(m encap.Mode) bool { // never more than one in a row
-			misses[m] = (misses[m] + 1) % 2
-			return misses[m] == 0
+		coin := rand.New(rand.NewPCG(rapid.Uint64().Draw(t, "coin"), 1))
+		f.lose = func(m encap.Mode) bool { // never more than one in a row, nor those of one size alone
+			misses[m] = b2i(misses[m] == 0 && coin.IntN(10) < 3)
+			return misses[m] == 1
 		}
 		f.run(time.Minute)
 		if len(f.switches) != n {

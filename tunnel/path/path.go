@@ -46,6 +46,9 @@ type Config struct {
 	Grid   time.Duration
 	Origin time.Time
 
+	// Twice sends each probe in two forms, which are answered apart: the probe is when both are.
+	Twice bool
+
 	Likely    []mtu.TUN     // sizes that a search tries before it halves, largest first: none
 	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2)
 	Raise     time.Duration // until a larger size is tried again: 600 s (RFC 8899 §5.1.1)
@@ -86,8 +89,9 @@ func def[T int | mtu.TUN | time.Duration | float64](p *T, v T) {
 
 // Probe is a packet to send now.
 type Probe struct {
-	Nonce uint64
-	Size  int // of the whole inner packet, in bytes
+	Nonce  uint64
+	Second uint64 // the nonce of its second form; 0: it has one form only
+	Size   int    // of the whole inner packet, in bytes
 }
 
 // Info is what a path is known to be.
@@ -97,7 +101,7 @@ type Info struct {
 	Reason string        // of that change
 	RTT    time.Duration // smoothed; 0 before the first answer
 	RTTVar time.Duration // its variation
-	Loss   float64       // 0–1, of the last 64 liveness probes that were answered or given up
+	Loss   float64       // 0–1, of the last 64 liveness probes that were answered or given up, since the path is up and within 2 min
 	MTU    mtu.TUN       // largest inner packet proven to pass; 0 before the first proof
 	First  bool          // the first search for the MTU has neither ended nor refuted a size: larger packets may well pass
 	Probed int           // probes sent, of both kinds
@@ -111,15 +115,18 @@ const (
 )
 
 const (
-	window     = 64               // liveness probes in the loss figure
+	window     = 64               // liveness probes in the loss figure, at most
+	lossAge    = 2 * time.Minute  // of the loss figure, up to the latest probe
 	maxPending = 64               // probes remembered, so that a late answer is understood
 	maxRTO     = 60 * time.Second // RFC 6298 §2.5
 )
 
 // pending is a probe that was sent. It stays after its time-out, for a late answer.
 type pending struct {
-	nonce    uint64
-	seq      uint64 // of liveness probes: index into the window
+	nonce    uint64  // of its first form
+	second   uint64  // of its second one; 0: it has none
+	got      [2]bool // these forms are answered
+	seq      uint64  // of liveness probes: index into the window
 	sent     time.Time
 	deadline time.Time
 	size     mtu.TUN
@@ -158,9 +165,11 @@ type State struct {
 
 	srtt, rttvar time.Duration
 	lastAnswer   time.Time    // when the last answer came
+	formAnswered [2]time.Time // when each form of a probe was answered last
 	answeredSent time.Time    // when the latest probe was sent that is answered
 	upSent       time.Time    // when the probe was sent whose answer brought the path up
 	misses       int          // liveness probes sent and given up since lastAnswer
+	missedSince  time.Time    // when the first of these was sent
 	missSent     [3]time.Time // when the last of these were sent, latest first
 	lostSent     time.Time    // when the latest liveness probe was sent that was given up, and not answered late
 	nextLive     time.Time
@@ -169,6 +178,8 @@ type State struct {
 
 	pending  []pending // oldest first
 	outcomes [window]outcome
+	sent     [window]time.Duration // of the probes in outcomes, since began
+	began    time.Time
 	seq      uint64
 	probed   int
 }
@@ -179,7 +190,7 @@ type State struct {
 func New(cfg Config, now time.Time, r *rand.Rand) *State {
 	cfg.setDefaults()
 	s := &State{
-		want: cfg, cfg: cfg.limited(cfg.Max), rand: r, since: now, reason: ReasonNew, nextLive: now,
+		want: cfg, cfg: cfg.limited(cfg.Max), rand: r, since: now, reason: ReasonNew, nextLive: now, began: now,
 	}
 	s.pmtu = plpmtu{cfg: &s.cfg}
 	return s
@@ -193,7 +204,7 @@ func (s *State) Due(now time.Time) (Probe, bool) {
 		s.lastLive = now
 		s.nextLive = s.aligned(now, s.interval(now))
 		s.seq++
-		s.outcomes[s.seq%window] = unknown
+		s.outcomes[s.seq%window], s.sent[s.seq%window] = unknown, now.Sub(s.began)
 		return s.send(now, pending{size: s.cfg.Small, seq: s.seq}), true
 	}
 	if size, ok := s.pmtu.due(now, s.lastUsed.Add(s.cfg.BusyFor)); ok {
@@ -206,6 +217,9 @@ func (s *State) Due(now time.Time) (Probe, bool) {
 
 func (s *State) send(now time.Time, p pending) Probe {
 	p.nonce, p.sent, p.deadline = s.rand.Uint64(), now, now.Add(s.timeout())
+	if s.cfg.Twice {
+		p.second = s.rand.Uint64()
+	}
 	old := 0 // answers to these would not count any more
 	for old < len(s.pending) && s.pending[old].lost && now.Sub(s.pending[old].sent) > maxRTO {
 		old++
@@ -216,7 +230,7 @@ func (s *State) send(now time.Time, p pending) Probe {
 	}
 	s.pending = append(slices.Delete(s.pending, 0, old), p)
 	s.probed++
-	return Probe{Nonce: p.nonce, Size: int(p.size)}
+	return Probe{Nonce: p.nonce, Second: p.second, Size: int(p.size)}
 }
 
 // aligned is the time of the liveness probe after d, on the grid.
@@ -286,7 +300,9 @@ func (s *State) giveUp(now time.Time, p *pending) {
 		s.lostSent = p.sent
 	}
 	if !p.sent.Before(s.lastAnswer) { // an answer since then says more than this loss
-		s.misses++
+		if s.misses++; s.misses == 1 {
+			s.missedSince = p.sent
+		}
 		s.missSent = [3]time.Time{p.sent, s.missSent[0], s.missSent[1]}
 	}
 	if s.up {
@@ -321,19 +337,26 @@ func (s *State) change(now time.Time, up bool, reason string) {
 }
 
 // Answered reports that the peer answered the probe with this nonce and saw size
-// bytes of it. Answers that come late count as well, up to a minute; unknown nonces
-// and repeated answers do nothing.
-func (s *State) Answered(now time.Time, nonce uint64, size int) {
-	i := s.find(nonce)
+// bytes of it, and returns whether that counts. Answers that come late do as well, up
+// to a minute; unknown nonces and repeated answers do nothing.
+func (s *State) Answered(now time.Time, nonce uint64, size int) bool {
+	i, form := s.find(nonce)
 	if i < 0 {
-		return
+		return false
 	}
+	if now.Sub(s.pending[i].sent) > maxRTO {
+		s.pending = slices.Delete(s.pending, i, i+1)
+		return false // says nothing about the present
+	}
+	s.formAnswered[form] = now
+	s.pending[i].got[form] = true
+	s.pending[i].size = min(s.pending[i].size, mtu.TUN(size))
 	p := s.pending[i]
-	s.pending = append(s.pending[:i], s.pending[i+1:]...)
-	if now.Sub(p.sent) > maxRTO {
-		return // says nothing about the present
+	if p.second != 0 && !p.got[1-form] {
+		return true // half of it
 	}
-	if s.srtt == 0 { // the peer is there at last: what went unanswered before was not lost on the way
+	s.pending = slices.Delete(s.pending, i, i+1)
+	if !s.up { // the outage is over: what was lost in it says nothing about the present
 		s.outcomes = [window]outcome{}
 	}
 	s.sample(now.Sub(p.sent))
@@ -354,7 +377,17 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) {
 		s.nextLive = s.aligned(now, s.interval(now))
 	}
 	if p.forMTU && p.epoch == s.pmtu.epoch {
-		s.pmtu.answered(now, nonce, min(p.size, mtu.TUN(size)))
+		s.pmtu.answered(now, p.nonce, p.size)
+	}
+	return true
+}
+
+// NotSent reports that this host could not send the liveness probe with this nonce: nothing is lost on the way. (One for the MTU
+// counts only if smaller ones are answered.)
+func (s *State) NotSent(nonce uint64) {
+	if i, _ := s.find(nonce); i >= 0 && !s.pending[i].forMTU {
+		s.pending = slices.Delete(s.pending, i, i+1)
+		s.probed--
 	}
 }
 
@@ -368,14 +401,35 @@ func (s *State) lastLost() time.Time {
 	return time.Time{}
 }
 
-func (s *State) find(nonce uint64) int {
+// find is the probe with an unanswered form of this nonce, and which one; -1 if there is none.
+func (s *State) find(nonce uint64) (i, form int) {
 	for i := range s.pending {
-		if s.pending[i].nonce == nonce {
-			return i
+		switch p := &s.pending[i]; {
+		case p.nonce == nonce && !p.got[0]:
+			return i, 0
+		case p.second == nonce && p.second != 0 && !p.got[1]:
+			return i, 1
 		}
 	}
-	return -1
+	return -1, 0
 }
+
+// lostForm is the form of probes of which none is answered while the other one is; ok is false if there is none such.
+func (s *State) lostForm() (form int, ok bool) {
+	if !s.cfg.Twice || s.misses < failAfter {
+		return 0, false
+	}
+	first := s.missSent[failAfter-1]
+	for form := range s.formAnswered {
+		if s.formAnswered[1-form].After(first) && !s.formAnswered[form].After(first) {
+			return form, true
+		}
+	}
+	return 0, false
+}
+
+// setTwice takes over a changed Config.Twice.
+func (s *State) setTwice(twice bool) { s.want.Twice, s.cfg.Twice = twice, twice }
 
 // sample is RFC 6298 §2.2 and §2.3.
 func (s *State) sample(r time.Duration) {
@@ -404,9 +458,13 @@ func (s *State) Poke(now time.Time) {
 
 // TooBig says that a router on the way (ICMP that quotes a packet of ours) or the
 // local kernel (EMSGSIZE) takes inner packets of at most limit bytes. It only lowers,
-// and is forgotten after Config.Raise. Whether to believe the sender is for the
-// caller to judge.
-func (s *State) TooBig(now time.Time, limit mtu.TUN) { s.pmtu.tooBig(now, limit) }
+// not below Config.Base, and for a round trip unless probes agree.
+func (s *State) TooBig(now time.Time, limit mtu.TUN) {
+	s.pmtu.tooBig(now, limit)
+	if s.pmtu.doubted {
+		s.Poke(now) // a large probe's loss counts if a small one is answered
+	}
+}
 
 // SetMax says that the underlay's MTU has changed.
 func (s *State) SetMax(now time.Time, limit mtu.TUN) {
@@ -454,7 +512,11 @@ func (s *State) streak() (n int) {
 
 func (s *State) loss() float64 {
 	var n, all int
-	for _, o := range s.outcomes {
+	oldest := s.lastLive.Sub(s.began) - lossAge
+	for i, o := range s.outcomes {
+		if s.sent[i] < oldest {
+			continue
+		}
 		switch o {
 		case lost:
 			n++

@@ -314,6 +314,64 @@ func TestNoLossBeforeTheFirstAnswer(t *testing.T) {
 	}
 }
 
+// An outage that is over is no loss of the present: the figure begins anew when the path comes up again.
+func TestLossEndsWithTheOutage(t *testing.T) {
+	n := newNetwork(newState(Config{}))
+	n.run(t, n.now.Add(10*time.Minute))
+	for range 8 { // with traffic, so that the outage is seen
+		n.alive = false
+		n.s.Used(n.now)
+		n.run(t, n.now.Add(time.Second))
+	}
+	if got := n.s.Snapshot(); got.Up || got.Loss == 0 {
+		t.Fatalf("after 8 s without answers: up %v, loss %v, want down and a loss", got.Up, got.Loss)
+	}
+	n.alive = true
+	n.run(t, n.now.Add(15*time.Second))
+	if got := n.s.Snapshot(); !got.Up || got.Loss != 0 {
+		t.Errorf("after it: up %v, loss %v, want up and 0", got.Up, got.Loss)
+	}
+}
+
+// Of an idle path, 64 probes are half an hour: the loss figure has those of the last two minutes.
+func TestLossIsOfThePresent(t *testing.T) {
+	n := newNetwork(newState(Config{}))
+	n.run(t, n.now.Add(10*time.Minute))
+	before := n.s.streak()
+	losses := 2 // the path stays up
+	n.lose = func() bool { losses--; return losses >= 0 }
+	n.run(t, n.now.Add(time.Minute))
+	if got := n.s.Snapshot(); !got.Up || !got.Since.Before(n.now.Add(-5*time.Minute)) || got.Loss == 0 {
+		t.Fatalf("a minute after some losses: %+v, want up all the time and a loss", got)
+	}
+	n.run(t, n.now.Add(2*time.Minute))
+	if got := n.s.Snapshot().Loss; got != 0 {
+		t.Errorf("three minutes after some losses: %v, want 0", got)
+	}
+	n.run(t, n.now.Add(30*time.Minute))
+	if got := n.s.streak(); got <= before {
+		t.Errorf("%d answers in a row after half an hour, were %d: what the choice counts is not cut", got, before)
+	}
+}
+
+// A probe that this host could not send was not lost on the way.
+func TestNotSent(t *testing.T) {
+	n := newNetwork(newState(Config{}))
+	for range 20 { // no addresses yet
+		if p, ok := n.s.Due(n.now); ok {
+			n.s.NotSent(p.Nonce)
+		}
+		n.now = n.now.Add(time.Second)
+	}
+	if got := n.s.Snapshot(); got.Probed != 0 || got.Loss != 0 || n.s.misses != 0 {
+		t.Fatalf("probed %d, loss %v, %d missed, want nothing of it", got.Probed, got.Loss, n.s.misses)
+	}
+	n.run(t, n.now.Add(3*time.Second))
+	if got := n.s.Snapshot(); !got.Up || got.MTU != 1472 {
+		t.Fatalf("not up after it was sent: %+v", got)
+	}
+}
+
 func TestPoke(t *testing.T) {
 	s := newState(Config{})
 	n := newNetwork(s)

@@ -49,8 +49,14 @@ func (s search) String() string {
 // A search tries the maximum first, since most paths carry it, then the sizes that are
 // likely (of links that others have), and then halves the interval between what is
 // proven and what is refuted. A size is refuted by
-// MaxProbes losses, while smaller packets pass, or by ICMP. proven, the PLPMTU, rises
+// MaxProbes losses, while smaller packets pass. proven, the PLPMTU, rises
 // only by an answer.
+//
+// What a router says by ICMP is a hint, as anybody may say it. It lowers proven at once,
+// because a true one comes while packets are lost, but not below base. Then the size
+// before is tested again (searching): its answer undoes the hint. If it is lost, the
+// size that the router named is tested (base), and if it passes, the next larger one:
+// the search is over if that is refuted, else it goes on as if there had been no hint.
 //
 // A path that comes up again keeps its size but has to prove it first.
 type plpmtu struct {
@@ -69,16 +75,49 @@ type plpmtu struct {
 	probeAt   time.Time // of the next probe, unless complete
 	confirmAt time.Time // complete: proof of the size in use, if busy
 	raiseAt   time.Time // complete: next search
+	againAt   time.Time // complete: likewise, see searchAt
+
+	named     mtu.TUN   // the size of the last hint of a router, until the search is over; 0: none
+	doubted   bool      // proven was lowered by that hint, and the size before is under test
+	deaf      time.Time // until then hints lower nothing: one has been undone
 	confirmed bool      // complete: false until proven since start or loss
+	short     int       // how often base was refuted since it last passed
 }
 
 // settled reports that the search is over: proven changes no more for the time being.
-func (m *plpmtu) settled() bool { return m.state == complete || m.state == failing }
+func (m *plpmtu) settled() bool {
+	return (m.state == complete || m.state == failing) && m.room() != untold
+}
+
+// room is what a path takes.
+type room uint8
+
+const (
+	untold  room = iota
+	nothing      // no packet but the smallest
+	little       // less than base
+	enough       // base or more
+)
+
+// shortAfter is how often base has to be refuted in a row until the path is known to take less: one refutation may be chance where it loses much.
+const shortAfter = 4
+
+func (m *plpmtu) room() room {
+	switch {
+	case m.proven >= m.cfg.Base:
+		return enough
+	case m.short < shortAfter:
+		return untold
+	case m.proven > 0:
+		return little
+	}
+	return nothing
+}
 
 // start begins, or begins again, after the path has come up.
 func (m *plpmtu) start(now time.Time) {
 	m.epoch++
-	m.hi = m.cfg.Max + 1
+	m.hi, m.short = m.cfg.Max+1, 0
 	if m.proven > m.cfg.Base {
 		m.enterComplete(now)
 		m.confirmed, m.confirmAt = false, now
@@ -92,19 +131,37 @@ func (m *plpmtu) start(now time.Time) {
 func (m *plpmtu) stop() {
 	m.epoch++
 	m.state, m.waiting = disabled, false
+	m.named, m.doubted = 0, false
 }
 
 func (m *plpmtu) enterBase(now time.Time) {
-	m.state = base
+	m.state, m.doubted = base, false
 	m.test(now, min(m.cfg.Base, m.hi-1))
 }
 
 func (m *plpmtu) enterComplete(now time.Time) {
 	m.state, m.known = complete, true
-	m.confirmed = true
+	m.confirmed, m.named, m.doubted = true, 0, false
 	m.test(now, m.proven)
 	m.confirmAt = now.Add(m.cfg.Confirm)
 	m.raiseAt = now.Add(m.cfg.Raise)
+	m.againAt = now.Add(m.again())
+}
+
+// searchAt is the time of the next search. A busy path that takes less than base is tried with base sooner.
+func (m *plpmtu) searchAt(busyUntil time.Time) time.Time {
+	if m.proven < m.cfg.Base && m.againAt.Before(busyUntil) {
+		return earlier(m.raiseAt, m.againAt)
+	}
+	return m.raiseAt
+}
+
+// again is the time until such a try.
+func (m *plpmtu) again() time.Duration {
+	if m.short < shortAfter {
+		return m.cfg.Retry
+	}
+	return m.cfg.MaxRetry
 }
 
 // test makes size the one under test.
@@ -119,11 +176,18 @@ func (m *plpmtu) narrow(now time.Time) {
 		return
 	}
 	m.state = searching
-	if m.hi > m.cfg.Max {
+	switch {
+	case m.proven < m.cfg.Base && m.hi > m.cfg.Base && m.named == 0:
+		m.test(now, m.cfg.Base)
+	case m.named != 0 && m.named == m.proven: // what a router names is likely to be all
+		m.test(now, m.named+1)
+	case m.named > m.proven && m.named < m.hi:
+		m.test(now, m.named)
+	case m.hi > m.cfg.Max:
 		m.test(now, m.cfg.Max)
-		return
+	default:
+		m.test(now, m.between())
 	}
-	m.test(now, m.between())
 }
 
 // between is a size above what is proven and below what is refuted: the largest likely
@@ -148,10 +212,10 @@ func (m *plpmtu) due(now, busyUntil time.Time) (mtu.TUN, bool) {
 	if m.state != complete {
 		return m.size, !now.Before(m.probeAt)
 	}
-	if m.confirmed && !now.Before(m.raiseAt) && !now.Before(m.confirmAt) {
+	if m.confirmed && !now.Before(m.searchAt(busyUntil)) && !now.Before(m.confirmAt) {
 		m.confirmed, m.confirmAt = false, now // first see that what is in use still passes
 	}
-	if m.confirmed && !now.Before(m.raiseAt) {
+	if m.confirmed && !now.Before(m.searchAt(busyUntil)) {
 		m.hi = m.cfg.Max + 1
 		m.narrow(now)
 		if m.state == searching {
@@ -177,10 +241,11 @@ func (m *plpmtu) next(busyUntil time.Time) (time.Time, bool) {
 	case !m.confirmed:
 		return m.confirmAt, true
 	}
-	if m.confirms(busyUntil) && m.confirmAt.Before(m.raiseAt) {
+	at := m.searchAt(busyUntil)
+	if m.confirms(busyUntil) && m.confirmAt.Before(at) {
 		return m.confirmAt, true
 	}
-	return m.raiseAt, true
+	return at, true
 }
 
 // sent notes the probe that due asked for.
@@ -210,7 +275,13 @@ func (m *plpmtu) answered(now time.Time, nonce uint64, size mtu.TUN) {
 	if testing && size < m.size || !testing && size <= m.proven {
 		return
 	}
+	if m.named != 0 && size > m.named { // the hint was untrue
+		m.named, m.doubted, m.deaf = 0, false, now.Add(deafFor)
+	}
 	m.proven = size
+	if size >= m.cfg.Base {
+		m.short = 0
+	}
 	if m.hi <= size { // it was refuted too early
 		m.hi = m.cfg.Max + 1
 	}
@@ -237,6 +308,11 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 	if m.state == complete {
 		m.confirmed, m.confirmAt = false, now // do not wait for traffic to try again
 	}
+	if m.doubted { // the hint may be true. Does what it names pass, and no more?
+		m.doubted, m.state = false, base
+		m.test(now, m.named)
+		return
+	}
 	if m.losses < m.cfg.MaxProbes {
 		return
 	}
@@ -244,6 +320,10 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 	switch m.state {
 	case searching:
 		m.hi = m.size
+		if m.size == m.cfg.Base { // as before: is what passes all?
+			m.short++
+			m.named = m.proven
+		}
 		m.narrow(now)
 	case complete: // black hole, RFC 8899 §4.3
 		m.epoch++
@@ -251,31 +331,63 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 		m.proven = min(m.proven, m.cfg.Base, m.hi-1)
 		m.enterBase(now)
 	case base:
+		if m.size > m.cfg.Base { // it was a hint's
+			m.hi = m.size
+			m.proven = min(m.proven, m.cfg.Base)
+			m.enterBase(now)
+			return
+		}
 		m.epoch++
+		m.short++
 		m.hi = m.size
 		m.proven = min(m.proven, m.cfg.Min, m.hi-1)
 		m.state = failing
 		m.test(now, m.cfg.Min)
 	case failing: // nothing but small packets passes: keep trying, slowly
 		m.losses = 0
+		m.short++
 		m.proven = 0
 		m.hi = m.cfg.Max + 1
-		m.probeAt = now.Add(m.cfg.MaxRetry)
+		m.probeAt = now.Add(m.again())
 	}
 }
 
-// tooBig is RFC 8899 §4.6.2: below the minimum or above what is of interest it is
-// ignored; else it refutes everything larger.
+// deafFor is how long hints lower nothing after one that was undone: probes find a true one meanwhile, as where no router says anything.
+const deafFor = 10 * time.Second
+
+// tooBig is a hint of a router, RFC 8899 §4.6.2: below the minimum or above what is of interest it is ignored.
 func (m *plpmtu) tooBig(now time.Time, limit mtu.TUN) {
-	if limit < m.cfg.Min || limit >= m.cfg.Max || m.hi != 0 && limit >= m.hi-1 {
+	if m.state == disabled || limit < m.cfg.Min || limit >= min(m.cfg.Max, m.hi-1) || m.named != 0 && limit >= m.named {
 		return
 	}
-	m.lower(now, limit)
+	lowers := limit < m.proven && (m.state == complete || m.state == searching)
+	if lowers && now.Before(m.deaf) {
+		return
+	}
+	m.named, m.known = limit, true
+	before := m.proven
+	if lowers {
+		m.proven = min(m.proven, max(limit, m.cfg.Base))
+	}
+	switch {
+	case lowers && m.doubted: // the size before these hints is under test
+	case lowers:
+		m.epoch++
+		m.state, m.doubted = searching, true
+		m.test(now, before)
+	case m.state == complete || m.state == searching:
+		m.epoch++
+		m.narrow(now)
+	case m.size > limit: // in base
+		m.epoch++
+		m.state = base
+		m.test(now, limit)
+	}
 }
 
 // lower caps everything at limit.
 func (m *plpmtu) lower(now time.Time, limit mtu.TUN) {
-	m.hi, m.known = limit+1, true
+	m.hi, m.known, m.named, m.doubted = limit+1, true, 0, false
 	shrunk := m.proven > limit
 	m.proven = min(m.proven, limit)
 	switch {
@@ -290,7 +402,7 @@ func (m *plpmtu) lower(now time.Time, limit mtu.TUN) {
 			return
 		}
 		m.state = searching
-		m.test(now, limit) // what the router names is likely to be right
+		m.test(now, limit)
 	case m.size > limit:
 		m.epoch++
 		m.enterBase(now)
@@ -304,7 +416,7 @@ func (m *plpmtu) setMax(now time.Time) {
 		m.lower(now, limit)
 		return
 	}
-	m.hi = limit + 1
+	m.hi, m.named, m.doubted = limit+1, 0, false
 	if m.state == complete || m.state == searching {
 		m.epoch++
 		m.narrow(now)

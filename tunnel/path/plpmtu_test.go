@@ -113,15 +113,87 @@ func TestTooBig(t *testing.T) {
 			t.Fatalf("MTU %d later", got)
 		}
 	})
-	t.Run("expires", func(t *testing.T) {
-		s, n := up(t, 1472) // a lie: the path is as wide as before
-		s.TooBig(n.now, 1000)
-		if got := s.Snapshot().MTU; got != 1000 {
-			t.Fatalf("MTU %d", got)
+	t.Run("a lie is undone in a round trip", func(t *testing.T) {
+		for _, lie := range []mtu.TUN{1471, 1300, 1200, 1000, 576} {
+			s, n := up(t, 1472)
+			for range 3 { // more of them at once, too
+				s.TooBig(n.now, lie)
+				if got, want := s.Snapshot().MTU, max(lie, 1200); got != want {
+					t.Fatalf("%d: MTU %d, want %d", lie, got, want)
+				}
+			}
+			n.run(t, n.now.Add(2*n.rtt))
+			if i := s.Snapshot(); i.MTU != 1472 || i.Search != "complete" {
+				t.Errorf("%d: %+v two round trips later", lie, i)
+			}
+			for end := n.now.Add(8 * time.Second); n.now.Before(end); n.run(t, n.now.Add(100*time.Millisecond)) {
+				s.TooBig(n.now, lie)
+				if i := s.Snapshot(); i.MTU != 1472 || i.Loss > 0 {
+					t.Fatalf("%d, said again and again: %+v", lie, i)
+				}
+			}
 		}
-		n.run(t, n.now.Add(11*time.Minute))
-		if got := s.Snapshot().MTU; got != 1472 {
-			t.Errorf("MTU %d after the raise timer", got)
+	})
+	t.Run("a lie, and a probe is lost by chance", func(t *testing.T) {
+		for _, lie := range []mtu.TUN{1300, 600} {
+			s, n := up(t, 1472)
+			lost := 0
+			n.lose = func() bool { lost++; return lost == 2 } // the small one goes first
+			s.TooBig(n.now, lie)
+			n.run(t, n.now.Add(400*time.Millisecond))
+			if i := s.Snapshot(); i.MTU != 1472 || i.Search != "complete" || lost < 4 {
+				t.Errorf("%d: %+v", lie, i)
+			}
+		}
+	})
+	t.Run("a lie and the truth", func(t *testing.T) {
+		s, n := up(t, 1372)
+		s.TooBig(n.now, 600)
+		s.TooBig(n.now, 1372)
+		n.run(t, n.now.Add(10*time.Second))
+		if got := s.Snapshot().MTU; got != 1372 {
+			t.Errorf("MTU %d", got)
+		}
+	})
+	t.Run("true, and soon", func(t *testing.T) {
+		for _, size := range []int{1471, 1372, 1280, 1199, 1100, 900, 576} {
+			s, n := up(t, size)
+			use := func(d time.Duration) {
+				for end := n.now.Add(d); n.now.Before(end); n.run(t, n.now.Add(20*time.Millisecond)) {
+					s.Used(n.now)
+					s.TooBig(n.now, mtu.TUN(size)) // the router says it of each packet
+				}
+			}
+			use(300 * time.Millisecond)
+			if got := s.Snapshot().MTU; got != mtu.TUN(size) {
+				t.Errorf("%d: MTU %d after 0.3 s", size, got)
+			}
+			use(3 * time.Second)
+			if i := s.Snapshot(); i.MTU != mtu.TUN(size) || i.Search != "complete" {
+				t.Errorf("%d: then %+v", size, i)
+			}
+			n.run(t, n.now.Add(9*time.Minute))
+			if got := s.Snapshot().MTU; got != mtu.TUN(size) {
+				t.Errorf("%d: MTU %d later", size, got)
+			}
+			n.mtu = 1472
+			n.run(t, n.now.Add(2*time.Minute))
+			if got := s.Snapshot().MTU; got != 1472 {
+				t.Errorf("%d: MTU %d after the raise timer", size, got)
+			}
+		}
+	})
+	t.Run("not the whole truth", func(t *testing.T) {
+		s, n := up(t, 1100) // a second router carries less, and says nothing
+		s.TooBig(n.now, 1372)
+		s.Used(n.now)
+		n.run(t, n.now.Add(4*time.Second))
+		if got := s.Snapshot().MTU; got > 1100 || got == 0 {
+			t.Errorf("MTU %d", got)
+		}
+		n.run(t, n.now.Add(time.Minute))
+		if got := s.Snapshot().MTU; got != 1100 {
+			t.Errorf("MTU %d later", got)
 		}
 	})
 	t.Run("never raises, never below the minimum", func(t *testing.T) {
@@ -140,8 +212,12 @@ func TestTooBig(t *testing.T) {
 		n.run(t, epoch.Add(100*time.Millisecond)) // 8972 is on its way
 		s.TooBig(n.now, 1400)
 		n.run(t, n.now.Add(100*time.Millisecond))
-		if i := s.Snapshot(); i.MTU != 1400 || i.Search != "complete" {
+		if i := s.Snapshot(); i.MTU != 1400 {
 			t.Errorf("%+v", i)
+		}
+		n.run(t, n.now.Add(time.Second))
+		if i := s.Snapshot(); i.MTU != 1400 || i.Search != "complete" {
+			t.Errorf("then %+v", i)
 		}
 	})
 	t.Run("below base", func(t *testing.T) {
@@ -288,7 +364,7 @@ func TestBlackHoleAtBase(t *testing.T) {
 	n.mtu = 601
 	s.Used(n.now.Add(20 * time.Second))
 	n.run(t, n.now.Add(time.Minute))
-	if i := s.Snapshot(); i.MTU != 601 || i.Search != "complete" || i.Probed > 80 {
+	if i := s.Snapshot(); i.MTU != 601 || i.Search != "complete" || i.Probed > 130 {
 		t.Errorf("%+v", i)
 	}
 }

@@ -37,13 +37,13 @@ type peer struct {
 	direct [2]choice              // of IPv4 and IPv6, between the direct path and those; without order where it is no candidate
 	paths  [encap.NumModes]*State // nil where the encapsulation is no candidate
 	wanted [encap.NumModes]Candidate
-	heard  [encap.NumModes]time.Time // when the peer's own probes last arrived
-	seen   [encap.NumModes]Info      // what the last look found
-	trains trains                    // toward it
-	coming [encap.NumModes]coming    // trains of its own
-	since  time.Time                 // it is known
-	next   time.Time                 // of the next look; zero after an event
-	tx, rx uint64                    // packets, at the last Traffic
+	heard  [encap.NumModes][2]time.Time // when the peer's own probes last arrived, IPv4 and IPv6
+	seen   [encap.NumModes]Info         // what the last look found
+	trains trains                       // toward it
+	coming [encap.NumModes]coming       // trains of its own
+	since  time.Time                    // it is known
+	next   time.Time                    // of the next look; zero after an event
+	tx, rx uint64                       // packets, at the last Traffic
 
 	trainsChanged bool // since the last look
 }
@@ -57,13 +57,19 @@ func NewSchedule(r *rand.Rand) *Schedule {
 type Candidate struct {
 	Mode   encap.Mode
 	Max    mtu.TUN // largest inner packet that this host's underlay allows, in bytes
-	Outer6 bool    // the outer packets are IPv6
+	Outer6 bool    // the outer packets are IPv6; by the other family nothing is proven yet
 	Needs  string  // what the network must let through, for messages: "UDP port 6080"
+	// Inner is Needs by the inner family, IPv4 first, where these are two things and pods have both: a probe goes in both, and
+	// is answered when both are. Else empty.
+	Inner [2]string
 
 	// Of the direct path only.
 	Hop  string // next hop and device: by another one nothing is proven yet
 	Left bool   // an earlier run had proven it, and its route is in use
 }
+
+// twice reports that each probe goes in both inner families.
+func (c *Candidate) twice() bool { return c.Inner[0] != "" }
 
 // Pace of the direct path's probes. The agent does not see the traffic of its route, and so always probes it like a busy
 // path. It leaves the route within a second of failing: Busy + 3 × Fast. Where there are
@@ -79,7 +85,7 @@ const (
 
 // config is the configuration of the candidate's path.
 func (s *Schedule) config(c *Candidate, now time.Time) Config {
-	cfg := Config{Max: c.Max, Base: Base, Likely: likely(*c)}
+	cfg := Config{Max: c.Max, Base: Base, Likely: likely(*c), Twice: c.twice()}
 	if c.Mode.IsDirect() {
 		if s.origin.IsZero() {
 			s.origin = now.Add(-time.Duration(s.rand.Int64N(int64(directGrid)))) // not that of all hosts
@@ -135,7 +141,7 @@ func (p *peer) set(now time.Time, s *Schedule, candidates []Candidate) {
 		was := p.wanted[c.Mode]
 		p.wanted[c.Mode] = c
 		switch st := p.paths[c.Mode]; {
-		case st == nil || was.Hop != c.Hop:
+		case st == nil || was.Hop != c.Hop || was.Outer6 != c.Outer6:
 			p.paths[c.Mode], p.seen[c.Mode] = New(s.config(&c, now), now, s.rand), Info{}
 			if f, ok := family(c.Mode); ok {
 				p.direct[f] = choice{}
@@ -145,6 +151,7 @@ func (p *peer) set(now time.Time, s *Schedule, candidates []Candidate) {
 			st.SetMax(now, c.Max)
 			p.event()
 		}
+		p.paths[c.Mode].setTwice(c.twice())
 	}
 	if p.setOrders(now, order) {
 		p.poke(now)
@@ -214,13 +221,10 @@ func (p *peer) choices(yield func(*choice) bool) {
 	}
 }
 
-// watched reports that m is better than what is in use, or is the direct path in use: it is watched like a busy path.
+// watched reports that m is better than what is in use, and may take its place, or is the direct path in use: it is watched like a busy path.
 func (p *peer) watched(m encap.Mode) bool {
-	if f, ok := family(m); ok {
-		c := &p.direct[f]
-		return c.order != nil && (c.active == m || c.climbs(m))
-	}
-	return p.choice.climbs(m)
+	c := p.choiceOf(m)
+	return c.climbs(m) && !c.smaller(m, &p.paths) || m.IsDirect() && c != &p.choice && c.active == m
 }
 
 // likely are the packet sizes that pass where some link on the way has an MTU that many
@@ -274,15 +278,20 @@ func (s *Schedule) Poke(now time.Time, id string) {
 	}
 }
 
-// TooBig handles a router's message that link is the largest outer packet toward the peer.
-// It can only lower the path MTU, see [State.TooBig].
-func (s *Schedule) TooBig(now time.Time, id string, link mtu.Link) {
-	if p := s.peers[id]; p != nil {
-		for m, st := range p.each {
-			st.TooBig(now, link.TUN(encap.Overhead(m, p.wanted[m].Outer6)))
-		}
-		p.event()
+// TooBig handles a router's message that link is the largest outer packet toward the
+// peer, of IPv6 if six. It can only lower the path MTU, see [State.TooBig]. Of IPv6 no
+// link carries less than 1,280 bytes, so such a message is ignored (RFC 8201 §4).
+func (s *Schedule) TooBig(now time.Time, id string, six bool, link mtu.Link) {
+	p := s.peers[id]
+	if p == nil || six && link < mtu.Min6 {
+		return
 	}
+	for m, st := range p.each {
+		if outer6 := p.wanted[m].Outer6; outer6 == six {
+			st.TooBig(now, link.TUN(encap.Overhead(m, outer6)))
+		}
+	}
+	p.event()
 }
 
 // Traffic reports the total number of packets exchanged with a peer. The path in use is
@@ -299,26 +308,34 @@ func (s *Schedule) Traffic(now time.Time, id string, tx, rx uint64) {
 	p.tx, p.rx = tx, rx
 }
 
-// Heard reports that a probe of the peer has arrived.
-func (s *Schedule) Heard(now time.Time, id string, m encap.Mode) {
+// Heard reports that a probe of the peer has arrived, in an inner packet of IPv4 or IPv6.
+func (s *Schedule) Heard(now time.Time, id string, m encap.Mode, six bool) {
 	if p := s.peers[id]; p != nil && int(m) < len(p.heard) {
-		p.heard[m] = now
+		p.heard[m][b2i(six)] = now
 	}
 }
 
-// Answered handles an answer, see [State.Answered].
-func (s *Schedule) Answered(now time.Time, id string, m encap.Mode, nonce uint64, size int) {
+// Answered handles an answer, see [State.Answered], and returns whether it counts.
+func (s *Schedule) Answered(now time.Time, id string, m encap.Mode, nonce uint64, size int) bool {
 	p := s.peers[id]
 	if p == nil || int(m) >= len(p.paths) || p.paths[m] == nil {
-		return
+		return false
 	}
 	st := p.paths[m]
 	wasUp := st.up
-	st.Answered(now, nonce, size)
+	counts := st.Answered(now, nonce, size)
 	if st.up && !wasUp { // the others may work again, too: the choice compares them
 		p.poke(now)
 	}
 	p.event()
+	return counts
+}
+
+// NotSent reports that this host could not send a probe, see [State.NotSent].
+func (s *Schedule) NotSent(id string, m encap.Mode, nonce uint64) {
+	if p := s.peers[id]; p != nil && int(m) < len(p.paths) && p.paths[m] != nil {
+		p.paths[m].NotSent(nonce)
+	}
 }
 
 // Due is a probe to send.
@@ -326,6 +343,7 @@ type Due struct {
 	Peer string
 	Mode encap.Mode
 	Probe
+	Six bool // the inner packet is IPv6: the second form of a probe that goes in both families. Else it is what both sides have
 }
 
 // Change is a change of a path since the last look.
@@ -388,7 +406,10 @@ func (p *peer) look(now time.Time, id string, r *Report) {
 			st.Used(now)
 		}
 		for pr, ok := st.Due(now); ok; pr, ok = st.Due(now) {
-			r.Probes = append(r.Probes, Due{id, m, pr})
+			r.Probes = append(r.Probes, Due{Peer: id, Mode: m, Probe: pr})
+			if pr.Second != 0 {
+				r.Probes = append(r.Probes, Due{Peer: id, Mode: m, Probe: Probe{Nonce: pr.Second, Size: pr.Size}, Six: true})
+			}
 		}
 		p.next = earlier(p.next, st.Next())
 		is, was := st.Snapshot(), p.seen[m]

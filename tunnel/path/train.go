@@ -105,7 +105,7 @@ func (t *trains) look(now time.Time, id string, m encap.Mode, st *State, r *Repo
 		} else {
 			t.asks++
 			t.askAt = now.Add(st.timeout())
-			r.Asks = append(r.Asks, Due{id, m, Probe{Nonce: t.nonce}})
+			r.Asks = append(r.Asks, Due{Peer: id, Mode: m, Probe: Probe{Nonce: t.nonce}})
 		}
 	}
 	if t.out {

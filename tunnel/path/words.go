@@ -76,7 +76,7 @@ func (s *Schedule) Status(now time.Time, id string, m encap.Mode) (st Status, ok
 	if p == nil || p.paths[m] == nil {
 		return Status{}, false
 	}
-	return Status{Mode: m, Active: m == p.choiceOf(m).active, Info: p.paths[m].Snapshot(), Words: p.words(now, m), Heard: p.heard[m]}, true
+	return Status{Mode: m, Active: m == p.choiceOf(m).active, Info: p.paths[m].Snapshot(), Words: p.words(now, m), Heard: p.lastHeard(m)}, true
 }
 
 // choiceOf is the choice that a candidate takes part in: of the encapsulations, the one among these.
@@ -133,7 +133,7 @@ func (p *peer) beside(now time.Time, m encap.Mode) (text []string) {
 		switch {
 		case c.order == nil:
 		case p.goesDirect(f):
-			text = append(text, fmt.Sprintf("%s packets go %s", [2]string{"IPv4", "IPv6"}[f], d))
+			text = append(text, fmt.Sprintf("%s packets go %s", familyName[f], d))
 			continue
 		case c.rank(d) < c.rank(m) && !p.paths[d].up:
 			text = append(text, fmt.Sprintf("%s: %s", d, p.silent(now, d)))
@@ -151,22 +151,34 @@ func (p *peer) beside(now time.Time, m encap.Mode) (text []string) {
 // onTrial explains a better candidate that answers and is not used yet.
 func (p *peer) onTrial(now time.Time, m encap.Mode) string {
 	st := p.paths[m]
+	if p.choiceOf(m).smaller(m, &p.paths) {
+		return fmt.Sprintf("answers, but does not carry packets of %d bytes", st.cfg.Base)
+	}
 	return fmt.Sprintf("answers since %s: it is used after %d answers in a row, now %d", clock(now, st.since), p.choiceOf(m).need(now, m, st), st.streak())
 }
 
 // silent explains a candidate that does not answer, by what the others do.
 func (p *peer) silent(now time.Time, m encap.Mode) string {
 	st := p.paths[m]
-	text := "no answer yet"
-	if !st.lastAnswer.IsZero() {
-		text = "no answer since " + clock(now, st.lastAnswer)
+	text, needs := "no answer", p.wanted[m].Needs
+	form, half := st.lostForm()
+	if half {
+		text += " to " + familyName[form] + " packets"
+		needs = p.wanted[m].Inner[form]
+	}
+	if st.lastAnswer.IsZero() {
+		text += " yet"
+	} else {
+		text += " since " + clock(now, st.lastAnswer)
 	}
 	up := p.answering()
 	if len(up) == 0 {
-		text = fmt.Sprintf("%s (%d probes)", text, st.probed)
-		if p.oneWay(now, m) {
+		text += missed(st.misses)
+		if half {
+			text += fmt.Sprintf(", while those of %s are answered: %s is filtered on the way", familyName[1-form], needs)
+		} else if p.oneWay(now, m) {
 			text += ", but its own probes arrive: what is lost is on the way from here to there"
-		} else if st.misses >= failAfter && now.Sub(p.heard[m]) > 2*st.cfg.MaxRetry {
+		} else if st.misses >= failAfter && now.Sub(later(p.lastHeard(m), p.since)) > st.quiet() {
 			text += ", and none of its own probes arrives: what is lost is on the way from there to here, or both ways"
 		}
 		return text
@@ -182,7 +194,7 @@ func (p *peer) silent(now time.Time, m encap.Mode) string {
 	if m.IsDirect() {
 		text += ": packets with pod addresses are dropped on the way"
 	} else {
-		text += fmt.Sprintf(": %s is filtered on the way", p.wanted[m].Needs)
+		text += fmt.Sprintf(": %s is filtered on the way", needs)
 	}
 	if p.oneWay(now, m) {
 		text += " from here to there"
@@ -190,11 +202,36 @@ func (p *peer) silent(now time.Time, m encap.Mode) string {
 	return text
 }
 
-// oneWay reports that the peer's own probes arrive by m, while ours or our answers to it do not.
+// oneWay reports that the peer's own probes arrive by m, while ours or our answers to it do not: one has arrived lately that was sent
+// since ours are lost.
 func (p *peer) oneWay(now time.Time, m encap.Mode) bool {
-	st, h := p.paths[m], p.heard[m]
-	return st.misses >= failAfter && h.After(st.lastAnswer) && now.Sub(h) <= 2*st.cfg.MaxRetry
+	st, h := p.paths[m], p.lastHeard(m)
+	if form, half := st.lostForm(); half {
+		h = p.heard[m][form]
+	}
+	return st.misses >= failAfter && h.After(st.missedSince) && now.Sub(h) <= 2*st.cfg.MaxRetry
 }
+
+// quiet is the longest time between two probes of a peer that arrive, with one more that the network may lose: an idle path is probed seldom.
+func (s *State) quiet() time.Duration {
+	return time.Duration(float64(s.cfg.Idle)*(1+s.cfg.Jitter)) + s.cfg.MaxRetry
+}
+
+// missed says how many probes are unanswered.
+func missed(n int) string {
+	switch n {
+	case 0:
+		return ""
+	case 1:
+		return " (1 probe)"
+	}
+	return fmt.Sprintf(" (%d probes)", n)
+}
+
+// lastHeard is when the peer's own probes last arrived by m, in any family.
+func (p *peer) lastHeard(m encap.Mode) time.Time { return later(p.heard[m][0], p.heard[m][1]) }
+
+var familyName = [2]string{"IPv4", "IPv6"}
 
 // clock is the time of day, with the date if that is not of the last 24 hours.
 func clock(now, t time.Time) string {

@@ -2,6 +2,7 @@ package underlay
 
 import (
 	"encoding/binary"
+	"slices"
 
 	"golang.org/x/sys/unix"
 
@@ -22,6 +23,31 @@ type SendBatch struct {
 	meta    []sendMeta
 	control []byte // sendControl bytes per message, filled in by End
 	single  *singles
+
+	// Refused, if it is set, is called during Send with each message that the kernel does not take.
+	Refused func(Refused)
+}
+
+// Refused is a message that the kernel did not take, valid during the call.
+type Refused struct {
+	To  *Dest
+	TOS byte
+
+	batch *SendBatch
+	index int
+}
+
+// Datagrams copies the datagrams of the message: one, or those of a train.
+func (r Refused) Datagrams() (out [][]byte) {
+	m := &r.batch.meta[r.index]
+	all := make([]byte, 0, m.size)
+	for k := range r.batch.msgs.MessageIovecs(r.index) {
+		all = append(all, r.batch.msgs.Slice(r.index, k)...)
+	}
+	if m.segment == 0 {
+		return [][]byte{all}
+	}
+	return slices.Collect(slices.Chunk(all, m.segment))
 }
 
 type sendMeta struct {

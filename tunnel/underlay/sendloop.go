@@ -98,6 +98,9 @@ func (s *Socket) Send(b *SendBatch) (SendResult, error) {
 			return r, fmt.Errorf("send on %v: %w", s.local, err)
 		default:
 			r.dropped(m, err)
+			if b.Refused != nil {
+				b.Refused(Refused{To: m.to, TOS: m.tos, batch: b, index: i})
+			}
 		}
 		i, waiting, retries = i+1, time.Time{}, 0
 	}
@@ -162,6 +165,7 @@ func (s *Socket) sendSingles(b *SendBatch, i int, r *SendResult) error {
 		b.single = &singles{NewSendBatch(MaxSegments, MaxIovecs+MaxSegments)}
 	}
 	out, m := b.single.batch, &b.meta[i]
+	out.Refused = b.Refused
 	open, left := false, 0
 	flush := func() error {
 		sr, err := s.Send(out)

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"time"
@@ -63,13 +64,23 @@ type Publisher struct {
 	Socket string // the agent's, for the plugin; empty: the plugin's default
 	Bridge string // that pods are behind; empty: none
 
-	known bool // Set has been called
-	ready bool
-	err   error // of the last attempt
+	known   bool // Set has been called
+	ready   bool
+	err     error               // of the last attempt
+	answers map[string]versions // of chained plugins, by path
 }
 
-// versionPatience bounds how long a chained plugin may take to say its versions.
+// versions is what a plugin has answered, and the file that it was then.
+type versions struct {
+	file fs.FileInfo
+	list []string
+}
+
+// versionPatience bounds how long a chained plugin may take to say its versions. The agent's loop waits meanwhile.
 const versionPatience = 2 * time.Second
+
+// ErrNoDir is wrapped by the error of Set if Dir is not there.
+var ErrNoDir = errors.New("there is no such directory")
 
 // Set writes the file, or removes it. If it has tried so before it does nothing and returns the same error, unless again is set:
 // then it mends what somebody has changed, and tries again what has failed. The file is exchanged as a whole.
@@ -103,6 +114,9 @@ func (p *Publisher) write(ctx context.Context, path string) error {
 		return nil
 	}
 	f, err := os.CreateTemp(p.Dir, ".tulle-*") // engines read names that end in conf, conflist or json
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("cni_dir %s: %w", p.Dir, ErrNoDir)
+	}
 	if err != nil {
 		return err
 	}
@@ -144,19 +158,44 @@ func (p *Publisher) build(ctx context.Context) ([]byte, error) {
 	return append(text, '\n'), err
 }
 
-// versionsOf asks a plugin which versions of the specification it serves.
+// versionsOf asks a plugin which versions of the specification it serves. It asks again only if the file is another one.
 func (p *Publisher) versionsOf(ctx context.Context, name string) ([]string, error) {
 	path := filepath.Join(p.BinDir, name)
-	if _, err := os.Stat(path); err != nil {
+	file, err := os.Stat(path)
+	if err != nil {
 		return nil, err
+	}
+	if v, ok := p.answers[path]; ok && os.SameFile(v.file, file) && v.file.ModTime().Equal(file.ModTime()) && v.file.Size() == file.Size() {
+		return v.list, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, versionPatience)
 	defer cancel()
-	info, err := invoke.GetVersionInfo(ctx, path, &invoke.DefaultExec{
-		RawExec: &invoke.RawExec{Stderr: nil}, PluginDecoder: version.PluginDecoder{},
-	})
+	info, err := invoke.GetVersionInfo(ctx, path, &impatient{DefaultExec: &invoke.DefaultExec{RawExec: &invoke.RawExec{}, PluginDecoder: version.PluginDecoder{}}})
 	if err != nil {
 		return nil, fmt.Errorf("ask %s for its versions: %w", path, err)
 	}
+	if p.answers == nil {
+		p.answers = map[string]versions{}
+	}
+	p.answers[path] = versions{file, info.SupportedVersions()}
 	return info.SupportedVersions(), nil
+}
+
+// impatient runs a plugin, and does not wait for processes that the plugin has left with its output open, as one that is killed does when
+// it is a script.
+type impatient struct{ *invoke.DefaultExec }
+
+func (*impatient) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
+	c := exec.CommandContext(ctx, path)
+	c.Stdin, c.Env, c.WaitDelay = bytes.NewReader(stdin), env, 100*time.Millisecond
+	out, err := c.Output()
+	switch {
+	case errors.Is(err, exec.ErrWaitDelay):
+		return out, nil
+	case ctx.Err() != nil:
+		return nil, fmt.Errorf("no answer within %v", versionPatience)
+	case err != nil && len(out) > 0: // CNI has it tell the reason there
+		return nil, fmt.Errorf("%w: %.200s", err, bytes.TrimSpace(out))
+	}
+	return out, err
 }

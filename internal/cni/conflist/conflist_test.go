@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containernetworking/cni/libcni"
 )
@@ -110,7 +111,7 @@ func TestProblems(t *testing.T) {
 		make func()
 		want string
 	}{
-		{"no directory", Publisher{Dir: filepath.Join(t.TempDir(), "none")}, nil, "no such file"},
+		{"no directory", Publisher{Dir: filepath.Join(t.TempDir(), "none")}, nil, "none: there is no such directory"},
 		{"plugin not installed", Publisher{Dir: t.TempDir(), BinDir: bin}, nil, "install tulle-cni there"},
 		{"no version in common", Publisher{Dir: t.TempDir(), BinDir: bin}, func() { fakePlugin(t, bin, plugin, ours...); fakePlugin(t, bin, "portmap", "0.2.0") }, "no version"},
 		{"a plugin that fails", Publisher{Dir: t.TempDir(), BinDir: bin}, func() { fakePlugin(t, bin, "portmap") }, "portmap"},
@@ -128,5 +129,47 @@ func TestProblems(t *testing.T) {
 	}
 	if err := (&Publisher{}).Set(t.Context(), true, true); err != nil {
 		t.Errorf("off: %v", err)
+	}
+}
+
+// A plugin that hangs, itself or as a process of a script, does not hold the agent up; one that has answered is not asked again.
+func TestSlowPlugin(t *testing.T) {
+	answer := `echo '{"cniVersion": "0.4.0", "supportedVersions": ["0.4.0", "1.0.0"]}'`
+	for name, c := range map[string]struct{ script, want string }{
+		"the program hangs":              {"exec sleep 40", "portmap for its versions: no answer within 2s"},
+		"a process of a script hangs":    {"sleep 40; " + answer, "portmap for its versions: no answer within 2s"},
+		"a process of it stays":          {"sleep 40 & " + answer, ""},
+		"a failure with its reason":      {`echo '{"code": 100, "msg": "no such thing"}'; exit 1`, "no such thing"},
+		"it is asked once":               {"[ ! -e $0.asked ] || exit 1; touch $0.asked; " + answer, ""},
+		"a failure is tried again later": {"[ -e $0.asked ] || { touch $0.asked; exit 1; }; " + answer, "exit status 1"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir()}
+			fakePlugin(t, p.BinDir, plugin, ours...)
+			if err := os.WriteFile(filepath.Join(p.BinDir, "portmap"), []byte("#!/bin/sh\n"+c.script+"\n"), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			done := make(chan error, 1)
+			set := func() error {
+				t.Helper()
+				go func() { done <- p.Set(t.Context(), true, true) }()
+				select {
+				case err := <-done:
+					return err
+				case <-time.After(20 * time.Second):
+					t.Fatal("the agent waits for the plugin")
+					return nil
+				}
+			}
+			if err := set(); (err == nil) != (c.want == "") || err != nil && !strings.Contains(err.Error(), c.want) {
+				t.Errorf("%v, want %q", err, c.want)
+			}
+			if c.want == "" || strings.Contains(name, "later") {
+				if err := set(); err != nil {
+					t.Errorf("the second time: %v", err)
+				}
+			}
+		})
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -306,6 +307,8 @@ func (e *engine) refusals() {
 	host.NetNS = h.Netns
 	bad := e.container()
 	bad.CapabilityArgs = map[string]any{"ips": []string{"10.244.0"}}
+	badArgs := e.container()
+	badArgs.Args = [][2]string{{"IP", "10.244.0"}, {"MAC", "01:00:00:00:00:01"}}
 	long := e.container()
 	long.ContainerID = strings.Repeat("x", 250)
 	for _, c := range []struct {
@@ -317,6 +320,7 @@ func (e *engine) refusals() {
 		{"no such namespace", n, missing, types.ErrInvalidNetNS},
 		{"the host's own namespace", n, host, types.ErrInvalidNetNS},
 		{"an address that is none", n, bad, types.ErrInvalidNetworkConfig},
+		{"an address that is none in CNI_ARGS", n, badArgs, types.ErrInvalidNetworkConfig},
 		{"an ID that is too long", n, long, types.ErrInvalidNetworkConfig},
 		{"an unknown version", e.network("9.9.9"), e.container(), types.ErrIncompatibleCNIVersion},
 	} {
@@ -327,8 +331,10 @@ func (e *engine) refusals() {
 	if after := len(e.pods()); after != before {
 		t.Errorf("refused ADDs left %d allocations", after-before)
 	}
-	if err := e.del(n, missing); err != nil {
-		t.Errorf("DEL of what never was: %v", err)
+	for what, c := range map[string]*libcni.RuntimeConf{"no such namespace": missing, "an address that is none": bad, "in CNI_ARGS": badArgs, "an ID that is too long": long} {
+		if err := e.del(n, c); err != nil {
+			t.Errorf("DEL of what ADD refused (%s): %v", what, err)
+		}
 	}
 	gone := e.container()
 	gone.NetNS = ""
@@ -365,7 +371,7 @@ func (e *engine) gc() {
 	}
 }
 
-// withoutAgent: ADD says try again, DEL works and is honoured later.
+// withoutAgent: ADD says try again, DEL works and is honoured later. A container outlives the agent's state.
 func (e *engine) withoutAgent() {
 	t, n, c := e.t, e.network("1.1.0"), e.container()
 	t.Helper()
@@ -397,9 +403,39 @@ func (e *engine) withoutAgent() {
 	if _, _, err := e.add(n, c); err != nil { // the same container again
 		t.Errorf("ADD after all of that: %v", err)
 	}
-	if err := errors.Join(e.check(n, c), e.del(n, c)); err != nil {
+	if err := e.check(n, c); err != nil {
 		t.Error(err)
 	}
+	// Engines cannot delete a container without the network's file: it stays while there is one.
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL} {
+		if err := e.l.StopAgent(t.Context(), "h1", sig); err != nil {
+			t.Fatal(err)
+		}
+		e.published(true)
+		if err := errors.Join(e.l.StartAgent(t.Context(), "h1"), e.l.WaitReady(t.Context(), "h1")); err != nil {
+			t.Fatal(err)
+		}
+		e.published(true)
+	}
+	if err := e.l.StopAgent(t.Context(), "h1", syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+
+	// An agent that has lost its state knows the container by its link.
+	h, err := e.l.Host("h1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.RemoveAll(filepath.Join(h.Dir, "state")), e.l.StartAgent(t.Context(), "h1"), e.l.WaitReady(t.Context(), "h1")); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(e.check(n, c), e.del(n, c)); err != nil {
+		t.Errorf("after the state was lost: %v", err)
+	}
+	if left := e.pods(); len(left) > 0 {
+		t.Errorf("after DEL: %+v", left)
+	}
+	// The file goes with the last container.
 	if err := e.l.StopAgent(t.Context(), "h1", syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}

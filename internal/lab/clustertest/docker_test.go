@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -106,6 +107,9 @@ func TestDocker(t *testing.T) {
 	meet(t, d[0], "kept", ns, far)
 	ns, far = d[1].container("four", "plain")
 	meet(t, d[0], "box", ns, far)
+	stoppedAlone(t, l, d[1], fixed)
+	ns, far = d[1].container("box", "both")
+	meet(t, d[0], "box", ns, far)
 	// The look that has started the others is long over.
 	if names := strings.Fields(d[0].Do("ps", "--format", "{{.Names}}")); len(names) != 2 {
 		t.Errorf("running are %v, want box and kept only", names)
@@ -122,12 +126,40 @@ func secondHost(t *testing.T, d *dockerHost, fixed []netip.Addr, create []string
 		d.Do(append(run, "plain", "--name", name, "box", "/bin/sleep", "600")...)
 	}
 	d.Refused(fixed[0].String(), append(run, "both", "--ip", fixed[0].String(), "box", "/bin/true")...)
-	d.Refused("already", "network", "connect", "plain", "box")
+	d.Refused("already", "network", "connect", "both", "four") // and wanted by the engine from then on: four is not started again
 	d.Refused("--subnet 192.0.2.0/24", append(create, "--subnet", "192.0.2.0/24", "other")...)
 	d.Refused("--ipam-driver tulle", "network", "create", "-d", "tulle", "--subnet", "192.0.2.0/24", "other")
 	d.Do("rm", "-f", "short")
 	if pods, err := api.NewClient(d.h.Socket).Pods(t.Context()); err != nil || len(pods) != 2 {
 		t.Errorf("two containers are left, and these pods: %+v (%v)", pods, err)
+	}
+}
+
+// stoppedAlone stops a container of a host while its agent is dead. With the agent back, it can be started with its fixed addresses.
+func stoppedAlone(t *testing.T, l *lab.Lab, d *dockerHost, fixed []netip.Addr) {
+	t.Helper()
+	if err := l.StopAgent(t.Context(), d.h.Name, syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	var kill sync.WaitGroup
+	kill.Go(func() { _, _ = d.Try("kill", "box") }) // which waits for the agent
+	defer kill.Wait()
+	untilWithin(t, 3*patience, "the engine gives up to delete the endpoint", func() error {
+		log, err := os.ReadFile(d.Log)
+		if err == nil && !strings.Contains(string(log), "tulle.sock/IpamDriver.ReleaseAddress") {
+			err = errors.New("it tries")
+		}
+		return err
+	})
+	if err := d.startAgent(l); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.WaitReady(t.Context(), d.h.Name); err != nil {
+		t.Fatal(err)
+	}
+	d.Do("start", "box")
+	if _, addrs := d.container("box", "both"); !slices.Equal(addrs, fixed) {
+		t.Errorf("addresses %v, want %v", addrs, fixed)
 	}
 }
 

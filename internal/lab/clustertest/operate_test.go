@@ -1,11 +1,14 @@
 package clustertest
 
 import (
+	"context"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -13,6 +16,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -112,10 +116,23 @@ func TestLeaveAndForget(t *testing.T) {
 	if r := tulle(t, l, "h4", "status"); r.code != 1 || len(lacks(r.out, "left the cluster")) > 0 {
 		t.Errorf("status of a node that left: %d %s", r.code, r.out)
 	}
+	rest := []string{"h1", "h2", "h3"}
+	hasLeft := func() {
+		t.Helper()
+		for _, h := range rest {
+			until(t, h+" says that h4 has left", func() error {
+				p, err := peerOf(new(mustStatus(t, l, h)), "h4")
+				if err == nil && (p.State != api.PeerLeft || p.Path.State != api.PathOff || len(lacks(p.Reason, "it has left the cluster")) > 0 && len(lacks(p.Reason, "as after tulle leave")) > 0) {
+					err = fmt.Errorf("%+v", p)
+				}
+				return err
+			})
+		}
+	}
+	hasLeft()
 	if err := l.StopAgent(t.Context(), "h4", syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	rest := []string{"h1", "h2", "h3"}
 	owned := func() (out map[string][]netip.Prefix) {
 		out = map[string][]netip.Prefix{}
 		for _, h := range rest {
@@ -127,17 +144,33 @@ func TestLeaveAndForget(t *testing.T) {
 		return errors.Join(conserved(owned(), netip.MustParsePrefix(cidr4)), conserved(owned(), netip.MustParsePrefix(cidr6)))
 	})
 	settled(t, l, rest...) // a node that has left is no trouble
+	hasLeft()
+	for _, h := range rest {
+		if m := metrics(t, l, h); strings.Contains(m, `peer="h4"`) || len(lacks(m, `peer="h2"`, `tulle_members{state="left"} 1`)) > 0 && h != "h2" {
+			t.Errorf("metrics of %s, after h4 has left:\n%s", h, m)
+		}
+	}
 
 	if err := l.RemoveHost(t.Context(), "h3"); err != nil {
 		t.Fatal(err)
 	}
 	rest = rest[:2]
+	var forgot api.ForgetResult
 	until(t, "h3 is gone", func() error {
-		if r := tulle(t, l, "h1", "forget", "h3"); r.code != 0 {
+		r := tulle(t, l, "h1", "forget", "h3", "-o", "json")
+		if r.code != 0 {
 			return errors.New(r.err)
 		}
-		return nil
+		return json.Unmarshal([]byte(r.out), &forgot)
 	})
+	for _, x := range forgot.Transfers {
+		if x.From != forgot.Node || x.From.Name != "h3" || x.To.Name != "h1" {
+			t.Errorf("forget: %+v", x)
+		}
+	}
+	if len(forgot.Transfers) < 2 {
+		t.Errorf("forget: %+v", forgot)
+	}
 	quiet(t, l, rest, cidr4, cidr6)
 
 	// Of two nodes, one alone is no majority.
@@ -157,6 +190,25 @@ func TestLeaveAndForget(t *testing.T) {
 	quiet(t, l, rest, cidr4, cidr6)
 }
 
+// metrics of a host's agent.
+func metrics(t *testing.T, l *lab.Lab, host string) string {
+	t.Helper()
+	c := http.Client{Timeout: patience, Transport: &http.Transport{DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+		return l.Dial(ctx, host, network, address)
+	}}}
+	defer c.CloseIdleConnections()
+	r, err := c.Get("http://127.0.0.1:9646/metrics")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
 // TestExternal gives a prefix to a host that has no agent: a plain socket stands for its kernel's tunnel.
 func TestExternal(t *testing.T) {
 	t.Parallel()
@@ -174,6 +226,7 @@ func TestExternal(t *testing.T) {
 
 	theirs := mustStatus(t, l, "h2").Node.Prefixes[0]
 	refused(t, tulle(t, l, "h1", "external", "add", netip.PrefixFrom(lastOf(theirs), 24).Masked().String(), endpoint), "belongs to h2", "tulle ipam show")
+	began := time.Now()
 	e := ask[api.External](t, l, "h1", "external", "add", prefix.String(), endpoint, "--encap", "udp")
 	if e.Prefix != prefix || e.Endpoint.String() != endpoint || e.Encapsulation != "udp" || e.Owner.Name != "h1" {
 		t.Errorf("added %+v", e)
@@ -184,7 +237,11 @@ func TestExternal(t *testing.T) {
 			if len(list) != 1 || list[0].Prefix != prefix {
 				return fmt.Errorf("%+v", list)
 			}
-			return nil
+			p, err := peerOf(new(mustStatus(t, l, h)), endpoint)
+			if err == nil && (p.Since.Before(began) || p.Path.Since.Before(began)) {
+				t.Errorf("%s says that the external peer is there since %v, and was added at %v", h, p.Path.Since, began)
+			}
+			return err
 		})
 	}
 	// Each node sends there, and takes what comes from there.
@@ -207,6 +264,35 @@ func TestExternal(t *testing.T) {
 		return nil
 	})
 	refused(t, tulle(t, l, "h1", "external", "remove", prefix.String()), prefix.String(), "tulle external list")
+
+	// Halves of a prefix: the answers name what was asked for, however the table joins it.
+	low, high := netip.PrefixFrom(prefix.Addr(), 25), netip.PrefixFrom(lastOf(prefix), 25).Masked()
+	answers := func(word string, p netip.Prefix, more ...string) {
+		t.Helper()
+		args := append([]string{"external", word, p.String()}, more...)
+		if e := ask[api.External](t, l, "h1", args...); e.Prefix != p || e.Endpoint.String() != endpoint {
+			t.Errorf("%q: %+v", args, e)
+		}
+	}
+	answers("add", low, endpoint)
+	answers("add", high, endpoint)
+	answers("add", low, endpoint) // again
+	answers("remove", high)
+	if list := ask[[]api.External](t, l, "h1", "external", "list"); len(list) != 1 || list[0].Prefix != low {
+		t.Errorf("after %v was removed: %+v", high, list)
+	}
+	refused(t, tulle(t, l, "h1", "external", "remove", prefix.String()), "only a part of "+prefix.String(), low.String())
+	const other = "192.168.1.200"
+	answers("remove", low)
+	answers("add", low, endpoint)
+	if r := tulle(t, l, "h1", "external", "add", high.String(), other); r.code != 0 || !strings.Contains(r.out, "added "+high.String()+" at "+other) {
+		t.Errorf("another peer: %+v", r)
+	}
+	refused(t, tulle(t, l, "h1", "external", "remove", prefix.String()), "several external peers", low.String()+" ("+endpoint+")", high.String()+" ("+other+")")
+	answers("remove", low)
+	if r := tulle(t, l, "h1", "external", "remove", high.String()); r.code != 0 || !strings.Contains(r.out, "removed "+high.String()+" at "+other) {
+		t.Errorf("another peer: %+v", r)
+	}
 	settled(t, l)
 }
 
@@ -350,6 +436,25 @@ func TestAddresses(t *testing.T) {
 		}
 		return nil
 	})
+	// Meanwhile h3, which has no pod addresses, has probed nobody, and blames no firewall.
+	const unprobed = "this node has no pod addresses yet, so nothing is probed"
+	if st, err := api.NewClient(late.socket).Status(t.Context()); err != nil || len(st.Peers) != 2 {
+		t.Errorf("h3 has the peers %+v, %v", st.Peers, err)
+	} else {
+		for _, p := range st.Peers {
+			if p.Path.State != api.PathProbing || p.Path.Reason != unprobed || p.Path.Loss != 0 {
+				t.Errorf("h3 to %s: %+v", p.Name, p.Path)
+			}
+		}
+		for _, p := range st.Problems {
+			if strings.Contains(p.What, "not answered") {
+				t.Errorf("h3: %s → %s", p.What, p.Remedy)
+			}
+		}
+	}
+	if r := cli(late, "ping", "h1"); r.code != 1 || len(lacks(r.out, api.PathOff, unprobed)) > 0 || strings.Contains(r.out, "3 of 3") {
+		t.Errorf("ping of a host without pod addresses: %+v", r)
+	}
 	if r := cli(first, "ipam", "release", addr.String()); r.code != 0 || len(lacks(r.out, addr.String())) > 0 {
 		t.Errorf("release of a leak: %+v", r)
 	}

@@ -136,7 +136,7 @@ func fastPath(t *testing.T, l *lab.Lab, m *machine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dropIn := regexp.MustCompile(`(?m)(^    \[Service\]\n(?:    \S.*\n)+)\nWhich packets go so`).FindSubmatch(page)
+	dropIn := regexp.MustCompile(`(?m)(^    \[Service\]\n(?:    \S.*\n)+)\nThen .systemctl restart tulle`).FindSubmatch(page)
 	if dropIn == nil {
 		t.Fatal("docs/operations.md has no drop-in for the fast path")
 	}

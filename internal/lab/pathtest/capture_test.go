@@ -2,6 +2,7 @@ package pathtest
 
 import (
 	"fmt"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -25,21 +26,25 @@ func TestCapture(t *testing.T) {
 	pingUntil(t, s.pod, s.other, done)
 	x.progress(t, 10*time.Second)
 	x.stop(t)
-	got := tshark(t, file, "frame.interface_name", "frame.comment", "ip.src", "ip.dst", "udp.dstport", "icmp.type")
+	got := tshark(t, file, "frame.comment", "ip.src", "ip.dst", "udp.dstport", "icmp.type")
 	seen := map[string]int{}
 	for _, f := range got {
-		iface, comment, ports := f[0], f[1], f[4]
-		contains(t, "comment", comment, "passed, peer b, path vxlan")
-		if !strings.Contains(f[5], "8") && !strings.Contains(f[5], "0") {
+		comment, ports := f[0], f[3]
+		contains(t, "comment", comment, ": passed, peer b, path vxlan")
+		if !strings.Contains(f[4], "8") && !strings.Contains(f[4], "0") {
 			t.Errorf("not ICMP: %q", f)
 		}
-		if outer := strings.Contains(ports, "4789"); outer != (iface == "underlay") || outer != strings.Contains(f[2], "10.0.") {
-			t.Errorf("interface %s has %q", iface, f)
+		point, _, _ := strings.Cut(comment, ":")
+		if outer := strings.Contains(ports, "4789"); outer != (point == "to-peer" || point == "from-peer") || outer != strings.Contains(f[1], "10.0.") {
+			t.Errorf("%s has %q", point, f)
 		}
-		seen[iface]++
+		seen[point]++
 	}
-	if len(got) != 8 || seen["tun0"] != 4 || seen["underlay"] != 4 {
-		t.Errorf("captured %v, want 4 inner and 4 outer packets: %q", seen, got)
+	if want := map[string]int{"from-pods": 2, "to-peer": 2, "from-peer": 2, "to-pods": 2}; !maps.Equal(seen, want) {
+		t.Errorf("captured %v, want %v: %q", seen, want, got)
+	}
+	if out, err := exec.CommandContext(t.Context(), "tcpdump", "-nr", file).Output(); err != nil || strings.Count(string(out), " IP ") < 8 {
+		t.Errorf("tcpdump: %v\n%s", err, out)
 	}
 
 	// A drop with its reason. The router is no member.

@@ -247,6 +247,38 @@ func TestDirectFiltered(t *testing.T) {
 	}
 }
 
+// TestDirectOneFamily: IPv4 goes directly, and IPv6 by no way at all. tulle peers shows both and fails, although the first one works.
+func TestDirectOneFamily(t *testing.T) {
+	t.Parallel()
+	s := newSubnet(t, "direct, udp")
+	s.allDirect(t)
+	out, _, code := s.first.Tulle("peers")
+	contains(t, "tulle peers", out, "direct ipv6")
+	if code != 0 {
+		t.Errorf("exit code %d while both families go directly:\n%s", code, out)
+	}
+	s.noPods("udp dport 6080 drop; ip6 saddr fd00:244::/48")
+	hosts.Within(t, 20*time.Second, "tulle peers says that IPv6 is lost", func() error {
+		if out, _, code = s.first.Tulle("peers"); code != 1 || !strings.Contains(out, "udp down") {
+			return fmt.Errorf("exit code %d:\n%s", code, out)
+		}
+		return nil
+	})
+	if err := s.pod.PingOnce(s.other.IPv4(), 56); err != nil {
+		t.Errorf("IPv4: %v", err)
+	}
+	if err := s.pod.PingOnce(s.other.IPv6(), 56); err == nil {
+		t.Error("IPv6 arrives")
+	}
+	s.router.Run("nft", "delete table bridge holes")
+	hosts.Within(t, 40*time.Second, "all is well again", func() error {
+		if out, _, code := s.first.Tulle("peers"); code != 0 {
+			return fmt.Errorf("exit code %d:\n%s", code, out)
+		}
+		return nil
+	})
+}
+
 // TestDirectNeverProven: where pods' addresses do not pass from the start, no route is ever made, and nothing is lost.
 func TestDirectNeverProven(t *testing.T) {
 	for _, tc := range []struct {

@@ -113,7 +113,7 @@ func TestFastPath(t *testing.T) {
 				x := s.transferTo(t, addr)
 				s.carries(t, x)
 				x.stop(t)
-				s.sendsTrain(t, addr)
+				s.sendsTrain(t, addr, 1200)
 				for _, size := range []int{0, 1, 1000, 1300, 1452, 3000, 9000, 20000} { // larger ones in fragments, which are the agent's
 					if err := s.pod.PingSize(addr, size); err != nil {
 						t.Errorf("%d bytes to %v: %v", size, addr, err)
@@ -172,9 +172,9 @@ func (s *stage) announced(t *testing.T) {
 }
 
 // sendsTrain sends a UDP super-packet (UDP_SEGMENT) between the pods, whose datagrams arrive one by one.
-func (s *stage) sendsTrain(t *testing.T, addr netip.Addr) {
+func (s *stage) sendsTrain(t *testing.T, addr netip.Addr, size int) {
 	t.Helper()
-	const size, n = 1200, 10
+	const n = 10
 	var in, out *net.UDPConn
 	err := s.other.Do(func() (err error) {
 		in, err = net.ListenUDP("udp", net.UDPAddrFromAddrPort(netip.AddrPortFrom(addr, 9001)))
@@ -211,6 +211,50 @@ func (s *stage) sendsTrain(t *testing.T, addr netip.Addr) {
 		if err != nil || string(buf[:m]) != string(data[i*size:(i+1)*size]) {
 			t.Fatalf("datagram %d of %d to %v: %d bytes, %v", i+1, n, addr, m, err)
 		}
+	}
+}
+
+// A wire that cuts nothing, and a receiver whose agent takes the packets: a raw socket is not told how long the datagrams of a UDP
+// super-packet are, so none may come that way.
+func TestFastPathTrainsToAgent(t *testing.T) {
+	t.Parallel()
+	s := fastStage(t, "ipip", false)
+	fast(t, s.first, true, "")
+	s.announced(t)
+	trains := func(when string) {
+		t.Log(when)
+		for _, addr := range s.other.Addrs {
+			for _, size := range []int{100, 1200} {
+				s.sendsTrain(t, addr, size)
+			}
+		}
+	}
+	trains("both hosts have the fast path")
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.second.Tulle("capture", "--all", "--duration", "10s")
+	}()
+	hosts.Within(t, 8*time.Second, "the agent of b carries pings", func() error {
+		before := s.second.Status().Counters
+		if err := s.pod.Ping(s.other.IPv4()); err != nil {
+			return err
+		}
+		if is := s.second.Status().Counters; is.FastRxPackets != before.FastRxPackets {
+			return fmt.Errorf("%+v", is)
+		}
+		return nil
+	})
+	trains("a capture")
+	<-done
+	writeFast(s.b, "ipip", false)
+	if out, errs, code := s.second.Tulle("reload"); code != 0 {
+		t.Fatalf("tulle reload: %s%s", out, errs)
+	}
+	noPrograms(t, s.b)
+	trains("the receiver has no fast path")
+	if is := s.first.Status(); !is.FastPath.On {
+		t.Errorf("the sender has lost its fast path: %+v", is.FastPath)
 	}
 }
 

@@ -22,6 +22,7 @@ const limit = time.Minute
 type Engine struct {
 	Plugins string // the folder that is /run/docker/plugins for the engine
 	Socket  string // of its API, the only file in its folder
+	Log     string // the file that it writes
 
 	t      testing.TB
 	netns  string
@@ -37,13 +38,13 @@ func New(t testing.TB, netns string) *Engine {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := &Engine{t: t, netns: netns, dir: dir, Plugins: filepath.Join(dir, "p"), Socket: filepath.Join(dir, "a", "docker.sock")}
+	e := &Engine{t: t, netns: netns, dir: dir, Plugins: filepath.Join(dir, "p"), Socket: filepath.Join(dir, "a", "docker.sock"), Log: filepath.Join(dir, "log")}
 	if err := errors.Join(os.Mkdir(e.Plugins, 0o755), os.Mkdir(filepath.Dir(e.Socket), 0o755), os.MkdirAll("/run/docker/plugins", 0o755)); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
 		e.Stop()
-		if b, err := os.ReadFile(e.in("log")); err == nil && t.Failed() {
+		if b, err := os.ReadFile(e.Log); err == nil && t.Failed() {
 			t.Logf("the log of Docker in %s:\n%s", netns, b[max(0, len(b)-8000):])
 		}
 		if err := os.RemoveAll(dir); err != nil {
@@ -58,7 +59,7 @@ func (e *Engine) in(name string) string { return filepath.Join(e.dir, name) }
 // Start starts the engine, and does not wait until it answers.
 func (e *Engine) Start() {
 	e.t.Helper()
-	log, err := os.OpenFile(e.in("log"), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(e.Log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		e.t.Fatal(err)
 	}

@@ -105,9 +105,14 @@ func TestPodsBeforeTheAgent(t *testing.T) {
 }
 
 // rp_filter as RHEL and its kin have it, on a host with two interfaces in one subnet: status names what is lost and why, and
-// by which interface packets really leave.
+// by which interface packets really leave. Whatever families pods have: the tunnel's own packets are lost.
 func TestStrictReversePathFilter(t *testing.T) {
-	t.Parallel()
+	for name, cidr := range map[string]string{"IPv4 pods": "10.244.0.0/16", "IPv6 pods": "fd00:244::/48"} {
+		t.Run(name, func(t *testing.T) { t.Parallel(); strictReversePathFilter(t, cidr) })
+	}
+}
+
+func strictReversePathFilter(t *testing.T, cidr string) {
 	n := hosts.New(t)
 	sw := n.Switch()
 	a, b := n.Host("a"), n.Host("b")
@@ -117,7 +122,7 @@ func TestStrictReversePathFilter(t *testing.T) {
 	b.Sysctl("net.ipv4.conf.all.rp_filter", "0")
 	b.Sysctl("net.ipv4.conf.eth0.rp_filter", "0")
 	b.Sysctl("net.ipv4.conf.eth1.rp_filter", "0")
-	first := a.Agent("--bootstrap")
+	first := a.Agent("--bootstrap", "--cluster-cidr", cidr)
 	first.Ready(20 * time.Second)
 	second := b.Agent("--join", "10.0.1.11", "--underlay", "eth1")
 	second.Ready(20 * time.Second)
@@ -172,6 +177,44 @@ func TestRouterAdvertisements(t *testing.T) {
 	for name, want := range map[string]string{"all.forwarding": "0", "default.accept_ra": "1", "eth0.accept_ra": "1", "eth1.accept_ra": "1"} {
 		if got := a.GetSysctl("net.ipv6.conf." + name); got != want {
 			t.Errorf("%s is %s after cleanup, want %s", name, got, want)
+		}
+	}
+}
+
+// Hosts in two subnets whose private network has its default route in a table of its own, chosen by the source, and whose main
+// table leads to a public one: what a host answers to pods takes that table. Status names the rule, and its remedy helps.
+func TestSourceRouting(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	a, b, r, public := n.Host("a"), n.Host("b"), n.Host("r"), n.Host("public")
+	r.Sysctl("net.ipv4.ip_forward", "1")
+	for i, h := range []*hosts.Host{a, b} {
+		i++
+		h.Link("eth0", fmt.Sprintf("10.0.%d.11/24", i), r, fmt.Sprintf("e%d", i), fmt.Sprintf("10.0.%d.1/24", i))
+		h.Link("pub", fmt.Sprintf("192.0.2.1%d/24", i), public, fmt.Sprintf("e%d", i), "")
+		h.IP("route add default via 192.0.2.1 dev pub", fmt.Sprintf("route add default via 10.0.%d.1 dev eth0 table 100", i), fmt.Sprintf("rule add from 10.0.%d.11 lookup 100", i))
+	}
+	first := a.Agent("--bootstrap", "--underlay", "10.0.1.11")
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "10.0.1.11", "--underlay", "10.0.2.11")
+	second.Ready(20 * time.Second)
+	web, db := first.Pod("web"), second.Pod("db")
+	hosts.Within(t, 10*time.Second, "from pod to pod", func() error { return web.Ping(db.IPv4()) })
+	for _, agent := range []*hosts.Agent{first, second} {
+		hosts.Within(t, 10*time.Second, agent.Host.Name+" names the rule", func() error {
+			if p := agent.Problems(); !strings.Contains(p, "table 100") || !strings.Contains(p, "ip rule add to") {
+				return fmt.Errorf("problems: %s", p)
+			}
+			return nil
+		})
+		agent.Host.IP("rule add to 10.244.0.0/16 lookup main priority 100")
+	}
+	for _, to := range []string{"10.0.1.11", "10.0.2.11"} {
+		hosts.Within(t, 10*time.Second, "from the pod to "+to, func() error { return web.Ping(netip.MustParseAddr(to)) })
+	}
+	for _, agent := range []*hosts.Agent{first, second} {
+		if p := agent.Problems(); p != "" {
+			t.Errorf("with the rule: problems: %s", p)
 		}
 	}
 }

@@ -147,3 +147,25 @@ func TestNothingButLoopback(t *testing.T) {
 	b.Agent("--join", "10.0.1.11")
 	first.Ready(30 * time.Second)
 }
+
+// What `tulle reload` reads while the agent waits for an address of the host is in effect when the address comes.
+func TestReloadBeforeTheFirstAddress(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	a := n.Host("a")
+	file := a.WriteFile("tulle.yaml", "masquerade: true\npaths: [ipip, udp]\n")
+	ag := a.Agent("--bootstrap", "--config", file)
+	hosts.Within(t, 10*time.Second, "it waits", func() error { _, err := ag.TryStatus(); return err })
+	a.WriteFile("tulle.yaml", "masquerade: false\npaths: [udp]\n")
+	if out, errs, code := ag.Tulle("reload"); code != 0 || !strings.Contains(out, "masquerade") {
+		t.Fatalf("tulle reload: %d, %s%s", code, out, errs)
+	}
+	a.Plug(n.Switch(), "eth0", "10.0.1.11/24")
+	ag.Ready(30 * time.Second)
+	if rules := a.Run("nft", "list", "table", "inet", "tulle"); strings.Contains(rules, "masquerade fully-random") {
+		t.Errorf("pods are masqueraded:\n%s", rules)
+	}
+	if st := ag.Status(); st.Node.Tun.MTU != 1500-28 {
+		t.Errorf("the MTU is %d, not that of udp", st.Node.Tun.MTU)
+	}
+}

@@ -1,0 +1,142 @@
+package agent
+
+import (
+	"net/netip"
+	"path/filepath"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/tulle-net/tulle/membership"
+)
+
+// A family that is answered stays. One that is not gives way to the other, with growing pauses while neither is answered.
+func TestOuterFamily(t *testing.T) {
+	start := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	v4 := netip.MustParseAddr("10.0.1.12")
+	f := outerFamily{}
+	second := 0
+	step := func(judged, answered bool) bool {
+		second++
+		return f.look(start.Add(time.Duration(second)*time.Second), judged, answered, [2]uint64{})
+	}
+	for range 100 {
+		if step(true, true) || step(false, false) || f.why(v4) != "" {
+			t.Fatalf("changed without a reason: %+v, %q", f, f.why(v4))
+		}
+	}
+	changes := func(seconds int) (n int) {
+		for range seconds {
+			if step(true, false) {
+				n++
+			}
+		}
+		return n
+	}
+	if n := changes(2); n > 0 {
+		t.Errorf("changed before its time: %+v", f)
+	}
+	if n := changes(1); n != 1 || !f.six {
+		t.Errorf("%d changes after that: %+v", n, f)
+	}
+	if want := "over IPv6 now: neither IPv6 nor IPv4 is answered, so they are tried in turn"; f.why(v4) != want {
+		t.Errorf("%q, want %q", f.why(v4), want)
+	}
+	if n := changes(3600); n < 150 || n > 200 {
+		t.Errorf("%d changes in an hour", n)
+	}
+	for !f.six {
+		changes(1)
+	}
+	if step(true, true) || f.why(v4) != "over IPv6, because IPv4 was not answered" {
+		t.Errorf("answered by IPv6: %+v, %q", f, f.why(v4))
+	}
+	if changes(2) > 0 || changes(1) != 1 || f.six {
+		t.Errorf("when IPv6 is no longer answered, IPv4 is tried soon: %+v", f)
+	}
+	if step(true, true) || f.why(v4) != "" {
+		t.Errorf("answered by IPv4 again: %+v, %q", f, f.why(v4))
+	}
+}
+
+// Two hosts meet at the family that works, whichever each of them begins with and how much later the second one begins to judge, though an
+// answer needs both of them there.
+func TestOuterFamiliesMeet(t *testing.T) {
+	start := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, works := range []bool{false, true} {
+		for begin := range 4 {
+			for late := range 30 {
+				both := [2]outerFamily{{six: begin&1 != 0}, {six: begin&2 != 0}}
+				var heard [2][2]uint64
+				met := false
+				second := 0
+				for ; !met && second < 120; second++ {
+					for i := range both {
+						both[i].look(start.Add(time.Duration(second)*time.Second), i == 0 || second >= late, false, heard[i])
+					}
+					for i := range both {
+						if both[i].six == works {
+							heard[1-i][b2i(works)]++
+						}
+					}
+					met = second >= late && both[0].six == works && both[1].six == works
+				}
+				if took := second - late; took > 6 {
+					t.Errorf("IPv6 works: %v, they begin with %v, %v, the second one after %d s: they meet %d s later", works, begin&1 != 0, begin&2 != 0, late, took)
+				}
+			}
+		}
+	}
+}
+
+func TestFamiliesFile(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "families")
+	if got := readFamilies(path); len(got) > 0 {
+		t.Errorf("without a file: %v", got)
+	}
+	a, b := membership.NewNodeID(), membership.NewNodeID()
+	if err := writeFamilies(path, map[membership.NodeID]*outerFamily{a: {six: true, pause: time.Minute}, b: {}}); err != nil {
+		t.Fatal(err)
+	}
+	if got := readFamilies(path); len(got) != 2 || *got[a] != (outerFamily{six: true}) || *got[b] != (outerFamily{}) {
+		t.Errorf("read %v", got)
+	}
+}
+
+// A member that was asked answers for some seconds; it is asked once a second, and no more than some are asked at a time.
+func TestAnswering(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var a answering
+		id := membership.NewNodeID()
+		asked, answers := 0, true
+		lately := func() bool {
+			return a.lately(time.Now(), id, func() bool { asked++; time.Sleep(10 * time.Millisecond); return answers })
+		}
+		for i := range 100 {
+			if got := lately(); got != (i > 0) {
+				t.Fatalf("look %d: %v", i, got)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		if asked != 10 {
+			t.Errorf("asked %d times in 10 s", asked)
+		}
+		answers = false
+		for i := range 50 {
+			if got := lately(); got && i > 25 || !got && i < 14 {
+				t.Errorf("%d ms after it fell silent: %v", i*100, got)
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		for range 1000 {
+			a.lately(time.Now(), membership.NewNodeID(), func() bool { time.Sleep(time.Second); return true })
+		}
+		if a.busy != askAtOnce {
+			t.Errorf("%d asked at a time", a.busy)
+		}
+		time.Sleep(2 * time.Minute)
+		if a.forget(time.Now()); len(a.asked) > 0 {
+			t.Errorf("%d members are not forgotten", len(a.asked))
+		}
+	})
+}

@@ -195,7 +195,9 @@ func (p *prober) received(peer string, mode encap.Mode, six bool, payload []byte
 func (p *prober) heard(peer string, mode encap.Mode, six bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	p.paths.Heard(time.Now(), peer, mode, six)
+	if p.paths.Heard(time.Now(), peer, mode, six) {
+		signal(p.wake)
+	}
 }
 
 // run runs the schedule until ctx is done.

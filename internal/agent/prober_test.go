@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -12,6 +13,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/gossip"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/direct"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -178,5 +181,29 @@ func TestProberLogsNames(t *testing.T) {
 	}
 	if strings.Count(log.String(), "name=") != 6 {
 		t.Errorf("names that are not known:\n%s", &log)
+	}
+}
+
+// Members that gossip has lost or found again are probed at once; those that are new, or as they were, need it not.
+func TestMemberStates(t *testing.T) {
+	id := func(n byte) membership.NodeID { return membership.NodeID{n} }
+	member := func(n byte, state gossip.MemberState) gossip.Member {
+		return gossip.Member{ID: id(n), State: state}
+	}
+	var s memberStates
+	for _, tt := range []struct {
+		members []gossip.Member
+		want    []membership.NodeID
+	}{
+		{[]gossip.Member{member(1, gossip.StateAlive), member(2, gossip.StateDead)}, nil},
+		{[]gossip.Member{member(1, gossip.StateAlive), member(2, gossip.StateDead)}, nil},
+		{[]gossip.Member{member(1, gossip.StateSuspect), member(2, gossip.StateDead), member(3, gossip.StateAlive)}, []membership.NodeID{id(1)}},
+		{[]gossip.Member{member(1, gossip.StateDead), member(2, gossip.StateAlive)}, []membership.NodeID{id(1), id(2)}},
+		{nil, nil},
+		{[]gossip.Member{member(1, gossip.StateAlive)}, nil},
+	} {
+		if got := s.moved(tt.members); !slices.Equal(got, tt.want) {
+			t.Errorf("%v: probed %v, want %v", tt.members, got, tt.want)
+		}
 	}
 }

@@ -46,7 +46,8 @@ type session struct {
 	pulse   pulse        // of loop, which wakes at least every second
 	outlive func() error // lets the TUN device stay when this process ends
 
-	wake   chan struct{}                   // members, paths or configuration changed
+	wake   chan struct{} // members, paths or configuration changed
+	states memberStates
 	memory *memory                         // of members that own space; loop's own
 	gone   map[membership.NodeID]time.Time // since when both gossip and data path have lost a node; used by loop only
 	view   atomic.Pointer[view]            // the last view of loop; nil before the first one
@@ -218,15 +219,34 @@ func signal(c chan struct{}) {
 	}
 }
 
-// membersMoved handles a change of the members in gossip. The data path probes those that gossip has lost at once.
+// membersMoved handles a change of the members in gossip. The data path probes those at once that gossip has lost or found again.
 func (s *session) membersMoved() {
 	now := time.Now()
-	for _, m := range s.gossip.Members() {
-		if m.State != gossip.StateAlive {
-			s.probes.poke(now, m.ID.String())
-		}
+	for _, id := range s.states.moved(s.gossip.Members()) {
+		s.probes.poke(now, id.String())
 	}
 	s.rebuild()
+}
+
+// memberStates are those that gossip has reported last, of other members.
+type memberStates struct {
+	mu    sync.Mutex
+	known map[membership.NodeID]gossip.MemberState
+}
+
+// moved takes over what gossip reports now, and returns which members are in another state than before.
+func (s *memberStates) moved(members []gossip.Member) (ids []membership.NodeID) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was := s.known
+	s.known = make(map[membership.NodeID]gossip.MemberState, len(members))
+	for _, m := range members {
+		s.known[m.ID] = m.State
+		if state, known := was[m.ID]; known && state != m.State {
+			ids = append(ids, m.ID)
+		}
+	}
+	return ids
 }
 
 const (

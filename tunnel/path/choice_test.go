@@ -345,6 +345,57 @@ func TestOnlyComparisonFails(t *testing.T) {
 	f.within(t, 12*time.Second, encap.UDP)
 }
 
+// A peer that is gone is probed eagerly for a while, and then seldom, unless there is traffic for it. It is back within ten seconds,
+// and at once where there is traffic, or one of its own probes arrives.
+func TestDeadPeer(t *testing.T) {
+	for _, tt := range []struct {
+		name        string
+		busy, heard bool
+		least, most int           // probes of three paths in ten minutes
+		back        time.Duration // at the latest
+	}{
+		{name: "idle", least: 3 * 50, most: 3 * 66, back: 11 * time.Second},
+		{name: "its probes arrive", heard: true, least: 3 * 50, most: 3 * 66, back: 200 * time.Millisecond},
+		{name: "traffic", busy: true, least: 3 * 2000, most: 3 * 2600, back: 300 * time.Millisecond},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			for seed := range uint64(20) {
+				f := newFabric(seed, encap.UDP, encap.VXLAN, encap.IPIP)
+				f.busy = tt.busy
+				f.run(5 * time.Minute)
+				dead, sent := true, 0
+				f.lose = func(encap.Mode) bool { sent++; return dead }
+				f.run(40 * time.Second) // of which an idle path takes 36 to be probed
+				f.run(eager)
+				sent = 0
+				f.run(10 * time.Minute)
+				if f.s.Answering(far) {
+					t.Fatal("a dead peer answers")
+				}
+				if sent < tt.least || sent > tt.most {
+					t.Errorf("seed %d: %d probes in ten minutes, want %d to %d", seed, sent, tt.least, tt.most)
+				}
+				dead = false
+				if tt.heard {
+					f.run(time.Duration(seed) * 10 * time.Millisecond)
+					if !f.s.Answering(far) && !f.s.Heard(f.now, far, encap.VXLAN, false) {
+						t.Fatal("no probes are due though the peer's own arrive")
+					}
+				}
+				f.run(tt.back)
+				for _, m := range []encap.Mode{encap.UDP, encap.VXLAN, encap.IPIP} {
+					if i, _ := f.s.Info(far, m); !i.Up {
+						t.Errorf("seed %d: %s is down %v after the peer is back", seed, m, tt.back)
+					}
+				}
+				if f.s.Heard(f.now, far, encap.UDP, false) {
+					t.Error("probes are due because of one from a peer that answers")
+				}
+			}
+		})
+	}
+}
+
 // A preferred path that comes and goes is used less and less.
 func TestFlapping(t *testing.T) {
 	f := newFabric(1, encap.IPIP, encap.UDP)

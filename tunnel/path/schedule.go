@@ -15,6 +15,10 @@ const Base = mtu.Min6
 // lookAgain is the longest time between two looks at a peer without an event.
 const lookAgain = 30 * time.Second
 
+// eager is how long a peer that has stopped answering is probed four times a second. Then that goes on only while there is
+// traffic for it: most of those that are gone come back after hours, or never, and half of a cluster may be gone at once.
+const eager = 30 * time.Second
+
 // Schedule has the paths of many peers: it returns the probes that are due, accepts their
 // answers, chooses the encapsulation for each peer, and reports changes.
 //
@@ -308,11 +312,19 @@ func (s *Schedule) Traffic(now time.Time, id string, tx, rx uint64) {
 	p.tx, p.rx = tx, rx
 }
 
-// Heard reports that a probe of the peer has arrived, in an inner packet of IPv4 or IPv6.
-func (s *Schedule) Heard(now time.Time, id string, m encap.Mode, six bool) {
-	if p := s.peers[id]; p != nil && int(m) < len(p.heard) {
-		p.heard[m][b2i(six)] = now
+// Heard reports that a probe of the peer has arrived, in an inner packet of IPv4 or IPv6, and returns whether probes are due for
+// that: a peer that has not answered is back.
+func (s *Schedule) Heard(now time.Time, id string, m encap.Mode, six bool) bool {
+	p := s.peers[id]
+	if p == nil || int(m) >= len(p.heard) {
+		return false
 	}
+	p.heard[m][b2i(six)] = now
+	if p.answers() {
+		return false
+	}
+	p.poke(now)
+	return true
 }
 
 // Answered handles an answer, see [State.Answered], and returns whether it counts.
@@ -423,7 +435,7 @@ func (p *peer) look(now time.Time, id string, r *Report) {
 // decide lets one choice look at the paths.
 func (p *peer) decide(now time.Time, id string, c *choice, r *Report) {
 	inUse := p.paths[c.active]
-	if inUse.misses > c.misses { // are the others better? Ask now
+	if inUse.misses > c.misses && inUse.eager(now) { // are the others better? Ask now
 		p.poke(now)
 	}
 	c.misses = inUse.misses
@@ -438,6 +450,11 @@ func (p *peer) decide(now time.Time, id string, c *choice, r *Report) {
 	p.paths[to].lastUsed = later(p.paths[to].lastUsed, inUse.lastUsed)
 	c.misses = p.paths[to].misses
 	p.forgetOthers()
+}
+
+// eager reports that the path, which is in use, has answered of late, or would be used.
+func (s *State) eager(now time.Time) bool {
+	return s.up || s.busy(now) || now.Sub(s.since) < eager
 }
 
 func later(a, b time.Time) time.Time {

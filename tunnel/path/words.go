@@ -59,9 +59,11 @@ func (s *Schedule) Info(id string, m encap.Mode) (i Info, ok bool) {
 // Answering reports whether any path to the peer is up.
 func (s *Schedule) Answering(id string) bool {
 	p := s.peers[id]
-	if p == nil {
-		return false
-	}
+	return p != nil && p.answers()
+}
+
+// answers reports whether any path is up.
+func (p *peer) answers() bool {
 	for _, st := range p.each {
 		if st.up {
 			return true

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -91,13 +92,17 @@ func found(check string, list []hostnet.Problem) (out []api.Problem) {
 
 // peerProblem is what is wrong with a peer or the path to it.
 func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
-	switch {
-	case p.state == api.PeerAlive && p.probed && !p.path.Up && (p.path.Probed >= 3 || !p.silent.IsZero()):
-		return api.Problem{
-			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", v.label(p), p.mode, s.path(p, p.mode).Reason),
-			Remedy: fmt.Sprintf("let %s%s pass between %v and %v in both directions", outerText(p, p.mode), fromPorts(p.mode), s.facing(p.endpoint), p.endpoint),
-			Since:  p.path.Since, Check: api.CheckPaths,
-		}, true
+	switch m, since, silent := s.unanswered(v, p); {
+	case p.state == api.PeerAlive && silent:
+		out := api.Problem{
+			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", v.label(p), m, s.path(p, m).Reason),
+			Remedy: fmt.Sprintf("let %s%s pass between %v and %v in both directions", outerText(p, m), fromPorts(m), s.facing(p.endpoint), p.endpoint),
+			Since:  since, Check: api.CheckPaths,
+		}
+		if w := p.directOf(m); w != nil {
+			out.Remedy = fmt.Sprintf("let packets between %s addresses of pods pass from %v to %v and back, or add udp to --paths", familyName[b2i(m == encap.Direct6)], s.facing(w.via), w.via)
+		}
+		return out, true
 	case p.state == api.PeerDead && p.probed && p.path.Up:
 		return api.Problem{
 			What:   v.label(p) + " is lost for gossip, but answers through the tunnel: its routes stay",
@@ -121,6 +126,19 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 		return api.Problem{What: v.label(p) + ": " + p.why, Remedy: "see --underlay", Check: api.CheckUnderlay}, true
 	}
 	return api.Problem{}, false
+}
+
+// unanswered is a way that packets to the peer take and that it does not answer, and since when; ok is false if there is none such.
+func (s *session) unanswered(v *view, p *peerView) (m encap.Mode, since time.Time, ok bool) {
+	if p.probed && !p.path.Up && (p.path.Probed >= 3 || !p.silent.IsZero()) {
+		return p.mode, p.path.Since, true
+	}
+	for _, m := range directMode { // one family may be answered, the other not
+		if i, probed := s.probes.info(p.id, m); probed && !i.Up && i.Probed >= 3 && p.active(v, m) {
+			return m, i.Since, true
+		}
+	}
+	return 0, time.Time{}, false
 }
 
 // removal says where and how the entries of an external peer are removed.

@@ -1,18 +1,26 @@
 package agent
 
 import (
+	"context"
 	"log/slog"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
+	"github.com/tulle-net/tulle/ipam"
+	"github.com/tulle-net/tulle/tunnel"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/path"
 )
 
 // The devices whose reverse path filters count: by which the tunnel's packets arrive, and those of pods that come by the bare
@@ -71,4 +79,47 @@ func TestProblemsOfTwins(t *testing.T) {
 			t.Errorf("%q, want %q", p.What, want)
 		}
 	}
+}
+
+// With nothing but direct paths, one family may be answered and the other not.
+func TestProblemOfOneDirectFamily(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := &session{}
+		s.link.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("2001:db8::9")}
+		s.prefer.Store(&preference{modes: []encap.Mode{encap.Direct}})
+		s.sizes.Store(&sizes{})
+		p := testPeer(1, "h2", api.PeerAlive, "192.0.2.1", "10.244.1.0/24", "fd00:244:0:1::/64")
+		p.mode = encap.Direct
+		p.direct[0].via, p.direct[1].via = netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("2001:db8::1")
+		v := &view{peers: []peerView{p}}
+		v.status.Params.Families = []ipam.Family{{CIDR: netip.MustParsePrefix("10.244.0.0/16")}, {CIDR: netip.MustParsePrefix("fd00:244::/48")}}
+		s.view.Store(v)
+
+		s.probes = newProber(slog.New(slog.DiscardHandler))
+		s.probes.traffic = func(string) tunnel.PeerStats { return tunnel.PeerStats{} }
+		s.probes.train = func(string, encap.Mode, []tunnel.ProbePacket, bool) error { return nil }
+		var answers sync.WaitGroup
+		s.probes.send = func(peer string, mode encap.Mode, six bool, payload []byte, size int) error {
+			if _, nonce, _, ok := parseProbe(payload); ok && mode == encap.Direct {
+				answers.Go(func() { s.probes.received(peer, mode, six, appendProbe(nil, probeReply, nonce, size), 0) })
+			}
+			return nil
+		}
+		s.probes.setPeers(time.Now(), map[string][]path.Candidate{p.id: {{Mode: encap.Direct, Max: 1500}, {Mode: encap.Direct6, Max: 1500}}})
+		ctx, cancel := context.WithCancel(t.Context())
+		answers.Go(func() { _ = s.probes.run(ctx) })
+		time.Sleep(10 * time.Second)
+		v.peers[0].path, v.peers[0].probed = s.probes.info(p.id, encap.Direct)
+		got, found := s.peerProblem(v, &v.peers[0])
+		for _, want := range []string{"h2 is alive for gossip, but direct packets to it are not answered", "no answer yet"} {
+			if !strings.Contains(got.What, want) {
+				t.Errorf("%q, want %q", got.What, want)
+			}
+		}
+		if want := "let packets between IPv6 addresses of pods pass from 2001:db8::9 to 2001:db8::1"; !found || !strings.Contains(got.Remedy, want) {
+			t.Errorf("%q, want %q", got.Remedy, want)
+		}
+		cancel()
+		answers.Wait()
+	})
 }

@@ -101,13 +101,12 @@ func judgePaths(s *snapshot) Result {
 		if p.State == api.PeerExternal || p.State == api.PeerLeft {
 			continue
 		}
-		text = append(text, fmt.Sprintf("%s by %s %s", s.label(p), p.Path.Mode, p.Path.State))
-		for _, c := range p.Candidates {
-			if c.Active {
-				break // what follows is not preferred
-			}
-			if c.State == api.PathDown && p.Path.State == api.PathUp {
-				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is preferred toward %s, and blocked: %s", c.Mode, s.label(p), c.Reason),
+		for _, way := range p.InUse() {
+			text = append(text, fmt.Sprintf("%s by %s %s", s.label(p), labelled(way), way.State))
+		}
+		for i, c := range p.Candidates {
+			if c.State == api.PathDown && !c.Active && insteadOf(c, p.Candidates[i+1:]) {
+				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is preferred toward %s, and blocked: %s", labelled(c.Path), s.label(p), c.Reason),
 					Remedy: fmt.Sprintf("let %s pass between %s and %s, or leave %s out of `paths`; run `tulle doctor ports` on both hosts", outer(c), join(s.status.Node.Underlay, ", "), join(p.Underlay, ", "), c.Mode)})
 			}
 		}
@@ -123,8 +122,29 @@ func judgePaths(s *snapshot) Result {
 	return result(strings.Join(text, ", "), out...)
 }
 
+// labelled names a way, with its family if it carries one only.
+func labelled(way api.Path) string {
+	switch way.Family {
+	case "ipv4":
+		return way.Mode + " (IPv4)"
+	case "ipv6":
+		return way.Mode + " (IPv6)"
+	}
+	return way.Mode
+}
+
+// insteadOf reports that packets take one of the ways that are less preferred than c, by which those could go that c carries.
+func insteadOf(c api.Candidate, less []api.Candidate) bool {
+	return slices.ContainsFunc(less, func(l api.Candidate) bool {
+		return l.Active && l.State == api.PathUp && (l.Family == "" || l.Family == c.Family)
+	})
+}
+
 // outer names what a firewall sees.
 func outer(c api.Candidate) string {
+	if c.Mode == "direct" {
+		return "packets with addresses of pods"
+	}
 	if c.Endpoint.Port() == 0 {
 		return "IP protocols 4 and 41"
 	}

@@ -125,6 +125,14 @@ func TestJudge(t *testing.T) {
 		{"what is not preferred is blocked", "paths", snapshot{status: peer(func(p *api.Peer) {
 			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}, {Path: api.Path{Mode: "ipip", State: api.PathDown}}}
 		})}, OK, ""},
+		{"one family goes directly, the other cannot", "paths", snapshot{status: peer(func(p *api.Peer) {
+			p.Path = api.Path{Mode: "direct", Family: "ipv4", State: api.PathUp}
+			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}, {Path: api.Path{Mode: "direct", Family: "ipv6", State: api.PathDown}}, {Path: api.Path{Mode: "udp", State: api.PathUp}, Active: true}}
+		})}, Warning, "direct (IPv6) is preferred toward b, and blocked"},
+		{"both families go directly, and the tunnel is blocked", "paths", snapshot{status: peer(func(p *api.Peer) {
+			p.Path = api.Path{Mode: "direct", Family: "ipv4", State: api.PathUp}
+			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}, {Path: api.Path{Mode: "direct", Family: "ipv6", State: api.PathUp}, Active: true}, {Path: api.Path{Mode: "udp", State: api.PathDown}}}
+		})}, OK, ""},
 		{"no agent", "paths", snapshot{}, Skipped, ""},
 	} {
 		t.Run(c.name, func(t *testing.T) {

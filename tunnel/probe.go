@@ -85,16 +85,22 @@ type ProbePacket struct {
 // through the given encapsulation, whatever the peer's Mode is. The inner packet is IPv6 if six, else IPv4 where both sides
 // have that. The packet is padded with zeros behind payload.
 func (e *Engine) Probe(peer string, mode encap.Mode, six bool, payload []byte, size int) error {
-	return e.probe(peer, mode, six, []ProbePacket{{payload, size}}, false, false)
+	return e.probe(peer, netip.Addr{}, mode, six, []ProbePacket{{payload, size}}, false, false)
+}
+
+// ProbeAt is [Engine.Probe] to another of the peer's underlay addresses than the one that its packets go to.
+func (e *Engine) ProbeAt(peer string, at netip.Addr, mode encap.Mode, six bool, payload []byte, size int) error {
+	return e.probe(peer, at, mode, six, []ProbePacket{{payload, size}}, false, false)
 }
 
 // ProbeTrain sends probes of one size, the last of which may be smaller, in one message that the kernel or the network card
 // cuts (UDP_SEGMENT): by udp or vxlan, at most 64 of them and 65,507 bytes. If apart, each is a message of its own.
 func (e *Engine) ProbeTrain(peer string, mode encap.Mode, packets []ProbePacket, apart bool) error {
-	return e.probe(peer, mode, false, packets, !apart, apart)
+	return e.probe(peer, netip.Addr{}, mode, false, packets, !apart, apart)
 }
 
-func (e *Engine) probe(peer string, mode encap.Mode, six bool, packets []ProbePacket, train, apart bool) error {
+// probe sends packets to the peer's endpoint, or at another of its addresses.
+func (e *Engine) probe(peer string, at netip.Addr, mode encap.Mode, six bool, packets []ProbePacket, train, apart bool) error {
 	f := e.fwd.Load()
 	t := f.peers[peer]
 	if t == nil {
@@ -107,7 +113,10 @@ func (e *Engine) probe(peer string, mode encap.Mode, six bool, packets []ProbePa
 	p := &e.prober
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	out := &p.out[outer(t.six)]
+	if !at.IsValid() {
+		at = t.endpoint
+	}
+	out := &p.out[outer(at.Is6())]
 	var s *sender
 	var dest *underlay.Dest
 	var front []byte // between the outer headers and the inner packet
@@ -132,8 +141,8 @@ func (e *Engine) probe(peer string, mode encap.Mode, six bool, packets []ProbePa
 	if s == nil || dest == nil || p.closed {
 		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)
 	}
-	if train {
-		dest = underlay.NewDest(dest.Addr()) // whatever is known of trains there
+	if train || at != t.endpoint { // whatever is known of trains there
+		dest = underlay.NewDest(netip.AddrPortFrom(at, dest.Addr().Port()))
 	}
 	send := func(segment int) error {
 		r, err := s.single(dest, p.buf, segment)

@@ -1,12 +1,15 @@
 package agent
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
 	"net/netip"
 	"os"
+	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
@@ -18,25 +21,41 @@ const (
 	familyPause    = 2 * time.Second  // until the other family is tried
 	familyPauseMax = 20 * time.Second // it grows by half each time while neither is answered
 	familyHeard    = time.Second      // until the other one is tried if the member's probes arrive by it
+
+	familyBack    = 20 * time.Second // until the first family is asked whether it is answered again, while the second one is
+	familyBackMax = 20 * time.Minute // it doubles each time
+	familyForgive = 10 * time.Minute // until it is short again, while the first family is answered
+	familyTrial   = 5                // large probes in a row that have to be answered
 )
 
 // outerFamily is the family of outer packets to a member that has both in common with this host. It starts with the first one in this
 // node's order. While the member answers gossip and no encapsulation is answered, the other family is tried in turn, and soon if the
-// member's own probes arrive by it: an answer needs both hosts at the same family. One that is answered is kept. See
-// docs/decisions/0037-outer-family.md.
+// member's own probes arrive by it: an answer needs both hosts at the same family. One that is answered is kept, until large probes
+// by the first one, which go beside, are answered again. See docs/decisions/0037-outer-family.md.
 type outerFamily struct {
 	six    bool      // in use
 	since  time.Time // when it began to be unanswered; zero while it is answered, or not judged
 	pause  time.Duration
 	silent time.Time // since when neither is answered; zero if one is, or the other has not been tried
 	heard  [2]uint64 // the member's probes when since began, by IPv4 and IPv6
+
+	answered time.Time     // since when it is; zero while it is not
+	tried    time.Time     // when the first family was asked last
+	back     time.Duration // between two of these trials
+	trial    *atomic.Bool  // of the last one: it has succeeded
 }
 
 // look takes what the probes say, and how many have arrived by each family. It reports whether the family has changed.
 func (f *outerFamily) look(now time.Time, judged, answered bool, heard [2]uint64) (changed bool) {
+	if !answered {
+		f.answered, f.trial = time.Time{}, nil
+	}
 	switch {
 	case answered:
-		*f = outerFamily{six: f.six}
+		if f.answered.IsZero() {
+			f.answered = now
+		}
+		*f = outerFamily{six: f.six, answered: f.answered, tried: f.tried, back: f.back, trial: f.trial}
 		return false
 	case !judged:
 		f.since = time.Time{}
@@ -55,6 +74,37 @@ func (f *outerFamily) look(now time.Time, judged, answered bool, heard [2]uint64
 		f.silent = f.since
 	}
 	f.six, f.since, f.pause = !f.six, time.Time{}, min(f.pause*3/2, familyPauseMax)
+	return true
+}
+
+// due reports that it is time to try whether the first family is answered again. Then the caller sets trial.
+func (f *outerFamily) due(now time.Time, first bool) bool {
+	switch {
+	case f.answered.IsZero():
+		return false
+	case f.six == first:
+		if now.Sub(f.answered) >= familyForgive {
+			f.back = 0
+		}
+		return false
+	}
+	last, wait := f.answered, max(f.back, familyBack)
+	if f.tried.After(last) {
+		last = f.tried
+	}
+	if now.Sub(last) < wait {
+		return false
+	}
+	f.tried, f.back = now, min(2*wait, familyBackMax)
+	return true
+}
+
+// returns goes back to the first family if that has passed its trial, and reports whether it does.
+func (f *outerFamily) returns(first bool) bool {
+	if f.six == first || f.trial == nil || !f.trial.Load() {
+		return false
+	}
+	*f = outerFamily{six: first, tried: f.tried, back: f.back}
 	return true
 }
 
@@ -99,16 +149,56 @@ func (s *session) chooseFamily(now time.Time, p *peerView) {
 	// A host that restarts, or a network that fails, takes both families away, and no family is to be left for that.
 	judged := probed && !answered && p.state == api.PeerAlive && now.Sub(s.tunSince) >= tunKnown && s.answering.lately(now, p.node, func() bool { return s.gossip.Answers(p.node, first, other) })
 	changed := f.look(now, judged, answered, s.engine.Heard(p.id))
+	if f.due(now, first.Is6()) {
+		f.trial = s.tryFamily(p.id, first)
+	}
+	back := f.returns(first.Is6())
 	if f.six != first.Is6() {
 		p.endpoint = other
 	}
 	p.why, p.silent = f.why(first), f.silent
-	if changed {
+	switch {
+	case back:
+		s.log.Info("packets to a member go by the first family again", "peer", p.name, "reason", "it is answered by "+familyName[b2i(f.six)])
+	case changed:
 		s.log.Warn("packets to a member go by the other family", "peer", p.name, "reason", p.why)
+	}
+	if changed || back {
 		if err := writeFamilies(runFile(s.cfg, "families"), s.families); err != nil {
 			s.log.Debug("families not noted for the next start", "error", err)
 		}
 	}
+}
+
+// tryFamily sends large probes to a member's address of the other family, in the background, by the encapsulation in use: what is
+// true in the end if all are answered. The answers come by whatever family the member uses.
+func (s *session) tryFamily(id string, to netip.Addr) *atomic.Bool {
+	passed := new(atomic.Bool)
+	m, ok := s.probes.chosen(id)
+	in, known := s.probes.info(id, m)
+	if !ok || !known || m.IsDirect() || in.MTU == 0 {
+		return passed
+	}
+	inner := []bool{false}
+	if v := s.view.Load(); v != nil {
+		if i := slices.IndexFunc(v.peers, func(p peerView) bool { return p.id == id }); i >= 0 && v.byFamily(&v.peers[i], m) {
+			inner = append(inner, true)
+		}
+	}
+	go func() {
+		for range familyTrial {
+			for _, six := range inner {
+				_, got, err := s.probes.ask(context.Background(), familyHeard, func(probe []byte) error {
+					return s.engine.ProbeAt(id, to, m, six, probe, int(in.MTU))
+				})
+				if err != nil || got != int(in.MTU) {
+					return
+				}
+			}
+		}
+		passed.Store(true)
+	}()
+	return passed
 }
 
 // answering knows which members answer gossip, of those that were asked lately.

@@ -3,6 +3,8 @@ package agent
 import (
 	"net/netip"
 	"path/filepath"
+	"slices"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -139,4 +141,55 @@ func TestAnswering(t *testing.T) {
 			t.Errorf("%d members are not forgotten", len(a.asked))
 		}
 	})
+}
+
+// While the second family is answered the first one is tried seldom, and more seldom each time. It is used again once it has passed, and
+// the pauses are short again when it has been answered for a while.
+func TestFirstFamilyAgain(t *testing.T) {
+	start := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	f := outerFamily{six: true}
+	var tries []int
+	passes := false
+	run := func(from, seconds int, answered bool) (back int) {
+		for i := range seconds {
+			now := start.Add(time.Duration(from+i) * time.Second)
+			f.look(now, true, answered, [2]uint64{})
+			if f.due(now, false) {
+				tries = append(tries, from+i)
+				f.trial = new(atomic.Bool)
+				f.trial.Store(passes)
+			}
+			if f.returns(false) && back == 0 {
+				back = from + i
+			}
+		}
+		return back
+	}
+	if back := run(0, 7200, true); back > 0 {
+		t.Errorf("returned after %d s without an answer", back)
+	}
+	if want := []int{20, 60, 140, 300, 620, 1260, 2460, 3660, 4860, 6060}; !slices.Equal(tries, want) {
+		t.Errorf("tried at %v, want %v", tries, want)
+	}
+	passes = true
+	if back := run(7200, 600, true); back != 7260 || f.six {
+		t.Errorf("returned at %d, want 7260: %+v", back, f)
+	}
+	if f.back != familyBackMax {
+		t.Errorf("a family that may come and go is tried again after %v", f.back)
+	}
+	if run(7800, 100, true); f.back != 0 {
+		t.Errorf("after %v with answers the pause is %v", familyForgive, f.back)
+	}
+	f = outerFamily{six: true}
+	tries = nil
+	if back := run(0, 10, true) + run(10, 1, false); back > 0 || len(tries) > 0 {
+		t.Errorf("tried at %v, returned %d", tries, back)
+	}
+	f.six = true
+	f.trial = new(atomic.Bool)
+	f.trial.Store(true)
+	if run(20, 1, false); f.trial != nil {
+		t.Error("a trial counts that the second family has outlived")
+	}
 }

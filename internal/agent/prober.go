@@ -326,6 +326,11 @@ func (p *prober) tellSwitch(c path.Switch) {
 
 // ping sends one probe outside the schedule and waits for its answer.
 func (p *prober) ping(ctx context.Context, id string, m encap.Mode, six bool, size int, wait time.Duration) (rtt time.Duration, got int, err error) {
+	return p.ask(ctx, wait, func(probe []byte) error { return p.send(id, m, six, probe, size) })
+}
+
+// ask sends one probe in whatever way and waits for its answer.
+func (p *prober) ask(ctx context.Context, wait time.Duration, send func(probe []byte) error) (rtt time.Duration, got int, err error) {
 	c := make(chan answer, 1)
 	p.mu.Lock()
 	nonce := p.rand.Uint64()
@@ -337,7 +342,7 @@ func (p *prober) ping(ctx context.Context, id string, m encap.Mode, six bool, si
 		p.mu.Unlock()
 	}()
 	start := time.Now()
-	if err := p.send(id, m, six, appendProbe(nil, probeRequest, nonce, 0), size); err != nil {
+	if err := send(appendProbe(nil, probeRequest, nonce, 0)); err != nil {
 		return 0, 0, err
 	}
 	timer := time.NewTimer(wait)

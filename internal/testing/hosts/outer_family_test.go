@@ -191,3 +191,50 @@ func TestOuterFamilyStays(t *testing.T) {
 		fourAgain(fmt.Sprintf("%v without a network", down))
 	}
 }
+
+// When the first family works again, packets go back to it without a loss, also large ones.
+func TestFirstFamilyAgain(t *testing.T) {
+	for _, paths := range []string{"udp", "vxlan", "ipip"} {
+		t.Run(paths, func(t *testing.T) {
+			t.Parallel()
+			n := hosts.New(t)
+			sw := n.Switch()
+			var agents []*hosts.Agent
+			for i := range 2 {
+				h := n.Host(string(rune('a' + i)))
+				h.Plug(sw, "eth0", fmt.Sprintf("10.0.1.%d/24", 11+i), fmt.Sprintf("2001:db8:1::%d/64", 11+i))
+				agents = append(agents, h.Agent("--paths", paths, []string{"--bootstrap", "--join=10.0.1.11"}[i]))
+				agents[i].Ready(20 * time.Second)
+			}
+			web, db := agents[0].Pod("web"), agents[1].Pod("db")
+			ping := func() error { return web.Ping(db.IPv4()) }
+			hosts.Within(t, 10*time.Second, "pods reach each other", ping)
+			both := func(why string, addrs ...string) {
+				t.Helper()
+				hosts.Within(t, 100*time.Second, "over "+addrs[0], func() error { return over(agents[0], "b", addrs[0], why) })
+				hosts.Within(t, 100*time.Second, "over "+addrs[1], func() error { return over(agents[1], "a", addrs[1], why) })
+			}
+			both("", "10.0.1.12", "10.0.1.11")
+			// IPv4 fails between them but for gossip, so that both members stay alive.
+			agents[0].Host.Run("nft", "add table ip t; add chain ip t o { type filter hook output priority -300; }; add chain ip t i { type filter hook input priority -300; };"+
+				"add rule ip t o oifname eth0 udp dport { 6080, 4789 } drop; add rule ip t o oifname eth0 ip protocol { 4, 41 } drop;"+
+				"add rule ip t i iifname eth0 udp dport { 6080, 4789 } drop; add rule ip t i iifname eth0 ip protocol { 4, 41 } drop")
+			both("over IPv6, because IPv4 was not answered", "2001:db8:1::12", "2001:db8:1::11")
+			hosts.Within(t, 20*time.Second, "pods reach each other over IPv6", func() error { return web.PingSize(db.IPv4(), 1300) })
+			s := web.Stream(db.IPv4(), 20*time.Millisecond)
+			agents[0].Host.Run("nft", "delete table ip t")
+			both("", "10.0.1.12", "10.0.1.11")
+			if sent, lost := s.Stop(); lost > 0 {
+				t.Errorf("%d of %d pings lost on the way back to IPv4", lost, sent)
+			}
+			if err := web.PingSize(db.IPv4(), 1300); err != nil {
+				t.Errorf("a large packet: %v", err)
+			}
+			for _, a := range agents {
+				if log := a.Log(); !strings.Contains(log, "packets to a member go by the first family again") {
+					t.Errorf("%s does not log that it went back:\n%s", a.Host.Name, log)
+				}
+			}
+		})
+	}
+}

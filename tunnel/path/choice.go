@@ -32,8 +32,8 @@ const (
 //	                    to be no worse; after a change of
 //	                    the order: it has answered
 //
-// A candidate in use fails when failAfter of its probes in a row stay unanswered (one,
-// if it is down or has never answered) while another candidate answers one that was
+// A candidate in use fails when failAfter of its probes in a row stay unanswered (one
+// if it is down or has never answered, two if the whole peer was gone) while another candidate answers one that was
 // sent no earlier than these, and has lost none that was. So nothing fails when a host
 // stands still, which holds up all answers, nor when the whole peer is gone, nor when
 // the link of all flaps. Each loss of the candidate in use makes a probe of every other
@@ -203,7 +203,11 @@ func (c *choice) need(now time.Time, m encap.Mode, st *State) int {
 // outlives reports that in use fails while other answers.
 func (c *choice) outlives(other, inUse *State) bool {
 	n := failAfter
-	if !inUse.up {
+	switch back := other.upSent.After(inUse.since) && !inUse.lastAnswer.IsZero(); {
+	case inUse.up:
+	case back: // the peer was gone, and its first answers may be late
+		n = 2
+	default:
 		n = 1
 	}
 	if !other.up || other.misses > 0 || inUse.misses < n {

@@ -396,6 +396,34 @@ func TestDeadPeer(t *testing.T) {
 	}
 }
 
+// A host that is back may answer its first probes late, and those of one encapsulation later than those of another: that is no reason
+// to go another way, of which the kernels of pods would remember the smaller MTU.
+func TestLateAnswerOfOneThatIsBack(t *testing.T) {
+	for seed := range uint64(50) {
+		f := newFabric(seed, encap.UDP, encap.VXLAN)
+		f.run(time.Minute)
+		f.blocks[encap.UDP], f.blocks[encap.VXLAN] = true, true
+		f.run(20 * time.Second)
+		f.blocks = [encap.NumModes]bool{}
+		f.rtt = 240 * time.Millisecond
+		back := f.now
+		first := true
+		f.lose = func(m encap.Mode) bool { // the first answer by udp takes longer than the time-out
+			if m != encap.UDP || !first {
+				return false
+			}
+			first = f.now.Sub(back) < 150*time.Millisecond
+			return first
+		}
+		f.run(time.Second)
+		f.rtt, f.lose = 10*time.Millisecond, nil
+		f.run(time.Minute)
+		if len(f.switches) > 0 {
+			t.Fatalf("seed %d: %v", seed, f.switches)
+		}
+	}
+}
+
 // A preferred path that comes and goes is used less and less.
 func TestFlapping(t *testing.T) {
 	f := newFabric(1, encap.IPIP, encap.UDP)

@@ -376,8 +376,8 @@ func (e *Engine) sent(s outSocket, r underlay.SendResult, err error) {
 		e.stats.gsoFallbacks.Add(uint64(r.GSOFallbacks))
 	}
 	if r.Dropped > 0 {
+		e.stats.noteSendError(r.LastErr) // first: whoever sees the count finds its reason
 		e.dropN(encap.DropSendError, uint64(r.Dropped))
-		e.stats.noteSendError(r.LastErr)
 	}
 	if r.Retried > 0 || r.TooBig > 0 {
 		e.drainErrors(s)

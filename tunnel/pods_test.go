@@ -109,7 +109,7 @@ func (n *testNode) dialTCP(t testing.TB, from, to netip.Addr) *net.TCPConn {
 }
 
 // bulk writes n random bytes to an echo server and compares what comes back: TCP in both directions at once. at is called
-// with the bytes echoed so far, now and then.
+// with the bytes echoed so far, now and then. A machine with much else to do may be slow; what must not happen is that nothing comes.
 func bulk(t testing.TB, c *net.TCPConn, n int, at func(done int)) {
 	t.Helper()
 	sum := make(chan [32]byte, 1)
@@ -124,6 +124,7 @@ func bulk(t testing.TB, c *net.TCPConn, n int, at func(done int)) {
 	buf := make([]byte, 1<<18)
 	done := 0
 	for {
+		c.SetDeadline(time.Now().Add(3 * patience))
 		k, err := c.Read(buf)
 		h.Write(buf[:k])
 		done += k

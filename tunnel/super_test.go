@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -211,7 +212,12 @@ func TestOrderWithinFlows(t *testing.T) {
 				in := b.listenUDP(t, to)
 				var arrived atomic.Int64
 				done := make(chan error, 1)
-				go func() { done <- receiveInOrder(in.ReadFromUDPAddrPort, flows*perFlow, &arrived) }()
+				go func() {
+					done <- receiveInOrder(func(b []byte) (int, netip.AddrPort, error) {
+						in.SetReadDeadline(time.Now().Add(2 * patience))
+						return in.ReadFromUDPAddrPort(b)
+					}, flows*perFlow, &arrived)
+				}()
 				var socks [flows]interface {
 					Write([]byte) (int, error)
 				}

@@ -62,6 +62,10 @@ func TestOuterIsNeverFragmented(t *testing.T) {
 			if err != nil || !bytes.Equal(got[:n], want) {
 				t.Fatalf("%d bytes echoed, %v", n, err)
 			}
+			// A datagram behind the fragments: the tap has seen all of them when it sees this one.
+			_, err = c.Write([]byte("behind the fragments"))
+			must(t, err)
+			wire.next("what was sent last", func(pkt []byte) bool { return bytes.HasSuffix(pkt, []byte("behind the fragments")) })
 		}
 		longest := 0
 		for _, pkt := range wire.drain() {

@@ -19,6 +19,9 @@ import (
 	"github.com/tulle-net/tulle/internal/testing/namespace"
 )
 
+// patience bounds the waits for what must happen; nothing is asserted about how long it takes.
+const patience = 20 * time.Second
+
 // A host is a network namespace of the test.
 type host struct {
 	*namespace.Namespace
@@ -404,7 +407,7 @@ func TestWait(t *testing.T) {
 			t.Errorf("Wait: %v, want ErrGone", err)
 		}
 		says(t, err, "tulle0")
-	case <-time.After(5 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("Wait does not see that the device is gone")
 	}
 	if _, err := q.Read(buf); !errors.Is(err, ErrGone) {
@@ -444,7 +447,7 @@ func TestReceive(t *testing.T) {
 			if n <= VnetHdrLen {
 				t.Errorf("a packet of %d bytes", n)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(patience):
 			t.Fatal("no packet")
 		}
 		cancel()
@@ -461,7 +464,7 @@ func TestReceive(t *testing.T) {
 		if !errors.Is(err, ErrGone) {
 			t.Errorf("%v, want ErrGone", err)
 		}
-	case <-time.After(10 * time.Second):
+	case <-time.After(patience):
 		t.Fatal("it does not notice that the device is gone")
 	}
 	if err := q.Receive(t.Context(), buf, packet); !errors.Is(err, ErrGone) {

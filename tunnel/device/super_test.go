@@ -147,7 +147,7 @@ func (s super) read(t testing.TB, d *Device) (h offload.VnetHdr, pkt []byte) {
 	t.Helper()
 	q := d.Queues()[0]
 	_, dst := s.addrs()
-	timer := time.AfterFunc(5*time.Second, q.Wake)
+	timer := time.AfterFunc(patience, q.Wake)
 	defer timer.Stop()
 	buf := make([]byte, VnetHdrLen+MaxPacket)
 	for {
@@ -343,7 +343,7 @@ func (s super) writeBack(d *Device) error {
 func (s super) readBack(t *testing.T, d *Device) (h offload.VnetHdr, pkt []byte) {
 	t.Helper()
 	q := d.Queues()[0]
-	timer := time.AfterFunc(5*time.Second, q.Wake)
+	timer := time.AfterFunc(patience, q.Wake)
 	defer timer.Stop()
 	buf := make([]byte, VnetHdrLen+MaxPacket)
 	for {

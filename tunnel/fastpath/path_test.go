@@ -43,6 +43,9 @@ var (
 	tunAddr  = [2]netip.Addr{addr("10.1.0.0"), addr("fd00:1::")}
 )
 
+// patience bounds the waits for packets; nothing is asserted about how long they take.
+const patience = 20 * time.Second
+
 const (
 	mtu      = 1400
 	ownPort  = 6080
@@ -180,7 +183,7 @@ func (r *rig) send(pkt []byte) (outer, inner []byte) {
 	}
 	must(r.t, unix.Sendto(r.out, pkt, 0, &unix.SockaddrLinklayer{Protocol: htons(proto), Ifindex: r.index}))
 	buf := make([]byte, 1<<16)
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Microsecond) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(100 * time.Microsecond) {
 		if n, err := r.tun.Queues()[0].Read(buf); err == nil && bytes.HasSuffix(buf[:n], pkt) {
 			return nil, pkt
 		}
@@ -625,7 +628,7 @@ func TestJoint(t *testing.T) {
 		r.superPacket(pkt, 20+20*six, size)
 		var got [][]byte
 		payload := 0
-		for deadline := time.Now().Add(5 * time.Second); payload < segments*size && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(patience); payload < segments*size && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 			for _, p := range received() {
 				got = append(got, p)
 				payload += len(p) - (len(pkt) - segments*size)
@@ -646,7 +649,7 @@ func TestJoint(t *testing.T) {
 		before := through()
 		r.send(udp(six, 100).bytes())
 		var got [][]byte
-		for deadline := time.Now().Add(5 * time.Second); len(got) == 0 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		for deadline := time.Now().Add(patience); len(got) == 0 && time.Now().Before(deadline); time.Sleep(time.Millisecond) {
 			got = received()
 		}
 		if n := through() - before; len(got) != 1 || n != 0 {

@@ -57,7 +57,7 @@ func newRawPath(t *testing.T) (in, raw int) {
 		t.Fatalf("raw socket: %v", err)
 	}
 	t.Cleanup(func() { unix.Close(raw) })
-	wait := unix.NsecToTimeval((5 * time.Second).Nanoseconds()) // the neighbour may have to be asked for twice
+	wait := unix.NsecToTimeval((20 * time.Second).Nanoseconds()) // the neighbour may have to be asked for twice
 	if err := unix.SetsockoptTimeval(raw, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
 		t.Fatal(err)
 	}
@@ -103,6 +103,9 @@ func TestKernelRawSuperPacket(t *testing.T) {
 	}
 	buf := make([]byte, 1<<17)
 	n, err := unix.Read(raw, buf)
+	for err == unix.EINTR { // a signal of the runtime
+		n, err = unix.Read(raw, buf)
+	}
 	if err != nil {
 		t.Fatalf("read of the raw socket: %v", err)
 	}

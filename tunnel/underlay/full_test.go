@@ -35,8 +35,6 @@ func TestSendBufferFull(t *testing.T) {
 	eachFamily(t, func(t *testing.T, six bool) {
 		from := l.a.udp(Options{Bind: netipPort(addrA[six], 0), SendBuf: 8 << 10})
 		to := l.b.udp(Options{Bind: netipPort(addrB[six], 0)})
-		timer := wakeLater(from)
-		defer timer.Stop()
 		dest := NewDest(to.Local())
 		b := NewSendBatch(64, 64)
 		// An error nobody has collected makes the socket ready for poll at any time.
@@ -46,9 +44,11 @@ func TestSendBufferFull(t *testing.T) {
 		if _, err := from.Send(b); err != nil {
 			t.Fatal(err)
 		}
+		timer := wakeLater(from)
 		if _, err := from.Wait(); err != sys.ErrErrQueue {
 			t.Fatalf("Wait: %v", err)
 		}
+		timer.Stop()
 		const batches, each = 4, 64
 		for k := range batches {
 			for i := range each {

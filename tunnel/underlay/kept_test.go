@@ -67,10 +67,11 @@ func keptSockets(t *testing.T) {
 	}
 	again := open(Options{Bind: netip.AddrPortFrom(lo, 6080), Kept: kept})
 	defer again.Close()
-	b := NewRecvBatch(1, MaxMessage)
-	if n, err := again.Recv(b); n != 1 || err != nil || string(b.At(0).Data) != "waiting" {
-		t.Errorf("the kept socket has %d packets, %v; want the one that waited", n, err)
-	}
+	receive(t, again, NewRecvBatch(1, MaxMessage), 1, func(_ int, r Received) {
+		if string(r.Data) != "waiting" {
+			t.Errorf("the kept socket has %q; want the packet that waited", r.Data)
+		}
+	})
 	defer open(Options{Bind: six, Kept: kept}).Close()
 	if kept.Len() != 1 {
 		t.Errorf("%d sockets are left, want the raw one", kept.Len())

@@ -126,7 +126,7 @@ func newLink(t testing.TB, mtu int) *link {
 func awaitPath(t testing.TB, from, to *Socket) {
 	t.Helper()
 	b, rb := NewSendBatch(1, 1), NewRecvBatch(8, 64)
-	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); {
 		b.Begin(NewDest(to.Local()), 0)
 		b.Append([]byte("hello"))
 		b.End(0)
@@ -181,7 +181,7 @@ type packet struct {
 }
 
 // collect receives until want datagrams have come, trains taken apart. The
-// waiting is bounded by a Wake after the test's deadline, 5 s from now.
+// waiting is bounded by a Wake (wakeLater).
 func collect(t testing.TB, s *Socket, want int) (got []packet) {
 	t.Helper()
 	timer := wakeLater(s)
@@ -210,6 +210,25 @@ func collect(t testing.TB, s *Socket, want int) (got []packet) {
 		t.Errorf("%d messages more than %d datagrams, %v", n, want, err)
 	}
 	return got
+}
+
+// receive hands count messages to each, in the order of their arrival. Mostly they have arrived, so that one Recv takes all that the batch has slots
+// for; a kernel that is busy delivers some later.
+func receive(t testing.TB, s *Socket, b *RecvBatch, count int, each func(i int, r Received)) {
+	t.Helper()
+	for i, end := 0, time.Now().Add(patience); i < count; {
+		n, err := s.Recv(b)
+		switch {
+		case err == sys.ErrAgain && time.Now().Before(end):
+			time.Sleep(100 * time.Microsecond)
+		case err != nil || i+n > count:
+			t.Fatalf("Recv: %d messages after %d of %d, %v", n, i, count, err)
+		}
+		for k := range n {
+			each(i+k, b.At(k))
+		}
+		i += n
+	}
 }
 
 func split(r Received) (got []packet) {

@@ -11,7 +11,11 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func wakeLater(s *Socket) *time.Timer { return time.AfterFunc(5*time.Second, s.Wake) }
+// patience bounds the waits for what must happen; nothing is asserted about how long it takes.
+const patience = 20 * time.Second
+
+// wakeLater ends a wait in which nothing comes. Its timer is to be stopped before the socket is used for something else.
+func wakeLater(s *Socket) *time.Timer { return time.AfterFunc(patience, s.Wake) }
 
 func name6(six bool) string {
 	if six {
@@ -209,20 +213,15 @@ func TestTruncated(t *testing.T) {
 	if _, err := from.Send(b); err != nil {
 		t.Fatal(err)
 	}
-	rb := NewRecvBatch(4, 200)
-	n, err := to.Recv(rb)
-	if n != 3 || err != nil {
-		t.Fatalf("Recv: %d, %v", n, err)
-	}
-	for i, want := range []struct {
+	wants := []struct {
 		size, all int
 		cut       bool
-	}{{100, 100, false}, {200, 300, true}, {200, 200, false}} {
-		r := rb.At(i)
-		if r.Truncated != want.cut || !bytes.Equal(r.Data, pattern(want.all, want.all)[:want.size]) {
+	}{{100, 100, false}, {200, 300, true}, {200, 200, false}}
+	receive(t, to, NewRecvBatch(4, 200), len(wants), func(i int, r Received) {
+		if want := wants[i]; r.Truncated != want.cut || !bytes.Equal(r.Data, pattern(want.all, want.all)[:want.size]) {
 			t.Errorf("message %d: %d bytes, truncated %v; want %d, %v", i, len(r.Data), r.Truncated, want.size, want.cut)
 		}
-	}
+	})
 	if to.Truncated() != 1 {
 		t.Errorf("counted %d truncated messages, want 1", to.Truncated())
 	}
@@ -245,15 +244,11 @@ func TestRecvAgainAndAgain(t *testing.T) {
 			if _, err := from.Send(sb); err != nil {
 				t.Fatal(err)
 			}
-			n, err := to.Recv(rb)
-			if n != k || err != nil {
-				t.Fatalf("round %d: Recv: %d of %d, %v", round, n, k, err)
-			}
-			for i := range n {
-				if r := rb.At(i); r.TOS != byte(round*4) || r.From != from.Local() || !bytes.Equal(r.Data, pattern(round+i, 50+i)) {
+			receive(t, to, rb, k, func(i int, r Received) {
+				if r.TOS != byte(round*4) || r.From != from.Local() || !bytes.Equal(r.Data, pattern(round+i, 50+i)) {
 					t.Fatalf("round %d message %d: %+v", round, i, r)
 				}
-			}
+			})
 		}
 	})
 }

@@ -6,6 +6,7 @@ package conflist
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -63,6 +64,8 @@ type Publisher struct {
 	BinDir string // where their plugins are; empty: not looked at, and nothing is chained
 	Socket string // the agent's, for the plugin; empty: the plugin's default
 	Bridge string // that pods are behind; empty: none
+
+	patience time.Duration // for what a plugin says of its versions; 0: versionPatience
 
 	known   bool // Set has been called
 	ready   bool
@@ -168,9 +171,10 @@ func (p *Publisher) versionsOf(ctx context.Context, name string) ([]string, erro
 	if v, ok := p.answers[path]; ok && os.SameFile(v.file, file) && v.file.ModTime().Equal(file.ModTime()) && v.file.Size() == file.Size() {
 		return v.list, nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, versionPatience)
+	limit := cmp.Or(p.patience, versionPatience)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
-	info, err := invoke.GetVersionInfo(ctx, path, &impatient{DefaultExec: &invoke.DefaultExec{RawExec: &invoke.RawExec{}, PluginDecoder: version.PluginDecoder{}}})
+	info, err := invoke.GetVersionInfo(ctx, path, &impatient{limit: limit, DefaultExec: &invoke.DefaultExec{RawExec: &invoke.RawExec{}, PluginDecoder: version.PluginDecoder{}}})
 	if err != nil {
 		return nil, fmt.Errorf("ask %s for its versions: %w", path, err)
 	}
@@ -183,9 +187,12 @@ func (p *Publisher) versionsOf(ctx context.Context, name string) ([]string, erro
 
 // impatient runs a plugin, and does not wait for processes that the plugin has left with its output open, as one that is killed does when
 // it is a script.
-type impatient struct{ *invoke.DefaultExec }
+type impatient struct {
+	*invoke.DefaultExec
+	limit time.Duration
+}
 
-func (*impatient) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
+func (i *impatient) ExecPlugin(ctx context.Context, path string, stdin []byte, env []string) ([]byte, error) {
 	c := exec.CommandContext(ctx, path)
 	c.Stdin, c.Env, c.WaitDelay = bytes.NewReader(stdin), env, 100*time.Millisecond
 	out, err := c.Output()
@@ -193,7 +200,7 @@ func (*impatient) ExecPlugin(ctx context.Context, path string, stdin []byte, env
 	case errors.Is(err, exec.ErrWaitDelay):
 		return out, nil
 	case ctx.Err() != nil:
-		return nil, fmt.Errorf("no answer within %v", versionPatience)
+		return nil, fmt.Errorf("no answer within %v", i.limit)
 	case err != nil && len(out) > 0: // CNI has it tell the reason there
 		return nil, fmt.Errorf("%w: %.200s", err, bytes.TrimSpace(out))
 	}

@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -21,10 +22,21 @@ func fakePlugin(t *testing.T, dir, name string, versions ...string) {
 		t.Fatal(err)
 	}
 	script := fmt.Sprintf("#!/bin/sh\ncat >/dev/null\n[ \"$CNI_COMMAND\" = VERSION ] && echo '{\"cniVersion\": \"0.4.0\", \"supportedVersions\": %s}'\n", list)
-	if err := os.WriteFile(filepath.Join(dir, name), []byte(script), 0o755); err != nil {
+	program(t, filepath.Join(dir, name), script)
+}
+
+// program writes one that can be run at once: a process that is just being started, by another test, would have the file open for writing.
+func program(t *testing.T, path, text string) {
+	t.Helper()
+	syscall.ForkLock.RLock()
+	defer syscall.ForkLock.RUnlock()
+	if err := os.WriteFile(path, []byte(text), 0o755); err != nil {
 		t.Fatal(err)
 	}
 }
+
+// longer is the patience with plugins that are to answer.
+const longer = 30 * time.Second
 
 // The chain is what is installed, in versions that all of it serves.
 func TestChain(t *testing.T) {
@@ -40,7 +52,7 @@ func TestChain(t *testing.T) {
 		{"a very old one", map[string][]string{plugin: ours, "bandwidth": {"0.3.1", "0.4.0"}}, "0.4.0", []string{plugin, "bandwidth"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir(), Socket: "/run/x/tulle.sock", Bridge: "pods"}
+			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir(), Socket: "/run/x/tulle.sock", Bridge: "pods", patience: longer}
 			for name, versions := range c.installed {
 				fakePlugin(t, p.BinDir, name, versions...)
 			}
@@ -119,6 +131,7 @@ func TestProblems(t *testing.T) {
 		if c.make != nil {
 			c.make()
 		}
+		c.p.patience = longer
 		err := c.p.Set(t.Context(), true, false)
 		if err == nil || !strings.Contains(err.Error(), c.want) {
 			t.Errorf("%s: %v, want an error with %q", c.name, err, c.want)
@@ -136,20 +149,21 @@ func TestProblems(t *testing.T) {
 func TestSlowPlugin(t *testing.T) {
 	answer := `echo '{"cniVersion": "0.4.0", "supportedVersions": ["0.4.0", "1.0.0"]}'`
 	for name, c := range map[string]struct{ script, want string }{
-		"the program hangs":              {"exec sleep 40", "portmap for its versions: no answer within 2s"},
-		"a process of a script hangs":    {"sleep 40; " + answer, "portmap for its versions: no answer within 2s"},
-		"a process of it stays":          {"sleep 40 & " + answer, ""},
+		"the program hangs":              {"exec sleep 90", "portmap for its versions: no answer within 2s"},
+		"a process of a script hangs":    {"sleep 90; " + answer, "portmap for its versions: no answer within 2s"},
+		"a process of it stays":          {"sleep 90 & " + answer, ""},
 		"a failure with its reason":      {`echo '{"code": 100, "msg": "no such thing"}'; exit 1`, "no such thing"},
 		"it is asked once":               {"[ ! -e $0.asked ] || exit 1; touch $0.asked; " + answer, ""},
 		"a failure is tried again later": {"[ -e $0.asked ] || { touch $0.asked; exit 1; }; " + answer, "exit status 1"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir()}
-			fakePlugin(t, p.BinDir, plugin, ours...)
-			if err := os.WriteFile(filepath.Join(p.BinDir, "portmap"), []byte("#!/bin/sh\n"+c.script+"\n"), 0o755); err != nil {
-				t.Fatal(err)
+			p := Publisher{Dir: t.TempDir(), BinDir: t.TempDir(), patience: longer}
+			if strings.Contains(c.want, "no answer") {
+				p.patience = 0
 			}
+			fakePlugin(t, p.BinDir, plugin, ours...)
+			program(t, filepath.Join(p.BinDir, "portmap"), "#!/bin/sh\n"+c.script+"\n")
 			done := make(chan error, 1)
 			set := func() error {
 				t.Helper()
@@ -157,7 +171,7 @@ func TestSlowPlugin(t *testing.T) {
 				select {
 				case err := <-done:
 					return err
-				case <-time.After(20 * time.Second):
+				case <-time.After(60 * time.Second):
 					t.Fatal("the agent waits for the plugin")
 					return nil
 				}

@@ -126,7 +126,7 @@ func (l *listener) Close() error {
 }
 
 // endsWithin is how long an agent that was killed may take to end. Until then its socket, its devices and its ports are still open.
-const endsWithin = time.Second
+var endsWithin = time.Second // tests change it
 
 // ends reports whether the process that listens on the other side of a connection ends within a time. When it has, all that it had
 // open is closed.

@@ -135,21 +135,25 @@ func TestWaitWriteTimesOut(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	const d = 20 * time.Millisecond
 	start := time.Now()
-	if err := WaitWrite(w, 20); err != nil {
-		t.Error(err)
-	}
-	if waited := time.Since(start); waited < 20*time.Millisecond {
-		t.Errorf("full pipe was writable after %v", waited)
+	for n := 0; time.Since(start) < d; n++ {
+		if n == 100 { // signals may cut some short
+			t.Fatalf("100 waits of %v for room in a full pipe took %v", d, time.Since(start))
+		}
+		if err := WaitWrite(w, int(d/time.Millisecond)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	if n := testing.AllocsPerRun(5, func() { WaitWrite(w, 1) }); n != 0 {
 		t.Errorf("%v allocations a wait", n)
 	}
 	unix.Read(r, junk)
-	if err := WaitWrite(w, 10_000); err != nil {
+	start = time.Now()
+	if err := WaitWrite(w, 30_000); err != nil {
 		t.Error(err)
 	}
-	if waited := time.Since(start); waited > 9*time.Second {
+	if waited := time.Since(start); waited > 25*time.Second {
 		t.Errorf("did not see room for %v", waited)
 	}
 }
@@ -277,7 +281,7 @@ func TestHotWaitsAreBounded(t *testing.T) {
 			}
 		})
 	}
-	for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+	for end := time.Now().Add(30 * time.Second); ; time.Sleep(time.Millisecond) {
 		waits, n := begun.Load(), hotWaits.Load()
 		if waits == int32(len(pollers)) && n == 0 {
 			break

@@ -9,9 +9,9 @@ import (
 )
 
 // SeenAs connects by TCP from the network namespace at one path to an address in another, and returns the source address that was
-// seen there. It fails within ten seconds if nothing comes through.
+// seen there. It fails within half a minute if nothing comes through.
 func SeenAs(from, at string, to netip.Addr) (netip.Addr, error) {
-	const patience = 10 * time.Second
+	const patience = 30 * time.Second
 	var l *net.TCPListener
 	if err := sys.WithNetns(at, func() (err error) {
 		l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(to, 0)))

@@ -64,11 +64,17 @@ func TestMetaIsAnnouncedOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), a.cfg.pace.announced) // then comes the first repetition
-	defer cancel()
-	a.update(ctx, n)
-	if ctx.Err() != nil {
-		t.Error("the metadata had not gone out when they were announced for the first time")
+	for attempt := 1; ; attempt++ { // a busy machine has five
+		ctx, cancel := context.WithTimeout(t.Context(), a.cfg.pace.announced) // then comes the first repetition
+		a.update(ctx, n)
+		late := ctx.Err() != nil
+		cancel()
+		if !late {
+			return
+		}
+		if attempt == 5 {
+			t.Fatal("the metadata had not gone out when they were announced for the first time")
+		}
 	}
 }
 

@@ -20,16 +20,17 @@ import (
 )
 
 // quick is memberlist at ten times its LAN pace, but patient enough for a busy
-// machine under the race detector.
+// machine under the race detector. The limits of what ends by itself (streams, answers about keys,
+// leaves) are long: no test waits for their end.
 var quick = pace{
 	probeInterval: 200 * time.Millisecond, probeTimeout: 100 * time.Millisecond,
 	gossipInterval: 20 * time.Millisecond, pushPull: time.Second,
 	gossipToTheDead: 500 * time.Millisecond, presence: 500 * time.Millisecond,
-	stream: 2 * time.Second, suspicionMult: 3,
+	stream: 10 * time.Second, suspicionMult: 3,
 	rejoinMin: 50 * time.Millisecond, rejoinMax: 300 * time.Millisecond,
 	heal: 200 * time.Millisecond, healSlow: 200 * time.Millisecond, seeds: 200 * time.Millisecond,
 	returning: 100 * time.Millisecond, conflict: 200 * time.Millisecond,
-	keySettle: 200 * time.Millisecond, keyTimeout: 5 * time.Second, leaves: time.Second, announced: time.Second,
+	keySettle: time.Second, keyTimeout: 20 * time.Second, leaves: 10 * time.Second, announced: time.Second,
 	suspects: 200 * time.Millisecond, settle: 400 * time.Millisecond, repair: 500 * time.Millisecond,
 }
 
@@ -267,7 +268,7 @@ func TestJoinInAnyOrder(t *testing.T) {
 	// cluster comes in the middle.
 	var nodes []*node
 	for i, a := range addrs {
-		opts := []option{at(a), seeds(addrs...)}
+		opts := []option{patient, at(a), seeds(addrs...)}
 		if i == 3 {
 			opts = append(opts, cluster(id))
 		}
@@ -320,9 +321,7 @@ func TestSeedsNotThereYet(t *testing.T) {
 	eventually(t, "it is alone again", func() bool { return n.Alive() == 0 && !n.AloneSince().Before(before) })
 	other = launch(t, "late", at(late))
 	converge(t, n, other)
-	if p := n.Problems(); len(p) != 0 {
-		t.Errorf("problems remain: %v", p)
-	}
+	eventually(t, "no problem remains", func() bool { return len(n.Problems()) == 0 })
 }
 
 func TestNotIsolatedAlone(t *testing.T) {
@@ -338,8 +337,8 @@ func TestNotIsolatedAlone(t *testing.T) {
 
 func TestClustersNeverMerge(t *testing.T) {
 	leakCheck(t)
-	a1 := launch(t, "a1", cluster(membership.NewClusterID()))
-	a2 := launch(t, "a2", cluster(a1.Cluster()), seeds(a1.addr))
+	a1 := launch(t, "a1", patient, cluster(membership.NewClusterID()))
+	a2 := launch(t, "a2", patient, cluster(a1.Cluster()), seeds(a1.addr))
 	b1 := launch(t, "b1", cluster(membership.NewClusterID()))
 	b2 := launch(t, "b2", cluster(b1.Cluster()), seeds(b1.addr))
 	converge(t, a1, a2)
@@ -408,10 +407,10 @@ func TestSendAndQueue(t *testing.T) {
 	leakCheck(t)
 	key, _ := keyring.Parse(keyring.Generate())
 	newRing := func() *keyring.Ring { k, _ := keyring.New(key); return k }
-	first := launch(t, "n0", ring(newRing()), cluster(membership.NewClusterID()))
+	first := launch(t, "n0", patient, ring(newRing()), cluster(membership.NewClusterID()))
 	nodes := []*node{first}
 	for i := 1; i < 12; i++ {
-		nodes = append(nodes, launch(t, fmt.Sprint("n", i), ring(newRing()), seeds(first.addr)))
+		nodes = append(nodes, launch(t, fmt.Sprint("n", i), patient, ring(newRing()), seeds(first.addr)))
 	}
 	converge(t, nodes...)
 	big := strings.Repeat("m", MaxMessage)
@@ -532,19 +531,19 @@ func TestSlowHandler(t *testing.T) {
 			more++
 		}
 	}
-	eventually(t, "memberlist is healthy while the handler is slow", func() bool {
-		work()
-		return b.Stats().Health <= 2
-	})
-	for range 20 {
+	for healthy, end := 0, time.Now().Add(30*time.Second); healthy < 20; { // looks in a row: several probes long
 		work()
 		if !a.sees(b) || !b.sees(a) {
 			t.Fatal("a slow handler has cost the membership")
 		}
-		if h := b.Stats().Health; h > 2 {
-			t.Fatalf("health score %d", h)
+		healthy++
+		if h := b.Stats().Health; h > 2 { // it is without a slow handler, too, on a machine that stands still
+			healthy = 0
+			if time.Now().After(end) {
+				t.Fatalf("health score %d", h)
+			}
 		}
-		time.Sleep(50 * time.Millisecond) // several probes long
+		time.Sleep(50 * time.Millisecond)
 	}
 	b.inbox.mu.Lock()
 	defer b.inbox.mu.Unlock()

@@ -200,7 +200,10 @@ func TestPresenceMessagesOfOlderAgents(t *testing.T) {
 	if got := ask.encode(); len(got) != 8+16+(1+6)+(1+6)+(1+len(ask.who)) {
 		t.Errorf("a plain question has %d bytes: %x", len(got), got)
 	}
-	if got, told := b.presenceOf(t.Context(), ask); got != presenceLives || len(presenceAnswer{7, got, told}.encode()) != 8+1 {
+	var got presence
+	var told *run
+	eventually(t, "a plain question is answered in time", func() bool { got, told = b.presenceOf(t.Context(), ask); return got != presenceNone })
+	if got != presenceLives || len(presenceAnswer{7, got, told}.encode()) != 8+1 {
 		t.Errorf("a plain question is answered with %v, %+v", got, told)
 	}
 	if tellsRun(a.metaWire) || !tellsRun(b.metaWire) {
@@ -336,7 +339,7 @@ func TestPartitionHeals(t *testing.T) {
 	id := membership.NewClusterID()
 	for i, a := range addrs {
 		// Only one seed: what heals the rest is memory of the peers.
-		nodes = append(nodes, launch(t, string(rune('a'+i)), at(a), link, cluster(id), seeds(addrs[0])))
+		nodes = append(nodes, launch(t, string(rune('a'+i)), patient, at(a), link, cluster(id), seeds(addrs[0])))
 	}
 	converge(t, nodes...)
 	oneSide.Store(&[]netip.Addr{addrs[0], addrs[2], addrs[4]})

@@ -109,7 +109,7 @@ func TestSeedNameWithAllKindsOfAddresses(t *testing.T) {
 		names(t, map[string][]netip.Addr{"all": {loopback, self, dead, foreign.addr, member.addr}}, "all"))
 	converge(t, n, member)
 	var s Seed
-	eventually(t, "every address is judged", func() bool { s = n.Seeds()[0]; return s.Tried })
+	eventually(t, "every address is judged", func() bool { s = n.Seeds()[0]; return s.Tried && s.Answered > 0 })
 	if s.Self() || s.Others != 3 || s.Answered != 1 {
 		t.Errorf("%d of %d others have answered, want 1 of 3: %+v", s.Answered, s.Others, s)
 	}

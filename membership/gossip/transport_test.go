@@ -47,7 +47,7 @@ func TestStreamsAreBounded(t *testing.T) {
 				if err == nil || errors.Is(err, net.ErrClosed) {
 					t.Fatalf("a stream that was not taken: %v", err)
 				}
-			case <-time.After(10 * time.Second):
+			case <-time.After(30 * time.Second):
 				t.Fatal("a stream is neither taken nor closed")
 			}
 		}

@@ -63,7 +63,7 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 		before := total()
 		begin := time.Now()
 		cpu, err = machine.Start(pids)
-		err = errors.Join(err, traffic.Sleep(ctx, d))
+		err = errors.Join(err, traffic.Await(ctx, d, func() (bool, error) { return total() > before, nil }))
 		r.Bytes, r.Seconds = total()-before, time.Since(begin).Seconds()
 		var cerr error
 		r.CPU, cerr = cpu.Stop()
@@ -76,7 +76,7 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 		err = errors.Join(err, e)
 	}
 	if err == nil && r.Bytes == 0 {
-		err = fmt.Errorf("no byte from %s arrived in %s within %v", e.From, e.To, warm+d)
+		err = fmt.Errorf("no byte from %s arrived in %s within %.1f s", e.From, e.To, r.Seconds)
 	}
 	for _, n := range retransmits {
 		r.Retransmits += n

@@ -244,7 +244,10 @@ func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
 	if err != nil {
 		return err
 	}
-	if err := traffic.Sleep(ctx, rn.o.Duration); err != nil {
+	if err := traffic.Await(ctx, rn.o.Duration, func() (bool, error) {
+		r, err := rn.c.order("count", 0)
+		return r.Bytes > 0, err
+	}); err != nil {
 		return err
 	}
 	got, err := c.end()
@@ -252,7 +255,7 @@ func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
 		return err
 	}
 	if got.Bytes == 0 {
-		return fmt.Errorf("no byte arrived within %v", rn.o.Duration)
+		return fmt.Errorf("no byte arrived within %.1f s", got.Seconds)
 	}
 	t.Bytes, t.Seconds, t.Gbps = got.Bytes, got.Seconds, float64(got.Bytes)*8/1e9/got.Seconds
 	if got.CPU != nil {

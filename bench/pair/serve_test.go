@@ -339,7 +339,7 @@ func TestNoReflection(t *testing.T) {
 		}
 		wait := 300 * time.Millisecond
 		if answered {
-			wait = 10 * time.Second
+			wait = 30 * time.Second
 		}
 		_ = conn.SetReadDeadline(time.Now().Add(wait))
 		n, err := conn.Read(make([]byte, 200))

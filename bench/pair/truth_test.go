@@ -172,9 +172,16 @@ func TestLinkLocal(t *testing.T) {
 	binary := tulle(t)
 	serving(t, b, binary, "--listen", "[fe80::2%v1]:17979")
 	for _, host := range []string{"fe80::2%v0", "[fe80::2%v0]:17979"} {
-		r := measured(t, a, binary, host, "--rounds", "1", "--duration", "50ms")
-		if m := r.Machines[0]; len(r.Modes[0].Errors) > 0 || len(r.Asked) != 11 || r.MTU != 1500 || m.Interface != "v0" {
-			t.Errorf("%s: MTU %d, from %s, %q", host, r.MTU, m.Interface, r.Modes[0].Errors)
+		for attempt := 1; ; attempt++ { // nothing may arrive within 50 ms on a busy machine, which has ten
+			r := measured(t, a, binary, host, "--rounds", "1", "--duration", "50ms")
+			m := r.Machines[0]
+			if len(r.Modes[0].Errors) == 0 && len(r.Asked) == 11 && r.MTU == 1500 && m.Interface == "v0" {
+				break
+			}
+			t.Logf("%s: MTU %d, from %s, %q", host, r.MTU, m.Interface, r.Modes[0].Errors)
+			if attempt == 10 {
+				t.Fatal("not all was measured")
+			}
 		}
 	}
 }
@@ -211,11 +218,11 @@ func TestKnownDelay(t *testing.T) {
 		base := latencies(t, a, binary)
 		w.Delay(delay)
 		for name, l := range latencies(t, a, binary) {
-			if checkDelay(t, name, base[name], l, delay) {
+			if base[name] != nil && checkDelay(t, name, base[name], l, delay) {
 				right[name] = true
 			}
 		}
-		if len(right) == len(base) {
+		if len(right) == kinds {
 			return
 		}
 		if attempt == 10 {
@@ -224,7 +231,10 @@ func TestKnownDelay(t *testing.T) {
 	}
 }
 
-// latencies measures over the wire, and returns what was measured by kind and size.
+// kinds is how many figures latencies measures.
+const kinds = 5
+
+// latencies measures over the wire, and returns what was measured by kind and size; without those of which a busy machine let too few answers come.
 func latencies(t *testing.T, a *namespace.Namespace, binary string) map[string]*result.Latency {
 	t.Helper()
 	m := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "250ms", "--measures", Latency).Modes[0]
@@ -233,8 +243,12 @@ func latencies(t *testing.T, a *namespace.Namespace, binary string) map[string]*
 		m.Merged(result.PingPong, 64, false), m.Merged(result.PingPong, 1200, false), m.Merged(result.OpenLoop, 64, false),
 		m.Merged(result.RR, 64, false), m.Merged(result.CRR, 64, false),
 	} {
-		if l == nil || l.Answers < 20 {
-			t.Fatalf("too few answers: %+v", l)
+		if l == nil {
+			t.Fatalf("not measured: %q", m.Errors)
+		}
+		if l.Answers < 20 {
+			t.Logf("too few answers: %+v", l)
+			continue
 		}
 		out[fmt.Sprintf("%s %d", l.Kind, l.Payload)] = l
 	}
@@ -260,7 +274,7 @@ func checkDelay(t *testing.T, name string, base, l *result.Latency, delay time.D
 }
 
 // A wire that loses a tenth of the datagrams, and those above its MTU, is seen to do so. A busy machine, which loses more, has
-// three attempts.
+// ten attempts.
 func TestKnownLoss(t *testing.T) {
 	if testing.Short() {
 		t.Skip("the race detector does not look into the program that this runs")
@@ -279,7 +293,7 @@ func TestKnownLoss(t *testing.T) {
 				break
 			}
 			t.Logf("%s, attempt %d: %q; the wire lost %d of %d", host, attempt, wrong, lost, all)
-			if attempt == 3 {
+			if attempt == 10 {
 				t.Fatal("a loss of a tenth is not seen as that")
 			}
 		}

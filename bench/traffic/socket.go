@@ -192,3 +192,15 @@ func Sleep(ctx context.Context, d time.Duration) error {
 		return nil
 	}
 }
+
+// Await waits for d, and on until something has come, as [PingPong] does for its first answer: nothing may come for as long where the machine stands
+// still. It gives up after patience, which is no error.
+func Await(ctx context.Context, d time.Duration, came func() (bool, error)) error {
+	err := Sleep(ctx, d)
+	for began := time.Now(); err == nil && time.Since(began) < patience; err = Sleep(ctx, 5*time.Millisecond) {
+		if is, err := came(); is || err != nil {
+			return err
+		}
+	}
+	return err
+}

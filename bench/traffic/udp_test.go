@@ -49,6 +49,34 @@ func TestSinkBytes(t *testing.T) {
 	}
 }
 
+func TestAwait(t *testing.T) {
+	const d = 100 * time.Millisecond
+	broken := errors.New("broken")
+	for name, tc := range map[string]struct {
+		comes, want time.Duration
+		err         error // of the look
+	}{
+		"something is there":    {0, d, nil},
+		"something comes late":  {d + 50*time.Millisecond, d + 50*time.Millisecond, nil},
+		"nothing comes":         {time.Hour, d + patience, nil},
+		"nobody can tell":       {time.Hour, d, broken},
+		"something came before": {d / 2, d, nil},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			begin := time.Now()
+			err := Await(t.Context(), d, func() (bool, error) { return time.Since(begin) >= tc.comes, tc.err })
+			if passed := time.Since(begin); err != tc.err || passed != tc.want {
+				t.Errorf("%s: waited %v, want %v (%v)", name, passed, tc.want, err)
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			cancel()
+			if err := Await(ctx, d, func() (bool, error) { return true, nil }); !errors.Is(err, context.Canceled) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+}
+
 func TestSettle(t *testing.T) {
 	for name, tc := range map[string]struct {
 		arrivals []uint64 // after each pause of 10 ms; the last stays

@@ -117,7 +117,7 @@ func (n *node) Status(context.Context) (api.Status, error) {
 // The looks begin when engine and agent are there, end a minute later, and begin again after a call that came too early. A container
 // that does not start is left alone after three attempts for which the agent was ready.
 func TestRevive(t *testing.T) {
-	dir := t.TempDir()
+	dir := shortDir(t)
 	agent, err := api.Listen(filepath.Join(dir, "agent"))
 	if err != nil {
 		t.Fatal(err)

@@ -58,10 +58,21 @@ func (l *ledger) left() (names []string) {
 	return names
 }
 
+// shortDir is a folder for sockets: t.TempDir may be too long for their paths.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tulle")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	return dir
+}
+
 // serve answers on the ledger's socket until the test ends.
 func (l *ledger) serve(t *testing.T) (socket string) {
 	t.Helper()
-	socket = filepath.Join(t.TempDir(), "s")
+	socket = filepath.Join(shortDir(t), "s")
 	listener, err := api.Listen(socket)
 	if err != nil {
 		t.Fatal(err)

@@ -3,6 +3,7 @@ package netavark
 import (
 	"context"
 	"log/slog"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -30,7 +31,12 @@ func (s *starting) Allocate(context.Context, api.AllocateRequest) (api.Allocatio
 
 func (s *starting) serve(t *testing.T) (socket string) {
 	t.Helper()
-	socket = filepath.Join(t.TempDir(), "s")
+	dir, err := os.MkdirTemp("", "tulle") // t.TempDir may be too long for a socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	socket = filepath.Join(dir, "s")
 	l, err := api.Listen(socket)
 	if err != nil {
 		t.Fatal(err)

@@ -204,6 +204,7 @@ func TestDeviceRemoved(t *testing.T) {
 
 // What arrives before the first tables, on kept sockets or in a kept device, waits for them: nothing is refused or lost.
 func TestPacketsWaitForTheFirstUpdate(t *testing.T) {
+	pinThreads(t)
 	l := testLink{mode: encap.UDP}
 	a, b := newNode(t, 0, l), newNode(t, 1, l)
 	connect(t, l, a, b)

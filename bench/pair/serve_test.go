@@ -160,7 +160,7 @@ func TestLongMeasure(t *testing.T) {
 
 // Who sends more than the server allows is cut off; a client that keeps to it is slowed down.
 func TestServeLimitsRate(t *testing.T) {
-	at := local(t, ServeOptions{MaxRate: 50e6})
+	at := local(t, ServeOptions{MaxRate: 5e6}) // little: on a busy machine most of the time between two floods is waiting, which counts, too
 	c, err := client1(t, at, "")
 	if err != nil {
 		t.Fatal(err)
@@ -172,12 +172,12 @@ func TestServeLimitsRate(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer closeAll()
-	for range 20 {
+	for range 100 {
 		if _, err = rn.trial(t.Context(), conns, 1400, 0, 200*time.Millisecond); err != nil {
 			break
 		}
 	}
-	wantError(t, "flood", err, "more than the server's limit of 50000000 bit/s")
+	wantError(t, "flood", err, "more than the server's limit of 5000000 bit/s")
 	var r *client
 	for r == nil {
 		if r, err = client1(t, at, ""); err != nil && !strings.Contains(err.Error(), "busy") {
@@ -190,8 +190,8 @@ func TestServeLimitsRate(t *testing.T) {
 	}
 	defer closeAll()
 	trial, err := rn.trial(t.Context(), conns, 1400, 0, 400*time.Millisecond)
-	if err != nil || trial.SentRate()*1400*8 > 60e6 {
-		t.Errorf("%v bit/s sent where 50 million are allowed: %v", trial.SentRate()*1400*8, err)
+	if err != nil || trial.SentRate()*1400*8 > 6e6 {
+		t.Errorf("%v bit/s sent where 5 million are allowed: %v", trial.SentRate()*1400*8, err)
 	}
 }
 

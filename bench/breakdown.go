@@ -15,9 +15,9 @@ const (
 	// traceMargin is how much longer than a trace its traffic runs.
 	traceMargin = 200 * time.Millisecond
 	// traceLeast is how long a trace is at least, and traceTimes how often it is tried: on a machine that is busy with other
-	// work, the sample of a short one may be empty.
+	// work, the sample of a short one may be empty, and an agent may begin when the traffic has ended. Each time takes twice as long as the one before.
 	traceLeast = 300 * time.Millisecond
-	traceTimes = 3
+	traceTimes = 5
 )
 
 // takeBreakdown lets the agents of a mode trace a sample of packets while traffic of a kind runs. Where no agent carries
@@ -27,10 +27,10 @@ func takeBreakdown(kind string) func(context.Context, *AllOptions, *stand, *resu
 		if s.paths == "" || s.paths == Direct || s.fast() {
 			return nil
 		}
-		length := min(max(o.Duration, traceLeast), api.MaxTrace)
+		length, margin := min(max(o.Duration, traceLeast), api.MaxTrace), traceMargin
 		for range traceTimes {
 			moved := make(chan error, 1)
-			go func() { moved <- s.move(ctx, kind, o.warm()+length+traceMargin) }()
+			go func() { moved <- s.move(ctx, kind, o.warm()+length+margin) }()
 			err := traffic.Sleep(ctx, o.warm())
 			var b result.Breakdown
 			if err == nil {
@@ -44,8 +44,9 @@ func takeBreakdown(kind string) func(context.Context, *AllOptions, *stand, *resu
 				d.Breakdown = append(d.Breakdown, b)
 				return nil
 			}
+			length, margin = min(2*length, api.MaxTrace), 2*margin
 		}
-		return fmt.Errorf("the agents have sampled no packets in %d times %v: none passed through them", traceTimes, length)
+		return fmt.Errorf("the agents have sampled no packets in %d traces, each longer than the one before: none passed through them", traceTimes)
 	}
 }
 

@@ -60,9 +60,9 @@ func (h *Host) AgentOf(program string, args ...string) *Agent {
 // clean ends the agent and looks at what it logged.
 func (a *Agent) clean() {
 	t := a.Host.net.t
-	if !a.end(syscall.SIGTERM, 20*time.Second) {
+	if !a.end(syscall.SIGTERM, patience) {
 		a.Kill()
-		t.Errorf("the agent of %s did not end within 20 s of SIGTERM", a.Host.Name)
+		t.Errorf("the agent of %s did not end within %v of SIGTERM", a.Host.Name, patience)
 	}
 	log := a.Log()
 	for _, bad := range []string{"DATA RACE", "panic:", "fatal error:"} {
@@ -79,8 +79,8 @@ func (a *Agent) clean() {
 // Stop ends the agent as systemd does.
 func (a *Agent) Stop() {
 	a.Host.net.t.Helper()
-	if !a.end(syscall.SIGTERM, 20*time.Second) {
-		a.Host.net.t.Fatalf("the agent of %s did not end within 20 s of SIGTERM", a.Host.Name)
+	if !a.end(syscall.SIGTERM, patience) {
+		a.Host.net.t.Fatalf("the agent of %s did not end within %v of SIGTERM", a.Host.Name, patience)
 	}
 }
 
@@ -102,6 +102,11 @@ func (a *Agent) hasEnded(limit time.Duration) bool {
 	select {
 	case <-a.ended:
 		return true
+	default:
+	}
+	select {
+	case <-a.ended:
+		return true
 	case <-time.After(limit):
 		return false
 	}
@@ -110,9 +115,12 @@ func (a *Agent) hasEnded(limit time.Duration) bool {
 // Ended waits until the agent has ended by itself, and returns its exit code and what it logged.
 func (a *Agent) Ended(limit time.Duration) (code int, log string) {
 	a.Host.net.t.Helper()
-	if !a.hasEnded(limit) {
-		a.Host.net.t.Fatalf("the agent of %s still runs after %v: %s", a.Host.Name, limit, a.Problems())
-	}
+	Within(a.Host.net.t, limit, "the agent of "+a.Host.Name+" has ended", func() error {
+		if !a.hasEnded(0) {
+			return fmt.Errorf("it runs: %s", a.Problems())
+		}
+		return nil
+	})
 	return a.cmd.ProcessState.ExitCode(), a.Log()
 }
 
@@ -134,13 +142,16 @@ func (a *Agent) NotReady() error {
 	return nil
 }
 
+// patience is how long an agent may take to answer on a busy machine, or to end.
+const patience = 20 * time.Second
+
 // TryStatus asks the agent for its status.
 func (a *Agent) TryStatus() (api.Status, error) {
 	if a.hasEnded(0) {
 		log := strings.TrimSpace(a.Log())
 		return api.Status{}, fmt.Errorf("it has ended: %s", log[strings.LastIndexByte(log, '\n')+1:])
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
 	return a.Client.Status(ctx)
 }

@@ -40,7 +40,7 @@ func (a *Agent) Pod(name string) *Pod {
 	t.Helper()
 	p := &Pod{Host: a.Host.net.Host(name), agent: a, id: a.Host.net.prefix + name}
 	Within(t, 20*time.Second, "an address for pod "+name, func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), patience)
 		defer cancel()
 		got, err := a.Client.Allocate(ctx, api.AllocateRequest{ID: p.id, Name: name, Netns: p.NetnsPath()})
 		if err != nil {

@@ -11,7 +11,7 @@ import (
 // SeenAs connects by TCP from the network namespace at one path to an address in another, and returns the source address that was
 // seen there. It fails within half a minute if nothing comes through.
 func SeenAs(from, at string, to netip.Addr) (netip.Addr, error) {
-	const patience = 30 * time.Second
+	const patience = 30 * time.Second // of a busy machine, which may lose the first packets, too
 	var l *net.TCPListener
 	if err := sys.WithNetns(at, func() (err error) {
 		l, err = net.ListenTCP("tcp", net.TCPAddrFromAddrPort(netip.AddrPortFrom(to, 0)))

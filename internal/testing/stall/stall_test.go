@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -30,6 +31,44 @@ func TestCounter(t *testing.T) {
 		}
 		if got := c.stalled(now); got != s.want*time.Millisecond {
 			t.Errorf("after %d ms: %v stalled, want %d ms", s.at, got, s.want)
+		}
+	}
+}
+
+func TestParsePressure(t *testing.T) {
+	for text, want := range map[string]time.Duration{
+		"some avg10=88.04 avg60=68.46 avg300=44.00 total=258365970\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=7\n": 258365970 * time.Microsecond,
+		"": 0, "some\n": 0, "full avg10=0.00 total=7\n": 0, "some avg10=0.00 total=x\n": 0,
+	} {
+		if got := parsePressure([]byte(text)); got != want {
+			t.Errorf("%q: %v, want %v", text, got, want)
+		}
+	}
+}
+
+// Twice as many busy processes as CPUs: some wait for a CPU, where the kernel counts that.
+func TestShort(t *testing.T) {
+	if pressed() == 0 {
+		t.Skip("this kernel does not count who waits for a CPU, or nobody ever has")
+	}
+	m := Begin()
+	var children []*exec.Cmd
+	for range 2 * runtime.NumCPU() {
+		c := exec.Command("sh", "-c", "while :; do :; done")
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		children = append(children, c)
+	}
+	defer func() {
+		for _, c := range children {
+			_ = c.Process.Kill()
+			_ = c.Wait()
+		}
+	}()
+	for began := time.Now(); m.Short() < 200*time.Millisecond; time.Sleep(10 * time.Millisecond) {
+		if time.Since(began) > 20*time.Second {
+			t.Fatalf("short of CPUs for %v of 20 s", m.Short())
 		}
 	}
 }

@@ -41,7 +41,8 @@ func TestGossipFamilyFiltered(t *testing.T) {
 				return nil
 			}
 			hosts.Within(t, 20*time.Second, "all see all", alive)
-			time.Sleep(3 * time.Second) // what they have to tell of themselves has spread
+			knows(t, 2, agents...)
+			time.Sleep(3 * time.Second) // what else they have to tell of themselves has spread
 			for _, hook := range hooks {
 				first.Run("nft", "add table ip t; add chain ip t "+hook+" { type filter hook "+hook+" priority -300; }; add rule ip t "+hook+" th dport 7946 drop; add rule ip t "+hook+" th sport 7946 drop")
 			}
@@ -50,11 +51,7 @@ func TestGossipFamilyFiltered(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			for _, a := range agents {
-				if p := a.Problems(); p != "" {
-					t.Errorf("%s: %s", a.Host.Name, p)
-				}
-			}
+			noProblems(t, "afterwards", agents...)
 		})
 	}
 }

@@ -50,9 +50,7 @@ func TestTwoHosts(t *testing.T) {
 	if sent, lost := s.Stop(); sent == 0 || lost == sent {
 		t.Errorf("%d of %d pings lost over a restart", lost, sent)
 	}
-	if p := second.Problems(); p != "" {
-		t.Errorf("problems: %s", p)
-	}
+	noProblems(t, "after the restart", second)
 	hosts.Within(t, 10*time.Second, "tulle peers shows a path that is up", func() error {
 		if out, errs, code := second.Tulle("peers"); code != 0 || !strings.Contains(out, "alive") {
 			return fmt.Errorf("%d %s%s", code, out, errs)
@@ -84,9 +82,7 @@ func TestHost(t *testing.T) {
 		t.Errorf("ip_forward is %s", got)
 	}
 	hosts.Within(t, 5*time.Second, "through b", func() error { return a.Ping(far) })
-	if err := a.PingDF(netip.MustParseAddr("fd00:1::2"), 9000-48); err != nil {
-		t.Errorf("a jumbo frame: %v", err)
-	}
+	hosts.Within(t, 5*time.Second, "a jumbo frame", func() error { return a.PingDF(netip.MustParseAddr("fd00:1::2"), 9000-48) })
 	cat := func() string { return a.Run("cat", "/etc/hosts", "/etc/resolv.conf") }
 	a.EtcHosts("10.0.1.2 router")
 	a.ResolvConf("nameserver 10.0.1.2")
@@ -97,7 +93,7 @@ func TestHost(t *testing.T) {
 		t.Errorf("a program that fails: %q", out)
 	}
 	agent := c.Agent("--pod-cidr", "nonsense")
-	if code, log := agent.Ended(10 * time.Second); code == 0 || !strings.Contains(log, "nonsense") {
+	if code, log := agent.Ended(20 * time.Second); code == 0 || !strings.Contains(log, "nonsense") {
 		t.Errorf("an agent with a wrong flag ended with %d: %s", code, log)
 	}
 }

@@ -43,6 +43,14 @@ func TestRotationNamesAHostThatDiedBefore(t *testing.T) {
 	agents[1].Stop()
 	agents[1] = starts[1]()
 	agents[1].Ready(30 * time.Second)
+	hosts.Within(t, 20*time.Second, "b knows a, and that c is dead", func() error {
+		for name, want := range map[string]string{"a": api.PeerAlive, "c": api.PeerDead} {
+			if p, err := peerOf(agents[1], name); err != nil || p.State != want {
+				return fmt.Errorf("%s is %q, %v", name, p.State, err)
+			}
+		}
+		return nil
+	})
 
 	next := agents[1].Host.WriteFile("next", base64.StdEncoding.EncodeToString([]byte(strings.Repeat("k", api.KeySize))))
 	did := func(code int, words string, args ...string) {

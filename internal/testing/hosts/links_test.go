@@ -81,9 +81,7 @@ func TestPodsBeforeTheAgent(t *testing.T) {
 		}
 	}
 	reached()
-	if p := first.Problems(); p != "" {
-		t.Errorf("problems: %s", p)
-	}
+	noProblems(t, "with a pod behind a bridge", first)
 	bridge := []netip.Addr{netip.MustParseAddr("10.244.1.1"), netip.MustParseAddr("fd00:244:0:1::1")}
 	if web := first.Pod("web"); slices.ContainsFunc(web.Addrs, func(p netip.Addr) bool { return slices.Contains(bridge, p) }) {
 		t.Errorf("a pod got the bridge's address: %v", web.Addrs)
@@ -99,7 +97,7 @@ func TestPodsBeforeTheAgent(t *testing.T) {
 	c.Link("eth0", "10.0.3.10/24", b, "eth1", "10.0.3.11/24")
 	c.IP("link add br0 type bridge", "link set br0 up", "addr add 10.244.1.1/24 dev br0")
 	other := c.Agent("--bootstrap", "--cluster-cidr", "10.244.0.0/16", "--pod-cidr", "10.244.2.0/24")
-	if code, log := other.Ended(10 * time.Second); code == 0 || !strings.Contains(log, "10.244.1.1/24 on br0") {
+	if code, log := other.Ended(20 * time.Second); code == 0 || !strings.Contains(log, "10.244.1.1/24 on br0") {
 		t.Errorf("a bridge outside of the node's own block: %d %s", code, log)
 	}
 }
@@ -126,21 +124,30 @@ func strictReversePathFilter(t *testing.T, cidr string) {
 	first.Ready(20 * time.Second)
 	second := b.Agent("--join", "10.0.1.11", "--underlay", "eth1")
 	second.Ready(20 * time.Second)
-	if leaves := second.Status().Peers[0].Leaves; len(leaves) != 1 || leaves[0] != "eth0" {
-		t.Errorf("packets to a leave by %v, want eth0, which is the first route's", leaves)
-	}
-	if out, _, _ := second.Tulle("peers"); !strings.Contains(out, "packets leave by eth0") {
-		t.Errorf("tulle peers: %s", out)
-	}
+	hosts.Within(t, 10*time.Second, "packets to a leave by eth0, which is the first route's", func() error {
+		p, err := peerOf(second, "a")
+		if err == nil && (len(p.Leaves) != 1 || p.Leaves[0] != "eth0") {
+			err = fmt.Errorf("they leave by %v", p.Leaves)
+		}
+		return err
+	})
+	hosts.Within(t, 10*time.Second, "tulle peers says so", func() error {
+		if out, _, _ := second.Tulle("peers"); !strings.Contains(out, "packets leave by eth0") {
+			return fmt.Errorf("tulle peers: %s", out)
+		}
+		return nil
+	})
 	if p := second.Problems(); strings.Contains(p, "rp_filter") {
 		t.Errorf("problems: %s", p)
 	}
 	b.Sysctl("net.ipv4.conf.all.rp_filter", "1")
 	b.Sysctl("net.ipv4.conf.eth0.rp_filter", "2")
-	p := second.Problems()
-	if !strings.Contains(p, "net.ipv4.conf.all.rp_filter=1, net.ipv4.conf.eth1.rp_filter=0") || strings.Contains(p, "eth0") {
-		t.Errorf("problems: %s", p)
-	}
+	hosts.Within(t, 10*time.Second, "status names the filter of eth1 alone", func() error {
+		if p := second.Problems(); !strings.Contains(p, "net.ipv4.conf.all.rp_filter=1, net.ipv4.conf.eth1.rp_filter=0") || strings.Contains(p, "eth0") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
 }
 
 // The host's IPv6 comes by router advertisement, and the first one when the agent runs already; then by an interface that
@@ -212,9 +219,5 @@ func TestSourceRouting(t *testing.T) {
 	for _, to := range []string{"10.0.1.11", "10.0.2.11"} {
 		hosts.Within(t, 10*time.Second, "from the pod to "+to, func() error { return web.Ping(netip.MustParseAddr(to)) })
 	}
-	for _, agent := range []*hosts.Agent{first, second} {
-		if p := agent.Problems(); p != "" {
-			t.Errorf("with the rule: problems: %s", p)
-		}
-	}
+	noProblems(t, "with the rule", first, second)
 }

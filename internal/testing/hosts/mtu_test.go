@@ -1,6 +1,7 @@
 package hosts_test
 
 import (
+	"errors"
 	"fmt"
 	"net/netip"
 	"strings"
@@ -55,7 +56,11 @@ func TestUnderlayMTUChanges(t *testing.T) {
 		t.Helper()
 		hosts.Within(t, 8*time.Second, fmt.Sprintf("proven paths of %d bytes directly, and of 28 less by udp", direct), func() error {
 			seen := 0
-			for _, c := range first.Status().Peers[0].Candidates {
+			p, err := peerOf(first, "b")
+			if err != nil {
+				return err
+			}
+			for _, c := range p.Candidates {
 				want := map[string]int{"udp": direct - 28, "direct": direct}[c.Mode]
 				if c.State != "up" || want == 0 {
 					continue
@@ -93,9 +98,12 @@ func TestUnderlayMTUChanges(t *testing.T) {
 		return nil
 	})
 	full(db.IPv4())
-	if first.NotReady() == nil {
-		t.Error("a is ready, and has no IPv6")
-	}
+	hosts.Within(t, 8*time.Second, "a has no IPv6, and is not ready", func() error {
+		if first.NotReady() == nil {
+			return errors.New("it is ready")
+		}
+		return nil
+	})
 	set(1500)
 	full(db.IPv4())
 	full(db.IPv6())

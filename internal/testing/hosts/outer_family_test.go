@@ -104,7 +104,8 @@ func TestOuterFamilyFiltered(t *testing.T) {
 			first.Run("nft", "add rule inet t i meta nfproto "+f+" meta l4proto != ipv6-icmp iifname != lo drop; add rule inet t o meta nfproto "+f+" meta l4proto != ipv6-icmp oifname eth0 drop")
 		}
 	}
-	time.Sleep(2 * time.Second) // gossip has spread
+	knows(t, 2, agents...)
+	time.Sleep(2 * time.Second) // what else gossip tells has spread
 	drop("ipv4")
 	hosts.Within(t, 20*time.Second, "pods reach each other without IPv4", ping)
 	hosts.Within(t, 20*time.Second, "status says so", func() error {
@@ -137,7 +138,9 @@ func TestOuterFamilyFiltered(t *testing.T) {
 		return err
 	})
 	var seen []netip.Addr
-	for end := time.Now().Add(15 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+	turns := func() int { return len(slices.Compact(slices.Clone(seen))) }
+	const watch = 15 * time.Second // and longer on a machine that is slow
+	for began := time.Now(); time.Since(began) < watch || turns() < 2 && time.Since(began) < 4*watch; time.Sleep(100 * time.Millisecond) {
 		if err := problem(); err != nil {
 			t.Fatal(err)
 		}
@@ -145,10 +148,12 @@ func TestOuterFamilyFiltered(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		seen = append(seen, p.Candidates[0].Endpoint.Addr())
+		if len(p.Candidates) > 0 {
+			seen = append(seen, p.Candidates[0].Endpoint.Addr())
+		}
 	}
-	if changes := len(slices.Compact(seen)); changes < 2 || changes > 7 {
-		t.Errorf("%d families in turn in 15 s", changes)
+	if n := turns(); n < 2 || n > 7 {
+		t.Errorf("%d families in turn", n)
 	}
 	drop()
 	hosts.Within(t, 40*time.Second, "pods reach each other again", ping)
@@ -168,7 +173,8 @@ func TestOuterFamilyStays(t *testing.T) {
 	second.Ready(20 * time.Second)
 	web, db := first.Pod("web"), second.Pod("db")
 	hosts.Within(t, 10*time.Second, "pods reach each other", func() error { return web.Ping(db.IPv4()) })
-	time.Sleep(2 * time.Second) // gossip has spread
+	knows(t, 2, first, second)
+	time.Sleep(2 * time.Second) // what else gossip tells has spread
 	fourAgain := func(after string) {
 		t.Helper()
 		hosts.Within(t, 40*time.Second, "pods reach each other after "+after, func() error { return web.Ping(db.IPv4()) })

@@ -2,6 +2,7 @@ package hosts_test
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -75,6 +76,37 @@ func problem(t *testing.T, a *hosts.Agent, words ...string) {
 	})
 }
 
+// noProblems waits until these agents name none.
+func noProblems(t *testing.T, when string, agents ...*hosts.Agent) {
+	t.Helper()
+	for _, a := range agents {
+		hosts.Within(t, 20*time.Second, when+": no problems of "+a.Host.Name, func() error {
+			if p := a.Problems(); p != "" {
+				return fmt.Errorf("problems: %s", p)
+			}
+			return nil
+		})
+	}
+}
+
+// knows waits until the agents know all underlay addresses of each other, which gossip tells.
+func knows(t *testing.T, addresses int, agents ...*hosts.Agent) {
+	t.Helper()
+	hosts.Within(t, 20*time.Second, "all know all addresses", func() error {
+		for _, a := range agents {
+			for _, b := range agents {
+				if a == b {
+					continue
+				}
+				if p, err := peerOf(a, b.Host.Name); err != nil || len(p.Underlay) != addresses {
+					return fmt.Errorf("%s knows %v of %s, %v", a.Host.Name, p.Underlay, b.Host.Name, err)
+				}
+			}
+		}
+		return nil
+	})
+}
+
 // A pod that sends what looks like probes to the tun address of the other host does not speak for its node's agent: no trains go off, no
 // clock is wrong, and the packets are counted.
 func TestPodIsNoProber(t *testing.T) {
@@ -102,6 +134,7 @@ func TestPodIsNoProber(t *testing.T) {
 		_, _ = conn.Write(append(b, more...))
 	}
 	clock, train := dial(p.db, p.first), dial(p.web, p.second)
+	noProblems(t, "before", p.first)
 	hour := binary.BigEndian.AppendUint64(nil, uint64(time.Now().Add(time.Hour).UnixMicro()))
 	traffic := p.web.Stream(p.db.IPv4(), 100*time.Millisecond) // trains are probed while there is some
 	for range 100 {
@@ -117,9 +150,12 @@ func TestPodIsNoProber(t *testing.T) {
 		t.Errorf("the clock of b is ahead by %d ms, says a pod of b", skew)
 	}
 	for _, a := range []*hosts.Agent{p.first, p.second} {
-		if n := a.Status().Drops["source_not_senders"]; n < 90 {
-			t.Errorf("%s counts %d of 100 packets that pretend to be probes", a.Host.Name, n)
-		}
+		hosts.Within(t, 10*time.Second, "they are counted", func() error {
+			if n := a.Status().Drops["source_not_senders"]; n < 90 {
+				return fmt.Errorf("%s counts %d of 100 packets that pretend to be probes", a.Host.Name, n)
+			}
+			return nil
+		})
 	}
 }
 
@@ -141,9 +177,12 @@ func TestIPIPNeedsBothProtocols(t *testing.T) {
 		})
 	}
 	p.reached(t)
-	if out, _, _ := p.first.Tulle("ping", "b"); !strings.Contains(out, "IP protocol 41 is filtered on the way") {
-		t.Errorf("tulle ping:\n%s", out)
-	}
+	hosts.Within(t, 20*time.Second, "tulle ping says so", func() error {
+		if out, _, _ := p.first.Tulle("ping", "b"); !strings.Contains(out, "IP protocol 41 is filtered on the way") {
+			return errors.New(out)
+		}
+		return nil
+	})
 	p.r.Run("nft", "delete table inet t")
 	hosts.Within(t, 30*time.Second, "ipip is used", func() error { return goes(p.first, "b", "ipip") })
 	p.reached(t)
@@ -205,9 +244,7 @@ func TestOneDataPortIsDropped(t *testing.T) {
 	if log := p.first.Log() + p.second.Log(); strings.Contains(log, "packets go another way") {
 		t.Error("the path was left for one port")
 	}
-	if got := p.first.Problems(); got != "" {
-		t.Errorf("problems: %s", got)
-	}
+	noProblems(t, "with one port less", p.first)
 }
 
 // A host that is no member and not on the way says that packets between two members are too big. No packet between pods is lost for it, and the path
@@ -252,7 +289,7 @@ func TestForgedTooBig(t *testing.T) {
 			t.Fatal(err)
 		}
 		for range 10 {
-			if err := p.web.PingSize(p.db.IPv6(), 1180); err != nil {
+			if err := p.web.PingOnce(p.db.IPv6(), 1180); err != nil {
 				t.Fatalf("a packet of 1228 bytes after the forged message: %v", err)
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -288,7 +325,10 @@ func TestDirectPassesSmallPacketsOnly(t *testing.T) {
 	t.Parallel()
 	hs, agents := subnet(t, 2)
 	pa, pb := agents[0].Pod("pa"), agents[1].Pod("pb")
-	hosts.Within(t, 20*time.Second, "packets go direct", func() error { return goes(agents[0], "b", "direct") })
+	hosts.Within(t, 20*time.Second, "pods reach each other", func() error { return pa.Ping(pb.IPv4()) })
+	for a, peer := range map[*hosts.Agent]string{agents[0]: "b", agents[1]: "a"} {
+		hosts.Within(t, 20*time.Second, "packets go direct", func() error { return goes(a, peer, "direct") })
+	}
 	hs[1].Run("nft", "add table inet t; add chain inet t c { type filter hook prerouting priority -300; }; add rule inet t c iifname eth0 ip saddr 10.244.0.0/16 meta length > 500 drop")
 	traffic := pa.Stream(pb.IPv4(), 200*time.Millisecond)
 	hosts.Within(t, 40*time.Second, "packets take the tunnel", func() error { return goes(agents[0], "b", "udp") })
@@ -296,10 +336,13 @@ func TestDirectPassesSmallPacketsOnly(t *testing.T) {
 		t.Errorf("%d of %d small packets lost", lost, sent)
 	}
 	hosts.Within(t, 5*time.Second, "large packets", func() error { return pa.PingSize(pb.IPv4(), 4000) })
-	got, err := peerOf(agents[0], "b")
-	if err != nil || !strings.Contains(got.Path.Reason, "direct answers, but does not carry packets of 1280 bytes") {
-		t.Errorf("%q, %v", got.Path.Reason, err)
-	}
+	hosts.Within(t, 20*time.Second, "status says why", func() error {
+		got, err := peerOf(agents[0], "b")
+		if err == nil && !strings.Contains(got.Path.Reason, "direct answers, but does not carry packets of 1280 bytes") {
+			err = fmt.Errorf("%q", got.Path.Reason)
+		}
+		return err
+	})
 }
 
 // The same where nothing but the direct path is configured: it stays, and its route has a size that most paths carry, not the link's.

@@ -36,6 +36,7 @@ func TestFullPacketsOverRestart(t *testing.T) {
 			wg.Go(func() {
 				for !stop.Load() {
 					_ = full(way[0], way[1], family) // some are lost while an agent is away
+					time.Sleep(time.Millisecond)
 				}
 			})
 		}

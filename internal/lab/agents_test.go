@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
@@ -60,26 +61,44 @@ func upAgents(t *testing.T, o Options) *Lab {
 	return l
 }
 
+// eventually polls a condition, and ends the test if it does not come, with what it last said.
+func eventually(t *testing.T, what string, cond func() error) {
+	t.Helper()
+	var last error
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	err := sys.Poll(ctx, 50*time.Millisecond, func() (bool, error) {
+		last = cond()
+		return last == nil, nil
+	})
+	if err != nil {
+		t.Fatalf("%s: %v: %v", what, err, last)
+	}
+}
+
 func TestAgents(t *testing.T) {
 	l := upAgents(t, Options{Name: testName("agents"), Nodes: 3, Pods: 2})
 	ctx := t.Context()
 	reach(t, l, "up", everyone)
 
-	st := l.Status(ctx)
-	for _, h := range st.Hosts {
-		if !h.Runs || h.Agent == nil || h.Error != "" || h.Agent.Node.Name != h.Name || h.Agent.Cluster.Members != 3 {
-			t.Errorf("status of %s: runs %v, error %q, %+v", h.Name, h.Runs, h.Error, h.Agent)
-		}
-	}
-	if pongs, err := l.PingAll(ctx, true); err != nil {
-		t.Error(err)
-	} else {
-		for _, p := range pongs {
-			if p.Err != nil {
-				t.Errorf("with hosts: %+v", p)
+	// All pods reach each other: what gossip tells of the members, and of hosts' own addresses, may take a moment longer.
+	eventually(t, "all agents know all members", func() error {
+		for _, h := range l.Status(ctx).Hosts {
+			if !h.Runs || h.Agent == nil || h.Error != "" || h.Agent.Node.Name != h.Name || h.Agent.Cluster.Members != 3 {
+				return fmt.Errorf("status of %s: runs %v, error %q, %+v", h.Name, h.Runs, h.Error, h.Agent)
 			}
 		}
-	}
+		return nil
+	})
+	eventually(t, "pods and hosts reach each other", func() error {
+		pongs, err := l.PingAll(ctx, true)
+		for _, p := range pongs {
+			if p.Err != nil {
+				err = errors.Join(err, fmt.Errorf("%+v", p))
+			}
+		}
+		return err
+	})
 
 	t.Run("exec finds the host's agent", func(t *testing.T) {
 		for target, node := range map[string]string{"h2": "h2", "p3b": "h3"} {
@@ -167,7 +186,7 @@ func TestAgents(t *testing.T) {
 		if err := l.Heal(); err != nil {
 			t.Fatal(err)
 		}
-		ctx, cancel := context.WithTimeout(ctx, time.Minute)
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
 		defer cancel()
 		if err := l.WaitPods(ctx); err != nil {
 			t.Fatal(err)

@@ -72,7 +72,7 @@ func newWorld(t testing.TB) *world { return newWorldBehind(t, "") }
 // newWorldBehind is a world whose pods are behind this bridge, and whose host has these settings.
 func newWorldBehind(t testing.TB, bridge string, settings ...[2]string) *world {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	t.Cleanup(cancel)
 	w := &world{t: t, ctx: ctx, hostPath: namespace(t), bridge: bridge}
 	check(t, sys.WithNetns(w.hostPath, func() error {
@@ -136,8 +136,11 @@ func echo(t testing.TB, path string, a netip.Addr) netip.AddrPort {
 	return c.LocalAddr().(*net.UDPAddr).AddrPort()
 }
 
-// ask sends a datagram from the namespace at path and returns whom the other side saw.
-func ask(path string, to netip.AddrPort, patience time.Duration) (netip.Addr, error) {
+// patience is how long what must happen may take on a busy machine.
+const patience = 20 * time.Second
+
+// ask sends a datagram from the namespace at path, again and again until there is an answer, and returns whom the other side saw.
+func ask(path string, to netip.AddrPort) (netip.Addr, error) {
 	var seen netip.AddrPort
 	err := sys.WithNetns(path, func() error {
 		c, err := net.Dial("udp", to.String())

@@ -12,7 +12,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/vishvananda/netlink"
 
@@ -32,7 +31,7 @@ func TestTraffic(t *testing.T) {
 			{"pod to host", w.a.Netns, w.hostPath, hostAddrs[i], alice[i]},
 			{"host to pod", w.hostPath, w.a.Netns, alice[i], hostAddrs[i]},
 		} {
-			seen, err := ask(c.from, echo(t, c.at, c.to), 5*time.Second)
+			seen, err := ask(c.from, echo(t, c.at, c.to))
 			if err != nil || seen != c.want {
 				t.Errorf("%s, %v: seen as %v (%v), want %v", c.what, c.to, seen, err, c.want)
 			}
@@ -71,7 +70,7 @@ func TestGatewayAnswers(t *testing.T) {
 	check(t, err)
 	for i, a := range alice {
 		check(t, pod.NeighDel(sys.PermanentNeighbour(link, Gateway(a), HostMAC)))
-		if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil {
+		if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i])); err != nil {
 			t.Errorf("to %v: %v", bob[i], err)
 		}
 	}
@@ -110,7 +109,7 @@ func TestAddIsAtomic(t *testing.T) {
 	if after := w.names(); !slices.Equal(before, after) {
 		t.Errorf("left behind: %q, before it was %q", after, before)
 	}
-	if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[0]), 5*time.Second); err != nil {
+	if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[0])); err != nil {
 		t.Errorf("the pod that was there does not work any more: %v", err)
 	}
 }
@@ -213,7 +212,7 @@ func TestHandOver(t *testing.T) {
 	}
 	check(t, pod.WaitUp(w.ctx, "eth7"))
 	for i := range bob {
-		if seen, err := ask(path, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != c.Addresses[i] {
+		if seen, err := ask(path, echo(t, w.b.Netns, bob[i])); err != nil || seen != c.Addresses[i] {
 			t.Errorf("to %v: seen as %v, %v", bob[i], seen, err)
 		}
 	}
@@ -227,7 +226,7 @@ func TestIPv6OffByDefault(t *testing.T) {
 	for _, bridge := range []string{"", "pods"} {
 		w := newWorldBehind(t, bridge, [2]string{"ipv6/conf/default/disable_ipv6", "1"})
 		for i := range alice {
-			if seen, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != alice[i] {
+			if seen, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i])); err != nil || seen != alice[i] {
 				t.Errorf("bridge %q: to %v: seen as %v, %v", bridge, bob[i], seen, err)
 			}
 		}
@@ -246,7 +245,7 @@ func TestIPv6OffByDefault(t *testing.T) {
 			}
 			return err
 		}))
-		if seen, err := ask(w.a.Netns, echo(t, c.Netns, c.Addresses[0]), 5*time.Second); err != nil || seen != alice[0] {
+		if seen, err := ask(w.a.Netns, echo(t, c.Netns, c.Addresses[0])); err != nil || seen != alice[0] {
 			t.Errorf("bridge %q: to %v: seen as %v, %v", bridge, c.Addresses, seen, err)
 		}
 	}
@@ -279,7 +278,7 @@ func TestReconcileSettings(t *testing.T) {
 				t.Errorf("bridge %q: %v: repaired %q, %v", bridge, setting, did, err)
 			}
 			for i := range alice {
-				if seen, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i]), 5*time.Second); err != nil || seen != alice[i] {
+				if seen, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[i])); err != nil || seen != alice[i] {
 					t.Errorf("bridge %q: %v: to %v: seen as %v, %v", bridge, setting, bob[i], seen, err)
 				}
 			}
@@ -406,7 +405,7 @@ func TestRouteLocalnet(t *testing.T) {
 		check(t, sys.WithNetns(w.hostPath, func() error {
 			return sys.SetSysctls([2]string{"ipv4/conf/" + cmp.Or(bridge, w.a.HostInterface) + "/route_localnet", "1"})
 		}))
-		seen, err := ask(w.hostPath, echo(t, w.a.Netns, alice[0]), 5*time.Second)
+		seen, err := ask(w.hostPath, echo(t, w.a.Netns, alice[0]))
 		if err != nil || seen != hostAddrs[0] {
 			t.Errorf("bridge %q: the pod sees its host as %v (%v), want %v", bridge, seen, err, hostAddrs[0])
 		}

@@ -195,6 +195,11 @@ func TestSpoof(t *testing.T) {
 		s.inject(c.frame...)
 		after, now := s.drops(), s.passed()
 		rose := func(reason string) uint64 { return after[reason] - before[reason] }
+		// A veth delivers before send returns, but where a busy kernel leaves that to a thread of its own.
+		for end := time.Now().Add(patience); time.Now().Before(end) && (c.want == pass && now == passed || c.want != pass && c.want != silent && rose(c.want) == 0); {
+			time.Sleep(time.Millisecond)
+			after, now = s.drops(), s.passed()
+		}
 		switch c.want {
 		case pass:
 			if now == passed {
@@ -228,10 +233,14 @@ func TestSpoofOneFamily(t *testing.T) {
 	before := s.passed()
 	s.inject(udp6(alice[1], bob[1])...)
 	s.inject(nd(136, alice[1], Gateway6, alice[1], false)...)
-	if d := s.drops(); s.passed() != before || d[DropSource] != 1 || d[DropNeighbour] != 1 {
+	d := s.drops()
+	for end := time.Now().Add(patience); time.Now().Before(end) && (d[DropSource] == 0 || d[DropNeighbour] == 0); d = s.drops() {
+		time.Sleep(time.Millisecond)
+	}
+	if s.passed() != before || d[DropSource] != 1 || d[DropNeighbour] != 1 {
 		t.Errorf("an IPv4 pod speaks IPv6: %d came through, %v", s.passed()-before, d)
 	}
-	if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[0]), 5*time.Second); err != nil {
+	if _, err := ask(w.a.Netns, echo(t, w.b.Netns, bob[0])); err != nil {
 		t.Error(err)
 	}
 }

@@ -204,7 +204,7 @@ func TestKeptUnderlay(t *testing.T) {
 	}
 	h.check(h.nl.LinkSetDown(h.link("eth0-far")))
 	var k Kept
-	for deadline := time.Now().Add(5 * time.Second); k.Down == "" && time.Now().Before(deadline); { // the kernel takes its time
+	for deadline := time.Now().Add(30 * time.Second); k.Down == "" && time.Now().Before(deadline); { // the kernel takes its time
 		k = kept()
 	}
 	if k.Down != "eth0 has no carrier" || len(k.Lost) > 0 {

@@ -148,6 +148,20 @@ func TestListenOverAnEndingAgent(t *testing.T) {
 		time.Sleep(time.Minute)
 		return
 	}
+	// A machine that stands still may need longer than endsWithin to end it: one of several has to be in time.
+	for i := range 5 {
+		err := listenOverEnding(t)
+		if err == nil {
+			return
+		}
+		t.Logf("attempt %d: %v", i+1, err)
+	}
+	t.Error("a successor does not wait until an agent has ended")
+}
+
+// listenOverEnding listens at the path of an agent that is killed a moment later.
+func listenOverEnding(t *testing.T) error {
+	t.Helper()
 	path := filepath.Join(shortDir(t), "s")
 	cmd := exec.Command(os.Args[0], "-test.run=^TestListenOverAnEndingAgent$")
 	cmd.Env = append(os.Environ(), "TULLE_TEST_LISTEN="+path)
@@ -173,7 +187,7 @@ func TestListenOverAnEndingAgent(t *testing.T) {
 	time.AfterFunc(200*time.Millisecond, func() { cmd.Process.Kill() })
 	l, err := Listen(path)
 	if err != nil {
-		t.Fatalf("over an agent that ends: %v", err)
+		return err
 	}
-	l.Close()
+	return l.Close()
 }

@@ -27,7 +27,7 @@ func TestStuckAgent(t *testing.T) {
 			cmd.SetErr(&out)
 			cmd.SetArgs(append(strings.Fields(line), "--socket", socket))
 			err := cmd.ExecuteContext(t.Context())
-			if took := time.Since(began); err == nil || !strings.Contains(err.Error(), "did not answer in time") || took > quickTimeout+5*time.Second {
+			if took := time.Since(began); err == nil || !strings.Contains(err.Error(), "did not answer in time") || took > quickTimeout+20*time.Second {
 				t.Errorf("after %v: %v", took, err)
 			}
 		})

@@ -86,7 +86,5 @@ func TestCNIBeforeCluster(t *testing.T) {
 	first.start(t, l, seed.Name)
 	late.ready(t)
 	e.published(true)
-	if left := e.pods(); len(left) > 0 {
-		t.Errorf("after a DEL these are left: %+v", left)
-	}
+	e.noPods("after a DEL")
 }

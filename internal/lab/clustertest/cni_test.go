@@ -153,6 +153,17 @@ func (e *engine) pods() map[string]api.Pod {
 	return out
 }
 
+// noPods waits until the agent has none of the CNI.
+func (e *engine) noPods(when string) {
+	e.t.Helper()
+	until(e.t, "nothing is left "+when, func() error {
+		if left := e.pods(); len(left) > 0 {
+			return fmt.Errorf("%+v", left)
+		}
+		return nil
+	})
+}
+
 // TestCNI: every verb, for every version of the configuration, against a real agent.
 func TestCNI(t *testing.T) {
 	t.Parallel()
@@ -192,7 +203,7 @@ func (e *engine) allVerbs(version string) {
 	}
 	far := e.l.Pods()[0]
 	for _, a := range far.Addresses {
-		r := run(t, newCommand(t, "pod", "--socket", e.socket, "exec", c.ContainerID, "--", "ping", "-c1", "-W5", a.String()))
+		r := run(t, newCommand(t, "pod", "--socket", e.socket, "exec", c.ContainerID, "--", "ping", "-c1", "-w20", a.String()))
 		if r.code != 0 {
 			t.Errorf("%s: container to %v: %+v", version, a, r)
 		}
@@ -397,9 +408,7 @@ func (e *engine) withoutAgent() {
 		t.Fatal(err)
 	}
 	e.published(true)
-	if left := e.pods(); len(left) > 0 {
-		t.Errorf("the agent has not honoured DEL: %+v", left)
-	}
+	e.noPods("after a DEL that it was told of by a record")
 	if _, _, err := e.add(n, c); err != nil { // the same container again
 		t.Errorf("ADD after all of that: %v", err)
 	}

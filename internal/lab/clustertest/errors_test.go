@@ -72,7 +72,7 @@ func (s *stray) stop() {
 func (s *stray) says(t *testing.T, words ...string) {
 	t.Helper()
 	until(t, fmt.Sprintf("status says %q", words), func() error {
-		ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 		defer cancel()
 		st, err := api.NewClient(s.socket).Status(ctx)
 		if err != nil {

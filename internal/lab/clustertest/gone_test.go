@@ -58,7 +58,7 @@ func TestNodeGone(t *testing.T) {
 	settled(t, l)
 	ps := pods(l)
 	target := ps[2] // on h3
-	before := networkOf(t, l, "h1")
+	before := steady(t, l, "h1")
 	if len(before.podRoutes()) < 4 { // own space and cluster, in two families
 		t.Fatalf("routes of the agent on h1: %q", before.podRoutes())
 	}
@@ -144,7 +144,7 @@ func TestNodeGone(t *testing.T) {
 	}
 	settled(t, l)
 	pingAll(t, l, hostStations(t, l))
-	networkOf(t, l, "h1").marked().sameAs(t, "after h3 came back", before.marked())
+	becomes(t, "after h3 came back", func() snapshot { return networkOf(t, l, "h1").marked() }, before.marked())
 }
 
 // TestGossipBlocked cuts off gossip alone: the data path's word counts.
@@ -154,7 +154,7 @@ func TestGossipBlocked(t *testing.T) {
 	settled(t, l)
 	ps := pods(l)
 	tr := newTraffic(t, l, ps)
-	before := networkOf(t, l, "h1").marked()
+	before := steady(t, l, "h1").marked()
 	s := startStream(t, tr, ps[0], ps[1], false)
 	s.flows(t, 10)
 	undo := dropPort(t, l, "h2", 7946)

@@ -54,7 +54,7 @@ func TestKill9(t *testing.T) {
 		t.Fatalf("%d pairs of pods on h1", len(local))
 	}
 	before := mustStatus(t, l, "h1")
-	netBefore := networkOf(t, l, "h1")
+	netBefore := steady(t, l, "h1")
 	if len(netBefore.marked()) < 8 { // own, cluster and two peers, in two families
 		t.Fatalf("routes of the agent on h1: %q", netBefore.marked())
 	}
@@ -78,7 +78,7 @@ func TestKill9(t *testing.T) {
 	}
 	sameNode(t, "after SIGKILL", before.Node, mustStatus(t, l, "h1").Node)
 	settled(t, l)
-	networkOf(t, l, "h1").marked().sameAs(t, "after SIGKILL", netBefore.marked())
+	becomes(t, "after SIGKILL", func() snapshot { return networkOf(t, l, "h1").marked() }, netBefore.marked())
 	tr.all(t, allPairs(all, nil), before.Node.Tun.MTU, 256<<10)
 
 	t.Run("second agent", func(t *testing.T) { secondAgent(t, l) })

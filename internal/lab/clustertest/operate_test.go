@@ -72,6 +72,7 @@ func TestAddressChange(t *testing.T) {
 		}
 		return nil
 	})
+	settled(t, l)
 	sameNode(t, "at the new address", before, mustStatus(t, l, "h3").Node)
 	pingAll(t, l, hostStations(t, l))
 	if h, err := l.Host("h3"); err != nil || h.PID != h3.PID || !l.AgentRuns("h3") {

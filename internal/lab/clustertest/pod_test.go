@@ -2,6 +2,7 @@ package clustertest
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/netip"
 	"os"
@@ -50,7 +51,7 @@ func TestPodCommand(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ok(pod("exec", name, "--", "ping", "-c1", "-W5", far.Addresses[0].String()))
+	ok(pod("exec", name, "--", "ping", "-c1", "-w20", far.Addresses[0].String()))
 	if r := pod("exec", name, "--", "sh", "-c", "exit 7"); r.code != 7 {
 		t.Errorf("exit code of a command: %+v", r)
 	}
@@ -65,7 +66,7 @@ func TestPodCommand(t *testing.T) {
 
 	// Behind a bridge, which no other pod of the host is: all the same.
 	ok(pod("add", name, "--new", "--bridge", "pods"))
-	ok(pod("exec", name, "--", "ping", "-c1", "-W5", far.Addresses[0].String()))
+	ok(pod("exec", name, "--", "ping", "-c1", "-w20", far.Addresses[0].String()))
 	oneLineError(t, "somebody else's device", pod("add", name, "--interface", "eth1", "--bridge", "tun0"), 1, "tun0 is a device of somebody else")
 	ok(pod("del", name))
 	gone(t, l, name)
@@ -98,18 +99,18 @@ func gone(t *testing.T, l *lab.Lab, name string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	pods, err := api.NewClient(h.Socket).Pods(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, p := range pods {
-		if p.Name == name || p.State != api.PodUp {
-			t.Errorf("pod list: %+v", p)
+	until(t, name+" is gone", func() error {
+		pods, err := api.NewClient(h.Socket).Pods(t.Context())
+		for _, p := range pods {
+			if p.Name == name || p.State != api.PodUp {
+				err = errors.Join(err, fmt.Errorf("pod list: %+v", p))
+			}
 		}
-	}
-	if ids, err := api.Freed(h.Socket); err != nil || len(ids) > 0 {
-		t.Errorf("records of pods that are gone: %v %v", ids, err)
-	}
+		if ids, ferr := api.Freed(h.Socket); ferr != nil || len(ids) > 0 {
+			err = errors.Join(err, fmt.Errorf("records of pods that are gone: %v %w", ids, ferr))
+		}
+		return err
+	})
 }
 
 // freeAddr is an address of a host's block that nobody has had.

@@ -86,7 +86,7 @@ func newPodman(t *testing.T, h lab.Host, tree, plugin, networks, image string) *
 
 // try runs podman, which never waits for long, and returns what it says with its warnings.
 func (p *podmanHost) try(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), 3*patience)
 	defer cancel()
 	c := exec.CommandContext(ctx, "nsenter", append([]string{"-t", fmt.Sprint(p.held.Process.Pid), "--mount", "--net", "podman"}, args...)...)
 	c.Env = []string{"PATH=/usr/sbin:/usr/bin:/sbin:/bin", "LANG=C.UTF-8", "PODMAN_IGNORE_CGROUPSV1_WARNING=1"}

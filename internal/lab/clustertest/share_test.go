@@ -58,7 +58,7 @@ func TestSharedNamespace(t *testing.T) {
 	reaches := func(inside ...string) {
 		t.Helper()
 		for _, a := range far.Addresses {
-			command(t, append(inside, "/bin/busybox", "ping", "-c1", "-W5", a.String())...)
+			command(t, append(inside, "/bin/busybox", "ping", "-c1", "-W20", a.String())...)
 		}
 	}
 	root := busyboxRoot(t)

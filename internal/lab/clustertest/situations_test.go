@@ -154,7 +154,7 @@ func published(t *testing.T, host netip.Addr, to box, port uint16, from ...box) 
 	defer ln.Close()
 	for _, f := range from {
 		err := sys.WithNetns(f.netns, func() error {
-			c, err := net.DialTimeout("tcp", netip.AddrPortFrom(host, port).String(), 10*time.Second)
+			c, err := net.DialTimeout("tcp", netip.AddrPortFrom(host, port).String(), 30*time.Second)
 			if err == nil {
 				err = c.Close()
 			}

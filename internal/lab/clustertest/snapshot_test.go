@@ -2,12 +2,14 @@ package clustertest
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/nftables"
 	"github.com/vishvananda/netlink"
@@ -15,6 +17,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/internal/lab"
+	"github.com/tulle-net/tulle/internal/testing/stall"
 )
 
 // snapshot is a network namespace's state, a sorted line for each object.
@@ -116,6 +119,36 @@ func (s snapshot) sameAs(t *testing.T, when string, before snapshot) {
 			t.Errorf("%s: gone: %s", when, line)
 		}
 	}
+}
+
+// steady is the snapshot of a lab's host on which nothing changes for a second: what an agent has decided it does a moment later.
+func steady(t *testing.T, l *lab.Lab, host string) (s snapshot) {
+	t.Helper()
+	since := time.Now()
+	until(t, "nothing changes on "+host, func() error {
+		if now := networkOf(t, l, host); !slices.Equal(now, s) {
+			s, since = now, time.Now()
+		}
+		if time.Since(since) < time.Second {
+			return errors.New("it did a moment ago")
+		}
+		return nil
+	})
+	return s
+}
+
+// becomes waits until a snapshot is as it was. What differs then fails the test.
+func becomes(t *testing.T, when string, now func() snapshot, before snapshot) {
+	t.Helper()
+	missing := func(s snapshot) func(string) bool { return func(line string) bool { return !slices.Contains(s, line) } }
+	is := now()
+	differs := func() bool {
+		return slices.ContainsFunc(is, missing(before)) || slices.ContainsFunc(before, missing(is))
+	}
+	for began, meter := time.Now(), stall.Begin(); differs() && time.Since(began) < patience/2+min(meter.Short(), patience); is = now() {
+		time.Sleep(100 * time.Millisecond)
+	}
+	is.sameAs(t, when, before)
 }
 
 // with keeps the lines that begin with one of the words.

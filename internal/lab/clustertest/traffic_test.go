@@ -258,7 +258,7 @@ func (tr *traffic) datagram(ctx context.Context, from, to station, v6 bool, size
 	if err := dontFragment(c.(*net.UDPConn), v6, df); err != nil {
 		return err
 	}
-	_ = c.SetDeadline(time.Now().Add(10 * time.Second))
+	_ = c.SetDeadline(time.Now().Add(30 * time.Second))
 	out := random(size)
 	if _, err := c.Write(out); err != nil {
 		return err

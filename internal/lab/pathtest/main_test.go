@@ -114,6 +114,43 @@ func contains(t *testing.T, what, text string, words ...string) {
 	}
 }
 
+// says waits until a text has all the words.
+func says(t *testing.T, what string, text func() string, words ...string) {
+	t.Helper()
+	hosts.Within(t, 10*time.Second, fmt.Sprintf("%s says %q", what, words), func() error {
+		is := text()
+		for _, w := range words {
+			if !strings.Contains(is, w) {
+				return fmt.Errorf("it lacks %q: %s", w, is)
+			}
+		}
+		return nil
+	})
+}
+
+// command is what the command line prints against an agent.
+func command(ag *hosts.Agent, args ...string) func() string {
+	return func() string { out, _, _ := ag.Tulle(args...); return out }
+}
+
+// reason is what an agent says of one of the ways to its only peer.
+func reason(t *testing.T, ag *hosts.Agent, mode string) func() string {
+	return func() string { return candidate(t, ag, mode).Reason }
+}
+
+// noProblems waits until none of the agents names one.
+func noProblems(t *testing.T, when string, agents ...*hosts.Agent) {
+	t.Helper()
+	for _, ag := range agents {
+		hosts.Within(t, 20*time.Second, when+": no problems of "+ag.Host.Name, func() error {
+			if p := ag.Problems(); p != "" {
+				return fmt.Errorf("problems: %s", p)
+			}
+			return nil
+		})
+	}
+}
+
 // transfer is a TCP stream of random bytes, some megabytes a second, that goes on until it is stopped.
 type transfer struct {
 	stopping atomic.Bool

@@ -50,8 +50,7 @@ func TestRouterMTULowered(t *testing.T) {
 			})
 			x.progress(t, 20*time.Second)
 			s.hasMTU(t, 30*time.Second, 1272)
-			out, _, _ := s.first.Tulle("peers")
-			contains(t, "tulle peers", out, "1272")
+			says(t, "tulle peers", command(s.first, "peers"), "1272")
 			t.Logf("found after %v, the transfer stood still for %v", fell.Round(10*time.Millisecond), x.stop(t).Round(time.Millisecond))
 		})
 	}

@@ -21,6 +21,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/lab"
 	"github.com/tulle-net/tulle/internal/testing/debian"
+	"github.com/tulle-net/tulle/internal/testing/stall"
 )
 
 // machine is a host of the lab that boots systemd in a container.
@@ -202,9 +203,10 @@ func (m *machine) journal() string {
 	return out
 }
 
-// until polls something about the machine, while it runs.
-func (m *machine) until(what string, timeout time.Duration, done func() error) error {
-	late := time.After(timeout)
+// until polls something about the machine, while it runs. The limit does not run while the machine that all of this is on is short of
+// CPUs, for three times as long at most.
+func (m *machine) until(what string, limit time.Duration, done func() error) error {
+	began, meter := time.Now(), stall.Begin()
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for {
@@ -212,14 +214,35 @@ func (m *machine) until(what string, timeout time.Duration, done func() error) e
 		if err == nil {
 			return nil
 		}
+		if took := time.Since(began); took > limit+min(meter.Short(), 3*limit) {
+			return fmt.Errorf("%s: waited %v for %s: %w\n%s", m.host, took.Round(time.Second), what, err, m.out.String())
+		}
 		select {
 		case <-tick.C:
 		case <-m.ended:
 			return fmt.Errorf("%s: waiting for %s: systemd-nspawn has ended\n%s", m.host, what, m.out.String())
-		case <-late:
-			return fmt.Errorf("%s: waited %v for %s: %w\n%s", m.host, timeout, what, err, m.out.String())
 		}
 	}
+}
+
+// says waits until the service's journal has each of the words so often among the lines with a text: journald writes them a moment after they
+// were said. It returns those lines.
+func (m *machine) says(t *testing.T, grep string, often int, words ...string) (out string) {
+	t.Helper()
+	err := m.until(fmt.Sprintf("the journal to say %q", words), 20*time.Second, func() (err error) {
+		// Without such a line journalctl fails.
+		out, err = m.run("journalctl", "--no-pager", "--unit=tulle", "--output=cat", "--grep="+grep)
+		for _, w := range words {
+			if n := strings.Count(out, w); n != often {
+				err = errors.Join(err, fmt.Errorf("it says %d times %q, want %d", n, w, often))
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	return out
 }
 
 // poweroff shuts the machine down as its user would, and waits for it.
@@ -230,8 +253,8 @@ func (m *machine) poweroff() error {
 	select {
 	case <-m.ended:
 		return nil
-	case <-time.After(time.Minute):
-		return fmt.Errorf("%s did not power off within a minute\n%s", m.host, m.out.String())
+	case <-time.After(3 * time.Minute):
+		return fmt.Errorf("%s did not power off within three minutes\n%s", m.host, m.out.String())
 	}
 }
 
@@ -249,12 +272,12 @@ func (m *machine) kill() {
 	}
 	select {
 	case <-m.ended:
-	case <-time.After(30 * time.Second):
+	case <-time.After(time.Minute):
 		m.t.Errorf("%s: systemd-nspawn does not end\n%s", m.host, m.out.String())
 	}
 	for _, dir := range m.groups {
 		var err error
-		for late := time.Now().Add(5 * time.Second); time.Now().Before(late); runtime.Gosched() {
+		for late := time.Now().Add(30 * time.Second); time.Now().Before(late); time.Sleep(10 * time.Millisecond) {
 			if err = removeCgroup(dir); err == nil { // the kernel empties it a moment after the last process ended
 				break
 			}

@@ -86,7 +86,7 @@ printf '[Match]\nName=d0\n\n[Network]\nAddress=203.0.113.10/24\n\n[Route]\nDesti
 	}
 	dpkg(first, "to start, write /etc/tulle/tulle.yaml", "systemctl restart systemd-networkd")
 	managers("after the installation", "has not read /usr/lib/systemd/networkd.conf.d/90-tulle.conf", "$ systemctl restart systemd-networkd")
-	sh("systemctl restart systemd-networkd; /lib/systemd/systemd-networkd-wait-online --interface=d0 --timeout=20")
+	sh("systemctl restart systemd-networkd; /lib/systemd/systemd-networkd-wait-online --interface=d0 --timeout=60")
 	managers("after a restart of systemd-networkd", "1 ok, 0 warnings")
 	if out := sh("ip addr show dev d0; ip route show dev d0"); !strings.Contains(out, "203.0.113.10/24") || !strings.Contains(out, "198.51.100.0/24") {
 		t.Errorf("after a restart of systemd-networkd: %s", out)
@@ -132,8 +132,14 @@ printf '[Match]\nName=d0\n\n[Network]\nAddress=203.0.113.10/24\n\n[Route]\nDesti
 	sh("echo 'queues: 64' >>/etc/tulle/tulle.yaml; systemctl restart tulle; systemctl restart tulle")
 	is("64 queues", "active", "enabled", "1.0.1")
 	t.Logf("two restarts with 64 queues took %v", time.Since(began).Round(time.Millisecond))
-	if out := sh("journalctl --no-pager --unit=tulle --output=cat --grep='the service manager kept' | tail -2"); !strings.Contains(out, "adopted the TUN device") || !strings.Contains(out, "sockets=260") {
-		t.Errorf("after a restart with 64 queues: %s", out)
+	if err := m.until("the journal to say what was kept", 20*time.Second, func() error { // journald writes it a moment after it was said
+		out := sh("journalctl --no-pager --unit=tulle --output=cat --grep='the service manager kept' | tail -2")
+		if !strings.Contains(out, "adopted the TUN device") || !strings.Contains(out, "sockets=260") {
+			return errors.New(out)
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("after a restart with 64 queues: %v", err)
 	}
 	sh("dpkg --remove tulle; rm /etc/tulle/tulle.yaml")
 	dpkg(first, "to start, write /etc/tulle/tulle.yaml")

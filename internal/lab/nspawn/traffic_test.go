@@ -166,7 +166,7 @@ func (tr *traffic) transfer(ctx context.Context, l *lab.Lab, from, to string) er
 const (
 	blockLen = 64 << 10
 	// drainWithin is how long what TCP holds may take to arrive when the transfer ends, and pings to be answered.
-	drainWithin = 10 * time.Second
+	drainWithin = 30 * time.Second
 )
 
 // block is a part of the transfer that no other part is equal to.

@@ -27,7 +27,7 @@ func (c *cluster) sizes() (out []size) {
 }
 
 func (m *machine) size() (s size, err error) {
-	client := &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Dial: func(network, addr string) (c net.Conn, err error) {
+	client := &http.Client{Timeout: 20 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, Dial: func(network, addr string) (c net.Conn, err error) {
 		err = m.Do(func() error { c, err = net.Dial(network, addr); return err })
 		return c, err
 	}}}

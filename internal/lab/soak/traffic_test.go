@@ -216,7 +216,7 @@ func (x *traffic) quiet(length time.Duration) (sent, lost, worst uint64) {
 	time.Sleep(length)
 	to := numbers()
 	// A machine that stands still for seconds delays datagrams, and loses none.
-	for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(100 * time.Millisecond) {
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(100 * time.Millisecond) {
 		sent, lost, worst = x.missing(from, to)
 		if lost == 0 || time.Now().After(deadline) {
 			return sent, lost, worst

@@ -142,9 +142,12 @@ func TestPortsAfterTheAgent(t *testing.T) {
 	}); err != nil {
 		t.Fatal(err)
 	}
-	if out := h.Run("ss", "-tan", "state", "time-wait", "sport = :7946"); !strings.Contains(out, ":7946") {
-		t.Fatalf("nothing is in TIME_WAIT: %s", out)
-	}
+	hosts.Within(t, 10*time.Second, "a connection is in TIME_WAIT", func() error {
+		if out := h.Run("ss", "-tan", "state", "time-wait", "sport = :7946"); !strings.Contains(out, ":7946") {
+			return errors.New(out)
+		}
+		return nil
+	})
 	p.well("ports")
 
 	// A process namespace whose process 1 is called systemd.

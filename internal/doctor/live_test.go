@@ -155,9 +155,7 @@ func TestCluster(t *testing.T) {
 		a.Run("nft", "add table inet f; add chain inet f forwarded { type filter hook forward priority 0; policy drop; }")
 		p.mends("firewall", doctor.Failed, "inet f forwarded", "policy drop")
 		for what, to := range map[string]netip.Addr{"a pod of another host": other.IPv4(), "one by IPv6": other.IPv6(), "a pod of this host": near.IPv4(), "the outside": netip.MustParseAddr("10.0.1.99")} {
-			if err := pod.Ping(to); err != nil {
-				t.Errorf("after the remedy a pod does not reach %s: %v", what, err)
-			}
+			hosts.Within(t, 10*time.Second, "after the remedy a pod reaches "+what, func() error { return pod.Ping(to) })
 		}
 		a.Run("nft", "delete table inet f")
 		for tool, prefix := range map[string]string{"iptables": "10.244.0.0/16", "iptables-legacy": "10.244.0.0/16", "ip6tables-legacy": "fd00:244::/48"} {

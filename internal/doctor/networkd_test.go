@@ -41,7 +41,7 @@ trap 'kill $networkd $bus' EXIT
 wait_for() {
 	i=0
 	until grep -Eqx "ADMIN_STATE=$2" /run/systemd/netif/links/$(cat /sys/class/net/$1/ifindex); do
-		i=$((i + 1)); test $i -lt 200 || { cat /run/log; exit 1; }
+		i=$((i + 1)); test $i -lt 1200 || { cat /run/log; exit 1; }
 		sleep 0.05
 	done 2>/dev/null
 }

@@ -46,7 +46,7 @@ type State struct {
 	Allocations []Allocation   `json:"allocations"`
 	Cooling     []Cooling      `json:"cooling,omitempty"`
 	Peers       []Peer         `json:"peers,omitempty"`
-	Departed    []ID           `json:"departed,omitempty"` // peers that left or were forgotten, oldest first
+	Departed    []ID           `json:"departed,omitempty"` // peers that left or were forgotten, oldest first; see forFile
 	Granted     []Granted      `json:"granted,omitempty"`
 	Promises    []Promise      `json:"promises,omitempty"`
 }
@@ -77,4 +77,30 @@ type Promise struct {
 	Victim ID        `json:"victim"`
 	To     ID        `json:"to"`
 	Until  time.Time `json:"until"`
+}
+
+// forFile returns what is written. An older version refuses a file with a field that it does not know, and nobody could go back to it once a node
+// has left or was forgotten. So the peers that departed are written as promises to nobody, long over, which that version drops.
+// A file that has them in a field of their own is read, too.
+func (st *State) forFile() *State {
+	out := *st
+	out.Departed, out.Promises = nil, nil
+	for _, id := range st.Departed {
+		out.Promises = append(out.Promises, Promise{Victim: id})
+	}
+	out.Promises = append(out.Promises, st.Promises...)
+	return &out
+}
+
+// fromFile undoes forFile.
+func (st *State) fromFile() {
+	var promises []Promise
+	for _, p := range st.Promises {
+		if p.To == (ID{}) && p.Until.IsZero() {
+			st.Departed = append(st.Departed, p.Victim)
+		} else {
+			promises = append(promises, p)
+		}
+	}
+	st.Promises = promises
 }

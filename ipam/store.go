@@ -301,7 +301,7 @@ func (s *Store) fail(op, name string, err error) error {
 
 // EncodeState returns the file's bytes.
 func EncodeState(st *State) ([]byte, error) {
-	body, err := json.MarshalIndent(st, "", " ")
+	body, err := json.MarshalIndent(st.forFile(), "", " ")
 	if err != nil {
 		return nil, err
 	}
@@ -358,6 +358,7 @@ func DecodeState(b []byte) (*State, error) {
 	if err := st.check(); err != nil {
 		return corrupt("%v", err)
 	}
+	st.fromFile()
 	return st, nil
 }
 

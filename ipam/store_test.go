@@ -3,6 +3,7 @@ package ipam
 import (
 	"bytes"
 	"crypto/sha256"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -25,6 +26,7 @@ func aState(n int) *State {
 		Peers:    []Peer{{ID{3}, "b", netip.MustParseAddrPort("192.0.2.2:7946")}, {ID: ID{4}}},
 		Granted:  []Granted{{ID{3}, 99}},
 		Promises: []Promise{{ID{4}, ID{3}, t0}},
+		Departed: []ID{{9}, {8}},
 	}
 	a := netip.MustParseAddr("10.244.1.1")
 	for i := range n {
@@ -174,6 +176,76 @@ func TestStoreRefusesUnknownFields(t *testing.T) {
 	}
 	if err := s.Save(aState(0)); err == nil {
 		t.Error("overwritten")
+	}
+}
+
+// state1 is what the first version of format 1 reads. It refuses a file with any other field as damaged, so a field that is added
+// here cannot be read after a downgrade.
+type state1 struct {
+	Generation  uint64         `json:"generation"`
+	Node        ID             `json:"node"`
+	Cluster     ID             `json:"cluster"`
+	Families    []Family       `json:"families"`
+	Joined      bool           `json:"joined"`
+	Left        bool           `json:"left"`
+	Unsure      bool           `json:"unsure"`
+	Table       []byte         `json:"table"`
+	Blocks      []netip.Prefix `json:"blocks"`
+	Allocations []struct {
+		Addr  netip.Addr `json:"addr"`
+		Key   string     `json:"key"`
+		Pod   string     `json:"pod"`
+		Netns string     `json:"netns"`
+		Since time.Time  `json:"since"`
+	} `json:"allocations"`
+	Cooling []struct {
+		Addr  netip.Addr `json:"addr"`
+		Until time.Time  `json:"until"`
+		Key   string     `json:"key"`
+	} `json:"cooling"`
+	Peers []struct {
+		ID   ID             `json:"id"`
+		Name string         `json:"name"`
+		Addr netip.AddrPort `json:"addr"`
+	} `json:"peers"`
+	Granted []struct {
+		Node ID     `json:"node"`
+		Seq  uint64 `json:"seq"`
+	} `json:"granted"`
+	Promises []struct {
+		Victim ID        `json:"victim"`
+		To     ID        `json:"to"`
+		Until  time.Time `json:"until"`
+	} `json:"promises"`
+}
+
+// After a downgrade, also where nodes have left or were forgotten: an older version finds nothing that it does not know, and no more
+// promises that bind it.
+func TestOlderVersionsReadTheState(t *testing.T) {
+	st := aState(2)
+	st.Left, st.Unsure = true, true
+	b, err := EncodeState(st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, body, _ := bytes.Cut(b, []byte("\n"))
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.DisallowUnknownFields()
+	var old state1
+	if err := d.Decode(&old); err != nil {
+		t.Fatalf("an older version cannot read it: %v", err)
+	}
+	var bind []Promise
+	for _, p := range old.Promises {
+		if p.Until.After(t0.Add(-time.Hour)) {
+			bind = append(bind, Promise(p))
+		}
+	}
+	if !reflect.DeepEqual(bind, st.Promises) || len(old.Peers) != len(st.Peers) || len(old.Allocations) != 2 {
+		t.Errorf("an older version reads %+v", old)
+	}
+	if got, err := DecodeState(b); err != nil || !reflect.DeepEqual(got, st) {
+		t.Errorf("this version reads %+v, %v", got, err)
 	}
 }
 

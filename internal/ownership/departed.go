@@ -10,7 +10,7 @@ import "slices"
 // Such a word may be old: a forgotten node may come back under its ID. So it holds only about a node that gossip does not see
 // alive and that owns no space. A node that is seen alive again is a member again, for everybody who sees it.
 const (
-	maxFormer = 256          // IDs that are kept: 4 kB of memory, 10 kB of the state file
+	maxFormer = 256          // IDs that are kept: 4 kB of memory, 40 kB of the state file
 	maxTold   = maxText / 16 // IDs in one message
 )
 

@@ -244,6 +244,9 @@ func TestAgents(t *testing.T) {
 		t.Error("an address was given that is not on disk")
 	}
 	q.finds("state", doctor.Failed, "the state cannot be saved", "state.tmp")
+	if r, err := q.doctor("state"); err != nil || !strings.Contains(r.Seen, "not saved") {
+		t.Errorf("%+v, %v", r, err)
+	}
 	if err := os.Remove(obstacle); err != nil {
 		t.Fatal(err)
 	}

@@ -66,7 +66,12 @@ func seenOwners(st *api.Status) string {
 	return fmt.Sprintf("%d other owners", owners)
 }
 
-func seenState(*api.Status) string { return "the agent's last change was saved" }
+func seenState(st *api.Status) string {
+	if slices.ContainsFunc(st.Problems, func(p api.Problem) bool { return p.Check == api.CheckState }) {
+		return "the agent's last change was not saved"
+	}
+	return "the agent's last change was saved"
+}
 
 // silentPeer reports whether some living peer does not answer by the encapsulation in use.
 func (s *snapshot) silentPeer() bool {

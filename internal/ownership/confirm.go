@@ -45,6 +45,7 @@ type confirmation struct {
 	first   map[NodeID]time.Time // when first
 	answers map[NodeID]bool      // the members that answered; true if the answer counts: the member has owned space
 	blocked bool                 // a member has not answered for answerWithin
+	unsaved bool                 // done, if the disk took the state
 }
 
 // answerWithin is how long an answer may take before its way counts as blocked.
@@ -72,7 +73,7 @@ func (s *Machine) driveConfirm(now time.Time) {
 		}
 	}
 	lone := s.isLone(alive)
-	s.confirm.blocked = len(blocked) > 0
+	s.confirm.blocked, s.confirm.unsaved = len(blocked) > 0, false
 	switch {
 	case len(silent) > 0:
 		s.why = "waiting for the table of " + strings.Join(silent, ", ") + listed("; gossip sees it alive, but it does not answer: ", blocked)
@@ -121,7 +122,7 @@ func (s *Machine) vouched() bool {
 func (s *Machine) confirmed(now time.Time) {
 	s.confirm.done = true
 	if err := s.save(now); err != nil {
-		s.confirm.done = false
+		s.confirm.done, s.confirm.unsaved = false, true
 		s.why = err.Error()
 		return
 	}

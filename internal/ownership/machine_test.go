@@ -334,6 +334,26 @@ func TestARetryDoesNotDrain(t *testing.T) {
 	}
 }
 
+// A node that only cannot save that its table is confirmed says that of its disk, and does not tell to forget the other nodes.
+func TestConfirmedOnAFullDisk(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	s, err := New(simStart, s.cfg, env.disk, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	env.fail = errors.New("no space left on device")
+	s.Tick(simStart)
+	st := s.Status(simStart)
+	if len(st.Problems) != 1 || !strings.Contains(st.Problems[0].What, "cannot be saved: no space left") || strings.Contains(st.Problems[0].Remedy, "forget") || st.Phase != Confirming {
+		t.Errorf("%v: %+v", st.Phase, st.Problems)
+	}
+	env.fail = nil
+	s.Tick(simStart.Add(time.Second))
+	if st := s.Status(simStart); st.Phase != Ready || len(st.Problems) != 0 {
+		t.Errorf("with a disk: %v, %+v", st.Phase, st.Problems)
+	}
+}
+
 // TestNoAnswerBeforeTheDisk: a donation that cannot be saved is taken back, and
 // refused.
 func TestNoAnswerBeforeTheDisk(t *testing.T) {

@@ -148,6 +148,7 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	switch {
 	case s.phase == Waiting || s.phase == Joining:
 		out = append(out, Problem{"this node has no pod addresses: " + s.why, "the reason says what to do; the agent goes on by itself as soon as it can", "phase"})
+	case s.phase == Confirming && s.confirm.unsaved: // the disk is a problem of its own, below
 	case s.phase == Confirming && s.confirm.blocked:
 		out = append(out, Problem{"the table is not confirmed: " + s.why,
 			"open the gossip port there (tulle doctor ports); until then it confirms within minutes by itself, or stop its agent", "phase"})

@@ -225,6 +225,7 @@ func (s *Machine) restore(now time.Time, st *ipam.State) error {
 	s.table.Merge(entries)
 	s.openBlocks(st)
 	for _, a := range st.Allocations {
+		a.Since = now.Add(min(0, a.Since.Sub(now))) // the host's clock was ahead; and whatever it does from now on, this has an age
 		s.pool.Adopt(a)
 	}
 	for _, c := range st.Cooling {

@@ -622,6 +622,25 @@ func TestReleaseRested(t *testing.T) {
 	}
 }
 
+// Pods that came while the host's clock was ahead are found leaked in time, and not only when the clock is there again.
+func TestLeakAfterClockWasAhead(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	ahead := simStart.Add(1000 * time.Hour)
+	if _, err := s.Allocate(ahead, PodRequest{Key: "gone", Netns: "/run/netns/gone"}); err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(simStart, s.cfg, env.disk, env)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out := s.Check(simStart.Add(30*time.Second), nil, time.Minute); len(out) != 0 {
+		t.Errorf("half a minute after the start: %+v", out)
+	}
+	if out, err := s.ReleaseLeaked(simStart.Add(time.Minute), nil, time.Minute); err != nil || len(out) != 1 {
+		t.Errorf("a minute after the start %v are released, %v", out, err)
+	}
+}
+
 // Pods that are found on the host keep their addresses, whether that can be saved or not.
 func TestAdoptOnFullDisk(t *testing.T) {
 	s, env := lone(t, "10.244.0.0/16")

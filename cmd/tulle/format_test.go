@@ -56,6 +56,14 @@ func TestStatusOfALargeCluster(t *testing.T) {
 }
 
 // Tables keep to their width however narrow it is, as far as single words allow, and lose nothing.
+// An agent of an older version tells only the first address on which it listens.
+func TestGossipOfAnOlderAgent(t *testing.T) {
+	g := api.Gossip{Bind: netip.MustParseAddrPort("192.168.1.11:7946"), Encrypted: true}
+	if got := gossip(new(printer), g); got != "encrypted, 192.168.1.11:7946" {
+		t.Errorf("%q", got)
+	}
+}
+
 func TestTableWidths(t *testing.T) {
 	tab := table{head: []string{"NAME", "N", "REASON"}, right: []bool{false, true}}
 	tab.row("node-a\nsecond", "7", "the quick brown fox jumps over the lazy dog and goes on for a while")

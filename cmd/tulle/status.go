@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"strings"
 	"time"
@@ -154,9 +155,10 @@ func gossip(p *printer, g api.Gossip) string {
 			parts[0] += " with " + plural(g.Keys, "key")
 		}
 	}
-	if len(g.Listens) > 0 {
-		parts = append(parts, list(g.Listens, " "))
+	if len(g.Listens) == 0 { // an agent of an older version tells the first one only
+		g.Listens = []netip.AddrPort{g.Bind}
 	}
+	parts = append(parts, list(g.Listens, " "))
 	if !g.LastSync.IsZero() {
 		parts = append(parts, "synced "+p.since(g.LastSync)+" ago")
 	}

@@ -51,7 +51,7 @@ func TestWrongAndMissingKeys(t *testing.T) {
 		return keyed.hasProblem(plain.addr.String(), "without a gossip key", "--gossip-key-file")
 	})
 	eventually(t, "the keyed member counts what it cannot open", func() bool {
-		return a.Stats().Undecryptable > 0 && a.hasProblem("no key of this node opens", "127.", "tulle keys list")
+		return a.Stats().Undecryptable > 0 && a.hasProblem("no key of this node opens", "127.", "tulle keys list", "copy the key file of a member", "restart its agent")
 	})
 	for _, n := range []*node{wrong, none, keyed, a, plain} {
 		if len(n.Gossip.Members()) != 0 {

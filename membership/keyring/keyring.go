@@ -61,14 +61,17 @@ func Generate() string {
 	return base64.StdEncoding.EncodeToString(key[:])
 }
 
+// whence is where a key comes from. A member with a new key would be alone.
+const whence = "copy the file from another node, or make the first key of a cluster with `tulle keys generate`"
+
 // Parse parses one base64 key.
 func Parse(s string) ([]byte, error) {
 	key, err := base64.StdEncoding.Strict().DecodeString(strings.TrimSpace(s))
 	if err != nil {
-		return nil, fmt.Errorf("gossip key is not base64: make one with `tulle keys generate`")
+		return nil, fmt.Errorf("gossip key is not base64: %s", whence)
 	}
 	if len(key) != Size {
-		return nil, fmt.Errorf("gossip key has %d bytes, AES-256 needs %d: make one with `tulle keys generate`", len(key), Size)
+		return nil, fmt.Errorf("gossip key has %d bytes, AES-256 needs %d: %s", len(key), Size, whence)
 	}
 	return key, nil
 }
@@ -86,7 +89,7 @@ func New(keys ...[]byte) (*Ring, error) {
 		k.keys = append(k.keys, bytes.Clone(key))
 	}
 	if len(k.keys) == 0 {
-		return nil, errors.New("keyring is empty: it needs one base64 key per line (`tulle keys generate`)")
+		return nil, errors.New("keyring is empty, it needs one base64 key per line: " + whence)
 	}
 	if len(k.keys) > MaxKeys {
 		return nil, fmt.Errorf("keyring with %d keys, the limit is %d", len(k.keys), MaxKeys)

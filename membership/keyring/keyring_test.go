@@ -46,9 +46,12 @@ func TestLoadKeyring(t *testing.T) {
 		"readable by all": {good, 0o644, "chmod 600"},
 		"by the group":    {good, 0o640, "chmod 600"},
 		"empty":           {"", 0o600, "tulle keys generate"},
+		"emptied":         {"", 0o600, "copy the file from another node"},
 		"only comments":   {"# nothing\n", 0o600, "tulle keys generate"},
 		"not base64":      {"# x\nhello world\n", 0o600, "line 2"},
+		"cut short":       {good[:30], 0o600, "copy the file from another node"},
 		"AES-128":         {base64.StdEncoding.EncodeToString(make([]byte, 16)), 0o600, "16 bytes"},
+		"of 16 bytes":     {base64.StdEncoding.EncodeToString(make([]byte, 16)), 0o600, "copy the file from another node"},
 		"too many":        {strings.Repeat("x", 0) + manyKeys(MaxKeys+1), 0o600, "limit"},
 		"huge":            {strings.Repeat("#", maxFile+1), 0o600, "larger"},
 	} {

@@ -230,7 +230,7 @@ func (f *fixture) ExternalRemove(_ context.Context, p netip.Prefix) (api.Externa
 func (f *fixture) Keys(context.Context) (api.KeyList, error) {
 	l := api.KeyList{Encrypted: true, Members: 3, Answered: 3, Keys: []api.Key{{ID: "5b1f22aa", Primary: true, Members: 3}, {ID: "c09e7d13", Members: 3}}}
 	if f.sick {
-		l.Answered = 2
+		l.Answered, l.Silent = 2, []api.NodeRef{nodeC}
 		l.Keys[1].Members, l.Keys[1].Missing = 1, []string{"node-b"}
 	}
 	if f.young {

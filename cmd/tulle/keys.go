@@ -116,7 +116,15 @@ func printKeys(p *printer, l api.KeyList) {
 	}
 	p.table(&t)
 	if l.Answered < l.Members {
-		p.line("%d of %d members did not answer", l.Members-l.Answered, l.Members)
+		var who []string
+		for _, n := range l.Silent {
+			who = append(who, nodeRef(n))
+		}
+		text := fmt.Sprintf("%d of %d members did not answer", l.Members-l.Answered, l.Members)
+		if len(who) > 0 {
+			text += ": " + strings.Join(who, ", ")
+		}
+		p.line("%s", text)
 	}
 }
 

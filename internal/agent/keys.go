@@ -24,11 +24,13 @@ func (a *agent) Keys(ctx context.Context) (api.KeyList, error) {
 	if err != nil {
 		return api.KeyList{}, coded(err)
 	}
-	out := api.KeyList{Encrypted: true, Members: len(r.Answers) + len(s.absent(r))}
+	absent := s.absent(r)
+	out := api.KeyList{Encrypted: true, Members: len(r.Answers) + len(absent)}
 	var order []keyring.Fingerprint
 	has := map[keyring.Fingerprint]map[membership.NodeID]bool{}
 	for _, m := range r.Answers {
 		if m.Err != "" {
+			out.Silent = append(out.Silent, api.NodeRef{Name: m.Name, ID: m.ID.String()})
 			continue
 		}
 		out.Answered++
@@ -55,6 +57,7 @@ func (a *agent) Keys(ctx context.Context) (api.KeyList, error) {
 		}
 		out.Keys = append(out.Keys, k)
 	}
+	out.Silent = append(out.Silent, absent...)
 	return out, nil
 }
 

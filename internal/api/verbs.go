@@ -271,6 +271,8 @@ type KeyList struct {
 	Members   int   `json:"members"` // this node included, and those that are not alive
 	Answered  int   `json:"answered"`
 	Keys      []Key `json:"keys"`
+	// Silent are the members that have not answered. An older version does not tell them.
+	Silent []NodeRef `json:"silent,omitempty"`
 }
 
 // Key describes a gossip key without revealing it.

@@ -64,7 +64,7 @@ func TestRotationNamesAHostThatDiedBefore(t *testing.T) {
 	}
 	did(1, "on 2 of 3 members, c (, not alive", "keys", "install", next)
 	list, err := agents[1].Client.Keys(t.Context())
-	if err != nil || len(list.Keys) != 2 || list.Members != 3 || list.Answered != 2 {
+	if err != nil || len(list.Keys) != 2 || list.Members != 3 || list.Answered != 2 || len(list.Silent) != 1 || list.Silent[0].Name != "c" {
 		t.Fatalf("%+v, %v", list, err)
 	}
 	old, fresh := list.Keys[0].ID, list.Keys[1].ID

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -25,8 +26,9 @@ func keysCommand() *cobra.Command {
 	install := &cobra.Command{
 		Use:   "install FILE",
 		Short: "Install a new key on every member, without using it yet",
-		Long: "Install a new key on every member, without using it yet. FILE holds the key in base64, as `tulle keys generate` writes it;\n" +
-			"\"-\" is standard input. A key is never a command line argument, because other users can see those.",
+		Long: "Install a new key on every member, without using it yet. FILE holds the key in base64, as `tulle keys generate` writes it, or is\n" +
+			"the key file of a node that has only this key; \"-\" is standard input. A key is never a command line argument, because other users\n" +
+			"can see those.",
 		Example: "  tulle keys generate | tulle keys install -",
 		Args:    exactly("a file, or -"),
 		RunE: func(cmd *cobra.Command, args []string) error {
@@ -93,12 +95,21 @@ func readKey(in io.Reader, path string) ([]byte, error) {
 	if err != nil {
 		return nil, fmt.Errorf("key file %s: %w", path, err)
 	}
-	text := strings.TrimSpace(string(b))
-	key, err := base64.StdEncoding.DecodeString(text)
-	if err != nil || len(key) != api.KeySize || len(b) > maxKeyFile {
-		return nil, usagef("key file %s: want one line with %d bytes in base64; make one with `tulle keys generate`", path, api.KeySize)
+	var keys []string
+	for line := range strings.Lines(string(b)) { // as in an agent's key file, into which a rotation writes a comment
+		if line = strings.TrimSpace(line); line != "" && line[0] != '#' && !slices.Contains(keys, line) {
+			keys = append(keys, line)
+		}
 	}
-	return key, nil
+	if len(keys) == 1 && len(b) <= maxKeyFile {
+		if key, err := base64.StdEncoding.DecodeString(keys[0]); err == nil && len(key) == api.KeySize {
+			return key, nil
+		}
+	}
+	if len(keys) > 1 {
+		return nil, usagef("key file %s has %d keys; give one with the key to install alone", path, len(keys))
+	}
+	return nil, usagef("key file %s: want one line with %d bytes in base64; make one with `tulle keys generate`", path, api.KeySize)
 }
 
 func printKeys(p *printer, l api.KeyList) {

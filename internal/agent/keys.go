@@ -91,7 +91,7 @@ func (a *agent) keyOperation(ctx context.Context, req api.KeyRequest,
 	var fp keyring.Fingerprint
 	if len(req.Key) > 0 {
 		fp = keyring.FingerprintOf(req.Key)
-	} else if fp, err = s.gossip.FindKey(req.ID); err != nil {
+	} else if fp, err = s.gossip.FindKey(ctx, req.ID); err != nil {
 		return api.KeyResult{}, api.Errorf(api.CodeNotFound, "%v", err)
 	}
 	r, err := op(s.gossip, ctx, fp)

@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -226,25 +227,41 @@ func (g *Gossip) KeyRemove(ctx context.Context, fp keyring.Fingerprint) (KeyRepo
 	return g.keyOperation(ctx, keyRequest{op: keyRemove, fp: fp})
 }
 
-// FindKey returns the fingerprint of the installed key that s denotes: a base64 key, or a
-// prefix of a fingerprint.
-func (g *Gossip) FindKey(s string) (keyring.Fingerprint, error) {
+// FindKey returns the fingerprint of the key that s denotes: a base64 key, or a prefix of the fingerprint of a key that this node
+// has, or else another living member. So a removal can be repeated that did not reach all.
+func (g *Gossip) FindKey(ctx context.Context, s string) (keyring.Fingerprint, error) {
 	if g.cfg.Keyring == nil {
 		return keyring.Fingerprint{}, ErrNoKeyring
 	}
 	if key, err := keyring.Parse(s); err == nil {
 		return keyring.FingerprintOf(key), nil
 	}
-	var found []keyring.Fingerprint
-	for _, k := range g.cfg.Keyring.Keys() {
-		if len(s) >= 4 && strings.HasPrefix(hex.EncodeToString(k.Fingerprint[:]), strings.ToLower(s)) {
-			found = append(found, k.Fingerprint)
+	found := matching(s, g.cfg.Keyring.Keys())
+	if len(found) == 0 {
+		r, err := g.KeyList(ctx)
+		if err != nil {
+			return keyring.Fingerprint{}, err
 		}
+		for _, a := range r.Answers {
+			found = append(found, matching(s, a.Keys)...)
+		}
+		slices.SortFunc(found, func(a, b keyring.Fingerprint) int { return bytes.Compare(a[:], b[:]) })
+		found = slices.Compact(found)
 	}
 	if len(found) != 1 {
 		return keyring.Fingerprint{}, fmt.Errorf("%d installed keys begin with %.20q: see `tulle keys list`", len(found), s)
 	}
 	return found[0], nil
+}
+
+// matching returns the fingerprints that begin with s.
+func matching(s string, keys []keyring.Info) (found []keyring.Fingerprint) {
+	for _, k := range keys {
+		if len(s) >= 4 && strings.HasPrefix(hex.EncodeToString(k.Fingerprint[:]), strings.ToLower(s)) {
+			found = append(found, k.Fingerprint)
+		}
+	}
+	return found
 }
 
 // keyOperation asks all members in parallel and collects the answers.

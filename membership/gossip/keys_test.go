@@ -63,6 +63,34 @@ func TestWrongAndMissingKeys(t *testing.T) {
 	}
 }
 
+// A removal that did not reach every member can be repeated on one that it has reached, where the key is gone.
+func TestRemovalIsRepeated(t *testing.T) {
+	leakCheck(t)
+	k1, k2 := newKey(t), newKey(t)
+	one, err := keyring.New(k1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, err := keyring.New(k1, k2)
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := membership.NewClusterID()
+	a := launch(t, "a", ring(one), cluster(id))
+	b := launch(t, "b", ring(two), cluster(id), seeds(a.addr))
+	converge(t, a, b)
+	fp, err := a.FindKey(t.Context(), keyring.FingerprintOf(k2).String())
+	if err != nil || fp != keyring.FingerprintOf(k2) {
+		t.Fatalf("a key of another member: %v, %v", fp, err)
+	}
+	if r, err := a.KeyRemove(t.Context(), fp); err != nil || r.Err() != nil || len(two.Keys()) != 1 {
+		t.Errorf("%+v, %v; b has %d keys", r, err, len(two.Keys()))
+	}
+	if _, err := a.FindKey(t.Context(), keyring.FingerprintOf(k2).String()); err == nil || !strings.Contains(err.Error(), "tulle keys list") {
+		t.Errorf("a key that nobody has: %v", err)
+	}
+}
+
 func TestKeyRotation(t *testing.T) {
 	leakCheck(t)
 	oldKey, newKeyBytes, spare := newKey(t), newKey(t), newKey(t)
@@ -145,7 +173,7 @@ func TestKeyRotation(t *testing.T) {
 	if _, err := leader.KeyRemove(t.Context(), oldFP); err == nil || !strings.Contains(err.Error(), "primary") {
 		t.Errorf("remove of the primary: %v", err)
 	}
-	if fp, err := leader.FindKey(newFP.String()[:6]); err != nil || fp != newFP {
+	if fp, err := leader.FindKey(t.Context(), newFP.String()[:6]); err != nil || fp != newFP {
 		t.Errorf("FindKey: %v, %v", fp, err)
 	}
 	r, err = leader.KeyUse(t.Context(), newFP)

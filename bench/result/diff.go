@@ -49,7 +49,7 @@ func (d *Diff) Regressed() bool {
 // IntervalRounds; an error says that they have fewer, or nothing in common.
 func Compare(a, b *Run, threshold float64) (*Diff, error) {
 	for i, r := range []*Run{a, b} {
-		if n := r.measuredRounds(); n < IntervalRounds {
+		if n := r.MeasuredRounds(); n < IntervalRounds {
 			return nil, fmt.Errorf("the %s run has %d rounds: noise can be told from change with %d or more (--rounds)", []string{"first", "second"}[i], n, IntervalRounds)
 		}
 	}

@@ -54,7 +54,7 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 		}
 		b.WriteString("\n")
 	}
-	fmt.Fprintf(&b, "\nMedians of %d rounds", r.measuredRounds())
+	b.WriteString("\n" + medians(r.MeasuredRounds()))
 	if to != "" {
 		fmt.Fprintf(&b, "; × is the ratio within a round, with its 95 %% interval, to %s", r.Glance())
 	}

@@ -107,7 +107,7 @@ func (r *Run) Verdict() string {
 		text = r.path()
 	}
 	if r.Interrupted {
-		text = fmt.Sprintf("INTERRUPTED after %d of %d rounds: %s", r.measuredRounds(), r.Rounds, text)
+		text = fmt.Sprintf("INTERRUPTED after %d of %d rounds: %s", r.MeasuredRounds(), r.Rounds, text)
 	}
 	if n := len(r.Warnings); n > 0 {
 		text = fmt.Sprintf("NOT TO BE TRUSTED, for %s below: %s", map[bool]string{true: "the reason", false: "the reasons"}[n == 1], text)
@@ -115,7 +115,8 @@ func (r *Run) Verdict() string {
 	return text
 }
 
-func (r *Run) measuredRounds() (n int) {
+// MeasuredRounds are the complete rounds: fewer than Rounds if the run was interrupted.
+func (r *Run) MeasuredRounds() (n int) {
 	for _, m := range r.Modes {
 		n = max(n, len(m.Rounds))
 	}
@@ -160,7 +161,7 @@ func (r *Run) path() string {
 	}
 	m := &r.Modes[0]
 	var parts []string
-	for _, p := range []struct{ key, text string }{
+	for _, p := range []said{
 		{"tcp1_gbps", "%s Gb/s in one TCP stream"}, {"rtt64_p50_us", "half a round trip of %s µs"}, {"rr_per_s", "%s TCP requests a second"},
 		{"udp64_kpps", "%s thousand small datagrams a second without loss"},
 	} {
@@ -168,16 +169,44 @@ func (r *Run) path() string {
 			parts = append(parts, fmt.Sprintf(p.text, Digits(s.Median)))
 		}
 	}
+	if len(parts) == 0 {
+		h := r.headline()
+		if h.key == "" {
+			return fmt.Sprintf("%s: nothing was measured.", m.Name)
+		}
+		parts = append(parts, fmt.Sprintf(h.text, Digits(m.Summary[h.key].Median)))
+	}
 	return fmt.Sprintf("%s: %s; path MTU %d.", m.Name, strings.Join(parts, ", "), r.MTU)
+}
+
+// said is a metric as a part of a sentence, with a place for its value.
+type said struct{ key, text string }
+
+// headline is what a sentence says of a run if it says one thing. The key is "" if nothing was measured.
+func (r *Run) headline() said {
+	for _, s := range []said{{"rtt64_p50_us", "half a round trip of %s µs"}, {"tcp1_gbps", "%s Gb/s in one TCP stream"}} {
+		if r.has(s.key) {
+			return s
+		}
+	}
+	for _, m := range r.Metrics {
+		if !m.explains() {
+			return said{m.Key, m.Title + " of %s " + strings.ReplaceAll(m.Unit, "%", "%%")}
+		}
+	}
+	return said{}
 }
 
 func (p *tables) lab(r *Run) {
 	p.glance(r, r.columns())
-	text := medians(r.Rounds)
+	text := medians(r.MeasuredRounds())
 	if to := r.Glance(); to != "" {
 		text += "; × is the ratio within a round, to " + to
 	}
-	p.paragraph(fmt.Sprintf("%s. The wire is %s. Half RTT: 64 bytes, each side on its own CPU.", text, r.Wire), "")
+	if r.has("rtt64_pinned_p50_us") {
+		text += ". Half RTT: 64 bytes, each side on its own CPU"
+	}
+	p.paragraph(fmt.Sprintf("%s. The wire is %s.", text, r.Wire), "")
 }
 
 // glance is a table with a line for each mode, each value with its ratio to the mode's reference.
@@ -251,7 +280,7 @@ func (p *tables) pair(r *Run) {
 	}
 	p.table(rows)
 	p.line("")
-	p.paragraph(fmt.Sprintf("Medians of %d rounds. Half RTT is half of a UDP datagram's round trip. CPU is that of both ends, sender and receiver.", r.measuredRounds()), "")
+	p.paragraph(medians(r.MeasuredRounds())+". Half RTT is half of a UDP datagram's round trip. CPU is that of both ends, sender and receiver.", "")
 	for _, n := range r.Limits {
 		p.paragraph(n, "")
 	}
@@ -260,8 +289,11 @@ func (p *tables) pair(r *Run) {
 // paths is the one table of several paths to one host.
 func (p *tables) paths(r *Run) {
 	p.glance(r, r.columns())
-	p.paragraph(fmt.Sprintf("%s; × is the ratio to %s within a round. Half RTT is half of the round trip of a 64-byte UDP datagram.",
-		medians(r.measuredRounds()), r.Reference()), "")
+	text := fmt.Sprintf("%s; × is the ratio to %s within a round.", medians(r.MeasuredRounds()), r.Reference())
+	if r.has("rtt64_p50_us") {
+		text += " Half RTT is half of the round trip of a 64-byte UDP datagram."
+	}
+	p.paragraph(text, "")
 	for _, n := range r.Limits {
 		p.paragraph(n, "")
 	}
@@ -270,9 +302,10 @@ func (p *tables) paths(r *Run) {
 // compared says in a sentence how several paths to one host compare.
 func (r *Run) compared() string {
 	var parts []string
+	h := r.headline()
 	for _, m := range r.Modes {
-		if s, ok := m.Summary["rtt64_p50_us"]; ok {
-			parts = append(parts, fmt.Sprintf("%s has half a round trip of %s µs with path MTU %d", m.Name, Digits(s.Median), m.MTU))
+		if s, ok := m.Summary[h.key]; ok {
+			parts = append(parts, fmt.Sprintf("%s has "+h.text+" with path MTU %d", m.Name, Digits(s.Median), m.MTU))
 		}
 	}
 	if len(parts) == 0 {
@@ -283,7 +316,7 @@ func (r *Run) compared() string {
 
 func (p *tables) everything(r *Run) {
 	p.line("")
-	p.line("%d rounds of %s each measure, in %v, begun %s", r.Rounds,
+	p.line("%d rounds of %s each measure, in %v, begun %s", r.MeasuredRounds(),
 		time.Duration(r.Duration*float64(time.Second)), (time.Duration(r.Seconds) * time.Second).String(), r.Started.Format(time.RFC3339))
 	for _, m := range r.Machines {
 		p.paragraph("- "+m.String(), "  ")
@@ -373,7 +406,10 @@ func (p *tables) table(rows [][]string) {
 func (p *tables) modes(r *Run) {
 	rows := [][]string{{"MODE", "MTU", "FRAME", "WHAT"}}
 	for _, m := range r.Modes {
-		mtu, frame, what := fmt.Sprint(m.MTU), Digits(m.Crossing().FrameBytes()), m.What
+		mtu, frame, what := fmt.Sprint(m.MTU), nothing, m.What
+		if c := m.Crossing(); c.InFrames > 0 {
+			frame = Digits(c.FrameBytes())
+		}
 		if m.Missing != "" {
 			mtu, frame, what = nothing, nothing, "not measured: "+oneLine(m.Missing)
 		}

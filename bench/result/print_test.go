@@ -1,0 +1,73 @@
+package result
+
+import (
+	"bytes"
+	"strings"
+	"testing"
+	"time"
+)
+
+// latencyOf is a round with one measure of latency.
+func latencyOf(kind string, payload int) Round {
+	l := Latency{Kind: kind, Payload: payload, Seconds: 1, Answers: 1, Times: NewHistogram()}
+	l.Times.Record(20 * time.Microsecond)
+	return Round{Latency: []Latency{l}}
+}
+
+// The sentence at the beginning names what was measured, whatever that is.
+func TestVerdictOfWhatWasMeasured(t *testing.T) {
+	tcp, flood := oneRound(5), Round{Floods: []Flood{{Flows: 1, Payload: 1000, Trial: Trial{Sent: 100, Received: 50, Seconds: 1}}}}
+	for name, tc := range map[string]struct {
+		modes []string
+		round Round
+		want  string
+	}{
+		"paths, latency":            {[]string{"direct", "udp"}, latencyOf(PingPong, 64), "direct has half a round trip of 10.0 µs with path MTU 1400, udp has half a round trip of 10.0 µs with path MTU 1400."},
+		"paths, another payload":    {[]string{"direct", "udp"}, latencyOf(PingPong, 1400), "direct has half RTT 1,400 B p50 of 10.0 µs with path MTU 1400, udp has half RTT 1,400 B p50 of 10.0 µs with path MTU 1400."},
+		"paths, throughput":         {[]string{"direct", "udp"}, tcp, "direct has 5.00 Gb/s in one TCP stream with path MTU 1400, udp has 5.00 Gb/s in one TCP stream with path MTU 1400."},
+		"paths, TCP has failed":     {[]string{"direct", "udp"}, flood, "direct has UDP 1 flow of 0.0004 Gb/s with path MTU 1400, udp has UDP 1 flow of 0.0004 Gb/s with path MTU 1400."},
+		"paths, all has failed":     {[]string{"direct", "udp"}, Round{}, "Nothing was measured."},
+		"one path, another payload": {[]string{"net"}, latencyOf(PingPong, 1400), "net: half RTT 1,400 B p50 of 10.0 µs; path MTU 1400."},
+		"one path, all has failed":  {[]string{"net"}, Round{}, "net: nothing was measured."},
+	} {
+		r := &Run{Kind: Pair, MTU: 1400, Rounds: 1}
+		for _, m := range tc.modes {
+			r.Modes = append(r.Modes, Mode{Name: m, MTU: 1400, Rounds: []Round{tc.round}})
+		}
+		r.Summarise()
+		if got := r.Verdict(); got != tc.want {
+			t.Errorf("%s: got %q, want %q", name, got, tc.want)
+		}
+	}
+}
+
+// A table says of how many rounds its medians are: of those that were complete.
+func TestMediansOfMeasuredRounds(t *testing.T) {
+	for name, tc := range map[string]struct {
+		kind  string
+		modes []string
+	}{"lab": {Lab, []string{"kernel-vxlan", "udp"}}, "one path": {Pair, []string{"net"}}, "paths": {Pair, []string{"direct", "udp"}}} {
+		for rounds, want := range map[int]string{1: "One round", 2: "Medians of 2 rounds"} {
+			r := &Run{Kind: tc.kind, Interrupted: true, Rounds: 5, References: tc.modes[:1]}
+			for _, m := range tc.modes {
+				r.Modes = append(r.Modes, Mode{Name: m, Rounds: []Round{oneRound(5), oneRound(6)}[:rounds]})
+			}
+			r.Summarise()
+			var table, markdown bytes.Buffer
+			if err := r.Print(&table, true); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.WriteMarkdown(&markdown); err != nil {
+				t.Fatal(err)
+			}
+			for _, text := range []string{table.String(), markdown.String()} {
+				if !strings.Contains(text, want) || strings.Contains(text, "Medians of 5") || strings.Contains(text, "\n5 rounds") {
+					t.Errorf("%s, %d of 5 rounds:\n%s", name, rounds, text)
+				}
+			}
+			if strings.Contains(table.String(), "Half RTT: 64 bytes") || strings.Contains(table.String(), "MTU  FRAME  WHAT\n"+tc.modes[0]+"  0    0") {
+				t.Errorf("%s: latency and frames were not measured:\n%s", name, table.String())
+			}
+		}
+	}
+}

@@ -92,12 +92,15 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 	if len(o.Helper) == 0 {
 		return o, errors.New("no command line for helper processes")
 	}
-	if err := o.lab("bench", "").Validate(); err != nil {
+	if err := o.lab(o.labName(len(modes)-1), "").Validate(); err != nil {
 		return o, err
 	}
 	_, err := chosen(o.Modes)
 	return o, err
 }
+
+// labName is the name of a mode's lab.
+func (o *AllOptions) labName(mode int) string { return fmt.Sprintf("%s-%d", o.Name, mode) }
 
 // DefaultDuration is AllOptions.Duration's default.
 const DefaultDuration = time.Second
@@ -120,7 +123,8 @@ func (o AllOptions) Validate() error {
 
 // All measures all modes in interleaved rounds: each measure is taken for one mode after the other, so that a temporary
 // disturbance of the machine affects all modes. In each round another mode is the first. The failure of a single mode is
-// part of the result. When ctx ends, the result has the rounds that were complete. An error means that there is no result.
+// part of the result. When ctx ends, or something fails that no mode can be measured without, the result has the rounds that
+// were complete. An error beside a result is about what came after them: profiles, and the removal of labs.
 func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 	o, err := o.withDefaults()
 	if err != nil {
@@ -130,6 +134,9 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 		return nil, err
 	}
 	if err := checkCongestion(o.Congestion); err != nil {
+		return nil, err
+	}
+	if err := o.checkProfile(); err != nil {
 		return nil, err
 	}
 	defer manyProcessors()()
@@ -164,23 +171,22 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 		return nil, err
 	}
 	for i := range o.Rounds {
-		if err := run.round(ctx, i); ctx.Err() != nil && i > 0 {
-			r.Interrupted = true
-			break
-		} else if err != nil {
+		if err := run.round(ctx, i); err != nil && i == 0 {
 			return nil, err
+		} else if err != nil {
+			r.Interrupted = true
+			if ctx.Err() == nil {
+				run.ended = err
+			}
+			break
 		}
 	}
 	if o.Profile != "" && !r.Interrupted {
-		if err := run.profile(ctx); err != nil {
-			return nil, err
-		}
+		err = run.profile(ctx)
 	}
-	if err := run.down(ctx); err != nil {
-		return nil, err
-	}
+	err = errors.Join(err, run.down(ctx))
 	run.sumUp()
-	return r, nil
+	return r, err
 }
 
 // allRun is a run of All. stands are the modes that are up; result[i] is the index of stands[i] in r.Modes.
@@ -192,6 +198,7 @@ type allRun struct {
 	others []float64
 	steal  []float64
 	idle   idling
+	ended  error // why there are not as many rounds as were asked for, if it was not ctx
 }
 
 // clearEarlier removes the labs of an earlier run of the name that was killed. It may have had more modes.
@@ -225,7 +232,7 @@ func (run *allRun) up(ctx context.Context) error {
 	for i, m := range picked {
 		run.o.Progress("setting up " + m.name)
 		res := result.Mode{Name: m.name, What: m.what, Wiring: m.wiring, Tulle: m.paths != ""}
-		s, err := m.build(ctx, &run.o, fmt.Sprintf("%s-%d", run.o.Name, i))
+		s, err := m.build(ctx, &run.o, run.o.labName(i))
 		if ctx.Err() != nil {
 			return errors.Join(ctx.Err(), err)
 		}

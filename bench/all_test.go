@@ -192,6 +192,7 @@ func TestAllRefuses(t *testing.T) {
 		"duration": {AllOptions{Helper: good.Helper, Duration: time.Millisecond}, "at least 100ms"},
 		"helper":   {AllOptions{}, "helper"},
 		"measure":  {AllOptions{Helper: good.Helper, Measures: []string{"taste"}}, "no measure \"taste\"; there are throughput"},
+		"name":     {AllOptions{Helper: good.Helper, Name: "no name"}, `lab name "no name-13"`},
 		"size":     {AllOptions{Helper: good.Helper, Sizes: []int{4}}, "a payload of 4 bytes: want between 8 and 65507"},
 	} {
 		if err := tc.o.Validate(); err == nil || !strings.Contains(err.Error(), tc.want) {

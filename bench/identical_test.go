@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 
@@ -102,5 +103,28 @@ func TestAllInterrupted(t *testing.T) {
 		if strings.HasPrefix(l, o.Name) {
 			t.Errorf("lab %s was left behind", l)
 		}
+	}
+}
+
+// What cannot be profiled is said before anything is measured, and what fails after the rounds takes none of them away.
+func TestAllKeepsRounds(t *testing.T) {
+	o := labOptions(t, "keep", NoTunnel)
+	o.Rounds, o.Measures, o.Profile = 1, []string{Delay}, filepath.Join(t.TempDir(), "profile")
+	tools := t.TempDir()
+	t.Setenv("PATH", tools)
+	o.Progress = func(s string) { t.Errorf("before a profile was refused: %s", s) }
+	if r, err := All(t.Context(), o); r != nil || err == nil || !strings.Contains(err.Error(), "a profile needs perf") {
+		t.Fatalf("without perf: %v, %v", r, err)
+	}
+	o.Progress = nil
+	if err := os.WriteFile(filepath.Join(tools, "perf"), []byte("#!/bin/sh\necho no such event >&2\nexit 3\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	r, err := All(t.Context(), o)
+	if err == nil || !strings.Contains(err.Error(), "perf record: exit status 3: no such event") {
+		t.Errorf("perf that fails: %v", err)
+	}
+	if r == nil || r.Interrupted || len(r.Modes[0].Rounds) != 1 || r.Modes[0].Summary["rtt64_p50_us"].N != 1 {
+		t.Fatalf("the round is lost: %+v", r)
 	}
 }

@@ -220,4 +220,7 @@ func (run *allRun) sumUp() {
 	r.Others, r.Steal = result.SpreadOf(run.others), result.SpreadOf(run.steal)
 	r.Summarise()
 	r.Notes, r.Warnings = notes(&run.o, run.idle), warnings(r)
+	if run.ended != nil {
+		r.Warnings = append(r.Warnings, fmt.Sprintf("The run ended early: %v.", run.ended))
+	}
 }

@@ -14,11 +14,8 @@ import (
 // profile records a CPU profile of the whole machine, kernel and processes, for each mode: first with one TCP stream, then
 // with small datagrams at full speed. It needs perf(1).
 func (run *allRun) profile(ctx context.Context) error {
-	perf, err := exec.LookPath("perf")
+	perf, err := findPerf()
 	if err != nil {
-		return errors.New("a profile needs perf, which is not installed: install it (Debian: apt install linux-perf), or leave --profile out")
-	}
-	if err := os.MkdirAll(run.o.Profile, 0o755); err != nil {
 		return err
 	}
 	for _, s := range run.stands {
@@ -39,6 +36,25 @@ func (run *allRun) profile(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+func findPerf() (string, error) {
+	perf, err := exec.LookPath("perf")
+	if err != nil {
+		return "", errors.New("a profile needs perf, which is not installed: install it (Debian: apt install linux-perf), or leave --profile out")
+	}
+	return perf, nil
+}
+
+// checkProfile returns an error if profiles cannot be recorded or written, before minutes of measuring. It makes their folder.
+func (o *AllOptions) checkProfile() error {
+	if o.Profile == "" {
+		return nil
+	}
+	if _, err := findPerf(); err != nil {
+		return err
+	}
+	return os.MkdirAll(o.Profile, 0o755)
 }
 
 // record profiles the time d while traffic runs. It writes file.perf (perf's data) and file.txt (its report by process and

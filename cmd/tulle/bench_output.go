@@ -47,11 +47,21 @@ func (o *benchOutput) measure(cmd *cobra.Command, run func(context.Context) (*re
 	ctx, stop := interruptible(cmd)
 	defer stop()
 	r, err := run(ctx)
+	if r == nil && ctx.Err() != nil && errors.Is(err, ctx.Err()) {
+		err = errors.New("interrupted before the first round was complete: there is no result")
+	}
 	if err != nil {
-		return details(cmd, err)
+		err = details(cmd, err)
+	}
+	if r == nil {
+		return err
 	}
 	fmt.Fprintln(cmd.ErrOrStderr())
-	return o.write(cmd, r)
+	written := o.write(cmd, r)
+	if err != nil { // it says more than that something failed
+		return err
+	}
+	return written
 }
 
 // write prints a result. Measures that failed are an exit code.

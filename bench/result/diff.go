@@ -183,6 +183,10 @@ func differences(a, b *Run) []string {
 	say("wire", a.Wire, b.Wire)
 	say("family", a.Family, b.Family)
 	say("seconds of each measure", a.Duration, b.Duration)
+	if x, y := a.fixedRate(), b.fixedRate(); x > 0 && y > 0 {
+		say("datagrams a second at the fixed rate", x, y)
+	}
+	say("limits", none(strings.Join(a.Limits, " ")), none(strings.Join(b.Limits, " ")))
 	say("number of machines", len(a.Machines), len(b.Machines))
 	for i := range min(len(a.Machines), len(b.Machines)) {
 		x, y := a.Machines[i], b.Machines[i]
@@ -191,8 +195,13 @@ func differences(a, b *Run) []string {
 			end += ": "
 		}
 		say(end+"kernel", x.Kernel, y.Kernel)
+		say(end+"architecture", x.Arch, y.Arch)
 		say(end+"CPU", x.CPU, y.CPU)
 		say(end+"CPUs", x.CPUs, y.CPUs)
+		say(end+"usable CPUs", x.Usable, y.Usable)
+		say(end+"CPU quota", quota(x), quota(y))
+		say(end+"idle CPUs", x.Awake, y.Awake)
+		say(end+"TCP congestion control", x.Congestion, y.Congestion)
 		say(end+"link MTU", x.LinkMTU, y.LinkMTU)
 		say(end+"offloads", fmt.Sprint(x.Offloads), fmt.Sprint(y.Offloads))
 	}
@@ -202,6 +211,29 @@ func differences(a, b *Run) []string {
 		}
 	}
 	return notes
+}
+
+// fixedRate is the rate of the open loop, in datagrams a second; 0: there was none.
+func (r *Run) fixedRate() float64 {
+	for _, m := range r.Modes {
+		for _, d := range m.Rounds {
+			for _, l := range d.Latency {
+				if l.Kind == OpenLoop {
+					return l.Offered
+				}
+			}
+		}
+	}
+	return 0
+}
+
+func none(s string) string { return cmp.Or(s, "none") }
+
+func quota(m Machine) string {
+	if m.Quota == 0 {
+		return "none"
+	}
+	return Digits(m.Quota)
 }
 
 // Print writes what changed, or if verbose everything.

@@ -328,6 +328,45 @@ func TestCompareLists(t *testing.T) {
 	}
 }
 
+// What makes two runs hard to compare is said: other machines, another way to measure, another limit.
+func TestCompareNotes(t *testing.T) {
+	run := func(change func(r *Run, m *Machine, l *Latency)) *Run {
+		r := tcpRun(rand.New(rand.NewPCG(3, 3)), 5, 5, 5)
+		r.Machines, r.MTU, r.Duration, r.Wire, r.Family = []Machine{{Kernel: "6.12", CPUs: 4, Usable: 4, Arch: "amd64", Congestion: "cubic", Awake: "polls"}}, 1500, 1, "cut", "IPv4"
+		r.Modes[0].Rounds[0].Latency = []Latency{{Kind: OpenLoop, Payload: 64, Offered: 1000}}
+		if change != nil {
+			change(r, &r.Machines[0], &r.Modes[0].Rounds[0].Latency[0])
+		}
+		r.Summarise()
+		return r
+	}
+	for name, tc := range map[string]struct {
+		change func(r *Run, m *Machine, l *Latency)
+		want   string
+	}{
+		"nothing":           {nil, ""},
+		"kernel":            {func(_ *Run, m *Machine, _ *Latency) { m.Kernel = "6.1" }, "kernel: 6.12 and 6.1"},
+		"MTU":               {func(r *Run, _ *Machine, _ *Latency) { r.MTU = 1400 }, "MTU: 1500 and 1400"},
+		"wire":              {func(r *Run, _ *Machine, _ *Latency) { r.Wire = "whole" }, "wire: cut and whole"},
+		"congestion":        {func(_ *Run, m *Machine, _ *Latency) { m.Congestion = "bbr" }, "TCP congestion control: cubic and bbr"},
+		"quota":             {func(_ *Run, m *Machine, _ *Latency) { m.Quota = 1.5 }, "CPU quota: none and 1.50"},
+		"affinity":          {func(_ *Run, m *Machine, _ *Latency) { m.Usable = 1 }, "usable CPUs: 4 and 1"},
+		"idle CPUs":         {func(_ *Run, m *Machine, _ *Latency) { m.Awake = "halt" }, "idle CPUs: polls and halt"},
+		"architecture":      {func(_ *Run, m *Machine, _ *Latency) { m.Arch = "arm64" }, "architecture: amd64 and arm64"},
+		"rate":              {func(_ *Run, _ *Machine, l *Latency) { l.Offered = 5000 }, "datagrams a second at the fixed rate: 1000 and 5000"},
+		"limit":             {func(r *Run, _ *Machine, _ *Latency) { r.Limits = []string{"At most 1 Gb/s."} }, "limits: none and At most 1 Gb/s."},
+		"not to be trusted": {func(r *Run, _ *Machine, _ *Latency) { r.Warnings = []string{"busy"} }, "the second run is not to be trusted: busy"},
+	} {
+		d, err := Compare(run(nil), run(tc.change), 0.03)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.Join(d.Notes, "|"); got != tc.want {
+			t.Errorf("%s: got %q, want %q", name, got, tc.want)
+		}
+	}
+}
+
 // Of runs that differ by nothing but noise, few are told apart.
 func TestCompareNoise(t *testing.T) {
 	rng := rand.New(rand.NewPCG(5, 5))

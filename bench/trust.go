@@ -16,10 +16,6 @@ const (
 	vxlanLeast = 0.6
 	// bareLeast is the least share of any tunnel's TCP that no tunnel at all carries.
 	bareLeast = 0.9
-	// othersAllowed and stealAllowed are shares of the machine.
-	othersAllowed, stealAllowed = 0.05, 0.02
-	// roundsAllowed is how far the best round of a mode may be from its worst, as a factor of TCP with one stream.
-	roundsAllowed = 1.5
 )
 
 // warnings are the reasons not to trust figures, those of whole modes first.
@@ -45,16 +41,5 @@ func warnings(r *result.Run) []string {
 			warn("%s carries %.2f of %s in one TCP stream: no tunnel is slower than it must be.", m.Name, s.Median, NoTunnel)
 		}
 	}
-	for _, m := range r.Modes {
-		if s, ok := m.Summary["tcp1_gbps"]; ok && s.Max > roundsAllowed*s.Min {
-			warn("%s: one TCP stream carried %s Gb/s in one round and %s in another.", m.Name, result.Digits(s.Min), result.Digits(s.Max))
-		}
-	}
-	if r.Others.Max > othersAllowed {
-		warn("Others used up to %.0f %% of the machine just before a round: figures are too low, and noisy.", 100*min(r.Others.Max, 1))
-	}
-	if r.Steal.Max > stealAllowed {
-		warn("The hypervisor took up to %.0f %% of the machine away while TCP was measured.", 100*r.Steal.Max)
-	}
-	return out
+	return append(out, r.Doubts()...)
 }

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/internal/lab"
@@ -18,23 +19,40 @@ func oneRound(gbps float64, in, out, bytes uint64) result.Round {
 	}
 }
 
+// slow is a ping-pong of a hundred datagrams that took so many µs, of which some were lost.
+func slow(micros, lost int64) result.Latency {
+	l := result.Latency{Kind: result.PingPong, Payload: 64, Seconds: 1, Answers: 100 - lost, Lost: lost, Times: result.NewHistogram()}
+	for range l.Answers {
+		l.Times.Record(time.Duration(micros) * time.Microsecond)
+	}
+	return l
+}
+
 func TestWarnings(t *testing.T) {
 	good := oneRound(6, 1000, 1001, 1000*1500)
 	for name, tc := range map[string]struct {
 		change func(r *result.Run)
 		want   string // "" for none
 	}{
-		"nothing wrong":          {func(*result.Run) {}, ""},
-		"whole wire":             {func(r *result.Run) { r.Wire, r.Modes[2].Rounds[0].Crossing.InBytes = string(lab.WireWhole), 1000*50000 }, ""},
-		"the router cuts":        {func(r *result.Run) { r.Modes[1].Rounds[0].Crossing.OutFrames = 40_331 }, "kernel-vxlan: the router sent 40.3 frames on for each"},
-		"the wire does not":      {func(r *result.Run) { r.Modes[2].Rounds[0].Crossing.InBytes = 1000 * 50000 }, "udp: frames of 50000 bytes"},
-		"kernel VXLAN is slow":   {func(r *result.Run) { r.Modes[1].Rounds[0].TCP[0].Gbps = 2.9 }, "kernel-vxlan carries 0.48 of no-tunnel"},
-		"no tunnel is slow":      {func(r *result.Run) { r.Modes[0].Rounds[0].TCP[0].Gbps = 4 }, "no tunnel is slower"},
-		"rounds disagree":        {func(r *result.Run) { r.Modes[2].Rounds = append(r.Modes[2].Rounds, oneRound(2, 1, 1, 1500)) }, "6.00 in another"},
-		"others are busy":        {func(r *result.Run) { r.Others.Max = 0.4 }, "40 % of the machine"},
+		"nothing wrong":         {func(*result.Run) {}, ""},
+		"whole wire":            {func(r *result.Run) { r.Wire, r.Modes[2].Rounds[0].Crossing.InBytes = string(lab.WireWhole), 1000*50000 }, ""},
+		"the router cuts":       {func(r *result.Run) { r.Modes[1].Rounds[0].Crossing.OutFrames = 40_331 }, "kernel-vxlan: the router sent 40.3 frames on for each"},
+		"the wire does not":     {func(r *result.Run) { r.Modes[2].Rounds[0].Crossing.InBytes = 1000 * 50000 }, "udp: frames of 50000 bytes"},
+		"kernel VXLAN is slow":  {func(r *result.Run) { r.Modes[1].Rounds[0].TCP[0].Gbps = 2.9 }, "kernel-vxlan carries 0.48 of no-tunnel"},
+		"no tunnel is slow":     {func(r *result.Run) { r.Modes[0].Rounds[0].TCP[0].Gbps = 4 }, "no tunnel is slower"},
+		"rounds disagree":       {func(r *result.Run) { r.Modes[2].Rounds = append(r.Modes[2].Rounds, oneRound(2, 1, 1, 1500)) }, "6.00 in another"},
+		"others are busy":       {func(r *result.Run) { r.Others.Max = 0.4 }, "40 % of the machine"},
+		"others come meanwhile": {func(r *result.Run) { r.Modes[2].Rounds[0].TCP[0].CPU.Others = 1 }, "Others used up to 25 % of the machine while TCP was measured"},
+		"a quota":               {func(r *result.Run) { r.Machines[0].Quota = 1.5 }, "The CPU quota is 1.50 of 4 CPUs"},
+		"a mode loses":          {func(r *result.Run) { r.Modes[2].Rounds[0].Latency = []result.Latency{slow(20, 2)} }, "udp: half RTT 64 B loss: 2.00 % although the flow was slow"},
+		"latency disagrees": {func(r *result.Run) {
+			more := oneRound(6, 1000, 1001, 1000*1500)
+			r.Modes[2].Rounds[0].Latency, more.Latency = []result.Latency{slow(20, 0)}, []result.Latency{slow(50, 0)}
+			r.Modes[2].Rounds = append(r.Modes[2].Rounds, more)
+		}, "udp: half RTT 64 B p50 was 10.0 µs in one round and 25.0 in another"},
 		"the hypervisor is busy": {func(r *result.Run) { r.Steal.Max = 0.1 }, "10 % of the machine away"},
 	} {
-		r := &result.Run{MTU: 1500, References: references, Wire: string(lab.WireCut), Rounds: 1, Modes: []result.Mode{
+		r := &result.Run{MTU: 1500, References: references, Machines: []result.Machine{{CPUs: 4}}, Wire: string(lab.WireCut), Rounds: 1, Modes: []result.Mode{
 			{Name: NoTunnel, Rounds: []result.Round{good}}, {Name: KernelVXLAN, Rounds: []result.Round{oneRound(5, 1000, 1001, 1000*1500)}}, {Name: UDP, Rounds: []result.Round{good}},
 			{Name: KernelIPIP, Missing: "this kernel has none", Lacking: true},
 		}}

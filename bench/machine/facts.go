@@ -4,11 +4,14 @@ package machine
 
 import (
 	"bytes"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
+	"path"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -29,8 +32,9 @@ func Facts(at netip.Addr) result.Machine {
 	if err := unix.SchedGetaffinity(0, &mask); err == nil {
 		m.Usable = mask.Count()
 	}
-	if b, err := os.ReadFile("/proc/sys/kernel/osrelease"); err == nil {
-		m.Kernel = string(bytes.TrimSpace(b))
+	var name unix.Utsname
+	if err := unix.Uname(&name); err == nil { // which needs no /proc
+		m.Kernel = unix.ByteSliceToString(name.Release[:])
 	}
 	if b, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		m.CPU = cpuName(string(b))
@@ -38,9 +42,7 @@ func Facts(at netip.Addr) result.Machine {
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/tcp_congestion_control"); err == nil {
 		m.Congestion = string(bytes.TrimSpace(b))
 	}
-	if b, err := os.ReadFile("/sys/fs/cgroup/cpu.max"); err == nil {
-		m.Quota = quota(string(b))
-	}
+	m.Quota = quota(os.DirFS("/"))
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, d := range info.Deps {
 			if d.Path == "golang.zx2c4.com/wireguard" {
@@ -107,16 +109,62 @@ func cpuName(cpuinfo string) string {
 	return ""
 }
 
-// quota is the number of CPUs that cpu.max of a control group allows; 0 if it does not limit (cgroups(7)).
-func quota(text string) float64 {
-	f := strings.Fields(text)
+// quota is the number of CPUs that the control groups of this process allow, the tightest of them; 0 if none limits. root is "/".
+func quota(root fs.FS) (least float64) {
+	groups, err := fs.ReadFile(root, "proc/self/cgroup")
+	if err != nil {
+		groups = []byte("0::/\n")
+	}
+	for line := range strings.Lines(string(groups)) { // number:controllers:path (cgroups(7))
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		if len(f) != 3 {
+			continue
+		}
+		var mounts []string
+		limit := quotaV2
+		switch controllers := strings.Split(f[1], ","); {
+		case f[1] == "":
+			mounts = []string{"", "unified"}
+		case slices.Contains(controllers, "cpu"):
+			mounts, limit = []string{"cpu", f[1]}, quotaV1
+		}
+		for _, mount := range mounts {
+			// A container may see its own group as the root, and still its path in the host.
+			for at := path.Clean("/" + f[2]); ; at = path.Dir(at) {
+				if q := limit(root, path.Join("sys/fs/cgroup", mount, at)); q > 0 && (least == 0 || q < least) {
+					least = q
+				}
+				if at == "/" {
+					break
+				}
+			}
+		}
+	}
+	return least
+}
+
+// quotaV2 is the limit of one control group of version 2, in CPUs; 0: none.
+func quotaV2(root fs.FS, group string) float64 {
+	b, _ := fs.ReadFile(root, path.Join(group, "cpu.max")) // "max 100000", or the time in each period
+	f := strings.Fields(string(b))
 	if len(f) != 2 {
 		return 0
 	}
-	most, err := strconv.ParseFloat(f[0], 64)
-	period, err2 := strconv.ParseFloat(f[1], 64)
-	if err != nil || err2 != nil || period <= 0 {
-		return 0 // "max"
+	return share(f[0], f[1])
+}
+
+// quotaV1 is quotaV2 for version 1.
+func quotaV1(root fs.FS, group string) float64 {
+	most, _ := fs.ReadFile(root, path.Join(group, "cpu.cfs_quota_us")) // -1: no limit
+	period, _ := fs.ReadFile(root, path.Join(group, "cpu.cfs_period_us"))
+	return share(strings.TrimSpace(string(most)), strings.TrimSpace(string(period)))
+}
+
+func share(most, period string) float64 {
+	m, err := strconv.ParseFloat(most, 64)
+	p, err2 := strconv.ParseFloat(period, 64)
+	if err != nil || err2 != nil || m <= 0 || p <= 0 {
+		return 0
 	}
-	return most / period
+	return m / p
 }

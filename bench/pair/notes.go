@@ -8,42 +8,6 @@ import (
 	"github.com/tulle-net/tulle/bench/traffic"
 )
 
-const (
-	// othersAllowed and stealAllowed are shares of a machine.
-	othersAllowed, stealAllowed = 0.05, 0.02
-	// roundsAllowed is how far the best round may be from the worst, as a factor of TCP with one stream.
-	roundsAllowed = 1.5
-	// lossAllowed is how much of a slow flow may be lost, in per cent.
-	lossAllowed = 0.1
-)
-
-// warnings are the reasons not to trust figures.
-func warnings(r *result.Run) []string {
-	out := []string{}
-	warn := func(format string, args ...any) { out = append(out, fmt.Sprintf(format, args...)) }
-	m := &r.Modes[0]
-	if s, ok := m.Summary["tcp1_gbps"]; ok && s.Max > roundsAllowed*s.Min {
-		warn("One TCP stream carried %s Gb/s in one round and %s in another.", result.Digits(s.Min), result.Digits(s.Max))
-	}
-	if r.Others.Max > othersAllowed {
-		warn("Others used up to %.0f %% of the sender's machine just before a round: figures are too low, and noisy.", 100*min(r.Others.Max, 1))
-	}
-	if r.Steal.Max > stealAllowed {
-		warn("A hypervisor took up to %.0f %% of the machines away while TCP was measured.", 100*r.Steal.Max)
-	}
-	for _, k := range r.Metrics {
-		if s, ok := m.Summary[k.Key]; ok && k.Unit == "%" && k.Group != "UDP throughput" && s.Median > lossAllowed {
-			warn("%s: %s %% although the flow was slow. TCP and latency suffer from what loses it.", k.Title, result.Digits(s.Median))
-		}
-	}
-	for _, end := range r.Machines {
-		if end.Quota > 0 && end.Quota < float64(end.CPUs) {
-			warn("The CPU quota at the %q end is %s of %d CPUs: throughput and the longest latencies may be the quota's.", end.End, result.Digits(end.Quota), end.CPUs)
-		}
-	}
-	return out
-}
-
 // limits say what the run holds back.
 func (rn *runner) limits() []string {
 	if most := rn.c.welcome.MaxRate; !rn.o.Gentle && most > 0 {

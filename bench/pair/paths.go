@@ -138,15 +138,11 @@ func (ps *pathRun) result(ctx context.Context, ended error) (*result.Run, error)
 	}
 	first := ps.runners[0]
 	r := first.r
-	var used []float64
-	var warned []string
+	var used, steal []float64
 	for i, rn := range ps.runners {
 		rn.r.Modes[0].Rounds = rn.r.Modes[0].Rounds[:complete]
 		rn.finish(ctx, nil)
-		for _, w := range rn.r.Warnings {
-			warned = append(warned, rn.o.Label+": "+w)
-		}
-		used = append(used, rn.used...)
+		used, steal = append(used, rn.used...), append(steal, rn.steal()...)
 		m := &ps.modes[ps.place[i]]
 		m.Rounds, m.Errors = rn.r.Modes[0].Rounds, rn.r.Modes[0].Errors
 	}
@@ -154,9 +150,9 @@ func (ps *pathRun) result(ctx context.Context, ended error) (*result.Run, error)
 	for _, rn := range ps.runners {
 		r.MTU = max(r.MTU, rn.r.MTU)
 	}
-	r.Others = result.SpreadOf(used)
+	r.Others, r.Steal = result.SpreadOf(used), result.SpreadOf(steal)
 	r.Summarise()
-	r.Warnings, r.Interrupted = append([]string{}, warned...), ended != nil
+	r.Warnings, r.Interrupted = r.Doubts(), ended != nil
 	if ended != nil && ctx.Err() == nil {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("The run ended early: %v.", ended))
 	}

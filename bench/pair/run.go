@@ -276,7 +276,9 @@ func (rn *runner) round(ctx context.Context, n int) error {
 	m := &rn.r.Modes[0]
 	m.Rounds = append(m.Rounds, d)
 	m.Errors = append(m.Errors, failed...)
-	rn.used = append(rn.used, used)
+	if err == nil { // /proc/stat is not readable everywhere
+		rn.used = append(rn.used, used)
+	}
 	return nil
 }
 
@@ -300,23 +302,27 @@ func (rn *runner) finish(ctx context.Context, ended error) {
 	r := rn.r
 	r.Seconds = time.Since(r.Started).Seconds()
 	r.Others = result.SpreadOf(rn.used)
-	var steal []float64
-	cpus := r.Machines[0].CPUs
-	if !rn.one {
-		cpus += r.Machines[1].CPUs
-	}
-	for _, d := range r.Modes[0].Rounds {
-		for _, t := range d.TCP {
-			steal = append(steal, t.CPU.Steal/t.Seconds/float64(cpus))
-		}
-	}
-	r.Steal = result.SpreadOf(steal)
+	r.Steal = result.SpreadOf(rn.steal())
 	r.Summarise()
-	r.Notes, r.Limits, r.Warnings = rn.notes(), rn.limits(), warnings(r)
+	r.Notes, r.Limits, r.Warnings = rn.notes(), rn.limits(), r.Doubts()
 	if ended != nil {
 		r.Interrupted = true
 		if ctx.Err() == nil {
 			r.Warnings = append(r.Warnings, fmt.Sprintf("The run ended early: %v.", ended))
 		}
 	}
+}
+
+// steal is the share of the CPU time that a hypervisor took during each measure of TCP.
+func (rn *runner) steal() (out []float64) {
+	cpus := rn.r.Machines[0].CPUs
+	if !rn.one {
+		cpus += rn.r.Machines[1].CPUs
+	}
+	for _, d := range rn.r.Modes[0].Rounds {
+		for _, t := range d.TCP {
+			out = append(out, t.CPU.Steal/t.Seconds/float64(cpus))
+		}
+	}
+	return out
 }

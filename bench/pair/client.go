@@ -167,6 +167,11 @@ func (c *client) answerWait() time.Duration {
 	return min(max(traffic.ReadTimeout, 10*c.rtt), time.Second)
 }
 
+// deafError means that no datagram is answered at all, whatever its size.
+type deafError string
+
+func (e deafError) Error() string { return string(e) }
+
 // flow opens a UDP flow of the current job. The caller closes fd.
 func (c *client) flow(number int) (fd, buffer int, err error) {
 	for range 6 {
@@ -184,7 +189,7 @@ func (c *client) flow(number int) (fd, buffer int, err error) {
 		}
 		unix.Close(fd)
 	}
-	return -1, 0, fmt.Errorf("no answer to UDP datagrams from %v to %v: is UDP port %d open, and does the server see them come from the address that it sees for TCP?", c.from.Addr(), c.to, c.to.Port())
+	return -1, 0, deafError(fmt.Sprintf("no answer to UDP datagrams from %v to %v: is UDP port %d open, and does the server see them come from the address that it sees for TCP?", c.from.Addr(), c.to, c.to.Port()))
 }
 
 // greet sends a flow's first datagram and awaits the answer.

@@ -2,6 +2,8 @@ package pair
 
 import (
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/bench/result"
@@ -52,6 +54,11 @@ func (rn *runner) notes() []string {
 			"the sender is the limit. UDP flows: full packets as fast as the sender can.", 100*traffic.LossAllowed, o.Duration/4, rn.full),
 		fmt.Sprintf("The path MTU, %d bytes, is the largest packet with the don't-fragment bit that was answered.", rn.r.MTU),
 		"Intervals: 95 %, of the median, by bootstrap over the rounds; none for fewer than five.",
+	}
+	if rn.deaf != nil {
+		n = slices.DeleteFunc(n, func(s string) bool {
+			return strings.Contains(s, "UDP") || strings.HasPrefix(s, "Fixed rate") || strings.HasPrefix(s, "The path MTU")
+		})
 	}
 	cpu := "CPU: all CPU time of both machines with softirqs, sender and receiver together, without what other processes used that this one can see. In a container it sees few."
 	if rn.one {

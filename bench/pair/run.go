@@ -110,8 +110,9 @@ type runner struct {
 	o    RunOptions
 	c    *client
 	r    *result.Run
-	full int  // payload of a datagram that fills the path MTU, in bytes
-	one  bool // both ends are on one machine
+	full int   // payload of a datagram that fills the path MTU, in bytes
+	one  bool  // both ends are on one machine
+	deaf error // no datagram is answered, and why that may be: TCP alone is measured; nil: they are
 	// label goes before what is measured, where several paths are.
 	label string
 	most  int // the largest packet to try, in bytes of IP; 0: the link's MTU
@@ -168,7 +169,9 @@ func (rn *runner) prepare() error {
 		return err
 	}
 	mtu, err := c.pathMTU(link)
-	if err != nil {
+	if _, deaf := errors.AsType[deafError](err); deaf && !o.Gentle {
+		rn.deaf = err
+	} else if err != nil {
 		return err
 	}
 	family, headers := "IPv4", 28
@@ -186,17 +189,31 @@ func (rn *runner) prepare() error {
 		Rounds: o.Rounds, Duration: o.Duration.Seconds(), Warm: o.warm().Seconds(), Trial: (o.Duration / 4).Seconds(), MTU: mtu, Family: family,
 		Modes: []result.Mode{{Name: o.Label, What: "from this end to `tulle bench serve`", MTU: mtu}},
 	}
+	some := false
 	for _, m := range rn.measures() {
 		rn.r.Asked = append(rn.r.Asked, m.main)
+		some = some || rn.can(m)
 	}
+	if rn.deaf == nil {
+		return nil
+	}
+	if !some {
+		return rn.deaf
+	}
+	rn.r.Modes[0].Errors = []string{fmt.Sprintf("all of UDP, and the path MTU: %v", rn.deaf)}
+	o.Progress(rn.label + "datagrams are not answered: TCP alone is measured")
 	return nil
 }
+
+// can reports whether a measure can be taken on this path.
+func (rn *runner) can(m measure) bool { return rn.deaf == nil || !m.udp }
 
 // measure is one measure of a round.
 type measure struct {
 	group, what string
 	main        string        // key of its main metric in a result
 	least       time.Duration // that it takes
+	udp         bool          // it needs datagrams
 	take        func(ctx context.Context, d *result.Round) error
 }
 
@@ -204,22 +221,22 @@ func (rn *runner) measures() []measure {
 	var out []measure
 	counted, warmed := rn.o.Duration, rn.o.Duration+rn.o.warm()
 	for _, n := range rn.o.Sizes {
-		out = append(out, measure{Latency, fmt.Sprintf("latency at %d bytes", n), fmt.Sprintf("rtt%d_p50_us", n), warmed, rn.pingPong(n)})
+		out = append(out, measure{Latency, fmt.Sprintf("latency at %d bytes", n), fmt.Sprintf("rtt%d_p50_us", n), warmed, true, rn.pingPong(n)})
 	}
 	several := rn.o.Streams
 	out = append(out,
-		measure{Latency, fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), fmt.Sprintf("open%d_p50_us", rn.o.Sizes[0]), warmed, rn.openLoop(rn.o.Sizes[0])},
-		measure{Latency, "TCP requests on one connection", "rr_p50_us", warmed, rn.requests},
-		measure{Latency, "TCP connections with a request", "crr_p50_us", warmed, rn.connections},
-		measure{Throughput, "TCP, one stream", "tcp1_gbps", warmed, rn.tcp(1)},
-		measure{Throughput, "UDP, one flow", "udp_flood1_gbps", counted, rn.flood(1)},
+		measure{Latency, fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), fmt.Sprintf("open%d_p50_us", rn.o.Sizes[0]), warmed, true, rn.openLoop(rn.o.Sizes[0])},
+		measure{Latency, "TCP requests on one connection", "rr_p50_us", warmed, false, rn.requests},
+		measure{Latency, "TCP connections with a request", "crr_p50_us", warmed, false, rn.connections},
+		measure{Throughput, "TCP, one stream", "tcp1_gbps", warmed, false, rn.tcp(1)},
+		measure{Throughput, "UDP, one flow", "udp_flood1_gbps", counted, true, rn.flood(1)},
 	)
 	if !rn.o.Gentle {
 		out = append(out,
-			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), fmt.Sprintf("tcp%d_gbps", several), warmed, rn.tcp(several)},
-			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), fmt.Sprintf("udp_flood%d_gbps", several), counted, rn.flood(several)},
-			measure{Limits, "UDP rate at 64 bytes", "udp64_kpps", counted, rn.search(64, false)},
-			measure{Limits, "UDP rate of full packets", "udp_full_kpps", counted, rn.search(rn.full, true)},
+			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), fmt.Sprintf("tcp%d_gbps", several), warmed, false, rn.tcp(several)},
+			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), fmt.Sprintf("udp_flood%d_gbps", several), counted, true, rn.flood(several)},
+			measure{Limits, "UDP rate at 64 bytes", "udp64_kpps", counted, true, rn.search(64, false)},
+			measure{Limits, "UDP rate of full packets", "udp_full_kpps", counted, true, rn.search(rn.full, true)},
 		)
 	}
 	return slices.DeleteFunc(out, func(m measure) bool { return len(rn.o.Only) > 0 && !slices.Contains(rn.o.Only, m.group) })
@@ -231,7 +248,9 @@ func fits(runners ...*runner) error {
 	for _, rn := range runners {
 		most = time.Duration(rn.c.welcome.MaxTime * float64(time.Second))
 		for _, m := range rn.measures() {
-			least += m.least
+			if rn.can(m) {
+				least += m.least
+			}
 		}
 	}
 	if least > most {
@@ -246,7 +265,7 @@ func (rn *runner) round(ctx context.Context, n int) error {
 	if err != nil && ctx.Err() != nil {
 		return err
 	}
-	all := rn.measures()
+	all := slices.DeleteFunc(rn.measures(), func(m measure) bool { return !rn.can(m) })
 	parts := make([]result.Round, len(all))
 	var failed []string
 	for k := range all {

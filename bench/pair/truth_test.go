@@ -302,6 +302,41 @@ func TestKnownLoss(t *testing.T) {
 	}
 }
 
+// Where a firewall lets no datagram through, TCP is measured, and it is said once that UDP is not.
+func TestTCPOnly(t *testing.T) {
+	binary := tulle(t)
+	w := &detour.Detour{}
+	a, b := carry(t, w)
+	serving(t, b, binary)
+	w.Loss(1)
+	r := measured(t, a, binary, "10.99.0.2", "--rounds", "2", "--duration", "50ms")
+	m := r.Modes[0]
+	if len(m.Errors) != 1 || !strings.HasPrefix(m.Errors[0], "all of UDP, and the path MTU: no answer to UDP datagrams") || len(m.Rounds) != 2 || len(r.Asked) != 11 || r.MTU != 0 {
+		t.Errorf("MTU %d, %d rounds, %d measures asked for, failed: %q", r.MTU, len(m.Rounds), len(r.Asked), m.Errors)
+	}
+	for _, key := range []string{"tcp1_gbps", "tcp4_gbps", "rr_p50_us", "crr_p50_us"} {
+		if m.Summary[key].N != 2 {
+			t.Errorf("%s was not measured", key)
+		}
+	}
+	for key := range m.Summary {
+		if strings.HasPrefix(key, "rtt") || strings.HasPrefix(key, "open") || strings.HasPrefix(key, "udp") {
+			t.Errorf("%s was measured without an answer", key)
+		}
+	}
+	if got := r.Verdict(); !strings.Contains(got, "in one TCP stream") || !strings.HasSuffix(got, "path MTU unknown.") {
+		t.Errorf("the result says %q", got)
+	}
+	if notes := strings.Join(r.Notes, " "); strings.Contains(notes, "MTU") || strings.Contains(notes, "Fixed rate") {
+		t.Errorf("the method of what was not measured is described: %q", r.Notes)
+	}
+	c, errs := command(t, binary, "run", "10.99.0.2", "--measures", "rate")
+	a.Do(c.Start)
+	if err := c.Wait(); err == nil || !strings.Contains(errs.String(), "is UDP port 17979 open") {
+		t.Errorf("UDP alone: %v, %s", err, errs)
+	}
+}
+
 // lossSeen says what in a result does not fit a wire that loses a tenth of the datagrams, and all that are larger than mtu. What
 // no busy machine explains is wrong in any attempt.
 func lossSeen(t *testing.T, r *result.Run, mtu int) (wrong []string) {

@@ -176,7 +176,15 @@ func (r *Run) path() string {
 		}
 		parts = append(parts, fmt.Sprintf(h.text, Digits(m.Summary[h.key].Median)))
 	}
-	return fmt.Sprintf("%s: %s; path MTU %d.", m.Name, strings.Join(parts, ", "), r.MTU)
+	return fmt.Sprintf("%s: %s; path MTU %s.", m.Name, strings.Join(parts, ", "), known(r.MTU))
+}
+
+// known is an MTU for people; 0 is one that was not found.
+func known(mtu int) string {
+	if mtu == 0 {
+		return "unknown"
+	}
+	return fmt.Sprint(mtu)
 }
 
 // said is a metric as a part of a sentence, with a place for its value.
@@ -321,7 +329,7 @@ func (p *tables) everything(r *Run) {
 	for _, m := range r.Machines {
 		p.paragraph("- "+m.String(), "  ")
 	}
-	p.line("tulle %s; MTU %d; %s; wire %s", r.Tulle, r.MTU, r.Family, map[bool]string{true: "real", false: r.Wire}[r.Wire == ""])
+	p.line("tulle %s; MTU %s; %s; wire %s", r.Tulle, known(r.MTU), r.Family, map[bool]string{true: "real", false: r.Wire}[r.Wire == ""])
 	for _, n := range r.Notes {
 		p.paragraph("- "+n, "  ")
 	}
@@ -406,7 +414,7 @@ func (p *tables) table(rows [][]string) {
 func (p *tables) modes(r *Run) {
 	rows := [][]string{{"MODE", "MTU", "FRAME", "WHAT"}}
 	for _, m := range r.Modes {
-		mtu, frame, what := fmt.Sprint(m.MTU), nothing, m.What
+		mtu, frame, what := known(m.MTU), nothing, m.What
 		if c := m.Crossing(); c.InFrames > 0 {
 			frame = Digits(c.FrameBytes())
 		}

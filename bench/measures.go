@@ -102,7 +102,7 @@ func takeLatency(kind string, payload int, pinned bool) func(context.Context, *A
 				})
 			case result.OpenLoop:
 				return overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {
-					return traffic.Paced(ctx, fd, payload, openRate, o.warm(), o.Duration)
+					return traffic.Paced(ctx, fd, payload, openRate, o.warm(), o.Duration, 0)
 				})
 			}
 			return overTCP(ctx, &s.ends, kind, cpus, o.warm(), o.Duration)
@@ -219,7 +219,7 @@ func (run *allRun) sumUp() {
 	r.Seconds = time.Since(r.Started).Seconds()
 	r.Others, r.Steal = result.SpreadOf(run.others), result.SpreadOf(run.steal)
 	r.Summarise()
-	r.Notes, r.Warnings = notes(&run.o, run.idle), warnings(r)
+	r.Notes, r.Warnings = append(notes(&run.o, run.idle), r.Sparse()...), warnings(r)
 	if run.ended != nil {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("The run ended early: %v.", run.ended))
 	}

@@ -248,7 +248,7 @@ func (s *stand) findLoss(t *testing.T, o *AllOptions, d *detour.Detour) (wrong s
 	d.Delay(0)
 	d.Loss(share)
 	l := s.latency(t, func(fd int) (*result.Latency, error) {
-		return traffic.Paced(t.Context(), fd, truthPayload, openRate, 0, o.Duration)
+		return traffic.Paced(t.Context(), fd, truthPayload, openRate, 0, o.Duration, 0)
 	})
 	n := float64(l.Answers + l.Lost)
 	lost, all := d.Lost()

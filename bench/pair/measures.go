@@ -99,7 +99,7 @@ func (rn *runner) openLoop(payload int) func(context.Context, *result.Round) err
 			return err
 		}
 		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
-			return traffic.Paced(ctx, fd, payload, rn.openRate(payload), rn.o.warm(), rn.o.Duration)
+			return traffic.Paced(ctx, fd, payload, rn.openRate(payload), rn.o.warm(), rn.o.Duration, 4*rn.c.rtt)
 		})
 	}
 }

@@ -152,7 +152,7 @@ func (ps *pathRun) result(ctx context.Context, ended error) (*result.Run, error)
 	}
 	r.Others, r.Steal = result.SpreadOf(used), result.SpreadOf(steal)
 	r.Summarise()
-	r.Warnings, r.Interrupted = r.Doubts(), ended != nil
+	r.Notes, r.Warnings, r.Interrupted = append(first.notes(), r.Sparse()...), r.Doubts(), ended != nil
 	if ended != nil && ctx.Err() == nil {
 		r.Warnings = append(r.Warnings, fmt.Sprintf("The run ended early: %v.", ended))
 	}

@@ -323,7 +323,7 @@ func (rn *runner) finish(ctx context.Context, ended error) {
 	r.Others = result.SpreadOf(rn.used)
 	r.Steal = result.SpreadOf(rn.steal())
 	r.Summarise()
-	r.Notes, r.Limits, r.Warnings = rn.notes(), rn.limits(), r.Doubts()
+	r.Notes, r.Limits, r.Warnings = append(rn.notes(), r.Sparse()...), rn.limits(), r.Doubts()
 	if ended != nil {
 		r.Interrupted = true
 		if ctx.Err() == nil {

@@ -71,3 +71,34 @@ func TestMediansOfMeasuredRounds(t *testing.T) {
 		}
 	}
 }
+
+// The last percentile of few answers is their longest, which is said, with the smallest number of them.
+func TestSparse(t *testing.T) {
+	round := func(kind string, answers int64) Round {
+		d := latencyOf(kind, 64)
+		d.Latency[0].Answers = answers
+		return d
+	}
+	r := &Run{Kind: Pair, Modes: []Mode{{Name: "a", Rounds: []Round{round(PingPong, 1000), round(OpenLoop, 999)}}, {Name: "b", Rounds: []Round{round(OpenLoop, 20), round(OpenLoop, 30), round(CRR, 7)}}}}
+	r.Summarise()
+	want := "p99.9 of a round with fewer than 1,000 answers is the longest of them. There are as few as: half RTT 64 B at a fixed rate (20), TCP connect/request/response (7). A longer --duration has more."
+	if got := r.Sparse(); len(got) != 1 || got[0] != want {
+		t.Errorf("got %q", got)
+	}
+	r.Modes = []Mode{{Name: "a", Rounds: []Round{round(PingPong, 1000), oneRound(5)}}}
+	r.Summarise()
+	if got := r.Sparse(); got != nil {
+		t.Errorf("of enough answers: %q", got)
+	}
+}
+
+// Where nobody knows what the tunnel's processes are, they have no CPU time, and not one of 0.
+func TestTunnelProcesses(t *testing.T) {
+	for kind, want := range map[string]bool{Lab: true, Pair: false} {
+		r := &Run{Kind: kind, Modes: []Mode{{Name: "net", Rounds: []Round{oneRound(5)}}}}
+		r.Summarise()
+		if _, has := r.Modes[0].Summary["tunnel_cpu_s_per_gb"]; has != want || !r.has("cpu_s_per_gb") {
+			t.Errorf("%s: CPU time of the tunnel's processes: %v, want %v", kind, has, want)
+		}
+	}
+}

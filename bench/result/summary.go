@@ -65,6 +65,7 @@ type found struct {
 	values  map[string]float64
 	metrics *[]Metric
 	known   map[string]bool
+	pair    bool              // see Run.Kind: the tunnel's processes are not known
 	mains   map[string]string // see Run
 	main    string            // of the measure at hand: its first metric
 }
@@ -127,6 +128,9 @@ func (t *TCP) derive(f *found) {
 		f.add(Metric{"gbps_per_cpu", "TCP per busy CPU", "Gb/s", true, "CPU"}, t.Gbps*t.Seconds/t.CPU.Busy)
 	}
 	f.add(Metric{"softirq_s_per_gb", "of it softirqs", "s/GB", false, "CPU"}, t.CPU.SoftIRQ/gb)
+	if f.pair {
+		return
+	}
 	f.add(Metric{"tunnel_cpu_s_per_gb", "of it the tunnel's processes", "s/GB", false, "CPU"}, t.CPU.Agents/gb)
 }
 
@@ -175,7 +179,7 @@ func (s *RateSearch) derive(f *found) {
 // Summarise computes values, metrics, medians, ratios and targets from what was measured.
 func (r *Run) Summarise() {
 	r.Metrics, r.mains = nil, map[string]string{}
-	f := &found{metrics: &r.Metrics, known: map[string]bool{}, mains: r.mains}
+	f := &found{metrics: &r.Metrics, known: map[string]bool{}, pair: r.Kind == Pair, mains: r.mains}
 	for i := range r.Modes {
 		m := &r.Modes[i]
 		m.Summary = map[string]Spread{}
@@ -209,6 +213,36 @@ func (r *Run) Summarise() {
 		t.Ratio, t.Measured = r.Ratio(t.Mode, t.To, t.Metric)
 		t.Met = t.Measured && (t.AtLeast && t.Ratio.Median >= t.Bound || !t.AtLeast && t.Ratio.Median <= t.Bound)
 	}
+}
+
+// Sparse says of which latencies a round has too few answers for the last percentile: one of a thousand is beyond it. It is a note on the method,
+// or none. Summarise comes first.
+func (r *Run) Sparse() []string {
+	const enough = 1000
+	var few []string
+	least := map[string]int64{} // answers of a round, by the title of the measure
+	for _, m := range r.Modes {
+		for _, d := range m.Rounds {
+			for _, l := range d.Latency {
+				_, title := l.key()
+				n, known := least[title]
+				if l.Answers >= enough || l.Answers == 0 || known && n <= l.Answers {
+					continue
+				}
+				if !known {
+					few = append(few, title)
+				}
+				least[title] = l.Answers
+			}
+		}
+	}
+	if len(few) == 0 {
+		return nil
+	}
+	for i, title := range few {
+		few[i] = fmt.Sprintf("%s (%d)", title, least[title])
+	}
+	return []string{fmt.Sprintf("p99.9 of a round with fewer than %s answers is the longest of them. There are as few as: %s. A longer --duration has more.", thousands(enough), strings.Join(few, ", "))}
 }
 
 // Ratio returns the ratio of a mode to a reference.

@@ -107,15 +107,15 @@ const (
 	// early is how long before a datagram is due its sender stops to sleep and spins on the clock: a timer alone is late
 	// by as much as a wake-up takes.
 	early = 150 * time.Microsecond
-	// stragglers is the time that answers may take after the last datagram was sent.
+	// stragglers is the least time that answers may take after the last datagram was sent.
 	stragglers = 300 * time.Millisecond
 )
 
 // Paced sends datagrams of payload bytes to an [Echo] at a constant rate, whether or not answers come, and records for
 // each the time from when it was due to its answer. A sender that is held up thus measures what it was held up, and a slow
 // answer delays no other datagram (there is no coordinated omission). It counts the datagrams that are due between warm and
-// warm+d.
-func Paced(ctx context.Context, fd, payload int, rate float64, warm, d time.Duration) (*result.Latency, error) {
+// warm+d. Answers may take late after the last one was sent.
+func Paced(ctx context.Context, fd, payload int, rate float64, warm, d, late time.Duration) (*result.Latency, error) {
 	l := &result.Latency{Kind: result.OpenLoop, Payload: payload, Offered: rate, Times: result.NewHistogram(), Seconds: d.Seconds()}
 	first, n := int(warm.Seconds()*rate), int((warm+d).Seconds()*rate)
 	begin := time.Now().Add(time.Millisecond)
@@ -128,7 +128,7 @@ func Paced(ctx context.Context, fd, payload int, rate float64, warm, d time.Dura
 	}()
 	err := pacedSource(ctx, fd, max(payload, Least), n, begin, due)
 	if err == nil {
-		for deadline := time.Now().Add(stragglers); err == nil && time.Now().Before(deadline); {
+		for deadline := time.Now().Add(max(late, stragglers)); err == nil && time.Now().Before(deadline); {
 			select {
 			case err := <-answers: // all came
 				return l, err

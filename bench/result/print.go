@@ -83,7 +83,7 @@ func (r *Run) Print(w io.Writer, verbose bool) error {
 	}
 	p.line("")
 	if r.Kind == Pair {
-		p.pair(r)
+		p.pair(r, verbose)
 	} else {
 		p.lab(r)
 	}
@@ -271,14 +271,17 @@ func (r *Run) has(key string) bool {
 	return false
 }
 
-// pair is the one table of a path.
-func (p *tables) pair(r *Run) {
+// pair is the one table of a path: of the measures at a glance, or of all.
+func (p *tables) pair(r *Run, all bool) {
 	if len(r.Modes) != 1 {
 		p.paths(r)
 		return
 	}
 	rows := [][]string{{"MEASURE", "MEDIAN", "95 % INTERVAL", "UNIT"}}
 	for _, m := range r.Metrics {
+		if !all && !m.atGlance() {
+			continue
+		}
 		s := r.Modes[0].Summary[m.Key]
 		interval := nothing
 		if s.Certain() {
@@ -485,6 +488,11 @@ func Digits(v float64) string {
 func (m Metric) Compared() bool {
 	return !m.explains() && !strings.HasSuffix(m.Unit, "%") && m.Key != "rss_mb" && m.Group != "CPU per packet" &&
 		(m.Unit != "µs" || strings.HasSuffix(m.Key, "_p50_us")) && (m.Group != "CPU" || m.Key == "cpu_s_per_gb")
+}
+
+// atGlance reports whether a metric of a path is read first: what is compared, with one tail and the loss of each measure.
+func (m Metric) atGlance() bool {
+	return m.Compared() && !strings.HasSuffix(m.Key, "_waking_p50_us") || strings.HasSuffix(m.Key, "_p99_us") || m.Unit == "%"
 }
 
 func (p *tables) ratios(r *Run, to string) {

@@ -102,3 +102,25 @@ func TestTunnelProcesses(t *testing.T) {
 		}
 	}
 }
+
+// The table of a path has what is read first; -v has the rest.
+func TestPathAtAGlance(t *testing.T) {
+	d := latencyOf(PingPong, 64)
+	d.TCP = oneRound(5).TCP
+	r := &Run{Kind: Pair, MTU: 1500, Rounds: 1, Modes: []Mode{{Name: "net", Rounds: []Round{d}}}}
+	r.Summarise()
+	for verbose, want := range map[bool][]string{false: {"half RTT 64 B p50 ", "half RTT 64 B p99 ", "half RTT 64 B loss", "TCP 1 stream", "CPU, TCP 1 stream"}, true: {"half RTT 64 B p50 ", "half RTT 64 B p99.9", "half RTT 64 B max", "of it softirqs"}} {
+		var out bytes.Buffer
+		if err := r.Print(&out, verbose); err != nil {
+			t.Fatal(err)
+		}
+		for _, w := range want {
+			if !strings.Contains(out.String(), "\n"+w) {
+				t.Errorf("verbose %v: no %q:\n%s", verbose, w, out.String())
+			}
+		}
+		if !verbose && (strings.Contains(out.String(), "p99.9") || strings.Contains(out.String(), "softirqs")) {
+			t.Errorf("this is no glance:\n%s", out.String())
+		}
+	}
+}

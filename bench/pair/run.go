@@ -84,7 +84,7 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 		return o, fmt.Errorf("a duration of %v: want %v to 1m", o.Duration, shortest)
 	case o.Streams < 2 || o.Streams > maxFlows:
 		return o, fmt.Errorf("%d streams: want 2 to %d", o.Streams, maxFlows)
-	case o.Rate < 1 || o.Rate > 100_000:
+	case !(o.Rate >= 1 && o.Rate <= 100_000): // nor what is no number
 		return o, fmt.Errorf("a rate of %v datagrams a second: want 1 to 100000", o.Rate)
 	}
 	if o.Gentle && slices.Contains(o.Only, Limits) {

@@ -213,6 +213,9 @@ func percentiles(p *plot.Plot, r *result.Run, what *result.Latency) (bool, error
 		p.Legend.Add(m.Name, line)
 		some = true
 	}
+	if p.Y.Min == p.Y.Max { // where all answers took the same, the library would go below 0, of which there is no logarithm
+		p.Y.Min, p.Y.Max = p.Y.Min/2, p.Y.Max*2
+	}
 	p.X.Max += 0.25 // room for the last label
 	return some, nil
 }

@@ -94,8 +94,20 @@ func Files(r *result.Run) (map[string][]byte, error) {
 	return files, nil
 }
 
-// Prepare makes sure that a report can be written into a folder, before a long run: the folder is made if it is missing.
-func Prepare(dir string) error {
+// Prepare makes sure that a report can be written into a folder, before a long run. It leaves nothing behind: Write makes the folder if it is missing.
+func Prepare(dir string) (err error) {
+	var made []string // the innermost first
+	for d := filepath.Clean(dir); ; d = filepath.Dir(d) {
+		if _, err := os.Lstat(d); !errors.Is(err, fs.ErrNotExist) {
+			break
+		}
+		made = append(made, d)
+	}
+	defer func() {
+		for _, d := range made {
+			_ = os.Remove(d) // it may never have come to be
+		}
+	}()
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return fmt.Errorf("folder of the report: %w", err)
 	}
@@ -112,8 +124,8 @@ func Write(r *result.Run, dir string) error {
 	if err != nil {
 		return err
 	}
-	if err := Prepare(dir); err != nil {
-		return err
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return fmt.Errorf("folder of the report: %w", err)
 	}
 	for name, b := range files {
 		if err := replace(filepath.Join(dir, name), b); err != nil {

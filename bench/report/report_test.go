@@ -114,11 +114,14 @@ func TestReport(t *testing.T) {
 }
 
 func TestReportOfLittle(t *testing.T) {
+	short := result.Latency{Kind: result.PingPong, Payload: 64, Seconds: 1, Answers: 1, Times: result.NewHistogram()}
+	short.Times.Record(200 * time.Nanosecond)
 	for name, r := range map[string]*result.Run{
-		"nothing":   {},
-		"one mode":  {Kind: result.Pair, Modes: []result.Mode{{Name: "x"}}},
-		"one round": {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{TCP: []result.TCP{{Streams: 1, Gbps: 1}}}}}}},
-		"zero":      {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{UDP: []result.RateSearch{{Payload: 64}}}}}}},
+		"nothing":          {},
+		"one mode":         {Kind: result.Pair, Modes: []result.Mode{{Name: "x"}}},
+		"one round":        {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{TCP: []result.TCP{{Streams: 1, Gbps: 1}}}}}}},
+		"one short answer": {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{Latency: []result.Latency{short}}}}}},
+		"zero":             {Modes: []result.Mode{{Name: "x", Rounds: []result.Round{{UDP: []result.RateSearch{{Payload: 64}}}}}}},
 	} {
 		r.Summarise()
 		if _, err := Files(r); err != nil {
@@ -157,5 +160,19 @@ func TestReportRefused(t *testing.T) {
 	}
 	if err := Prepare(filepath.Join(file, "report")); err == nil || !strings.Contains(err.Error(), "folder of the report") {
 		t.Errorf("got %v", err)
+	}
+	// A run that is refused, or has no result, has made no folder.
+	dir := filepath.Dir(file)
+	if err := Prepare(filepath.Join(dir, "new", "report")); err != nil {
+		t.Error(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 1 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+	if err := Prepare(dir); err != nil {
+		t.Error(err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*")); err != nil || len(left) != 1 {
+		t.Errorf("of a folder that was there is left: %v, %v", left, err)
 	}
 }

@@ -75,6 +75,9 @@ func benchLab(use, short, example string, measures ...string) *cobra.Command {
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
 			}
+			if o.Duration == 0 || o.MTU == 0 {
+				return usagef("--duration and --mtu: want more than 0")
+			}
 			if to.node != "" {
 				return to.instead(cmd, o, &out)
 			}

@@ -152,7 +152,7 @@ func benchDiff() *cobra.Command {
 			if form != "table" && form != "json" {
 				return usagef("--output %q: want table or json", form)
 			}
-			if threshold < 0 || threshold >= 1 {
+			if !(threshold >= 0 && threshold < 1) { // nor what is no number
 				return usagef("--threshold %v: want a share from 0 to less than 1", threshold)
 			}
 			a, err := storedRun(args[0])

@@ -18,6 +18,8 @@ import (
 const benchServeLong = `Answers ` + "`tulle bench run`" + ` from another pod, container or host, over any network. Needs no root and no agent. It serves one run at a
 time, sends only answers, and only to the address of the client. It uses one TCP port and the UDP port of the same number.`
 
+const mostGbps = 1_000_000 // of a limit: more than any network
+
 func benchServe() *cobra.Command {
 	o := pair.ServeOptions{Version: api.Version()}
 	var gbps float64
@@ -32,8 +34,8 @@ func benchServe() *cobra.Command {
 			if o.MaxTime <= 0 {
 				return usagef("--max-time %v: want more than 0", o.MaxTime)
 			}
-			if gbps < 0 {
-				return usagef("--max-gbps %v: want 0 (no limit) or more", gbps)
+			if !(gbps >= 0 && gbps <= mostGbps) { // nor what is no number
+				return usagef("--max-gbps %v: want 0 (no limit) to %d", gbps, mostGbps)
 			}
 			o.MaxRate = gbps * 1e9
 			if o.Token, err = token(tokenFile); err != nil {
@@ -114,6 +116,9 @@ func benchRun() *cobra.Command {
 			}
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
+			}
+			if o.Duration == 0 || o.Rate == 0 || o.Streams == 0 {
+				return usagef("--duration, --rate and --streams: want more than 0")
 			}
 			if err := o.Validate(); err != nil {
 				return usageError{err}

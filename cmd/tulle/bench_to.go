@@ -57,7 +57,7 @@ func (b *benchTo) check(cmd *cobra.Command) error {
 			return usagef("--%s %s", name, text)
 		}
 	}
-	if b.mbps < 0 {
+	if !(b.mbps >= 0) { // nor what is no number
 		return usagef("--max-mbps %v: want 0 (what the agents allow) or more", b.mbps)
 	}
 	return nil

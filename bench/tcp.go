@@ -60,9 +60,9 @@ func measureTCP(ctx context.Context, e *Ends, streams int, warm, d time.Duration
 	err := traffic.Sleep(ctx, warm)
 	if err == nil {
 		var cpu machine.Meter
+		cpu, err = machine.Start(pids) // first: where there are many processes, reading /proc takes a while
 		before := total()
 		begin := time.Now()
-		cpu, err = machine.Start(pids)
 		err = errors.Join(err, traffic.Await(ctx, d, func() (bool, error) { return total() > before, nil }))
 		r.Bytes, r.Seconds = total()-before, time.Since(begin).Seconds()
 		var cerr error

@@ -143,7 +143,7 @@ func (rn *runner) transactions(ctx context.Context, d *result.Round, kind string
 		l, err := traffic.Transactions(ctx, kind, rn.o.warm(), rn.o.Duration, every, one)
 		if err == nil {
 			if rn.o.Gentle {
-				l.Offered = rn.o.Rate
+				l.Offered = rn.rate(traffic.Request)
 			}
 			d.Latency = append(d.Latency, *l)
 		}

@@ -40,7 +40,7 @@ func RunPaths(ctx context.Context, o RunOptions, paths []Path) (*result.Run, err
 	if len(ps.runners) == 0 {
 		return nil, fmt.Errorf("none of the paths can be measured: %s", missing(ps.modes))
 	}
-	if err := fits(ps.runners...); err != nil {
+	if err := fits(&o, ps.runners...); err != nil {
 		return nil, err
 	}
 	var ended error

@@ -139,7 +139,7 @@ func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
 	if err := rn.prepare(); err != nil {
 		return nil, err
 	}
-	if err := fits(rn); err != nil {
+	if err := fits(&o, rn); err != nil {
 		return nil, err
 	}
 	var ended error
@@ -242,8 +242,9 @@ func (rn *runner) measures() []measure {
 	return slices.DeleteFunc(out, func(m measure) bool { return len(rn.o.Only) > 0 && !slices.Contains(rn.o.Only, m.group) })
 }
 
-// fits returns an error if the server's time is too short for one round of what the runners measure: nothing would be left of it.
-func fits(runners ...*runner) error {
+// fits returns an error if the server's time is too short for one round of what the runners measure: nothing would be left of it. If it is too
+// short for all of them, it says so.
+func fits(o *RunOptions, runners ...*runner) error {
 	var least, most time.Duration
 	for _, rn := range runners {
 		most = time.Duration(rn.c.welcome.MaxTime * float64(time.Second))
@@ -255,6 +256,9 @@ func fits(runners ...*runner) error {
 	}
 	if least > most {
 		return fmt.Errorf("one round takes %v at least, and the server allows %v (--max-time of `tulle bench serve`): use a shorter --duration, or fewer --measures", least.Round(time.Second), most)
+	}
+	if all := least * time.Duration(o.Rounds); all > most {
+		o.Progress(fmt.Sprintf("%d rounds take %v at least, and the server ends the run after %v: those that are complete then are kept", o.Rounds, all.Round(time.Second), most))
 	}
 	return nil
 }

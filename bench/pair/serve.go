@@ -48,6 +48,10 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	if err != nil {
 		return err
 	}
+	if err := udpFree(ctx, ln.Addr()); err != nil {
+		ln.Close()
+		return err
+	}
 	s := &server{o: o, slots: make(chan struct{}, maxConns), strangers: strangers{log: o.Log}}
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
 	defer stop()
@@ -74,6 +78,16 @@ func Serve(ctx context.Context, o ServeOptions) error {
 		s.strangers.add(conn)
 		s.conns.Go(func() { s.handle(ctx, conn) })
 	}
+}
+
+// udpFree returns an error if the UDP port of a TCP address belongs to another program: each measure opens it anew.
+func udpFree(ctx context.Context, at net.Addr) error {
+	var lc net.ListenConfig
+	c, err := lc.ListenPacket(ctx, "udp", at.String())
+	if err != nil {
+		return err
+	}
+	return c.Close()
 }
 
 // server is a running Serve.

@@ -90,6 +90,38 @@ func TestServeEndsLongRuns(t *testing.T) {
 	wantError(t, "a round that is too long", err, "one round takes 2m13s at least, and the server allows 1m0s")
 }
 
+// What the server's time is too short for is said before it is measured.
+func TestRunSaysThatTimeIsShort(t *testing.T) {
+	for rounds, want := range map[int]bool{3: false, 30: true} {
+		ctx, stop := context.WithCancel(t.Context())
+		told := ""
+		_, err := Run(ctx, RunOptions{Host: local(t, ServeOptions{MaxTime: time.Minute}), Rounds: rounds, Duration: 2 * time.Second, Only: []string{Latency}, Progress: func(s string) {
+			if strings.HasPrefix(s, "round 1") {
+				stop()
+			} else {
+				told = s
+			}
+		}})
+		stop()
+		if has := strings.Contains(told, "30 rounds take 6m40s at least, and the server ends the run after 1m0s"); err == nil || has != want {
+			t.Errorf("%d rounds: %q (%v)", rounds, told, err)
+		}
+	}
+}
+
+// A server whose UDP port another program has is none.
+func TestServeNeedsUDP(t *testing.T) {
+	other, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	err = Serve(ctx, ServeOptions{Address: other.LocalAddr().String(), Listening: func(netip.AddrPort) { stop() }})
+	wantError(t, "a UDP port that is taken", err, "address already in use")
+}
+
 // letters are a connection's end whose writes wait for nobody, like those of TCP.
 type letters struct {
 	net.Conn
@@ -411,6 +443,10 @@ func TestRunKeepsToLimit(t *testing.T) {
 		if most := 1e6/8*l.Seconds/float64(l.Payload) + 2; l.Answers == 0 || float64(l.Answers+l.Lost) > most {
 			t.Errorf("%s at %d bytes: %d exchanges in %v s, where %.0f are allowed", l.Kind, l.Payload, l.Answers+l.Lost, l.Seconds, most)
 		}
+	}
+	rn.o.Gentle = true
+	if err := rn.requests(t.Context(), &d); err != nil || d.Latency[4].Offered != 1e6/8/traffic.Request {
+		t.Errorf("requests are held to 1,953 a second, and the result says %v (%v)", d.Latency[4].Offered, err)
 	}
 	rn.o.Duration = time.Millisecond
 	wantError(t, "a limit below one datagram", rn.pingPong(1000)(t.Context(), &d), "the limit of 1000000 bit/s allows less than one exchange of 1000 bytes within 1ms")

@@ -70,7 +70,10 @@ func (o AllOptions) withDefaults() (AllOptions, error) {
 	if len(o.Sizes) == 0 {
 		o.Sizes = []int{64, 1400}
 	}
-	for _, n := range o.Sizes {
+	for i, n := range o.Sizes {
+		if slices.Contains(o.Sizes[:i], n) {
+			return o, fmt.Errorf("a payload of %d bytes is named twice", n)
+		}
 		if n < traffic.Least || n > largest {
 			return o, fmt.Errorf("a payload of %d bytes: want between %d and %d", n, traffic.Least, largest)
 		}
@@ -154,7 +157,10 @@ func All(ctx context.Context, o AllOptions) (*result.Run, error) {
 		}
 	}
 	m.Awake = idle.String()
-	m.Affinity = "free, except in the pinned measures: each side on its half of the CPUs"
+	m.Affinity = "one CPU for both sides"
+	if canPin() {
+		m.Affinity = "free, except in the pinned measures: each side on its half of the CPUs"
+	}
 	r := &result.Run{
 		Format: result.Format, Version: result.Version, Kind: result.Lab, Tulle: o.Version, Started: time.Now(), Machines: []result.Machine{m},
 		Rounds: o.Rounds, MTU: o.MTU, Wire: string(o.Wire), Family: family, References: references, Targets: slices.Clone(targets),

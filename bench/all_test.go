@@ -8,6 +8,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -192,6 +193,7 @@ func TestAllRefuses(t *testing.T) {
 		"duration": {AllOptions{Helper: good.Helper, Duration: time.Millisecond}, "at least 100ms"},
 		"helper":   {AllOptions{}, "helper"},
 		"measure":  {AllOptions{Helper: good.Helper, Measures: []string{"taste"}}, "no measure \"taste\"; there are throughput"},
+		"twice":    {AllOptions{Helper: good.Helper, Sizes: []int{64, 1400, 64}}, "a payload of 64 bytes is named twice"},
 		"name":     {AllOptions{Helper: good.Helper, Name: "no name"}, `lab name "no name-13"`},
 		"size":     {AllOptions{Helper: good.Helper, Sizes: []int{4}}, "a payload of 4 bytes: want between 8 and 65507"},
 	} {
@@ -216,6 +218,45 @@ func TestChosen(t *testing.T) {
 		}
 		if err != nil || !slices.Equal(got, tc.want) {
 			t.Errorf("%v: got %v, want %v (%v)", tc.in, got, tc.want, err)
+		}
+	}
+}
+
+// On one CPU no side has its own, so nothing is measured twice under one name.
+func TestMeasuresOnOneCPU(t *testing.T) {
+	o := &AllOptions{Sizes: []int{64, 1400}}
+	want := map[int]int{1: 0, 2: 2} // pinned measures, by CPUs
+	for cpus, pinned := range want {
+		done := make(chan []measure)
+		go func() {
+			runtime.LockOSThread() // never unlocked: the thread ends with its goroutine
+			var all, some unix.CPUSet
+			if err := unix.SchedGetaffinity(0, &all); err != nil {
+				t.Error(err)
+			}
+			for cpu := range len(all) * 64 {
+				if all.IsSet(cpu) && some.Count() < cpus {
+					some.Set(cpu)
+				}
+			}
+			if err := unix.SchedSetaffinity(0, &some); err != nil || some.Count() < cpus {
+				done <- nil
+				return
+			}
+			done <- o.measures()
+		}()
+		measures := <-done
+		if measures == nil {
+			continue // this machine has fewer
+		}
+		n, seen := 0, map[string]int{}
+		for _, m := range measures {
+			if seen[m.main]++; strings.Contains(m.main, "pinned") {
+				n++
+			}
+		}
+		if n != pinned || seen["rtt64_p50_us"] != 1 || seen["open64_p50_us"]+seen["open64_pinned_p50_us"] != 1 || seen["rtt1400_p50_us"] != 1 {
+			t.Errorf("%d CPUs: %v", cpus, seen)
 		}
 	}
 }

@@ -41,14 +41,19 @@ func (o *AllOptions) measures() []measure {
 		{Throughput, "TCP, one stream", "tcp1_gbps", false, takeTCP(1)},
 		{Throughput, "TCP, four streams", "tcp4_gbps", false, takeTCP(4)},
 	}
-	for _, n := range o.Sizes {
+	pinned, open := canPin(), "open%d_p50_us"
+	if pinned {
+		open = "open%d_pinned_p50_us"
+	}
+	for i, n := range o.Sizes {
 		out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes", n), fmt.Sprintf("rtt%d_p50_us", n), true, takeLatency(result.PingPong, n, false)})
-		if n == o.Sizes[0] {
-			out = append(out,
-				measure{Delay, fmt.Sprintf("latency at %d bytes, pinned", n), fmt.Sprintf("rtt%d_pinned_p50_us", n), true, takeLatency(result.PingPong, n, true)},
-				measure{Delay, fmt.Sprintf("latency at %d bytes, fixed rate", n), fmt.Sprintf("open%d_pinned_p50_us", n), true, takeLatency(result.OpenLoop, n, true)},
-			)
+		if i > 0 {
+			continue
 		}
+		if pinned {
+			out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes, pinned", n), fmt.Sprintf("rtt%d_pinned_p50_us", n), true, takeLatency(result.PingPong, n, true)})
+		}
+		out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes, fixed rate", n), fmt.Sprintf(open, n), true, takeLatency(result.OpenLoop, n, true)})
 	}
 	out = append(out,
 		measure{Delay, "TCP requests on one connection", "rr_p50_us", true, takeLatency(result.RR, 0, false)},

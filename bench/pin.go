@@ -47,6 +47,12 @@ func (s Sides) split() Sides {
 	return out
 }
 
+// canPin reports whether each side can have CPUs of its own.
+func canPin() bool {
+	all, err := allCPUs()
+	return err == nil && all.From.Count() > 1
+}
+
 // The nice values for latency and for everything else. For latency the ends and the tunnel's processes have priority over
 // other processes, so that load on the machine does not look like latency of the tunnel. On an idle machine this makes no
 // difference. Throughput is measured at 0, because there processes compete with the kernel's threads.

@@ -95,7 +95,10 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 			return o, fmt.Errorf("no measures %q; there are %v", group, all)
 		}
 	}
-	for _, n := range o.Sizes {
+	for i, n := range o.Sizes {
+		if slices.Contains(o.Sizes[:i], n) {
+			return o, fmt.Errorf("a payload of %d bytes is named twice", n)
+		}
 		if n < traffic.Least || n > 65507 {
 			return o, fmt.Errorf("a payload of %d bytes: want %d to 65507", n, traffic.Least)
 		}

@@ -306,6 +306,7 @@ func TestRunRefuses(t *testing.T) {
 		"duration": {RunOptions{Host: "x", Duration: time.Hour}, "a duration of 1h0m0s"},
 		"streams":  {RunOptions{Host: "x", Streams: 17}, "17 streams: want 2 to 16"},
 		"rate":     {RunOptions{Host: "x", Rate: 1e9}, "want 1 to 100000"},
+		"twice":    {RunOptions{Host: "x", Sizes: []int{64, 64}}, "a payload of 64 bytes is named twice"},
 		"size":     {RunOptions{Host: "x", Sizes: []int{70000}}, "70000 bytes"},
 	} {
 		wantError(t, name, tc.o.Validate(), tc.want)

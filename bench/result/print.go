@@ -21,7 +21,7 @@ var pathColumns = []column{
 // glance are the metrics of the one table that is read first, for a lab.
 var glance = []column{
 	{"tcp1_gbps", "TCP 1, Gb/s"}, {"tcp4_gbps", "TCP 4, Gb/s"}, {"cpu_s_per_gb", "CPU, s/GB"},
-	{"rtt64_pinned_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
+	{pinnedTrip, "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
 }
 
 // pairColumns are the same for one path between two ends.
@@ -29,10 +29,26 @@ var pairColumns = []column{
 	{"tcp1_gbps", "TCP 1, Gb/s"}, {"tcp4_gbps", "TCP 4, Gb/s"}, {"cpu_s_per_gb", "CPU, s/GB"}, {"rtt64_p50_us", "HALF RTT, µs"}, {"udp64_kpps", "UDP 64 B, k/s"},
 }
 
+// pinnedTrip is the half round trip that is read first in a lab.
+const pinnedTrip = "rtt64_pinned_p50_us"
+
+// halfTrip is pinnedTrip, or where that was not measured (there is one CPU, or it was measured of another payload) the one that is not pinned.
+func (r *Run) halfTrip() string {
+	if r.has(pinnedTrip) {
+		return pinnedTrip
+	}
+	return "rtt64_p50_us"
+}
+
 // columns are the metrics that are read first, as far as the run has them. A run of other measures has its medians and rates, and
 // otherwise whatever it has.
 func (r *Run) columns() []column {
-	first := glance
+	first := slices.Clone(glance)
+	for i, c := range first {
+		if c.key == pinnedTrip {
+			first[i].key = r.halfTrip()
+		}
+	}
 	switch {
 	case r.Kind == Pair && len(r.Modes) == 1:
 		first = pairColumns
@@ -134,7 +150,7 @@ func (r *Run) comparison() string {
 		to := r.ReferenceOf(m)
 		var parts []string
 		for _, p := range []struct{ key, does, what string }{
-			{"tcp1_gbps", "carries", to + " in one TCP stream"}, {"cpu_s_per_gb", "takes", "its CPU"}, {"rtt64_pinned_p50_us", "has", "its latency"},
+			{"tcp1_gbps", "carries", to + " in one TCP stream"}, {"cpu_s_per_gb", "takes", "its CPU"}, {r.halfTrip(), "has", "its latency"},
 		} {
 			if s, ok := r.Ratio(m.Name, to, p.key); ok {
 				what := p.what
@@ -211,8 +227,11 @@ func (p *tables) lab(r *Run) {
 	if to := r.Glance(); to != "" {
 		text += "; × is the ratio within a round, to " + to
 	}
-	if r.has("rtt64_pinned_p50_us") {
+	switch {
+	case r.has(pinnedTrip):
 		text += ". Half RTT: 64 bytes, each side on its own CPU"
+	case r.has(r.halfTrip()):
+		text += ". Half RTT: 64 bytes, not pinned"
 	}
 	p.paragraph(fmt.Sprintf("%s. The wire is %s.", text, r.Wire), "")
 }

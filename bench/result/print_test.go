@@ -124,3 +124,20 @@ func TestPathAtAGlance(t *testing.T) {
 		}
 	}
 }
+
+// Where nothing is pinned, as on one CPU, the half round trip at a glance is the one that there is.
+func TestHalfTripOfOneCPU(t *testing.T) {
+	r := &Run{Kind: Lab, Rounds: 1, Wire: "cut", References: []string{"kernel-vxlan"}, Modes: []Mode{
+		{Name: "kernel-vxlan", Rounds: []Round{latencyOf(PingPong, 64)}}, {Name: "udp", Tulle: true, Rounds: []Round{latencyOf(PingPong, 64)}},
+	}}
+	r.Summarise()
+	var out bytes.Buffer
+	if err := r.Print(&out, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"Tulle udp has 1.00 × kernel-vxlan's latency.", "HALF RTT, µs", "Half RTT: 64 bytes, not pinned. The wire is cut."} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("lacks %q:\n%s", want, out.String())
+		}
+	}
+}

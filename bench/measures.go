@@ -137,7 +137,7 @@ func takeUDP(payload int) func(context.Context, *AllOptions, *stand, *result.Rou
 		if payload == fullPackets {
 			size = s.fullPayload()
 		}
-		found, err := traffic.SearchRate(size, func(rate float64) (result.Trial, error) {
+		found, err := traffic.SearchRate(size, 0, func(rate float64) (result.Trial, error) {
 			return udpTrial(ctx, &s.ends, size, 1, rate, o.Duration/4, s.tunnel.pids)
 		})
 		if err == nil {

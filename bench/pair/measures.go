@@ -286,7 +286,7 @@ func (rn *runner) search(payload int, full bool) func(context.Context, *result.R
 			return err
 		}
 		defer closeAll()
-		s, err := traffic.SearchRate(payload, func(rate float64) (result.Trial, error) {
+		s, err := traffic.SearchRate(payload, 5*rn.o.Duration, func(rate float64) (result.Trial, error) {
 			return rn.trial(ctx, conns, payload, rate, rn.o.Duration/4)
 		})
 		if err == nil {

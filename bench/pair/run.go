@@ -146,9 +146,13 @@ func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
 		return nil, err
 	}
 	var ended error
+	begin := time.Now()
 	for i := range o.Rounds {
 		if ended = rn.round(ctx, i); ended != nil {
 			break
+		}
+		if took := time.Since(begin); i == 0 && o.Rounds > 1 {
+			o.Progress(fmt.Sprintf("a round takes %v here: %v to go", took.Round(time.Second), (took * time.Duration(o.Rounds-1)).Round(time.Second)))
 		}
 	}
 	if len(rn.r.Modes[0].Rounds) == 0 {

@@ -3,6 +3,7 @@ package traffic
 import (
 	"math"
 	"slices"
+	"time"
 
 	"github.com/tulle-net/tulle/bench/result"
 )
@@ -22,9 +23,10 @@ func holds(t *result.Trial) bool { return t.Received > 0 && t.Loss() <= LossAllo
 
 // SearchRate finds the highest rate at which a trial loses at most LossAllowed, and then confirms it: of three trials at that
 // rate, or slightly below it, two must hold; the result is the median of those that held. So every tunnel has the same
-// chance of a lucky trial.
-func SearchRate(payload int, trial func(rate float64) (result.Trial, error)) (result.RateSearch, error) {
+// chance of a lucky trial. Where trials take long, because the path or its queues are, the search becomes no more precise after the time most; 0 is for no limit.
+func SearchRate(payload int, most time.Duration, trial func(rate float64) (result.Trial, error)) (result.RateSearch, error) {
 	s := result.RateSearch{Payload: payload}
+	begin := time.Now()
 	run := func(rate float64) (result.Trial, error) {
 		t, err := trial(rate)
 		if err == nil {
@@ -32,7 +34,7 @@ func SearchRate(payload int, trial func(rate float64) (result.Trial, error)) (re
 		}
 		return t, err
 	}
-	rate, err := highest(&s, run)
+	rate, err := highest(&s, run, func() bool { return most > 0 && time.Since(begin) > most })
 	if err != nil || rate < 0 {
 		return s, err
 	}
@@ -65,8 +67,8 @@ func SearchRate(payload int, trial func(rate float64) (result.Trial, error)) (re
 // highest returns the highest offered rate that held; 0 if the unpaced sender held, negative if no rate held. The first
 // trial is unpaced: if it holds, the sender is the limit. Otherwise a bisection on a logarithmic scale starts near the rate that
 // arrived. A trial with a small loss is repeated once, because on a shared machine another process may have used
-// the CPU.
-func highest(s *result.RateSearch, trial func(rate float64) (result.Trial, error)) (float64, error) {
+// the CPU. When late says so, the first rate that holds will do.
+func highest(s *result.RateSearch, trial func(rate float64) (result.Trial, error), late func() bool) (float64, error) {
 	steady := func(rate float64) (bool, error) {
 		for range 2 {
 			t, err := trial(rate)
@@ -84,7 +86,7 @@ func highest(s *result.RateSearch, trial func(rate float64) (result.Trial, error
 	}
 	flood := s.Trials[0]
 	low, high, rate := -1.0, flood.SentRate(), 0.95*flood.Rate()
-	for len(s.Trials) < maxTrials && high > floorRate && (low < 0 || high/low > precision) {
+	for len(s.Trials) < maxTrials && high > floorRate && (low < 0 || high/low > precision && !late()) {
 		rate = math.Max(rate, floorRate)
 		ok, err := steady(rate)
 		if err != nil {

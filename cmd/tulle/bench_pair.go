@@ -75,8 +75,9 @@ func token(file string) (string, error) {
 }
 
 const benchRunLong = `Measures the path to a host where ` + "`tulle bench serve`" + ` runs, over any network: latency, TCP requests and connections, TCP and UDP
-throughput, packet rate without loss, CPU time, path MTU. Needs no root and no agent. Takes less than three minutes. To compare two
-networks, store a result of each with -o json and use ` + "`tulle bench diff`" + `. Ctrl-C keeps the rounds that are complete.
+throughput, packet rate without loss, CPU time, path MTU. Needs no root and no agent. Takes less than three minutes over a path that is
+not long, and says after the first round how much longer. To compare two networks, store a result of each with -o json and use
+` + "`tulle bench diff`" + `. Ctrl-C keeps the rounds that are complete.
 
 With --to it measures the paths from this member of the cluster to another one over the live network: through each encapsulation, and
 directly where that is proven. It asks this node's agent (root), and that the other's, for addresses of their own for each path, so pods'

@@ -23,7 +23,7 @@ func sample() *result.Run {
 	r := &result.Run{
 		Format: result.Format, Version: result.Version, Kind: result.Lab, Started: time.Unix(1e9, 0).UTC(), Rounds: 5, Duration: 1, References: []string{"kernel-vxlan"},
 		Machines: []result.Machine{{Kernel: "6.1", CPU: "<b>CPU</b>"}}, Warnings: []string{"others <were> busy"},
-		Modes: []result.Mode{{Name: "kernel-vxlan"}, {Name: "udp", Tulle: true}, {Name: "kernel-ipip", Missing: "no such device", Lacking: true}},
+		Modes: []result.Mode{{Name: "kernel-vxlan"}, {Name: "udp", Tulle: true, Errors: []string{"round 1: no answer", "round 2: <no> answer"}}, {Name: "kernel-ipip", Missing: "no such device", Lacking: true}},
 	}
 	for i := range 5 {
 		for m := range 2 {
@@ -58,7 +58,7 @@ func TestReport(t *testing.T) {
 	}
 	html := read("index.html")
 	for _, want := range []string{
-		"NOT TO BE TRUSTED", "others &lt;were&gt; busy", "&lt;b&gt;CPU&lt;/b&gt;", "prefers-color-scheme: dark", "kernel-ipip</b>: . Not measured: no such device",
+		"NOT TO BE TRUSTED", `udp: 2 measures failed, <a href="#modes">as said below</a>`, "failed: round 2: &lt;no&gt; answer", "others &lt;were&gt; busy", "&lt;b&gt;CPU&lt;/b&gt;", "prefers-color-scheme: dark", "kernel-ipip</b>: . Not measured: no such device",
 		`download="result.json" href="data:application/json;base64,`, `id="latency-ping-pong-64"`, `id="ratio-tcp1_gbps"`, `id="value-cpu_s_per_gb"`, `id="breakdown-tcp"`, "TUN read", "time of a packet", "kernel-vxlan",
 	} {
 		if !strings.Contains(html, want) {

@@ -2,6 +2,7 @@ package hostnet
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -25,8 +26,8 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 // our unreachable routes also show these prefixes, so own may be empty.
 //
 // A route over a gateway to a larger network, such as a default route or a site's 10.0.0.0/8, is
-// no overlap, because the cluster's prefix is longer. A larger network that is directly connected
-// is an overlap, because its hosts would become unreachable.
+// no overlap, because the cluster's prefix is longer. Nor is one into the device of a VPN, which needs no gateway. A larger network that is
+// directly connected is an overlap, because its hosts would become unreachable.
 func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, error) {
 	d, err := newDetector()
 	if err != nil {
@@ -98,7 +99,7 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 		if rt.Protocol == unix.RTPROT_KERNEL && inAddr[p] {
 			continue
 		}
-		connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST
+		connected := rt.Gw == nil && rt.Via == nil && len(rt.MultiPath) == 0 && rt.Type == unix.RTN_UNICAST && !d.behind(rt)
 		for _, c := range clusterCIDRs {
 			switch {
 			case rt.Protocol == Protocol && c.Overlaps(p):
@@ -116,6 +117,12 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 		}
 	}
 	return out, nil
+}
+
+// behind reports whether a route leads to networks behind the other end of a point-to-point device, and is none of an address of the device.
+func (d *detector) behind(rt *netlink.Route) bool {
+	l := d.links[rt.LinkIndex]
+	return rt.Protocol != unix.RTPROT_KERNEL && l != nil && l.Flags&net.FlagPointToPoint != 0
 }
 
 // covered reports whether prefixes contain all of p, one of them or several together.

@@ -109,6 +109,21 @@ func TestCheckOverlap(t *testing.T) {
 			h.route("10.0.0.0/8", "192.0.2.254", "eth0", 0, unix.RTPROT_STATIC)
 			h.route("0.0.0.0/0", "192.0.2.254", "eth0", 0, unix.RTPROT_STATIC)
 		}},
+		// As `wg-quick` makes them of AllowedIPs, and VPNs that put two halves in front of the default route: there is no gateway to name.
+		{name: "network around, behind a VPN's device", setup: func(h *host) {
+			h.tun("wg0")
+			h.up("wg0")
+			h.addrs("wg0", "192.0.2.1/24", "2001:db8::1/64")
+			h.route("10.0.0.0/8", "", "wg0", 0, unix.RTPROT_BOOT)
+			h.route("0.0.0.0/1", "", "wg0", 0, unix.RTPROT_BOOT)
+			h.route("fc00::/7", "", "wg0", 1024, unix.RTPROT_BOOT)
+			h.route("8000::/1", "", "wg0", 1024, unix.RTPROT_BOOT)
+		}},
+		{name: "network of a VPN's own address around", setup: func(h *host) {
+			h.tun("wg0")
+			h.up("wg0")
+			h.addrs("wg0", "10.1.0.1/8")
+		}, err: []string{"route 10.0.0.0/8 dev wg0", "--cluster-cidr"}},
 		{name: "route inside", setup: func(h *host) {
 			h.device("eth0", "192.0.2.1/24")
 			h.route("10.244.9.0/24", "192.0.2.254", "eth0", 0, unix.RTPROT_BGP)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"net"
 	"net/netip"
 	"slices"
@@ -65,7 +66,11 @@ const (
 	addrTentative     = unix.IFA_F_TENTATIVE
 	addrPermanent     = unix.IFA_F_PERMANENT
 	addrNoPrefixRoute = unix.IFA_F_NOPREFIXROUTE
+	addrDeprecated    = unix.IFA_F_DEPRECATED
 )
+
+// validForever is the lifetime of an address without an end.
+const validForever = math.MaxUint32
 
 func (r *Reconciler) addrs(link netlink.Link) ([]netlink.Addr, error) {
 	return dump("addresses of "+link.Attrs().Name, func() ([]netlink.Addr, error) {
@@ -74,7 +79,8 @@ func (r *Reconciler) addrs(link netlink.Link) ([]netlink.Addr, error) {
 }
 
 // addAddrs puts the TUN addresses on the device and mends those that are there with a
-// wrong prefix length, a lifetime, or a failed duplicate address detection.
+// wrong prefix length, a lifetime, or a failed duplicate address detection. What can stay is changed in place, because routes go with
+// the address that is their source.
 func (p *pass) addAddrs(link netlink.Link) error {
 	have, err := p.r.addrs(link)
 	if err != nil {
@@ -92,7 +98,8 @@ func (p *pass) addAddrs(link netlink.Link) error {
 			}
 			ones, _ := h.Mask.Size()
 			if ones == want.BitLen() && h.Flags&addrPermanent != 0 && h.Flags&(addrTentative|addrDADFailed) == 0 {
-				good = true
+				good = want.Is4() || h.Flags&addrDeprecated != 0
+				was = addrText(h)
 				continue
 			}
 			// IPv6 has one entry an address: the wrong one goes first.
@@ -110,8 +117,11 @@ func (p *pass) addAddrs(link netlink.Link) error {
 			// Nobody is on the device to detect duplicates with; without the
 			// prefix route the kernel adds none of its own to the main table.
 			n.Flags = addrNoDAD | addrNoPrefixRoute
+			// Deprecated: our routes name it as their source, and nobody else takes it. Unlike IPv4, IPv6 looks for a source on all
+			// devices, and this one would be better than a deprecated one of the device by which packets leave (RFC 6724 §5, rule 3).
+			n.PreferedLft, n.ValidLft = 0, validForever
 		}
-		if err := p.r.rt.AddrAdd(link, n); err != nil && !errors.Is(err, unix.EEXIST) {
+		if err := p.r.rt.AddrReplace(link, n); err != nil {
 			errs = append(errs, fmt.Errorf("hostnet: add %s: %w", is, err))
 			continue
 		}

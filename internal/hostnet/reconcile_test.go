@@ -160,6 +160,42 @@ func TestRepair(t *testing.T) {
 	}
 }
 
+// The device's address is the source of packets to pods, and of no others: neither while the host's own address is deprecated, as
+// when its prefix changes, nor where the host's address is on no link. An earlier version's address becomes one like that, and its routes stay.
+func TestTunAddressIsNobodysSource(t *testing.T) {
+	source := func(h *host, to, want string) {
+		t.Helper()
+		list, err := h.nl.RouteGet(netip.MustParseAddr(to).AsSlice())
+		h.check(err)
+		if got := list[0].Src.String(); got != want {
+			t.Errorf("packets to %s leave from %s, want %s", to, got, want)
+		}
+	}
+	h := newHost(t)
+	h.up("lo")
+	h.tun("tun0")
+	h.device("eth0", "fd01:1::11/64")
+	h.shell("ip route add default via fd01:1::1 dev eth0")
+	h.addrs("tun0", "fd00:244:0:1::/128")
+	r := h.reconciler(Options{})
+	h.reconcile(r, dual())
+	h.quiet(r, dual())
+	h.shell("ip address change fd01:1::11/64 dev eth0 preferred_lft 0")
+	for _, to := range []string{"2001:db8:9::1", "fd01:1::99", "fd02::1"} {
+		source(h, to, "fd01:1::11")
+	}
+	source(h, "fd00:244:0:2::5", "fd00:244:0:1::")
+
+	h.shell("ip address del fd01:1::11/64 dev eth0; ip address add fd01:1::11/128 dev lo; ip -6 route replace default via fe80::1 dev eth0")
+	source(h, "fd00:299::1", "fd01:1::11")
+
+	h.shell("ip address change fd00:244:0:1::/128 dev tun0 preferred_lft forever")
+	if rep := h.reconcile(r, dual()); len(rep.Repaired) != 1 || !strings.HasPrefix(rep.Repaired[0], "address fd00:244:0:1::/128") {
+		t.Errorf("an address that is not deprecated: %+v", rep)
+	}
+	h.wantRoutes(append([]string{"default via fe80::1 dev eth0 proto boot metric 1024"}, dualRoutes...))
+}
+
 func TestChangesAreNoRepairs(t *testing.T) {
 	h := newHost(t)
 	h.tun("tun0")

@@ -11,7 +11,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// DirectTable is the number of the routing table, and the priority of its policy rule, for probes of direct paths ("iif
+// DirectTable is the number of the routing table for probes of direct paths, and of its policy rule's priority as that of HostsTable ("iif
 // DEVICE lookup 8485"): a route to each peer's probe address by the next hop that is to be proven, and unreachable for the
 // rest. So what comes from that device never takes the tunnel, nor a router.
 const DirectTable = 8485
@@ -112,36 +112,30 @@ func unspecified(v4 bool) netip.Addr {
 
 // directRule makes the policy rule, or removes it. The rule names the device, which may come later.
 func (p *pass) directRule(family int, on bool) error {
-	list, err := p.r.directRules(family)
+	list, err := p.r.tableRules(family, DirectTable)
 	if err != nil {
 		return err
 	}
-	const text = "rule iif " + DirectDevice + " lookup 8485"
-	good := false
-	for i := range list {
-		if on && !good && list[i].IifName == p.s.Direct {
-			good = true
-			continue
-		}
-		if e := p.r.rt.RuleDel(&list[i]); e != nil && !errors.Is(e, unix.ENOENT) {
-			err = errors.Join(err, fmt.Errorf("hostnet: delete %s: %w", text, e))
-		}
-	}
+	rank := p.ranks[family].direct
+	text := fmt.Sprintf("rule iif %s lookup %d priority %d", DirectDevice, DirectTable, rank)
 	object := fmt.Sprintf("direct rule %d", family)
+	i := slices.IndexFunc(list, func(o netlink.Rule) bool { return o.IifName == p.s.Direct && o.Priority == rank })
 	switch {
-	case !on || err != nil:
-		return err
-	case good:
+	case on && i >= 0:
+		list = slices.Delete(list, i, i+1)
 		p.keep(object, text)
-		return nil
+	case on:
+		rule := netlink.NewRule()
+		rule.Family, rule.Priority, rule.Table, rule.Protocol, rule.IifName = family, rank, DirectTable, uint8(Protocol), p.s.Direct
+		if err := p.r.rt.RuleAdd(rule); err != nil {
+			return fmt.Errorf("hostnet: %s: %w", text, err)
+		}
+		p.put(object, "", text)
 	}
-	rule := netlink.NewRule()
-	rule.Family, rule.Priority, rule.Table, rule.Protocol, rule.IifName = family, DirectTable, DirectTable, uint8(Protocol), p.s.Direct
-	if err := p.r.rt.RuleAdd(rule); err != nil {
-		return fmt.Errorf("hostnet: %s: %w", text, err)
+	for i := range list {
+		err = errors.Join(err, p.r.delRule(&list[i]))
 	}
-	p.put(object, "", text)
-	return nil
+	return err
 }
 
 // directRoutes lists our routes in the table.
@@ -151,26 +145,14 @@ func (r *Reconciler) directRoutes(family int) ([]netlink.Route, error) {
 	})
 }
 
-func (r *Reconciler) directRules(family int) ([]netlink.Rule, error) {
-	list, err := dump("rules", func() ([]netlink.Rule, error) {
-		return r.rt.RuleListFiltered(family, &netlink.Rule{Table: DirectTable, Priority: DirectTable}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
-	})
-	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) { // a kernel without IPv6
-		return nil, nil
-	}
-	return list, err
-}
-
 // removeNextHops deletes table and rules.
 func (r *Reconciler) removeNextHops() error {
 	var errs []error
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rules, err := r.directRules(family)
+		rules, err := r.tableRules(family, DirectTable)
 		errs = append(errs, err)
 		for i := range rules {
-			if err := r.rt.RuleDel(&rules[i]); err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("hostnet: delete the rule of table %d: %w", DirectTable, err))
-			}
+			errs = append(errs, r.delRule(&rules[i]))
 		}
 		routes, err := r.directRoutes(family)
 		errs = append(errs, err)

@@ -96,7 +96,7 @@ func TestDirectRoutes(t *testing.T) {
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
 		routes, err := r.directRoutes(family)
 		h.check(err)
-		rules, err := r.directRules(family)
+		rules, err := r.tableRules(family, DirectTable)
 		h.check(err)
 		if len(routes)+len(rules) > 0 {
 			t.Errorf("left behind: %v %v", routes, rules)

@@ -8,8 +8,8 @@
 //
 //   - routes: protocol [Protocol] in the main table, and either out of the TUN
 //     device or of type unreachable;
-//   - policy rules of priority [HostsTable], and routes of our protocol in the table of
-//     that number;
+//   - policy rules that lead to the tables [HostsTable] and [DirectTable], and routes of our protocol in
+//     these tables;
 //   - addresses: all of those on the TUN device, which is ours;
 //   - nftables: everything in the table `inet tulle`, and nothing elsewhere;
 //   - sysctls: those that a [Reconciler] has changed; it keeps their earlier values.

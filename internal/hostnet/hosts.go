@@ -5,14 +5,15 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"slices"
 
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
-// HostsTable is the number of the routing table, and the priority of the policy rules, by which pods' packets to other
-// members' underlay addresses take the tunnel: a rule for each own prefix ("from PREFIX lookup 8484"), a route for each
-// address. The underlay would carry those packets under pods' addresses, which fabrics and reverse path filters drop. The
+// HostsTable is the number of the routing table by which pods' packets to other
+// members' underlay addresses take the tunnel: a policy rule for each own prefix ("from PREFIX lookup 8484"), a route for each
+// address. It is also the rules' priority, unless rules of others would come first (see ranks). The underlay would carry those packets under pods' addresses, which fabrics and reverse path filters drop. The
 // host's own packets, the tunnel's among them, have other sources and never meet the table.
 const HostsTable = 8484
 
@@ -25,6 +26,47 @@ type HostRoute struct {
 
 // hostSpec is how an address is reached.
 type hostSpec struct{ mtu, link int }
+
+// ranks are the priorities of our policy rules in one family.
+type ranks struct{ hosts, direct int }
+
+func (r ranks) of(table int) int {
+	if table == DirectTable {
+		return r.direct
+	}
+	return r.hosts
+}
+
+// ranksFor puts our rules in front of all rules of others that lead to a table: such a rule is for all packets, as a rule, and ours are for a few
+// that belong nowhere else. VPNs have rules in front of 8484, and one that is made without a priority, as by wg-quick, comes before all that there
+// are (net/core/fib_rules.c, fib_default_rule_pref).
+func (r *Reconciler) ranksFor(family int) (ranks, error) {
+	list, err := r.ruleList(family)
+	if err != nil {
+		return ranks{}, err
+	}
+	first := DirectTable + 1
+	for i := range list {
+		if n := list[i].Priority; foreignRule(list[i].Table) && n > 0 {
+			first = min(first, n)
+		}
+	}
+	if first > DirectTable {
+		return ranks{HostsTable, DirectTable}, nil
+	}
+	n := max(1, first-1)
+	return ranks{n, n}, nil
+}
+
+// foreignRule reports whether a rule leads to a routing table of others. The kernel's local table has no addresses of other hosts, and rules that lead
+// to no table (0) refuse packets, which is their maker's will, or are those of VRFs.
+func foreignRule(table int) bool {
+	switch table {
+	case unix.RT_TABLE_UNSPEC, unix.RT_TABLE_LOCAL, HostsTable, DirectTable:
+		return false
+	}
+	return true
+}
 
 // reconcileHosts brings table and rules to the state. Where nothing is wanted there are neither.
 func (p *pass) reconcileHosts() error {
@@ -113,43 +155,50 @@ func (p *pass) hostRoutes(family int, want map[netip.Addr]hostSpec) error {
 	return errors.Join(errs...)
 }
 
-// hostRules brings the policy rules to those of the prefixes.
+// hostRules brings the policy rules to those of the prefixes. A new one precedes the removal of one with another priority.
 func (p *pass) hostRules(family int, from []netip.Prefix) error {
-	list, err := p.r.hostRuleList(family)
+	list, err := p.r.tableRules(family, HostsTable)
 	if err != nil {
 		return err
 	}
-	want := map[netip.Prefix]bool{}
-	for _, o := range from {
-		want[o] = true
-	}
-	have := map[netip.Prefix]bool{}
-	var errs []error
+	rank := p.ranks[family].hosts
+	found := map[netip.Prefix]string{} // rules of the prefixes wanted, as they are
+	good := map[netip.Prefix]bool{}
+	var stale []netlink.Rule
 	for i := range list {
 		src := prefixOf(list[i].Src)
-		if want[src] && !have[src] {
-			have[src] = true
+		switch wanted := slices.Contains(from, src); {
+		case wanted && list[i].Priority == rank && !good[src]:
+			good[src] = true
 			continue
+		case wanted:
+			found[src] = hostRuleText(src, list[i].Priority)
 		}
-		if err := p.r.rt.RuleDel(&list[i]); err != nil && !errors.Is(err, unix.ENOENT) {
-			errs = append(errs, fmt.Errorf("hostnet: delete %s: %w", hostRuleText(src), err))
-			continue
-		}
-		p.rep.Removed = append(p.rep.Removed, hostRuleText(src))
+		stale = append(stale, list[i])
 	}
+	var errs []error
 	for _, o := range from {
-		if have[o] {
-			p.keep("rule "+o.String(), hostRuleText(o))
+		is := hostRuleText(o, rank)
+		if good[o] {
+			p.keep("rule "+o.String(), is)
 			continue
 		}
 		rule := netlink.NewRule()
-		rule.Family, rule.Priority, rule.Table, rule.Protocol = family, HostsTable, HostsTable, uint8(Protocol)
+		rule.Family, rule.Priority, rule.Table, rule.Protocol = family, rank, HostsTable, uint8(Protocol)
 		rule.Src = &net.IPNet{IP: o.Addr().AsSlice(), Mask: net.CIDRMask(o.Bits(), o.Addr().BitLen())}
 		if err := p.r.rt.RuleAdd(rule); err != nil {
-			errs = append(errs, fmt.Errorf("hostnet: %s: %w", hostRuleText(o), err))
+			errs = append(errs, fmt.Errorf("hostnet: %s: %w", is, err))
 			continue
 		}
-		p.put("rule "+o.String(), "", hostRuleText(o))
+		p.put("rule "+o.String(), found[o], is)
+	}
+	for i := range stale {
+		src := prefixOf(stale[i].Src)
+		if err := p.r.delRule(&stale[i]); err != nil {
+			errs = append(errs, err)
+		} else if found[src] == "" {
+			p.rep.Removed = append(p.rep.Removed, hostRuleText(src, stale[i].Priority))
+		}
 	}
 	return errors.Join(errs...)
 }
@@ -158,12 +207,10 @@ func (p *pass) hostRules(family int, from []netip.Prefix) error {
 func (r *Reconciler) removeHosts() error {
 	var errs []error
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rules, err := r.hostRuleList(family)
+		rules, err := r.tableRules(family, HostsTable)
 		errs = append(errs, err)
 		for i := range rules {
-			if err := r.rt.RuleDel(&rules[i]); err != nil && !errors.Is(err, unix.ENOENT) {
-				errs = append(errs, fmt.Errorf("hostnet: delete %s: %w", hostRuleText(prefixOf(rules[i].Src)), err))
-			}
+			errs = append(errs, r.delRule(&rules[i]))
 		}
 		routes, err := r.hostRouteList(family)
 		errs = append(errs, err)
@@ -214,15 +261,25 @@ func (r *Reconciler) hostRouteList(family int) ([]netlink.Route, error) {
 	})
 }
 
-// hostRuleList lists our rules: nobody else has this priority with this table.
-func (r *Reconciler) hostRuleList(family int) ([]netlink.Rule, error) {
-	list, err := dump("rules", func() ([]netlink.Rule, error) {
-		return r.rt.RuleListFiltered(family, &netlink.Rule{Table: HostsTable, Priority: HostsTable}, netlink.RT_FILTER_TABLE|netlink.RT_FILTER_PRIORITY)
-	})
+// tableRules lists our rules: nobody else has one that leads to a table of ours.
+func (r *Reconciler) tableRules(family, table int) ([]netlink.Rule, error) {
+	list, err := r.ruleList(family)
+	return slices.DeleteFunc(list, func(o netlink.Rule) bool { return o.Table != table }), err
+}
+
+func (r *Reconciler) ruleList(family int) ([]netlink.Rule, error) {
+	list, err := dump("rules", func() ([]netlink.Rule, error) { return r.rt.RuleList(family) })
 	if errors.Is(err, unix.EAFNOSUPPORT) || errors.Is(err, unix.EOPNOTSUPP) { // a kernel without IPv6
 		return nil, nil
 	}
 	return list, err
+}
+
+func (r *Reconciler) delRule(o *netlink.Rule) error {
+	if err := r.rt.RuleDel(o); err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("hostnet: delete the rule of priority %d that leads to table %d: %w", o.Priority, o.Table, err)
+	}
+	return nil
 }
 
 func (p *pass) hostText(a netip.Addr, spec hostSpec) string {
@@ -237,6 +294,10 @@ func (p *pass) hostText(a netip.Addr, spec hostSpec) string {
 	return s
 }
 
-func hostRuleText(from netip.Prefix) string {
-	return fmt.Sprintf("rule from %v lookup %d", from, HostsTable)
+func hostRuleText(from netip.Prefix, rank int) string {
+	s := fmt.Sprintf("rule from %v lookup %d", from, HostsTable)
+	if rank != HostsTable {
+		s += fmt.Sprintf(" priority %d", rank)
+	}
+	return s
 }

@@ -16,7 +16,7 @@ func (h *host) rules() (out []string) {
 		h.check(err)
 		for i := range list {
 			if list[i].Priority != 0 && list[i].Priority < 32766 {
-				out = append(out, hostRuleText(prefixOf(list[i].Src)))
+				out = append(out, hostRuleText(prefixOf(list[i].Src), list[i].Priority))
 			}
 		}
 	}
@@ -88,5 +88,84 @@ func TestHostsThroughTheTunnel(t *testing.T) {
 	h.check(r.Remove(t.Context()))
 	if got := h.rules(); len(got) != 0 {
 		t.Errorf("left behind: %v", got)
+	}
+}
+
+// VPNs have policy rules, too: Tailscale's come before 8484, and those of wg-quick, which names no priority, before whatever is there. Ours stay
+// in front of them, and are back where they were when the VPN ends. Rules behind ours, or that lead nowhere, change nothing.
+func TestRulesBeforeVPNs(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.tun(DirectDevice)
+	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+	h.device("vpn0", "198.51.100.1/24", "2001:db8:99::1/64")
+	h.device("veth0")
+	for _, p := range []string{"10.244.1.5/32", "fd00:244:0:1::5/128"} {
+		h.route(p, "", "veth0", 0, 0)
+	}
+	r := h.reconciler(Options{Tun: "tun0", Debounce: watchDebounce})
+	s := tabled()
+	h.reconcile(r, s)
+	calls := h.watch(r)
+	before := h.policies()
+	probe := func(dst netip.Addr) string {
+		list, err := h.nl.RouteGetWithOptions(dst.AsSlice(), &netlink.RouteGetOptions{SrcAddr: s.tunAddr(dst.Is4()).AsSlice(), Iif: DirectDevice})
+		h.check(err)
+		l, err := h.nl.LinkByIndex(list[0].LinkIndex)
+		h.check(err)
+		return l.Attrs().Name
+	}
+	ways := func(what string) {
+		t.Helper()
+		if got := h.hostWay("10.244.1.5", "192.0.2.2"); got != "tun0" {
+			t.Errorf("%s: a pod's packets to a member leave by %s", what, got)
+		}
+		for _, n := range s.NextHops {
+			if got := probe(n.Probe); got != "eth0" {
+				t.Errorf("%s: a probe of the direct path to %v leaves by %s", what, n.Probe, got)
+			}
+		}
+	}
+	ways("at first")
+	change := func(what, line string, told bool) {
+		t.Helper()
+		h.settle(calls)
+		n := calls.Load()
+		h.shell(line)
+		if told {
+			eventually(t, what+": a callback", func() bool { return calls.Load() > n })
+		}
+		h.settle(calls)
+		if !told && calls.Load() > n {
+			t.Errorf("%s: %d callbacks", what, calls.Load()-n)
+		}
+		n = calls.Load()
+		if rep := h.reconcile(r, s); len(rep.Added)+len(rep.Removed)+len(rep.Repaired)+len(rep.Conflicts) > 0 || told != (len(rep.Changed) > 0) {
+			t.Errorf("%s: %+v", what, rep)
+		}
+		h.settle(calls)
+		if calls.Load() > n {
+			t.Errorf("%s: our answer to it gives %d callbacks", what, calls.Load()-n)
+		}
+		h.quiet(r, s)
+		ways(what)
+	}
+	for _, f := range []string{"-4", "-6"} {
+		h.shell("ip " + f + " route add default dev vpn0 table 52")
+		change("Tailscale "+f, "ip "+f+" rule add lookup 52 priority 5270", true)
+		change("wg-quick "+f, "ip "+f+" rule add not fwmark 51820 lookup 52; ip "+f+" rule add lookup main suppress_prefixlength 0", true)
+		change("a rule that leads nowhere "+f, "ip "+f+" rule add fwmark 7 prohibit priority 100", false)
+		change("a rule behind ours "+f, "ip "+f+" rule add fwmark 7 lookup 52 priority 20000", false)
+		change("no VPN "+f, "ip "+f+" rule del not fwmark 51820 lookup 52; ip "+f+" rule del lookup main suppress_prefixlength 0; ip "+f+" rule del lookup 52 priority 5270", true)
+	}
+	if got := h.policies(); !slices.Equal(got, before) {
+		t.Errorf("when they are gone: %q, were %q", got, before)
+	}
+	h.shell("ip rule add lookup 52 priority 1") // nothing fits before it
+	h.reconcile(r, s)
+	h.quiet(r, s)
+	h.check(r.Remove(t.Context()))
+	if got := h.policies(); len(got) > 0 {
+		t.Errorf("left behind: %q", got)
 	}
 }

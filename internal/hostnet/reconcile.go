@@ -121,12 +121,18 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 	}
 	routes, skipped := s.routes(index, device)
 	rep.Conflicts = append(rep.Conflicts, skipped...)
-	p := &pass{r: r, s: &s, rep: &rep, link: index, probe: device(s.Direct), device: device, next: map[string]string{}}
+	p := &pass{r: r, s: &s, rep: &rep, link: index, probe: device(s.Direct), device: device, next: map[string]string{},
+		ranks: map[int]ranks{netlink.FAMILY_V4: {}, netlink.FAMILY_V6: {}}}
 	if p.before, err = r.mainRoutes(); err != nil {
 		return rep, err
 	}
 	p.outward = outward(maps.Keys(s.Uplinks), p.before, r.linkName)
 	p.outward = slices.DeleteFunc(p.outward, func(n string) bool { return n == s.Tun || n == s.Direct })
+	for family := range p.ranks {
+		if p.ranks[family], err = r.ranksFor(family); err != nil {
+			return rep, err
+		}
+	}
 	r.setWanted(p, routes)
 	// The MTU comes first: below 1,280 bytes a device has no IPv6 (addrconf.c, addrconf_notify), nor its
 	// sysctls. Those of the device decide what the kernel does when it goes up. Addresses precede the routes that name them as source, and stale
@@ -211,6 +217,7 @@ type pass struct {
 	before  []netlink.Route // the main table as it was found
 	last4   bool            // removeStaleAddrs has removed the device's last IPv4 address
 	outward []string
+	ranks   map[int]ranks // by family
 }
 
 // put enters what was done about one object: was is the object's text as found on the host,
@@ -259,10 +266,11 @@ type tableKey struct {
 	prefix netip.Prefix
 }
 
-// ruleKey is a policy rule. Its priority is the table's number.
+// ruleKey is a policy rule.
 type ruleKey struct {
 	v4    bool
 	table uint32
+	rank  uint32       // its priority
 	from  netip.Prefix // of HostsTable
 	iif   string       // of DirectTable
 }
@@ -286,20 +294,21 @@ func (r *Reconciler) setWanted(p *pass, routes map[routeKey]routeSpec) {
 			w.prefixes[k.prefix] = true
 		}
 	}
-	for _, v4 := range []bool{true, false} {
+	for family, ranks := range p.ranks {
+		v4 := family == netlink.FAMILY_V4
 		hosts, from := p.wantedHosts(v4)
 		for a, spec := range hosts {
 			w.tables[tableKey{HostsTable, netip.PrefixFrom(a, a.BitLen())}] = routeSpec{link: spec.link, mtu: spec.mtu}
 		}
 		for _, o := range from {
-			w.rules[ruleKey{v4: v4, table: HostsTable, from: o}] = true
+			w.rules[ruleKey{v4: v4, table: HostsTable, rank: uint32(ranks.hosts), from: o}] = true
 		}
 		hops := p.wantedHops(v4)
 		for prefix, spec := range hops {
 			w.tables[tableKey{DirectTable, prefix}] = spec
 		}
 		if len(hops) > 0 {
-			w.rules[ruleKey{v4: v4, table: DirectTable, iif: s.Direct}] = true
+			w.rules[ruleKey{v4: v4, table: DirectTable, rank: uint32(ranks.direct), iif: s.Direct}] = true
 		}
 	}
 	r.wantMu.Lock()

@@ -15,7 +15,7 @@ import (
 )
 
 // Watch calls changed when something on the host changed that concerns us: one of our
-// routes, policy rules, addresses or sysctls, the TUN device, the nftables table; a foreign route
+// routes, policy rules, addresses or sysctls, the TUN device, the nftables table; a foreign policy rule that may come before ours, or route
 // within the cluster's space; a default route, a route to a member or an address of another device, by which
 // the underlay may have moved; an uplink's MTU. What a Reconcile does itself is not reported, unless
 // another one with another State has begun before its events were read.
@@ -306,14 +306,14 @@ func (w *wanted) routeEvent(isNew bool, b []byte) bool {
 	return spec.link != w.index && slices.ContainsFunc(w.clusters, inside) && !slices.ContainsFunc(w.own, inside)
 }
 
-// ruleEvent knows our rules as reconcile does: nobody else has such a priority with the table of that number.
+// ruleEvent knows our rules as reconcile does: nobody else has one that leads to a table of ours. Those of others concern us where they may
+// come before ours.
 func (w *wanted) ruleEvent(isNew bool, b []byte) bool {
 	const header = 12 // struct fib_rule_hdr (linux/fib_rules.h)
 	if len(b) < header || b[0] != unix.AF_INET && b[0] != unix.AF_INET6 {
 		return false
 	}
 	var src netip.Addr
-	var priority uint32
 	key := ruleKey{v4: b[0] == unix.AF_INET, table: uint32(b[4])}
 	eachAttr(b[header:], func(t uint16, v []byte) {
 		switch {
@@ -325,13 +325,16 @@ func (w *wanted) ruleEvent(isNew bool, b []byte) bool {
 		case t == unix.FRA_TABLE:
 			key.table = native.Uint32(v)
 		case t == unix.FRA_PRIORITY:
-			priority = native.Uint32(v)
+			key.rank = native.Uint32(v)
 		}
 	})
 	if src.IsValid() {
 		key.from = netip.PrefixFrom(src, int(b[2]))
 	}
-	return (key.table == HostsTable || key.table == DirectTable) && priority == key.table && isNew != w.rules[key]
+	if key.table == HostsTable || key.table == DirectTable {
+		return isNew != w.rules[key]
+	}
+	return foreignRule(int(key.table)) && key.rank > 0 && key.rank <= DirectTable
 }
 
 // netconf attributes (linux/netconf.h).

@@ -213,7 +213,7 @@ func TestWatchTables(t *testing.T) {
 	})
 	quiet("others' rules and tables", func() {
 		rule := netlink.NewRule()
-		rule.Priority, rule.Table, rule.Src = 100, 100, dst("10.244.1.0/24")
+		rule.Priority, rule.Table, rule.Src = 10000, 100, dst("10.244.1.0/24") // behind ours; see TestRulesBeforeVPNs
 		h.check(h.nl.RuleAdd(rule))
 		h.check(h.nl.RouteAdd(&netlink.Route{Dst: dst("192.0.2.2/32"), LinkIndex: h.link("eth0").Attrs().Index, Table: 100, Scope: netlink.SCOPE_LINK}))
 	})

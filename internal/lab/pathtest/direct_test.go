@@ -406,7 +406,7 @@ func TestDirectWithoutAgents(t *testing.T) {
 			t.Fatalf("cleanup: %s%s", out, errs)
 		}
 		for _, f := range []string{"-4", "-6"} {
-			if r := ag.Host.Run("ip", f, "route", "show", "table", "all", "proto", "84") + ag.Host.Run("ip", f, "rule", "show", "priority", "8485"); r != "" {
+			if r := ag.Host.Run("ip", f, "route", "show", "table", "all", "proto", "84") + ag.Host.Run("ip", f, "rule", "show", "table", "8485"); r != "" {
 				t.Errorf("%s has %s left", ag.Host.Name, r)
 			}
 		}

@@ -184,7 +184,8 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 	}
 	list, err = hostnet.CheckMembers(s.cfg.Tun, members)
 	add(api.CheckRoutes, "routes to members", list, err)
-	list, err = hostnet.CheckPods(s.cfg.Tun, s.link.Addrs, pods, s.ownership.ProbeAddrs())
+	// This node's own address in the pods' space stands for its pods: a rule may name them as sources.
+	list, err = hostnet.CheckPods(s.cfg.Tun, slices.Concat(s.link.Addrs, v.tun), pods, s.ownership.ProbeAddrs())
 	add(api.CheckRoutes, "routes to pods", list, err)
 	if slices.ContainsFunc(s.link.Addrs, netip.Addr.Is4) {
 		list, err = hostnet.ReversePathProblems(s.asymmetric(v))

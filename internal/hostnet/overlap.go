@@ -153,7 +153,8 @@ func halves(p netip.Prefix) (low, high netip.Prefix) {
 // CheckPods reports addresses in the pods' space, of other nodes (such as those of their TUN devices) and of this one (that no device of this host
 // has), to which packets of this host leave by a routing table that is neither the main one nor ours, in the calling thread's network namespace: a policy
 // rule of a VPN or of several uplinks comes first. It asks for packets without a source, and for those from each address of from: to pods, the
-// host answers from the address that they have called, and rules for several uplinks go by that.
+// host answers from the address that they have called, and rules for several uplinks go by that. Rules for pods' packets to the outside go by
+// pods' addresses.
 func CheckPods(tun string, from, others, own []netip.Addr) ([]Problem, error) {
 	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
 	if err != nil {

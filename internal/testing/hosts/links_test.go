@@ -221,3 +221,34 @@ func TestSourceRouting(t *testing.T) {
 	}
 	noProblems(t, "with the rule", first, second)
 }
+
+// A rule leads pods' packets to the outside by an uplink of their own, and those to other nodes' pods with them. Status names it.
+func TestRuleForPodsSources(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b, public := n.Switch(), n.Host("a"), n.Host("b"), n.Host("public")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	a.Link("pub", "192.0.2.11/24", public, "e1", "")
+	first := a.Agent("--bootstrap", "--underlay", "10.0.1.11")
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "10.0.1.11")
+	second.Ready(20 * time.Second)
+	web, db := first.Pod("web"), second.Pod("db")
+	hosts.Within(t, 10*time.Second, "from pod to pod", func() error { return web.Ping(db.IPv4()) })
+	a.IP("route add default via 192.0.2.1 dev pub table 100", "rule add from 10.244.0.0/16 lookup 100")
+	hosts.Within(t, 10*time.Second, "a names the rule", func() error {
+		if p := first.Problems(); !strings.Contains(p, "leave by pub") || !strings.Contains(p, "table 100") || !strings.Contains(p, "ip rule add to") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
+	a.IP("rule add to 10.244.0.0/16 lookup main priority 100")
+	hosts.Within(t, 10*time.Second, "from pod to pod, with the rule", func() error { return web.Ping(db.IPv4()) })
+	hosts.Within(t, 10*time.Second, "no problem, with the rule", func() error {
+		if p := first.Problems(); p != "" {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
+}

@@ -117,7 +117,11 @@ func (p *pass) reconcileNFT() error {
 }
 
 func (p *pass) reconcileTable() error {
-	want, err := buildTable(p.s)
+	named, err := p.namedSources()
+	if err != nil {
+		return err
+	}
+	want, err := buildTable(p.s, named)
 	if err != nil {
 		return err
 	}

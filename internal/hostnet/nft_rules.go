@@ -2,6 +2,7 @@ package hostnet
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"slices"
 
@@ -84,14 +85,15 @@ var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
 //     they would fill the connection table with one entry a source port. And no ICMP error
 //     goes out about protocols 4 and 41, which our raw sockets serve beside the kernel, and
 //     no redirect into the tunnel;
-//   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade;
+//   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade, as the host's address: that
+//     of the device, or where routes by a device name another one, in named, that one;
 //   - input, forward, output (priority filter and above), only where packets can go directly (countsDirect): the sets direct_tx and
 //     direct_rx count what goes to and comes from each peer's prefix beside the tunnel. The rules decide nothing.
 //
 // Every packet of a pod passes several of these chains, and every packet of the tunnel does; a chain costs something even without
 // rules. So there is none without need, each first returns for packets that it has nothing to do with, and a rule tests what is
 // cheap, and fails most often, first.
-func buildTable(s *State) (*nftTable, error) {
+func buildTable(s *State, named []namedSource) (*nftTable, error) {
 	pre := nftChain{name: chainPre, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: nftables.ChainPriorityRaw}
 	rawOut := nftChain{name: chainRawOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityRaw}
 	out := nftChain{name: chainOut, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookOutput, priority: nftables.ChainPriorityFilter}
@@ -160,12 +162,20 @@ func buildTable(s *State) (*nftTable, error) {
 			add(&input, "count what comes directly for this host, "+version, isFamily, notDevice(expr.MetaKeyIIFNAME, s.Tun), from)
 		}
 		if s.Masquerade {
-			add(&post, "masquerade own pods to the outside, "+version, isFamily,
+			outside := slices.Concat(isFamily,
 				in(f.address(f.src), setOwn+f.suffix),
 				notIn(f.address(f.dst), setCluster+f.suffix),
 				notIn(f.address(f.dst), setMembers+f.suffix),
 				notIn(f.address(f.dst), setKept+f.suffix),
-				f.notMulticast(),
+				f.notMulticast())
+			for _, n := range named {
+				if n.addr.Is4() == f.v4 {
+					add(&post, fmt.Sprintf("own pods to the outside by %s as %v", n.device, n.addr), outside, f.behind(n),
+						[]expr.Any{&expr.Counter{}, &expr.Immediate{Register: 1, Data: n.addr.AsSlice()},
+							&expr.NAT{Type: expr.NATTypeSourceNAT, Family: uint32(f.proto), RegAddrMin: 1, FullyRandom: true}})
+				}
+			}
+			add(&post, "masquerade own pods to the outside, "+version, outside,
 				notDevice(expr.MetaKeyOIFNAME, s.Tun),
 				[]expr.Any{&expr.Counter{}, &expr.Masq{FullyRandom: true}})
 		}
@@ -242,6 +252,17 @@ func transport(offset, length uint32) expr.Any {
 
 func (f *family) address(offset uint32) expr.Any {
 	return &expr.Payload{DestRegister: 1, Base: expr.PayloadBaseNetworkHeader, Offset: offset, Len: f.length}
+}
+
+// behind matches what leaves by a device and goes to none of its own networks.
+func (f *family) behind(n namedSource) []expr.Any {
+	out := device(expr.MetaKeyOIFNAME, n.device)
+	for _, p := range n.link {
+		out = append(out, f.address(f.dst),
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: f.length, Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen()), Xor: make([]byte, f.length)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: p.Addr().AsSlice()})
+	}
+	return out
 }
 
 func (f *family) notMulticast() []expr.Any {

@@ -162,6 +162,41 @@ func TestMasquerade(t *testing.T) {
 	})
 }
 
+// BGP to the host: its address is on lo, and the link's is known to the router alone. The outside sees pods as the address that the routes
+// name, and the neighbours on the link see the link's, as they do of the host itself.
+func TestMasqueradeAsTheRoutesSay(t *testing.T) {
+	w := newWorld(t)
+	w.host.up("lo")
+	w.host.shell("ip address add 203.0.113.7/32 dev lo; ip address add 2001:db8:7::7/128 dev lo")
+	for _, a := range []string{"198.51.100.1/32", "2001:db8:1::1/128"} {
+		w.outside.addrs("eth0", a)
+		w.outside.echo(net.JoinHostPort(netip.MustParsePrefix(a).Addr().String(), "7000"))
+	}
+	w.outside.echo("192.0.2.2:7000")
+	w.outside.echo("[2001:db8::2]:7000")
+	seen := func(what, from4, from6 string) {
+		t.Helper()
+		w.host.reconcile(w.r, w.s)
+		w.host.quiet(w.r, w.s)
+		for to, want := range map[string]string{"198.51.100.1": from4, "2001:db8:1::1": from6, "192.0.2.2": "192.0.2.1", "2001:db8::2": "2001:db8::1"} {
+			for who, h := range map[string]*host{"pod": w.pod, "host": w.host} {
+				if got, err := h.ask("", net.JoinHostPort(to, "7000")); err != nil || got != netip.MustParseAddr(want) {
+					t.Errorf("%s: %s sees the %s as %v (%v), want %s", what, to, who, got, err, want)
+				}
+			}
+		}
+	}
+	w.host.shell("ip route add default via 192.0.2.2; ip -6 route add default via 2001:db8::2")
+	seen("no address named", "192.0.2.1", "2001:db8::1")
+	w.host.shell("ip route change default via 192.0.2.2 src 203.0.113.7; ip -6 route replace default via 2001:db8::2 src 2001:db8:7::7")
+	seen("one route", "203.0.113.7", "2001:db8:7::7")
+	w.host.shell("ip route del default; ip route add 198.51.100.0/24 src 203.0.113.7 nexthop via 192.0.2.2 nexthop via 192.0.2.9")
+	w.host.check(w.host.nl.NeighSet(&netlink.Neigh{LinkIndex: w.host.link("eth0").Attrs().Index, IP: net.ParseIP("192.0.2.9"), HardwareAddr: w.outside.link("eth0").Attrs().HardwareAddr, State: unix.NUD_PERMANENT}))
+	seen("an equal-cost route to the network", "203.0.113.7", "2001:db8:7::7")
+	w.host.shell("ip route replace 198.51.100.0/24 via 192.0.2.2 src 192.0.2.1; ip -6 route replace default via 2001:db8::2 src 2001:db8::1")
+	seen("the link's own address named", "192.0.2.1", "2001:db8::1")
+}
+
 // A network outside that knows the pods' routes sees pods' own addresses; its neighbours still see the host's.
 func TestNoMasquerade(t *testing.T) {
 	w := newWorld(t)

@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
 )
@@ -334,6 +335,28 @@ func TestReconcile(t *testing.T) {
 	reconcile("a pod that is gone", 0)
 	if got := w.names(); slices.Contains(got, "chain "+w.b.HostInterface) {
 		t.Errorf("the chain of a pod that is gone stays: %q", got)
+	}
+}
+
+// BenchmarkReconcile looks at a host of a large cluster with many pods: the agent does so whenever a peer's path changes, among others.
+func BenchmarkReconcile(b *testing.B) {
+	const pods, routes = 100, 2000
+	w := newWorld(b)
+	ns := namespace(b)
+	for i := range pods {
+		c := Config{ID: fmt.Sprint("test/", i), Netns: ns, Interface: fmt.Sprint("eth", i), MTU: 1400,
+			Addresses: []netip.Addr{netip.AddrFrom4([4]byte{10, 244, 1, byte(i)}), netip.MustParseAddr(fmt.Sprintf("fd00:244:1::%x", i))}}
+		_, err := w.host.Add(w.ctx, c)
+		check(b, err)
+	}
+	for i := range routes {
+		p := netip.PrefixFrom(netip.AddrFrom4([4]byte{100, byte(i >> 8), byte(i), 0}), 24)
+		check(b, w.host.nl.RouteAdd(&netlink.Route{Dst: sys.IPNet(p), Type: unix.RTN_UNREACHABLE}))
+	}
+	for b.Loop() {
+		if did, err := w.host.Reconcile(w.ctx); err != nil || len(did) > 0 {
+			b.Fatal(did, err)
+		}
 	}
 }
 

@@ -5,11 +5,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/netip"
 	"os"
 	"slices"
 	"time"
 
 	"github.com/google/nftables"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
@@ -69,6 +71,10 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 	if err != nil {
 		return nil, err
 	}
+	routes, err := h.routes() // once: on a host of a large cluster they are many
+	if err != nil {
+		return nil, err
+	}
 	for _, name := range slices.Sorted(maps.Keys(pods)) {
 		f := flaw{name: name, pod: pods[name], checks: true}
 		if chain := have[name]; chain != nil {
@@ -85,14 +91,7 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 		}
 		f.settings = len(bad) > 0
 		way, err := h.behind(link, &f.pod)
-		f.routes = err != nil
-		for _, addr := range f.pod.Addresses {
-			if f.routes {
-				break
-			}
-			ok, err := hasRoute(h.nl, way, sys.HostPrefix(addr).String())
-			f.routes = err != nil || !ok
-		}
+		f.routes = err != nil || slices.ContainsFunc(f.pod.Addresses, func(a netip.Addr) bool { return !routes[way.Attrs().Index][sys.HostPrefix(a).String()] })
 		if f.checks || f.routes || f.settings {
 			found = append(found, f)
 		}
@@ -103,6 +102,28 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 		}
 	}
 	return found, nil
+}
+
+// routes are the single addresses to which the main table has a route over each device.
+func (h *Host) routes() (map[int]map[string]bool, error) {
+	list, err := h.nl.RouteList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("podnet: list routes: %w", err)
+	}
+	out := map[int]map[string]bool{}
+	for i := range list {
+		r := &list[i]
+		if r.Dst == nil || r.LinkIndex == 0 {
+			continue
+		}
+		if ones, bits := r.Dst.Mask.Size(); ones == bits {
+			if out[r.LinkIndex] == nil {
+				out[r.LinkIndex] = map[string]bool{}
+			}
+			out[r.LinkIndex][r.Dst.String()] = true
+		}
+	}
+	return out, nil
 }
 
 // mend removes one flaw. The link goes with the pod's namespace, at any moment.

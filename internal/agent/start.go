@@ -191,7 +191,7 @@ func (s *session) openData(a *agent) (err error) {
 	if s.leftMembers, err = hostnet.LeftMembers(); err != nil {
 		return err
 	}
-	if s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls")}); err != nil {
+	if s.host, err = hostnet.New(hostnet.Options{Tun: s.cfg.Tun, SysctlFile: runFile(s.cfg, "sysctls"), PodsTable: podnet.Table}); err != nil {
 		return err
 	}
 	s.pods, err = podnet.Open("")

@@ -23,6 +23,8 @@ type Options struct {
 	// Remove can put them back after a restart of the agent. Its contents are
 	// bound to this boot and network namespace. Empty: kept in memory only.
 	SysctlFile string
+	// PodsTable is the nftables table of family netdev with the source checks of pods, which others keep: Watch tells when it goes. Empty: none.
+	PodsTable string
 	// Debounce is how long Watch gathers events before one callback; 0 means 200 ms.
 	Debounce time.Duration
 }

@@ -16,7 +16,7 @@ import (
 
 // Watch calls changed when something on the host changed that concerns us: one of our
 // routes, policy rules, addresses or sysctls, the TUN device, the nftables table; a foreign policy rule that may come before ours, or route
-// within the cluster's space; a default route, a route to a member or an address of another device, by which
+// within the cluster's space; a route to a pod that somebody takes away; a default route, a route to a member or an address of another device, by which
 // the underlay may have moved; an uplink's MTU. What a Reconcile does itself is not reported, unless
 // another one with another State has begun before its events were read.
 //
@@ -119,11 +119,12 @@ func receive(ctx context.Context, c *nl.Conn, concerns func(nl.Message) bool, ev
 	}
 }
 
-// nftEvent: whatever names our table and does not come from our own socket.
+// nftEvent: whatever names our table and does not come from our own socket, and the end of the table of pods' source checks, whose chains come
+// and go with pods.
 func (r *Reconciler) nftEvent(m nl.Message) bool {
 	const header = 4 // struct nfgenmsg: family, version, res_id
-	if m.Header.PID == r.nft.port.Load() || uint16(m.Header.Type)>>8 != unix.NFNL_SUBSYS_NFTABLES ||
-		uint16(m.Header.Type)&0xff == unix.NFT_MSG_NEWGEN || len(m.Data) < header || m.Data[0] != unix.NFPROTO_INET {
+	kind := uint16(m.Header.Type)
+	if m.Header.PID == r.nft.port.Load() || kind>>8 != unix.NFNL_SUBSYS_NFTABLES || kind&0xff == unix.NFT_MSG_NEWGEN || len(m.Data) < header {
 		return false
 	}
 	ad, err := nl.NewAttributeDecoder(m.Data[header:])
@@ -132,9 +133,16 @@ func (r *Reconciler) nftEvent(m nl.Message) bool {
 	}
 	for ad.Next() {
 		// The table's name is attribute 1 of tables, chains, rules, sets and their elements.
-		if ad.Type() == unix.NFTA_TABLE_NAME {
-			return ad.String() == Table
+		if ad.Type() != unix.NFTA_TABLE_NAME {
+			continue
 		}
+		switch m.Data[0] {
+		case unix.NFPROTO_INET:
+			return ad.String() == Table
+		case unix.NFPROTO_NETDEV:
+			return kind&0xff == unix.NFT_MSG_DELTABLE && ad.String() == r.opts.PodsTable
+		}
+		return false
 	}
 	return false
 }
@@ -154,7 +162,8 @@ func (r *Reconciler) routeEvent(m nl.Message) bool {
 	case unix.RTM_NEWADDR, unix.RTM_DELADDR:
 		return w.addrEvent(t == unix.RTM_NEWADDR, m.Data)
 	case unix.RTM_NEWROUTE, unix.RTM_DELROUTE:
-		return w.routeEvent(t == unix.RTM_NEWROUTE, m.Data)
+		route, ok := parseRoute(m.Data)
+		return ok && (w.routeEvent(t == unix.RTM_NEWROUTE, &route) || t == unix.RTM_DELROUTE && r.podLost(&w, &route))
 	case unix.RTM_NEWRULE, unix.RTM_DELRULE:
 		return w.ruleEvent(t == unix.RTM_NEWRULE, m.Data)
 	case unix.RTM_NEWNETCONF:
@@ -233,77 +242,106 @@ func (w *wanted) addrEvent(isNew bool, b []byte) bool {
 	return !slices.ContainsFunc(w.own, func(p netip.Prefix) bool { return p.Contains(local) })
 }
 
-func (w *wanted) routeEvent(isNew bool, b []byte) bool {
-	if len(b) < unix.SizeofRtMsg {
-		return false
-	}
-	v4 := b[0] == unix.AF_INET
-	if !v4 && b[0] != unix.AF_INET6 {
-		return false
-	}
-	bits, table, proto, kind := int(b[1]), uint32(b[4]), b[5], b[7]
+// routeMsg is what an event tells of a route.
+type routeMsg struct {
+	v4     bool
+	table  uint32
+	proto  byte
+	kind   byte
+	dst    netip.Prefix // not valid of a default route
+	metric uint32
+	spec   routeSpec
+}
+
+// parseRoute reads an event; ok is false for what is no route of a table.
+func parseRoute(b []byte) (m routeMsg, ok bool) {
 	const cloned = unix.RTM_F_CLONED
-	if native.Uint32(b[8:])&cloned != 0 {
-		return false
+	if len(b) < unix.SizeofRtMsg || b[0] != unix.AF_INET && b[0] != unix.AF_INET6 || native.Uint32(b[8:])&cloned != 0 {
+		return m, false
 	}
+	bits := int(b[1])
+	m.v4, m.table, m.proto, m.kind = b[0] == unix.AF_INET, uint32(b[4]), b[5], b[7]
 	var dst netip.Addr
-	var key routeKey
-	var spec routeSpec
 	eachAttr(b[unix.SizeofRtMsg:], func(t uint16, v []byte) {
 		switch {
 		case t == unix.RTA_DST:
 			dst, _ = netip.AddrFromSlice(v)
 		case t == unix.RTA_PREFSRC:
-			spec.src, _ = netip.AddrFromSlice(v)
+			m.spec.src, _ = netip.AddrFromSlice(v)
 		case t == unix.RTA_GATEWAY:
-			spec.via, _ = netip.AddrFromSlice(v)
+			m.spec.via, _ = netip.AddrFromSlice(v)
 		case t == unix.RTA_METRICS:
 			eachAttr(v, func(t uint16, v []byte) {
 				if t == unix.RTAX_MTU && len(v) == 4 {
-					spec.mtu = int(native.Uint32(v))
+					m.spec.mtu = int(native.Uint32(v))
 				}
 			})
 		case len(v) != 4:
 		case t == unix.RTA_TABLE:
-			table = native.Uint32(v)
+			m.table = native.Uint32(v)
 		case t == unix.RTA_OIF:
-			spec.link = int(native.Uint32(v))
+			m.spec.link = int(native.Uint32(v))
 		case t == unix.RTA_PRIORITY:
-			key.metric = native.Uint32(v)
+			m.metric = native.Uint32(v)
 		}
 	})
-	if kind == unix.RTN_UNREACHABLE {
-		spec = routeSpec{unreachable: true}
+	if m.kind == unix.RTN_UNREACHABLE {
+		m.spec = routeSpec{unreachable: true}
 	}
-	if table == HostsTable || table == DirectTable {
-		if bits == 0 {
-			dst = unspecified(v4)
+	if bits > 0 {
+		m.dst = netip.PrefixFrom(dst, bits)
+	}
+	return m, true
+}
+
+func (w *wanted) routeEvent(isNew bool, m *routeMsg) bool {
+	if m.table == HostsTable || m.table == DirectTable {
+		dst := m.dst
+		if !dst.IsValid() {
+			dst = netip.PrefixFrom(unspecified(m.v4), 0)
 		}
-		want, ok := w.tables[tableKey{table, netip.PrefixFrom(dst, bits)}]
-		if proto != Protocol {
+		want, ok := w.tables[tableKey{m.table, dst}]
+		if m.proto != Protocol {
 			return ok // a rival came, perhaps in the place of ours, or went
 		}
-		return isNew != (ok && (!isNew || spec == want))
+		return isNew != (ok && (!isNew || m.spec == want))
 	}
-	if table != unix.RT_TABLE_MAIN {
+	if m.table != unix.RT_TABLE_MAIN {
 		return false
 	}
-	if bits == 0 {
-		return kind == unix.RTN_UNICAST
+	if !m.dst.IsValid() {
+		return m.kind == unix.RTN_UNICAST
 	}
-	key.prefix = netip.PrefixFrom(dst, bits)
-	if proto == Protocol {
+	key := routeKey{m.dst, m.metric}
+	if m.proto == Protocol {
 		want, ok := w.routes[key]
-		return isNew != (ok && (!isNew || spec == want))
+		return isNew != (ok && (!isNew || m.spec == want))
 	}
 	if w.prefixes[key.prefix] {
 		return true // a rival came, perhaps in the place of ours, or went
 	}
-	if _, toMember := firstInside(w.members, key.prefix); toMember && kind == unix.RTN_UNICAST {
+	if _, toMember := firstInside(w.members, key.prefix); toMember && m.kind == unix.RTN_UNICAST {
 		return true // the way there may be another one now, with another MTU
 	}
-	inside := func(p netip.Prefix) bool { return contains(p, key.prefix) }
-	return spec.link != w.index && slices.ContainsFunc(w.clusters, inside) && !slices.ContainsFunc(w.own, inside)
+	return m.spec.link != w.index && w.inCluster(m.dst) && !w.inOwn(m.dst)
+}
+
+func (w *wanted) inCluster(p netip.Prefix) bool {
+	return slices.ContainsFunc(w.clusters, func(c netip.Prefix) bool { return contains(c, p) })
+}
+
+func (w *wanted) inOwn(p netip.Prefix) bool {
+	return slices.ContainsFunc(w.own, func(o netip.Prefix) bool { return contains(o, p) })
+}
+
+// podLost reports whether a route that was removed was that to a pod whose link is still up, so that somebody has taken it. The routes of a link
+// that goes are removed when it is down already.
+func (r *Reconciler) podLost(w *wanted, m *routeMsg) bool {
+	if m.table != unix.RT_TABLE_MAIN || m.kind != unix.RTN_UNICAST || m.proto == Protocol || !m.dst.IsValid() || !m.dst.IsSingleIP() || !w.inOwn(m.dst) {
+		return false
+	}
+	l, err := r.rt.LinkByIndex(m.spec.link)
+	return err == nil && l.Attrs().RawFlags&unix.IFF_UP != 0
 }
 
 // ruleEvent knows our rules as reconcile does: nobody else has one that leads to a table of ours. Those of others concern us where they may

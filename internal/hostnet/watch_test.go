@@ -54,7 +54,7 @@ func watched(t *testing.T) (*host, *Reconciler, *atomic.Int64) {
 	h := newHost(t)
 	h.tun("tun0")
 	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
-	r := h.reconciler(Options{Tun: "tun0", Debounce: watchDebounce})
+	r := h.reconciler(Options{Tun: "tun0", PodsTable: "tulle-pods", Debounce: watchDebounce})
 	h.reconcile(r, dual())
 	return h, r, h.watch(r)
 }
@@ -228,6 +228,54 @@ func TestWatchTellsOfCarriers(t *testing.T) {
 		before := calls.Load()
 		h.check(set(h.link("eth0-far")))
 		eventually(t, "a callback", func() bool { return calls.Load() > before })
+	}
+}
+
+// Without their table pods' source checks are gone. It is told of when it goes, not of each pod.
+func TestWatchTellsOfSourceChecks(t *testing.T) {
+	h, _, calls := watched(t)
+	checks := &nftables.Table{Name: "tulle-pods", Family: nftables.TableFamilyNetdev}
+	h.settle(calls)
+	before := calls.Load()
+	h.nft(func(c *nftables.Conn) error {
+		c.AddTable(checks)
+		c.AddChain(&nftables.Chain{Name: "pod", Table: checks})
+		if err := c.Flush(); err != nil {
+			return err
+		}
+		c.DelChain(&nftables.Chain{Name: "pod", Table: checks})
+		c.AddTable(&nftables.Table{Name: "others", Family: nftables.TableFamilyNetdev})
+		c.DelTable(&nftables.Table{Name: "others", Family: nftables.TableFamilyNetdev})
+		return c.Flush()
+	})
+	h.settle(calls)
+	if n := calls.Load() - before; n != 0 {
+		t.Errorf("%d callbacks for pods and others", n)
+	}
+	before = calls.Load()
+	h.nft(func(c *nftables.Conn) error { c.DelTable(checks); return c.Flush() })
+	eventually(t, "a callback", func() bool { return calls.Load() > before })
+}
+
+// A network manager that starts again may flush the routes to pods: those are told, and not those that go with a pod's link.
+func TestWatchTellsOfPodsRoutes(t *testing.T) {
+	h, _, calls := watched(t)
+	for _, pod := range []string{"10.244.1.77/32", "fd00:244:0:1::77/128"} {
+		h.settle(calls)
+		h.device("veth-pod")
+		rt := h.route(pod, "", "veth-pod", 0, unix.RTPROT_STATIC)
+		h.settle(calls)
+		before := calls.Load()
+		h.check(h.nl.RouteDel(rt))
+		eventually(t, "a callback", func() bool { return calls.Load() > before })
+		h.route(pod, "", "veth-pod", 0, unix.RTPROT_STATIC)
+		h.settle(calls)
+		before = calls.Load()
+		h.check(h.nl.LinkDel(h.link("veth-pod")))
+		h.settle(calls)
+		if n := calls.Load() - before; n != 0 {
+			t.Errorf("%s: %d callbacks for a pod that goes", pod, n)
+		}
 	}
 }
 

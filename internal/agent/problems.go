@@ -176,7 +176,9 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 		}
 		out = append(out, found(check, list)...)
 	}
-	list, err := hostnet.ForwardProblems(s.cfg.Tun, cidrs)
+	list, err := hostnet.OverlapProblems(s.cfg.Tun, cidrs, slices.Concat(v.own, s.cfg.PodCIDRs))
+	add(api.CheckRoutes, "overlaps of the cluster's space", s.notTold(list), err)
+	list, err = hostnet.ForwardProblems(s.cfg.Tun, cidrs)
 	add(api.CheckFirewall, "firewall", list, err)
 	var members, pods []netip.Addr
 	for i := range v.peers {
@@ -192,6 +194,16 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 		add(api.CheckRPFilter, "reverse path filter", list, err)
 	}
 	return out
+}
+
+// notTold leaves out the overlaps with routes that Reconcile has found in the way of its own.
+func (s *session) notTold(list []hostnet.Problem) []hostnet.Problem {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.DeleteFunc(list, func(p hostnet.Problem) bool {
+		_, what, _ := strings.Cut(p.What, "overlaps this host's ")
+		return slices.ContainsFunc(s.conflicts, func(c hostnet.Problem) bool { return strings.HasPrefix(c.What, what+" ") })
+	})
 }
 
 // asymmetric are the devices by which packets may arrive to whose senders packets leave by another one: the underlay

@@ -105,7 +105,8 @@ func (a *agent) outlive(s *session) error {
 }
 
 // checkOverlap refuses a cluster CIDR that the host uses for something else. The blocks that the configuration or an
-// earlier run gives to this node are none of that: its pods' routes and bridges are there, perhaps since before the agent.
+// earlier run gives to this node are none of that: its pods' routes and bridges are there, perhaps since before the agent. A node that has blocks
+// already is not refused: what overlaps has come while its pods ran, and status names it.
 func checkOverlap(cfg config.Config, state *ipam.State) error {
 	cidrs, own := cfg.ClusterCIDRs, slices.Clone(cfg.PodCIDRs)
 	switch {
@@ -114,7 +115,7 @@ func checkOverlap(cfg config.Config, state *ipam.State) error {
 	case cfg.Bootstrap:
 		cidrs = cfg.BootstrapCIDRs()
 	}
-	return hostnet.CheckOverlap(cfg.Tun, cidrs, own)
+	return hostnet.CheckOverlap(cfg.Tun, cidrs, own, state != nil && len(state.Blocks) > 0)
 }
 
 // preference is the configured order of the ways to send.

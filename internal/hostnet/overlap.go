@@ -10,13 +10,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// CheckOverlap returns an error of one line if there are [OverlapProblems]: the first of them.
-func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
-	list, err := OverlapProblems(tun, clusterCIDRs, own)
-	if err != nil || len(list) == 0 {
+// CheckOverlap returns an error of one line if there are [OverlapProblems]: the first of them. For a member, whose pods run already, only what
+// another agent has left is an error: two TUN devices.
+func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix, member bool) error {
+	list, err := overlaps(tun, clusterCIDRs, own)
+	if err != nil {
 		return err
 	}
-	return fmt.Errorf("%s: %s", list[0].What, list[0].Remedy)
+	for _, o := range list {
+		if o.agent || !member {
+			return fmt.Errorf("%s: %s", o.What, o.Remedy)
+		}
+	}
+	return nil
+}
+
+// overlap is something of the host that a cluster CIDR overlaps.
+type overlap struct {
+	Problem
+	agent bool // a route of another agent
 }
 
 // OverlapProblems are the addresses and routes of the host that a cluster CIDR overlaps, in the
@@ -28,7 +40,15 @@ func CheckOverlap(tun string, clusterCIDRs, own []netip.Prefix) error {
 // A route over a gateway to a larger network, such as a default route or a site's 10.0.0.0/8, is
 // no overlap, because the cluster's prefix is longer. Nor is one into the device of a VPN, which needs no gateway. A larger network that is
 // directly connected is an overlap, because its hosts would become unreachable.
-func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, error) {
+func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) (out []Problem, err error) {
+	list, err := overlaps(tun, clusterCIDRs, own)
+	for _, o := range list {
+		out = append(out, o.Problem)
+	}
+	return out, err
+}
+
+func overlaps(tun string, clusterCIDRs, own []netip.Prefix) ([]overlap, error) {
 	d, err := newDetector()
 	if err != nil {
 		return nil, err
@@ -56,7 +76,7 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 		}
 	}
 	inOwn := func(p netip.Prefix) bool { return covered(own, p) }
-	var out []Problem
+	var out []overlap
 	// No command takes the address or the network from a device by which the host may be reached.
 	uplink := map[int]bool{}
 	for i := range routes {
@@ -71,11 +91,11 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 		if uplink[index] {
 			command = ""
 		}
-		out = append(out, Problem{
+		out = append(out, overlap{Problem: Problem{
 			What:    fmt.Sprintf("cluster CIDR %v overlaps this host's %s", c.Masked(), what),
 			Remedy:  "choose another --cluster-cidr, or remove it",
 			Command: command,
-		})
+		}})
 	}
 	inAddr := map[netip.Prefix]bool{} // the kernel's routes of addresses that are reported
 	for _, c := range clusterCIDRs {
@@ -103,10 +123,10 @@ func OverlapProblems(tun string, clusterCIDRs, own []netip.Prefix) ([]Problem, e
 		for _, c := range clusterCIDRs {
 			switch {
 			case rt.Protocol == Protocol && c.Overlaps(p):
-				out = append(out, Problem{
+				out = append(out, overlap{agent: true, Problem: Problem{
 					What:   fmt.Sprintf("cluster CIDR %v overlaps this host's route %s, which an agent with --tun %s has made", c.Masked(), routeText(rt, d.name), d.name(rt.LinkIndex)),
 					Remedy: fmt.Sprintf("stop that agent and run `tulle cleanup --tun %s`, or choose another --cluster-cidr", d.name(rt.LinkIndex)),
-				})
+				}})
 			case contains(c.Masked(), p) || connected && contains(p, c):
 				command := ""
 				if contains(c.Masked(), p) { // and not a network around it, where other hosts are

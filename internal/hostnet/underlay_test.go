@@ -99,6 +99,8 @@ func TestCheckOverlap(t *testing.T) {
 		setup func(h *host)
 		own   []netip.Prefix
 		err   []string
+
+		member bool
 	}{
 		{name: "nothing near", setup: func(h *host) { h.device("eth0", "192.0.2.1/24", "2001:db8::1/64") }},
 		{name: "address inside", setup: func(h *host) { h.device("eth0", "10.244.7.1/24") }, err: []string{"10.244.0.0/16", "10.244.7.1/24 on eth0", "--cluster-cidr"}},
@@ -147,6 +149,16 @@ func TestCheckOverlap(t *testing.T) {
 			h.up("tun9")
 			h.route("10.99.0.0/16", "", "tun9", 0, Protocol)
 		}},
+		{name: "what another agent left, of this cluster", member: true, setup: func(h *host) {
+			h.tun("tun9")
+			h.up("tun9")
+			h.route("10.244.0.0/16", "", "tun9", 0, Protocol)
+		}, err: []string{"10.244.0.0/16 dev tun9", "tulle cleanup --tun tun9"}},
+		{name: "what has come since this node is a member", member: true, setup: func(h *host) {
+			h.device("eth0", "10.1.0.1/8")
+			h.device("docker1", "10.244.7.1/24")
+			h.route("10.244.9.0/24", "10.1.0.9", "eth0", 0, unix.RTPROT_BGP)
+		}},
 		{name: "a bridge over several blocks of ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24", "fd00:244:0:1::1/64") },
 			own: pfx("10.244.1.0/25", "10.244.1.192/26", "10.244.1.128/26", "fd00:244:0:1:8000::/65", "fd00:244:0:1::/65")},
 		{name: "a bridge of which a part is ours", setup: func(h *host) { h.device("pods", "10.244.1.1/24") }, own: pfx("10.244.1.0/25", "10.244.1.128/26"),
@@ -162,7 +174,10 @@ func TestCheckOverlap(t *testing.T) {
 			h := newHost(t)
 			c.setup(h)
 			var err error
-			h.do(func() error { err = CheckOverlap("tun0", pfx("10.244.0.0/16", "fd00:244::/32"), c.own); return nil })
+			h.do(func() error {
+				err = CheckOverlap("tun0", pfx("10.244.0.0/16", "fd00:244::/32"), c.own, c.member)
+				return nil
+			})
 			if c.err != nil {
 				wantError(t, err, c.err...)
 			} else if err != nil {

@@ -252,3 +252,41 @@ func TestRuleForPodsSources(t *testing.T) {
 		return nil
 	})
 }
+
+// What overlaps the pods' space comes while the pods run, and the agent is restarted: pods go on, and status names each thing once. A node without
+// pods is refused.
+func TestOverlapComesLater(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b, other := n.Switch(), n.Host("a"), n.Host("b"), n.Host("other")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	args := []string{"--bootstrap", "--cluster-cidr", "10.244.0.0/16", "--underlay", "eth0"}
+	first := a.Agent(args...)
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "10.0.1.11")
+	second.Ready(20 * time.Second)
+	web, db := first.Pod("web"), second.Pod("db")
+	a.Link("eth1", "10.9.9.1/8", other, "e1", "")
+	a.IP("route add 10.244.255.0/28 via 10.0.1.99 dev eth0", "addr add 10.244.254.7/32 dev lo")
+	named := func() error {
+		p := first.Problems()
+		for _, want := range []string{"route 10.0.0.0/8 dev eth1", "route 10.244.255.0/28 via 10.0.1.99", "address 10.244.254.7/32 on lo"} {
+			if strings.Count(p, want) != 1 {
+				return fmt.Errorf("not once %q in: %s", want, p)
+			}
+		}
+		return nil
+	}
+	hosts.Within(t, 10*time.Second, "a names them", named)
+	first.Stop()
+	first = a.Agent(args...)
+	first.Ready(20 * time.Second)
+	hosts.Within(t, 10*time.Second, "a names them again", named)
+	hosts.Within(t, 10*time.Second, "from pod to pod", func() error { return web.Ping(db.IPv4()) })
+	first.Stop()
+	a.WipeDisk()
+	if code, log := a.Agent(args...).Ended(20 * time.Second); code == 0 || !strings.Contains(log, "overlaps this host's") {
+		t.Errorf("a new node: %d %s", code, log)
+	}
+}

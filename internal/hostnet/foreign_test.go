@@ -106,6 +106,9 @@ func TestForwardRules(t *testing.T) {
 		{name: "a chain by a map", setup: drop + "nft add chain inet f more; nft add rule inet f more oifname tun0 accept; nft add rule inet f forwarded meta nfproto vmap '{ ipv4 : jump more }'"},
 		{name: "iptables, a last REJECT", setup: "iptables -A FORWARD -i eth1 -j ACCEPT; iptables -A FORWARD -j REJECT --reject-with icmp-host-prohibited", want: []string{"ip filter FORWARD", "refuses in its last rule"}},
 		{name: "iptables, as Docker has it", setup: "iptables -P FORWARD DROP; iptables -A FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT; iptables -A FORWARD -i docker0 ! -o docker0 -j ACCEPT; iptables -A FORWARD -i docker0 -o docker0 -j ACCEPT", want: []string{"ip filter FORWARD", "policy drop"}},
+		{name: "iptables, everything accepted in a chain of its own", setup: "iptables -P FORWARD DROP; iptables -N DOCKER-USER; iptables -A FORWARD -j DOCKER-USER; iptables -A DOCKER-USER -j ACCEPT; iptables -A DOCKER-USER -j RETURN"},
+		{name: "iptables, everything accepted of one device", setup: "iptables -P FORWARD DROP; iptables -N DOCKER-USER; iptables -A FORWARD -i docker0 -j DOCKER-USER; iptables -A DOCKER-USER -j ACCEPT", want: []string{"ip filter FORWARD"}},
+		{name: "iptables, everything accepted too late", setup: "iptables -P FORWARD DROP; iptables -N DOCKER-USER; iptables -A FORWARD -j DOCKER-USER; iptables -A DOCKER-USER -j RETURN; iptables -A DOCKER-USER -j ACCEPT", want: []string{"ip filter FORWARD"}},
 		{name: "a table of the same names", setup: "nft add table inet filter; nft add chain inet filter FORWARD '{ type filter hook forward priority 0; policy drop; }'", want: []string{"nft insert rule inet filter FORWARD ip6 daddr fd00:244::/32 accept"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -48,7 +48,12 @@ func ForwardProblems(tun string, clusterCIDRs []netip.Prefix) ([]Problem, error)
 		} else if n := len(rules); n > 0 && refusesAll(rules[n-1]) {
 			how = "refuses in its last rule what none before accepted"
 		}
-		if how == "" || slices.ContainsFunc(rules, acceptsAll) {
+		if how == "" {
+			continue
+		}
+		if passes, err := acceptsAll(conn, c, rules, 0); err != nil {
+			return nil, err
+		} else if passes {
 			continue
 		}
 		all, err := reachable(conn, chains, c)
@@ -218,10 +223,36 @@ func refusesAll(r *nftables.Rule) bool {
 	return !matches && (kind == expr.VerdictDrop || rejects)
 }
 
-func acceptsAll(r *nftables.Rule) bool {
-	kind, _, matches := verdict(r)
-	return !matches && kind == expr.VerdictAccept
+// acceptsAll reports whether a chain accepts every packet, or one does to which it leads each packet, such as Docker's DOCKER-USER.
+func acceptsAll(conn *nftables.Conn, c *nftables.Chain, rules []*nftables.Rule, level int) (bool, error) {
+	for _, r := range rules {
+		kind, rejects, matches := verdict(r)
+		if matches {
+			continue
+		}
+		switch kind {
+		case expr.VerdictAccept:
+			return true, nil
+		case expr.VerdictReturn, expr.VerdictDrop:
+			return false, nil
+		case expr.VerdictJump, expr.VerdictGoto:
+			to := &nftables.Chain{Table: c.Table, Name: r.Exprs[slices.IndexFunc(r.Exprs, isVerdict)].(*expr.Verdict).Chain}
+			more, err := conn.GetRules(to.Table, to)
+			if err != nil || level == mostLevels {
+				return false, err
+			}
+			if passes, err := acceptsAll(conn, to, more, level+1); passes || err != nil || kind == expr.VerdictGoto {
+				return passes, err
+			}
+		}
+		if rejects {
+			return false, nil
+		}
+	}
+	return false, nil
 }
+
+func isVerdict(e expr.Any) bool { _, is := e.(*expr.Verdict); return is }
 
 // lets reports whether a rule names the TUN device or all of a prefix, each if given, and does not refuse: accepts, or leads to another chain, as
 // firewalld's zones do. Sets of addresses are not read, and count.

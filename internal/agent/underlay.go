@@ -193,6 +193,7 @@ func (s *session) checkUnderlay(now time.Time) error {
 		}
 	}
 	sought := s.sought(s.cfg, last)
+	sought.Pods = s.podsNow()
 	if m := s.members(); len(m) > 0 {
 		sought.Peers = m
 	}
@@ -206,6 +207,15 @@ func (s *session) checkUnderlay(now time.Time) error {
 		return &underlayChange{why}
 	}
 	return nil
+}
+
+// podsNow is the cluster's address space as known now: a node that joins for the first time learns it from the others.
+func (s *session) podsNow() []netip.Prefix {
+	out := slices.Clone(s.podSpace)
+	for _, f := range s.ownership.Params().Families {
+		out = append(out, f.CIDR)
+	}
+	return out
 }
 
 // members are the underlay addresses of the members that have not left; of the living ones, if there are any.
@@ -244,8 +254,9 @@ func (s *session) owns(a netip.Addr) bool {
 // listenBeside lets gossip answer at the other addresses of the underlay interface as well: a virtual address is what others may
 // have as their seed.
 func (s *session) listenBeside(k hostnet.Kept) {
+	pods := s.podsNow()
 	inPods := func(a netip.Addr) bool {
-		return slices.ContainsFunc(s.podSpace, func(p netip.Prefix) bool { return p.Contains(a) })
+		return slices.ContainsFunc(pods, func(p netip.Prefix) bool { return p.Contains(a) })
 	}
 	err := s.gossip.Listen(slices.DeleteFunc(k.Beside, inPods))
 	s.besideKnown = !errors.Is(err, gossip.ErrNotRunning)

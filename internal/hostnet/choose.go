@@ -57,10 +57,11 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 	if err != nil {
 		return Underlay{}, err
 	}
-	d.addrs = slices.DeleteFunc(d.addrs, func(h netlink.Addr) bool {
+	d.pods = func(h netlink.Addr) bool {
 		return s.Tun != "" && d.name(h.LinkIndex) == s.Tun || slices.ContainsFunc(s.Pods, func(p netip.Prefix) bool { return p.Contains(addrOf(h.IP)) })
-	})
-	d.last = s.Last
+	}
+	d.addrs = slices.DeleteFunc(d.addrs, d.pods)
+	d.last, d.lost = s.Last, s.Device
 	switch {
 	case len(s.Addresses) > 0:
 		return d.byAddr(s.Addresses)

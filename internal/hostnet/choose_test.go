@@ -42,6 +42,14 @@ func deprecate(h *host, addr string, bits int) {
 	h.check(h.nl.AddrReplace(h.link("eth0"), n))
 }
 
+// lostIPv6 is a host whose eth0 has lost its address and still has the default route, whose gateway is link-local.
+func lostIPv6(h *host) {
+	h.tun("tun0")
+	h.up("tun0")
+	h.device("eth0")
+	h.route("::/0", "fe80::1", "eth0", 1024, unix.RTPROT_RA)
+}
+
 func TestSought(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -108,6 +116,21 @@ func TestSought(t *testing.T) {
 			h.check(h.nl.RouteAdd(&netlink.Route{Dst: dst("10.0.1.1/32"), LinkIndex: h.link("eth0").Attrs().Index, Scope: netlink.SCOPE_LINK}))
 			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 0, unix.RTPROT_STATIC)
 		}, sought: Sought{Device: "eth0"}, addrs: ips("10.0.1.5"), by: ByGuess},
+		{name: "the address is lost, and the kernel would send from the TUN's", setup: func(h *host) { lostIPv6(h); h.addrs("tun0", "fd00:244:0:1::/128") },
+			sought: Sought{Tun: "tun0", Device: "eth0", Peers: ips("2001:db8:1::12")}, err: []string{"eth0 has no other address"}, wait: true},
+		{name: "the same of a bridge of pods", setup: func(h *host) { lostIPv6(h); h.device("pods", "fd00:244:0:1::1/64") },
+			sought: Sought{Pods: pfx("fd00:244::/32"), Peers: ips("2001:db8:1::12")}, err: []string{"no device of this host has an address"}, wait: true},
+		{name: "the same of a container engine's bridge", setup: func(h *host) { lostIPv6(h); h.device("docker0", "fd00:d0c::1/64") },
+			sought: Sought{Device: "eth0", Peers: ips("2001:db8:1::12")}, err: []string{"eth0 has no other address"}, wait: true},
+		{name: "the same of a container engine's bridge, toward the seeds", setup: func(h *host) { lostIPv6(h); h.device("docker0", "fd00:d0c::1/64") },
+			sought: Sought{Device: "eth0", Seeds: [][]netip.Addr{ips("2001:db8:1::12")}}, err: []string{"eth0 has no address"}, wait: true},
+		{name: "the address is lost, and the route names another", setup: func(h *host) {
+			lostIPv6(h)
+			h.device("eth1", "fd00:99::1/64")
+			h.shell("ip -6 route replace default via fe80::1 dev eth0 src fd00:99::1")
+		}, sought: Sought{Device: "eth0", Peers: ips("2001:db8:1::12")}, addrs: ips("fd00:99::1"), by: ByPeers},
+		{name: "the address is lost, and there is one on lo", setup: func(h *host) { lostIPv6(h); h.up("lo"); h.addrs("lo", "2001:db8:7::7/128") },
+			sought: Sought{Device: "eth0", Peers: ips("2001:db8:1::12")}, addrs: ips("2001:db8:7::7"), by: ByPeers},
 		{name: "the address is lost, and another device leads to the members", sought: Sought{Device: "eth2", Peers: ips("10.0.1.12")},
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: ByPeers},
 		{name: "no default route, and the only device has no carrier", setup: func(h *host) { noCarrier(h, "docker0", "172.17.0.1/16") },

@@ -59,7 +59,9 @@ type detector struct {
 	links map[int]*netlink.LinkAttrs
 	addrs []netlink.Addr // usable ones, in the kernel's order
 	all   []netlink.Addr
-	last  []netip.Addr // in use before: preferred as the second address too
+	last  []netip.Addr            // in use before: preferred as the second address too
+	pods  func(netlink.Addr) bool // addresses that are never the underlay; nil: none
+	lost  string                  // the device that had the addresses in use before; "": none
 }
 
 func newDetector() (*detector, error) {
@@ -226,7 +228,18 @@ func (d *detector) routeTo(a netip.Addr) (candidate, error) {
 			return c, nil
 		}
 	}
-	return d.source(addrOf(routes[0].Src), routes[0].LinkIndex), nil
+	leaves, named := routes[0].LinkIndex, err == nil && len(whole) > 0 && whole[0].Src != nil
+	c := d.source(addrOf(routes[0].Src), leaves)
+	if h := d.holder(c.addr); h != nil && (d.pods != nil && d.pods(*h) || !named && d.stopgap(h, leaves)) {
+		return candidate{}, notYet{fmt.Errorf("packets to %v leave by %s, and %s has no address", a, d.name(leaves), d.name(leaves))}
+	}
+	return c, nil
+}
+
+// stopgap reports whether the kernel takes an address only because the device by which packets leave has lost its own: that of a container engine's
+// bridge, say. No router knows it there. One on lo, or of full length, belongs to no link.
+func (d *detector) stopgap(h *netlink.Addr, leaves int) bool {
+	return d.lost != "" && h.LinkIndex != leaves && d.name(h.LinkIndex) != d.lost && !d.loopback(h.LinkIndex) && !fullLength(*h)
 }
 
 // byDefault goes by the default routes with the lowest metric; IPv4's first, since a

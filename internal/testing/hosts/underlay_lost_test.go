@@ -174,3 +174,38 @@ func TestUnderlayMovesToBridge(t *testing.T) {
 	b.IP("link set br0 name bridge0")
 	shows("bridge0")
 }
+
+// A host has its IPv6 by router advertisement, and its prefix changes: the old address is gone, and the default route, by the router's link-local
+// address, is still there. Neither the TUN device's address nor that of a container engine's bridge, which the kernel would send from, is a
+// substitute.
+func TestUnderlayIPv6PrefixChanges(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b, ct := n.Switch(), n.Host("a"), n.Host("b"), n.Host("ct")
+	a.Plug(sw, "eth0", "2001:db8:1::11/64")
+	b.Plug(sw, "eth0", "2001:db8:1::12/64", "2001:db8:2::12/64")
+	a.IP("route add default via fe80::1 dev eth0", "link add docker0 type bridge", "addr add fd00:d0c::1/64 dev docker0 nodad", "link set docker0 up")
+	ct.Link("eth0", "fd00:d0c::2/64", a, "vct", "")
+	a.IP("link set vct master docker0")
+	second := b.Agent("--bootstrap", "--cluster-cidr", "10.244.0.0/16,fd00:244::/48", "--underlay", "2001:db8:1::12")
+	second.Ready(20 * time.Second)
+	first := a.Agent("--join", "[2001:db8:1::12]")
+	first.Ready(20 * time.Second)
+	web, db := first.Pod("web"), second.Pod("db")
+	ping := func() error { return db.Ping(web.IPv6()) }
+	hosts.Within(t, 10*time.Second, "pods reach each other", ping)
+	a.IP("addr del 2001:db8:1::11/64 dev eth0")
+	hosts.Within(t, 5*time.Second, "status names the lost address", func() error {
+		if p := first.Problems(); !strings.Contains(p, "2001:db8:1::11") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
+	time.Sleep(10 * time.Second) // longer than the agent's patience
+	if err := underlayIs(first, "2001:db8:1::11"); err != nil {
+		t.Errorf("while the host has no address: %v", err)
+	}
+	a.Addr("eth0", "2001:db8:1::33/64")
+	hosts.Within(t, 20*time.Second, "the new address takes over", func() error { return underlayIs(first, "2001:db8:1::33") })
+	hosts.Within(t, 20*time.Second, "pods reach each other again", ping)
+}

@@ -258,8 +258,9 @@ type wanted struct {
 	tables   map[tableKey]routeSpec // of HostsTable and DirectTable
 	rules    map[ruleKey]bool
 	uplinks  map[string]int
-	outward  map[int]bool // numbers of devices
-	members  []netip.Addr // sorted
+	numbers  map[int]string // of the uplinks, with their names
+	outward  map[int]bool   // numbers of devices
+	members  []netip.Addr   // sorted
 }
 
 // tableKey is a route of a table other than main. Reconcile leaves one to each prefix.
@@ -284,6 +285,10 @@ func (r *Reconciler) setWanted(p *pass, routes map[routeKey]routeSpec) {
 		addrs: map[netip.Addr]bool{}, clusters: s.ClusterCIDRs, own: s.Own,
 		prefixes: make(map[netip.Prefix]bool, len(routes)), routes: routes, uplinks: s.Uplinks, members: s.Members,
 		tables: map[tableKey]routeSpec{}, rules: map[ruleKey]bool{}, outward: map[int]bool{},
+		numbers: map[int]string{},
+	}
+	for n := range s.Uplinks {
+		w.numbers[p.device(n)] = n
 	}
 	for _, n := range p.outward {
 		w.outward[p.device(n)] = true

@@ -211,7 +211,8 @@ func (w *wanted) linkEvent(isNew bool, b []byte) bool {
 	})
 	if name != w.tun && (w.index == 0 || index != w.index) {
 		known, ok := w.uplinks[name]
-		return ok && (!isNew || mtu != known)
+		was, renamed := w.numbers[index]
+		return ok && (!isNew || mtu != known) || renamed && was != name
 	}
 	return !isNew || name != w.tun || index != w.index || flags&unix.IFF_UP == 0 || w.mtu != 0 && mtu != w.mtu
 }

@@ -231,6 +231,21 @@ func TestWatchTellsOfCarriers(t *testing.T) {
 	}
 }
 
+// The agent knows uplinks by their names, and another one would be missed until the next look at the whole host.
+func TestWatchTellsOfNames(t *testing.T) {
+	h, _, calls := watched(t)
+	h.settle(calls)
+	before := calls.Load()
+	h.check(h.nl.LinkSetDown(h.link("eth0"))) // kernels before 6.2 rename nothing that is up
+	h.settle(calls)
+	between := calls.Load()
+	h.check(h.nl.LinkSetName(h.link("eth0"), "ens3"))
+	eventually(t, "a callback", func() bool { return calls.Load() > between })
+	if between == before {
+		t.Error("no callback for the carrier")
+	}
+}
+
 // Without their table pods' source checks are gone. It is told of when it goes, not of each pod.
 func TestWatchTellsOfSourceChecks(t *testing.T) {
 	h, _, calls := watched(t)

@@ -65,6 +65,11 @@ func TestLegacyForward(t *testing.T) {
 		{name: "the cluster is accepted", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -A FORWARD -s 10.0.0.0/8 -j ACCEPT"},
 		{name: "a part of the cluster is accepted", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -A FORWARD -s 10.244.3.0/24 -j ACCEPT", want: []string{"policy DROP"}},
 		{name: "the cluster is dropped", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -A FORWARD -s 10.0.0.0/8 -j DROP", want: []string{"policy DROP"}},
+		{name: "the cluster is accepted in a chain of its own", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -N DOCKER-USER; iptables-legacy -N other; iptables-legacy -A FORWARD -j DOCKER-USER; iptables-legacy -A DOCKER-USER -i eth7 -j RETURN; iptables-legacy -A DOCKER-USER -s 10.244.0.0/16 -j ACCEPT"},
+		{name: "everything is accepted in a chain of its own", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -N DOCKER-USER; iptables-legacy -A FORWARD -j DOCKER-USER; iptables-legacy -A DOCKER-USER -j ACCEPT; iptables-legacy -A DOCKER-USER -j RETURN"},
+		{name: "everything of one device is accepted in a chain of its own", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -N DOCKER; iptables-legacy -A FORWARD -o docker0 -j DOCKER; iptables-legacy -A DOCKER -j ACCEPT", want: []string{"policy DROP"}},
+		{name: "everything is accepted too late", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -N DOCKER-USER; iptables-legacy -A FORWARD -j DOCKER-USER; iptables-legacy -A DOCKER-USER -j RETURN; iptables-legacy -A DOCKER-USER -j ACCEPT", want: []string{"policy DROP"}},
+		{name: "a chain that forwarded packets do not come to", setup: "iptables-legacy -P FORWARD DROP; iptables-legacy -N DOCKER-USER; iptables-legacy -A DOCKER-USER -s 10.244.0.0/16 -j ACCEPT; iptables-legacy -A INPUT -j DOCKER-USER", want: []string{"policy DROP"}},
 		{name: "the cluster is accepted, IPv6", setup: "ip6tables-legacy -P FORWARD DROP; ip6tables-legacy -A FORWARD -d fd00:244::/32 -j ACCEPT"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -145,11 +150,17 @@ func TestLegacyLayout(t *testing.T) {
 			t.Errorf("a chain from %d to %d was read", at[0], at[1])
 		}
 	}
+	for _, at := range []int{-1, 8, 152, 1 << 20} {
+		if _, err := l.user(whole, at); err == nil {
+			t.Errorf("a chain from %d was read", at)
+		}
+	}
 	for i := range whole {
 		for _, b := range []byte{0, 1, 0x7f, 0xff} {
 			damaged := append([]byte(nil), whole...)
 			damaged[i] = b
 			_, _, _ = l.parse(damaged, 0, 0)
+			_, _ = l.user(damaged, 0)
 		}
 	}
 }

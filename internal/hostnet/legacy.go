@@ -71,6 +71,7 @@ type legacyRule struct {
 const (
 	legacyDrop   = -1
 	legacyAccept = -2
+	legacyReturn = -5 // XT_RETURN
 )
 
 // Bits of the byte of inverted fields (include/uapi/linux/netfilter_ipv4/ip_tables.h, IPT_INV_VIA_IN and so on; those of IPv6 are the same).
@@ -91,7 +92,7 @@ func legacyForward(tun string, clusters []netip.Prefix) ([]Problem, error) {
 		if len(concerned) == 0 && len(clusters) > 0 {
 			continue // no pod has addresses of this family
 		}
-		rules, policy, err := l.chain(unix.NF_INET_FORWARD)
+		rules, policy, entries, err := l.chain(unix.NF_INET_FORWARD)
 		if err != nil {
 			return out, fmt.Errorf("hostnet: read the rules of %s: %w", l.tool, err)
 		}
@@ -102,16 +103,40 @@ func legacyForward(tun string, clusters []netip.Prefix) ([]Problem, error) {
 		case len(rules) > 0 && rules[len(rules)-1].refusesAll():
 			how = "refuses in its last rule what none before accepted"
 		}
-		handled := false
-		for _, r := range rules {
-			handled = handled || r.lets(tun, concerned)
+		if how == "" {
+			continue
 		}
-		if how == "" || handled {
+		if handled, err := l.handles(entries, rules, true, tun, concerned, 0); err != nil {
+			return out, fmt.Errorf("hostnet: read the rules of %s: %w", l.tool, err)
+		} else if handled {
 			continue
 		}
 		out = append(out, dropsPods(fmt.Sprintf("the FORWARD chain of %s %s and names neither %s nor the cluster", l.tool, how, tun), iptablesRemedy(l.tool, concerned)))
 	}
 	return out, nil
+}
+
+// handles reports whether rules, or those of a chain to which they lead, let pods' packets pass; whole says that every packet comes to these.
+func (l *legacyLayout) handles(entries []byte, rules []legacyRule, whole bool, tun string, clusters []netip.Prefix, level int) (bool, error) {
+	for i := range rules {
+		r := &rules[i]
+		if (r.narrow || whole) && r.lets(tun, clusters) {
+			return true, nil
+		}
+		if r.target == "" && r.verdict >= 0 && level < mostLevels {
+			more, err := l.user(entries, int(r.verdict))
+			if err != nil {
+				return false, err
+			}
+			if ok, err := l.handles(entries, more, whole && !r.narrow, tun, clusters, level+1); ok || err != nil {
+				return ok, err
+			}
+		}
+		if !r.narrow && (r.refusesAll() || r.target == "" && r.verdict == legacyReturn) {
+			return false, nil // no packet comes to the next rules
+		}
+	}
+	return false, nil
 }
 
 // exists reports whether the family's filter table exists in this namespace.
@@ -128,30 +153,32 @@ func (l *legacyLayout) exists() bool {
 	return false
 }
 
-// chain reads the rules of the filter table's chain on a hook, and its policy.
-func (l *legacyLayout) chain(hook int) (rules []legacyRule, policy int32, err error) {
+// chain reads the rules of the filter table's chain on a hook, its policy, and the entries of all chains.
+func (l *legacyLayout) chain(hook int) (rules []legacyRule, policy int32, entries []byte, err error) {
 	fd, err := sys.Socket(l.domain, unix.SOCK_RAW, unix.IPPROTO_RAW)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, nil, err
 	}
 	defer sys.Close(fd)
 	info := make([]byte, iptInfoLen)
 	copy(info, "filter")
 	if _, err := sys.GetBytes(fd, l.level, iptGetInfo, info); err != nil {
-		return nil, 0, err
+		return nil, 0, nil, err
 	}
 	number := func(b []byte, at int) int { return int(binary.NativeEndian.Uint32(b[at:])) }
 	size := number(info, iptInfoSize)
 	if size < 0 || size > iptMost {
-		return nil, 0, fmt.Errorf("a table of %d bytes, the limit is %d", size, iptMost)
+		return nil, 0, nil, fmt.Errorf("a table of %d bytes, the limit is %d", size, iptMost)
 	}
 	b := make([]byte, iptHeadLen+size)
 	copy(b, "filter")
 	binary.NativeEndian.PutUint32(b[iptName:], uint32(size))
 	if _, err := sys.GetBytes(fd, l.level, iptGetEntries, b); err != nil {
-		return nil, 0, err // EAGAIN: somebody has changed it in between
+		return nil, 0, nil, err // EAGAIN: somebody has changed it in between
 	}
-	return l.parse(b[iptHeadLen:], number(info, iptInfoHook+4*hook), number(info, iptInfoPolicy+4*hook))
+	entries = b[iptHeadLen:]
+	rules, policy, err = l.parse(entries, number(info, iptInfoHook+4*hook), number(info, iptInfoPolicy+4*hook))
+	return rules, policy, entries, err
 }
 
 var errLegacy = errors.New("its layout is not the one that Tulle knows")
@@ -159,21 +186,43 @@ var errLegacy = errors.New("its layout is not the one that Tulle knows")
 // parse reads the entries from the offset first to last, which is the policy.
 func (l *legacyLayout) parse(b []byte, first, last int) (rules []legacyRule, policy int32, err error) {
 	for at := first; ; {
-		if at < 0 || at > last || at+l.extensions > len(b) {
+		if at > last {
 			return nil, 0, errLegacy
 		}
-		e := b[at:]
-		target, next := int(binary.NativeEndian.Uint16(e[l.offsets:])), int(binary.NativeEndian.Uint16(e[l.offsets+2:]))
-		if target < l.extensions || next < target+iptTargetLen || next > len(e) {
-			return nil, 0, errLegacy
+		r, next, err := l.entry(b, at)
+		if err != nil {
+			return nil, 0, err
 		}
-		r := l.rule(e, target, next)
 		if at == last {
 			return rules, r.verdict, nil
 		}
-		rules = append(rules, r)
-		at += next
+		rules, at = append(rules, r), next
 	}
+}
+
+// user reads the entries of a chain that rules lead to, from the offset of its first one. The next chain, and the table's end, begin with an entry
+// whose target is ERROR.
+func (l *legacyLayout) user(b []byte, first int) (rules []legacyRule, err error) {
+	for at := first; ; {
+		r, next, err := l.entry(b, at)
+		if err != nil || r.target == "ERROR" {
+			return rules, err
+		}
+		rules, at = append(rules, r), next
+	}
+}
+
+// entry reads the entry at an offset, and says where the next one is.
+func (l *legacyLayout) entry(b []byte, at int) (r legacyRule, next int, err error) {
+	if at < 0 || at+l.extensions > len(b) {
+		return r, 0, errLegacy
+	}
+	e := b[at:]
+	target, size := int(binary.NativeEndian.Uint16(e[l.offsets:])), int(binary.NativeEndian.Uint16(e[l.offsets+2:]))
+	if target < l.extensions || size < target+iptTargetLen || size > len(e) {
+		return r, 0, errLegacy
+	}
+	return l.rule(e, target, size), at + size, nil
 }
 
 func (l *legacyLayout) rule(e []byte, target, next int) legacyRule {
@@ -262,7 +311,7 @@ func legacyPorts(o Outer) ([]Problem, error) {
 			continue
 		}
 		for hook, name := range map[int]string{unix.NF_INET_LOCAL_IN: "INPUT", unix.NF_INET_LOCAL_OUT: "OUTPUT"} {
-			rules, policy, err := l.chain(hook)
+			rules, policy, _, err := l.chain(hook)
 			if err != nil {
 				return out, fmt.Errorf("hostnet: read the rules of %s: %w", l.tool, err)
 			}

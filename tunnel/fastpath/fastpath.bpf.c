@@ -389,7 +389,7 @@ int send(struct __sk_buff *skb)
 	who = owner(&p.dst);
 	w = bpf_map_lookup_elem(&ways, &who);
 	c = bpf_map_lookup_elem(&counters, &who);
-	if (!w || !c || !passes(skb, &p, w->mtu) || p.length > 0xffff - sizeof(struct ipv6hdr))
+	if (!w || !c || !passes(skb, &p, w->mtu) || p.length > 0xffff - sizeof(struct ipv6hdr) || same(&p.src, &w->to))
 		return NEXT;
 	if (p.proto == IPPROTO_UDP && of_train(skb))
 		return NEXT;
@@ -461,6 +461,7 @@ int receive(struct __sk_buff *skb)
 		skb->mark = CHECKED;
 		return bpf_redirect(s->joint, 0);
 	}
+	skb->mark = 0; // it is the outer packet's
 	return bpf_redirect(s->tun, BPF_F_INGRESS);
 }
 

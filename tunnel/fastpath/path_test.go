@@ -187,7 +187,11 @@ func (r *rig) send(pkt []byte) (outer, inner []byte) {
 		if n, err := r.tun.Queues()[0].Read(buf); err == nil && bytes.HasSuffix(buf[:n], pkt) {
 			return nil, pkt
 		}
-		if n, _, err := unix.Recvfrom(r.in, buf, 0); err == nil && bytes.HasSuffix(buf[:n], pkt) {
+		n, from, err := unix.Recvfrom(r.in, buf, 0)
+		if l, ok := from.(*unix.SockaddrLinklayer); err != nil || !ok || l.Pkttype == unix.PACKET_OUTGOING {
+			continue // an ICMP error of the peer, which takes nothing, quotes the packet
+		}
+		if bytes.HasSuffix(buf[:n], pkt) {
 			return buf[:n], nil
 		}
 	}
@@ -243,6 +247,7 @@ func TestSend(t *testing.T) {
 				{"an address that is left to the agent", packet{src: pod[0], dst: addr("10.2.0.9"), proto: header.ProtoUDP, ttl: 63, payload: make([]byte, 20)}, false},
 				{"a peer to which the agent sends", packet{src: pod[0], dst: addr("10.3.0.9"), proto: header.ProtoUDP, ttl: 63, payload: make([]byte, 20)}, false},
 				{"nobody's address", packet{src: pod[0], dst: addr("10.4.0.9"), proto: header.ProtoUDP, ttl: 63, payload: make([]byte, 20)}, false},
+				{"a packet from the peer's host, which did not come through the tunnel", packet{src: peerAddr[outer], dst: far[outer], proto: header.ProtoUDP, ttl: 63, payload: make([]byte, 20)}, false},
 				{"a packet to this host's own pod", packet{src: far[0], dst: pod[0], proto: header.ProtoUDP, ttl: 63, payload: make([]byte, 20)}, false},
 			}
 			for six := range 2 {
@@ -378,6 +383,11 @@ func TestReceive(t *testing.T) {
 		}
 		return frame{outer: packet{src: peerAddr[outer], dst: hostAddr[outer], ttl: 60, proto: proto}, inner: in}
 	}
+	type buff struct { // the kernel's struct __sk_buff, and some room
+		Len, PktType, Mark uint32
+		_                  [61]uint32
+	}
+	var after buff
 	run := func(f frame) (int, []byte, []byte) {
 		t.Helper()
 		pkt := f.inner.bytes()
@@ -391,7 +401,7 @@ func TestReceive(t *testing.T) {
 		out := make([]byte, len(data)+64)
 		var ret uint32
 		r.host.Do(func() error {
-			opts := ebpf.RunOptions{Data: data, DataOut: out}
+			opts := ebpf.RunOptions{Data: data, DataOut: out, Context: buff{Mark: 7}, ContextOut: &after} // a filter of others has marked it
 			var err error
 			ret, err = r.path.programs.Receive.Run(&opts)
 			out = opts.DataOut
@@ -407,6 +417,9 @@ func TestReceive(t *testing.T) {
 			ret, out, pkt := run(good(outer, inner))
 			if ret != taken || !bytes.Equal(out[14:], pkt) {
 				t.Errorf("%s: %d, left % x, want % x", what, ret, out[min(14, len(out)):], pkt)
+			}
+			if after.Mark != 0 {
+				t.Errorf("%s: the inner packet has the mark %d, of the outer one", what, after.Mark)
 			}
 			if got := r.path.Counts("peer"); got.RxPackets != before.RxPackets+1 || got.RxBytes != before.RxBytes+uint64(len(pkt)) {
 				t.Errorf("%s: counts %+v after %+v", what, got, before)
@@ -788,24 +801,31 @@ func TestFilters(t *testing.T) {
 	r.host.Do(Remove)
 }
 
-// TestCapability opens the programs as a process that may administer networks and nothing else.
+// TestCapability opens the programs as a process that may administer networks and nothing else, and as one with CAP_BPF besides.
 func TestCapability(t *testing.T) {
-	n := namespace.New(t)
-	n.Do(func() error { // on a thread that ends with it
-		head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
-		var data [2]unix.CapUserData
-		data[0].Effective = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW
-		data[0].Permitted = data[0].Effective
-		if err := unix.Capset(&head, &data[0]); err != nil {
-			return err
-		}
-		p, err := Open()
-		if err == nil {
-			p.Close()
-		}
-		if err == nil || !strings.Contains(err.Error(), "CAP_BPF") {
-			t.Errorf("without CAP_BPF: %v", err)
-		}
-		return Remove()
-	})
+	for _, bpf := range []uint32{0, 1 << (unix.CAP_BPF - 32)} {
+		n := namespace.New(t)
+		n.Do(func() error { // on a thread that ends with it
+			head := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+			var data [2]unix.CapUserData
+			data[0].Effective = 1<<unix.CAP_NET_ADMIN | 1<<unix.CAP_NET_RAW
+			data[1].Effective = bpf
+			data[0].Permitted, data[1].Permitted = data[0].Effective, data[1].Effective
+			if err := unix.Capset(&head, &data[0]); err != nil {
+				return err
+			}
+			p, err := Open()
+			if err == nil {
+				err = p.Update(State{TUN: "lo", Port: 6080})
+				p.Close()
+			}
+			if bpf == 0 && (err == nil || !strings.Contains(err.Error(), "CAP_BPF")) {
+				t.Errorf("without CAP_BPF: %v", err)
+			}
+			if bpf != 0 && err != nil {
+				t.Errorf("with CAP_BPF: %+v", err)
+			}
+			return Remove()
+		})
+	}
 }

@@ -114,7 +114,9 @@ func (s *session) carry(v *view, force bool) error {
 			f.path = nil
 			return errors.Join(err, fastpath.Remove())
 		}
-		if err := f.path.Pause(f.pauses > 0); err != nil {
+	}
+	if f.pauses > 0 { // it would end
+		if err := f.path.Pause(true); err != nil {
 			return err
 		}
 	}

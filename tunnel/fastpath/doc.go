@@ -22,8 +22,8 @@
 //
 // # Lifetime
 //
-// The programs and their tables outlive the agent, like its routes: pods reach each other while it restarts. The next agent replaces
-// them, or removes them if it does not want them ([Remove]). They carry the name and the priority below, and nothing else is touched.
+// The programs and their tables outlive the agent, like its routes: pods reach each other while it restarts, also if it dies while they are
+// paused ([Path.Pause]). The next agent replaces them, or removes them if it does not want them ([Remove]). They carry the name and the priority below, and nothing else is touched.
 //
 // # Concurrency and sources
 //

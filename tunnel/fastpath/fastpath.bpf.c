@@ -105,6 +105,7 @@ struct {
 } trains SEC(".maps");
 
 struct settings {
+	__u64 paused;     // until then, in nanoseconds of CLOCK_MONOTONIC, the agent carries everything; 0: it does not want to
 	__u32 on;         // 0: the agent carries everything
 	__u32 tun;        // index of the TUN device
 	__u32 joint;      // index of the device behind which TCP out of UDP is joined
@@ -246,7 +247,7 @@ static __always_inline struct settings *enabled(void)
 	__u32 zero = 0;
 	struct settings *s = bpf_map_lookup_elem(&setting, &zero);
 
-	return s && s->on ? s : 0;
+	return s && s->on && !(s->paused && bpf_ktime_get_ns() < s->paused) ? s : 0;
 }
 
 // Whether a SYN announces a segment size that the path takes, in its first option, where kernels put it. The agent lowers those that are larger, and

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/cilium/ebpf"
 	"github.com/vishvananda/netlink"
@@ -26,7 +27,7 @@ type Path struct {
 	next       uint32            // the number of the next new peer
 	have       tables            // what is in the kernel's maps
 	on         programsSettings
-	paused     bool              // by Pause
+	paused     bool              // by Pause, which has to be repeated
 	generation uint32            // of the tables
 	past       Counts            // of peers that are gone
 	swept      bool              // filters of an earlier run are gone
@@ -207,11 +208,15 @@ func add[K, V comparable](m *ebpf.Map, have, want map[K]V, value func(V) any) er
 	return nil
 }
 
-// set writes the settings, unless somebody has paused the programs.
+// set writes the settings, and for how long the programs are paused, if they are.
 func (p *Path) set(s programsSettings) error {
 	p.on = s
 	if p.paused {
-		s.On = 0
+		var now unix.Timespec
+		if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+			return fmt.Errorf("fast path: clock: %w", err)
+		}
+		s.Paused = uint64(now.Nano() + pauseLasts.Nanoseconds())
 	}
 	if err := p.programs.Setting.Put(uint32(0), s); err != nil {
 		return fmt.Errorf("fast path: switch: %w", err)
@@ -219,7 +224,12 @@ func (p *Path) set(s programsSettings) error {
 	return nil
 }
 
-// Pause leaves everything to the agent, which alone can show packets to somebody, until it is called with false.
+// pauseLasts is how long a pause lasts that nobody prolongs. So an agent that is killed meanwhile does not take the network with it. It is shorter than
+// other hosts wait before they give a silent one up.
+const pauseLasts = 4 * time.Second
+
+// Pause leaves everything to the agent, which alone can show packets to somebody, until it is called with false. Whoever wants it to last has to call it
+// again every second: it ends by itself after pauseLasts.
 func (p *Path) Pause(on bool) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

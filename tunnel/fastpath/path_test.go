@@ -330,6 +330,29 @@ func TestSend(t *testing.T) {
 	}
 }
 
+// TestPauseEnds pauses the programs and does so never again, as an agent that is killed during a capture.
+func TestPauseEnds(t *testing.T) {
+	r := newRig(t, 0)
+	data := udp(0, 10).bytes()
+	must(t, r.path.Pause(true))
+	if out, _ := r.send(data); out != nil {
+		t.Error("carried although paused")
+	}
+	for deadline := time.Now().Add(2*pauseLasts + 20*time.Second); ; time.Sleep(100 * time.Millisecond) {
+		if out, _ := r.send(data); out != nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("nothing is carried any more")
+		}
+	}
+	// Whoever still looks says so.
+	must(t, r.path.Pause(true))
+	if out, _ := r.send(data); out != nil {
+		t.Error("carried although paused again")
+	}
+}
+
 // checkOuter checks an outer header: docs/wire.md.
 func checkOuter(t *testing.T, name string, h []byte, outer, port int, inner []byte, tos uint8) {
 	t.Helper()

@@ -45,11 +45,13 @@ type programsSeen struct {
 
 type programsSettings struct {
 	_          structs.HostLayout
+	Paused     uint64
 	On         uint32
 	Tun        uint32
 	Joint      uint32
 	Port       uint32
 	Generation uint32
+	_          [4]byte
 }
 
 type programsWay struct {

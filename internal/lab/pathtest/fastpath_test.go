@@ -176,6 +176,21 @@ func (s *stage) announced(t *testing.T) {
 	})
 }
 
+// agentTakes waits until the agent of b takes what comes to it.
+func (s *stage) agentTakes(t *testing.T, when string) {
+	t.Helper()
+	hosts.Within(t, 8*time.Second, when+": the agent of b takes pings", func() error {
+		before := s.second.Status().Counters
+		if err := s.pod.Ping(s.other.IPv4()); err != nil {
+			return err
+		}
+		if is := s.second.Status().Counters; is.FastRxPackets != before.FastRxPackets {
+			return fmt.Errorf("%+v", is)
+		}
+		return nil
+	})
+}
+
 // sendsTrain sends a UDP super-packet (UDP_SEGMENT) between the pods, whose datagrams arrive one by one.
 func (s *stage) sendsTrain(t *testing.T, addr netip.Addr, size int) {
 	t.Helper()
@@ -236,16 +251,7 @@ func TestFastPathTrainsToAgent(t *testing.T) {
 	}
 	trains("both hosts have the fast path")
 	stop := s.b.Start(s.net.Program(), "capture", "--all", "--duration", "5m", "--socket", s.second.Socket())
-	hosts.Within(t, 8*time.Second, "the agent of b carries pings", func() error {
-		before := s.second.Status().Counters
-		if err := s.pod.Ping(s.other.IPv4()); err != nil {
-			return err
-		}
-		if is := s.second.Status().Counters; is.FastRxPackets != before.FastRxPackets {
-			return fmt.Errorf("%+v", is)
-		}
-		return nil
-	})
+	s.agentTakes(t, "a capture")
 	trains("a capture")
 	stop()
 	writeFast(s.b, "ipip", false)
@@ -257,6 +263,30 @@ func TestFastPathTrainsToAgent(t *testing.T) {
 	if is := s.first.Status(); !is.FastPath.On {
 		t.Errorf("the sender has lost its fast path: %+v", is.FastPath)
 	}
+}
+
+// An agent that is killed while it captures, and therefore carries everything, leaves the packets to its kernel.
+func TestFastPathCaptureKilled(t *testing.T) {
+	t.Parallel()
+	s := fastStage(t, "ipip", false)
+	fast(t, s.second, true, "")
+	s.announced(t)
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		s.second.Tulle("capture", "--all", "--duration", "2m")
+	}()
+	s.agentTakes(t, "a capture has begun")
+	for end := time.Now().Add(6 * time.Second); time.Now().Before(end); time.Sleep(100 * time.Millisecond) { // longer than what nobody prolongs
+		_ = s.pod.Ping(s.other.IPv4())
+	}
+	s.agentTakes(t, "the capture goes on")
+	s.second.Kill()
+	<-done
+	hosts.Within(t, 20*time.Second, "the kernel of b carries pings", func() error { return s.pod.Ping(s.other.IPv4()) })
+	x := s.transfer(t)
+	x.progress(t, 10*time.Second)
+	x.stop(t)
 }
 
 // cutsForPods checks that super-packets, which the kernel has joined, arrive at a pod whose device takes none.

@@ -63,16 +63,16 @@ func (p *Path) attach(filters map[filter]string) error {
 	return errors.Join(errs...)
 }
 
-// Whole reports whether everything is where the last Update has put it: somebody may have removed a filter, or the joint.
+// Whole reports whether everything is as the last Update has left it: somebody may have removed a filter, or the joint, or set that down.
 func (p *Path) Whole() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for f := range p.attached {
-		if there, err := ours(p.nl, f); there == nil || err != nil {
+	for f, name := range p.attached {
+		if there, err := ours(p.nl, f); there == nil || err != nil || name == deliver && !isUp(p.nl, f.link) {
 			return false
 		}
 	}
-	return true
+	return p.on.Joint == 0 || isUp(p.nl, int(p.on.Joint))
 }
 
 // hang attaches a program, unless it is there.

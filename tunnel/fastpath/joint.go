@@ -85,6 +85,12 @@ func open(nl *sys.Netlink, l netlink.Link) error {
 	return nl.LinkSetUp(l)
 }
 
+// isUp reports whether a device is there and up.
+func isUp(nl *sys.Netlink, index int) bool {
+	l, err := nl.LinkByIndex(index)
+	return err == nil && l.Attrs().Flags&net.FlagUp != 0
+}
+
 // removeJoint removes the joint, if it is there and ours.
 func removeJoint(nl *sys.Netlink) error {
 	far, err := farEnd(nl)

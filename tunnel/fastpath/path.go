@@ -3,6 +3,8 @@ package fastpath
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -77,6 +79,9 @@ func (p *Path) Update(s State) error {
 	}
 	p.forget(s.Peers)
 	index := p.links(s)
+	if len(s.Links) > 0 && !slices.ContainsFunc(s.Links, func(name string) bool { return index[name] != 0 }) {
+		return errors.Join(fmt.Errorf("fast path: packets of peers arrive on %s, and the programs take them only from Ethernet devices", strings.Join(s.Links, ", ")), p.off(), removeJoint(p.nl))
+	}
 	want := build(s, p.number, func(name string) uint32 { return index[name] })
 	if err := p.fill(want); err != nil {
 		return errors.Join(err, p.off())

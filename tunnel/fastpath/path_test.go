@@ -353,6 +353,26 @@ func TestPauseEnds(t *testing.T) {
 	}
 }
 
+// TestNotEthernet has an underlay of devices that the programs cannot use.
+func TestNotEthernet(t *testing.T) {
+	r := newRig(t, 0)
+	r.state.Links = []string{"tun0", "gone0"}
+	r.host.Do(func() error {
+		if err := r.path.Update(r.state); err == nil || !strings.Contains(err.Error(), "tun0") || !strings.Contains(err.Error(), "Ethernet") {
+			t.Errorf("%v", err)
+		}
+		return nil
+	})
+	if out, _ := r.send(udp(0, 10).bytes()); out != nil {
+		t.Error("carried")
+	}
+	r.state.Links = []string{"tun0", "eth0"}
+	r.update()
+	if out, _ := r.send(udp(0, 10).bytes()); out == nil {
+		t.Error("not carried")
+	}
+}
+
 // checkOuter checks an outer header: docs/wire.md.
 func checkOuter(t *testing.T, name string, h []byte, outer, port int, inner []byte, tos uint8) {
 	t.Helper()
@@ -732,6 +752,21 @@ func TestJoint(t *testing.T) {
 	}
 	if update(); !there() || !peer.Whole() {
 		t.Error("the joint does not return")
+	}
+	for _, name := range []string{jointIn, jointOut} {
+		r.peer.Netlink(func(nl *sys.Netlink) error {
+			l, err := nl.LinkByName(name)
+			if err != nil {
+				return err
+			}
+			return nl.LinkSetDown(l)
+		})
+		if peer.Whole() {
+			t.Errorf("%s is down, and nobody notices", name)
+		}
+		if update(); !peer.Whole() {
+			t.Errorf("%s stays down", name)
+		}
 	}
 	r.peer.Do(Remove)
 	if there() || peer.Whole() {

@@ -40,13 +40,19 @@ func fastStage(t *testing.T, mode string, six bool, wrap ...string) *stage {
 		s.b.IP("route add default via 10.0.2.1")
 	}
 	s.a.Wrap, s.b.Wrap = wrap, wrap
+	s.startFast(t, mode, a, b)
+	return s
+}
+
+// startFast starts the agents of a and b, whose underlay addresses are given, and a pod on each.
+func (s *stage) startFast(t *testing.T, mode, a, b string) {
+	t.Helper()
 	s.first = s.a.Agent("--bootstrap", "--join", b, "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48", "--config", writeFast(s.a, mode, true))
 	s.second = s.b.Agent("--join", a, "--config", writeFast(s.b, mode, true))
 	s.first.Ready(30 * time.Second)
 	s.second.Ready(30 * time.Second)
 	s.pod, s.other = s.first.Pod("web"), s.second.Pod("db")
 	hosts.Within(t, 20*time.Second, "pods reach each other", func() error { return s.pod.Ping(s.other.IPv4()) })
-	return s
 }
 
 func writeFast(h *hosts.Host, mode string, on bool) string {
@@ -287,6 +293,32 @@ func TestFastPathCaptureKilled(t *testing.T) {
 	x := s.transfer(t)
 	x.progress(t, 10*time.Second)
 	x.stop(t)
+}
+
+// TestFastPathBridge has a host whose network card is a port of a bridge, which has the address.
+func TestFastPathBridge(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"ipip", "udp"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			n := hosts.New(t)
+			s := &stage{net: n, a: n.Host("a"), b: n.Host("b"), router: n.Host("r")}
+			s.a.Link("eth0", addrA+"/24", s.router, "toa", "10.0.1.1/24")
+			s.b.Link("eth0", "", s.router, "tob", "10.0.2.1/24")
+			s.b.IP("link add br0 type bridge", "link set eth0 master br0", "link set br0 up")
+			s.b.Addr("br0", addrB+"/24")
+			s.router.Sysctl("net.ipv4.ip_forward", "1")
+			s.a.IP("route add default via 10.0.1.1")
+			s.b.IP("route add default via 10.0.2.1")
+			s.startFast(t, mode, addrA, addrB)
+			s.announced(t)
+			for _, addr := range []netip.Addr{s.other.IPv4(), s.other.IPv6()} {
+				x := s.transferTo(t, addr)
+				s.carries(t, x)
+				x.stop(t)
+			}
+		})
+	}
 }
 
 // cutsForPods checks that super-packets, which the kernel has joined, arrive at a pod whose device takes none.

@@ -191,23 +191,28 @@ func (s *session) fastState(v *view) fastpath.State {
 		out.Except = append(out.Except, d.own)
 	}
 	for i := range v.peers {
-		p := &v.peers[i]
-		if p.replaced {
-			continue
+		out.Peers = append(out.Peers, s.fastPeer(v, &v.peers[i]))
+	}
+	return out
+}
+
+// fastPeer converts a peer. One that is replaced keeps its space, as it does for the engine: it is nobody else's.
+func (s *session) fastPeer(v *view, p *peerView) fastpath.Peer {
+	out := fastpath.Peer{ID: p.id, Prefixes: p.prefixes}
+	for _, d := range v.detours(p) {
+		out.Except = append(out.Except, d.Addr)
+	}
+	if p.replaced {
+		return out
+	}
+	out.Accept = p.underlay
+	udp := p.mode == encap.UDP && p.fast && p.endpoint.Is4()
+	if (udp || p.mode == encap.IPIP) && !p.gone && p.endpoint.IsValid() && len(p.leaves) == 1 {
+		from := slices.IndexFunc(s.link.Addrs, func(a netip.Addr) bool { return a.Is4() == p.endpoint.Is4() })
+		out.Way = &fastpath.Way{From: s.link.Addrs[from], To: p.endpoint, Link: p.leaves[0], MTU: int(p.mtu)}
+		if udp {
+			out.Way.Port = p.udpPort
 		}
-		fp := fastpath.Peer{ID: p.id, Accept: p.underlay, Prefixes: p.prefixes}
-		for _, d := range v.detours(p) {
-			fp.Except = append(fp.Except, d.Addr)
-		}
-		udp := p.mode == encap.UDP && p.fast && p.endpoint.Is4()
-		if (udp || p.mode == encap.IPIP) && !p.gone && p.endpoint.IsValid() && len(p.leaves) == 1 {
-			from := slices.IndexFunc(s.link.Addrs, func(a netip.Addr) bool { return a.Is4() == p.endpoint.Is4() })
-			fp.Way = &fastpath.Way{From: s.link.Addrs[from], To: p.endpoint, Link: p.leaves[0], MTU: int(p.mtu)}
-			if udp {
-				fp.Way.Port = p.udpPort
-			}
-		}
-		out.Peers = append(out.Peers, fp)
 	}
 	return out
 }

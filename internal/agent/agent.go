@@ -37,7 +37,8 @@ type agent struct {
 
 	conflist *conflist.Publisher // sessions' own
 
-	moved underlayMove // the last change of the underlay address; sessions' own
+	moved   underlayMove    // the last change of the underlay address; sessions' own
+	carried fastpath.Counts // by the fast path in earlier sessions; sessions' own
 
 	mu      sync.Mutex
 	pending api.Problem // why there is no session
@@ -157,6 +158,7 @@ func (a *agent) sessions(ctx context.Context) error {
 		case moves:
 			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
 			if ran {
+				a.carried = s.fast.total
 				a.moved = underlayMove{time.Now(), s.link.Addrs, change.why, s.members()}
 			}
 			a.release(s.tunName())

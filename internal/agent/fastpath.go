@@ -25,11 +25,13 @@ type fastPath struct {
 
 	heard map[string]hearing // of peers that gossip has lost; loop's own
 
-	mu     sync.Mutex     // guards the fields below, which loop writes
-	path   *fastpath.Path // nil: the programs are not loaded
-	err    error          // of the last attempt
-	off    string         // why nothing is carried though it is wanted; "" if something is
-	pauses int            // of captures, not yet ended
+	mu     sync.Mutex                 // guards the fields below, which loop writes
+	path   *fastpath.Path             // nil: the programs are not loaded
+	err    error                      // of the last attempt
+	off    string                     // why nothing is carried though it is wanted; "" if something is
+	pauses int                        // of captures, not yet ended
+	total  fastpath.Counts            // what was carried before path was opened, also by earlier sessions
+	peers  map[string]fastpath.Counts // likewise, by this session; of peers that were there at the end
 }
 
 // hearing is when packets of a peer last came by the fast path.
@@ -163,10 +165,16 @@ func (f *fastPath) end() {
 
 // close is end for whoever holds mu.
 func (f *fastPath) close() {
-	if f.path != nil {
-		f.path.Close()
-		f.path, f.state = nil, fastpath.State{}
+	if f.path == nil {
+		return
 	}
+	f.total = f.total.Plus(f.path.Total())
+	peers := map[string]fastpath.Counts{}
+	for _, id := range f.path.Peers() {
+		peers[id] = f.count(id)
+	}
+	f.path.Close()
+	f.path, f.state, f.peers = nil, fastpath.State{}, peers
 }
 
 // fastState converts the view: what packets to and from each peer the kernel may carry.
@@ -230,10 +238,15 @@ func (s *session) traffic(id string) tunnel.PeerStats {
 func (f *fastPath) counts(id string) fastpath.Counts {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return f.count(id)
+}
+
+// count is counts for whoever holds mu.
+func (f *fastPath) count(id string) fastpath.Counts {
 	if f.path == nil {
-		return fastpath.Counts{}
+		return f.peers[id]
 	}
-	return f.path.Counts(id)
+	return f.peers[id].Plus(f.path.Counts(id))
 }
 
 // pause leaves all packets to the agent until resume is called.
@@ -253,17 +266,17 @@ func (f *fastPath) pause() (resume func(), err error) {
 // fillFast adds what the kernel carries to a status, whose counters are the engine's so far.
 func (s *session) fillFast(st *api.Status) {
 	f := &s.fast
-	if !f.wanted.Load() {
-		return
-	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	c, k := f.total, &st.Counters
 	if f.path != nil {
-		c, k := f.path.Total(), &st.Counters
-		k.FastTxPackets, k.FastTxBytes, k.FastRxPackets, k.FastRxBytes = c.TxPackets, c.TxBytes, c.RxPackets, c.RxBytes
-		st.Drops[encap.DropSendError.String()] += c.Lost
+		c = c.Plus(f.path.Total())
 	}
-	st.FastPath = api.FastPath{Wanted: true, On: f.on(), Reason: f.trouble()}
+	k.FastTxPackets, k.FastTxBytes, k.FastRxPackets, k.FastRxBytes = c.TxPackets, c.TxBytes, c.RxPackets, c.RxBytes
+	st.Drops[encap.DropSendError.String()] += c.Lost
+	if f.wanted.Load() {
+		st.FastPath = api.FastPath{Wanted: true, On: f.on(), Reason: f.trouble()}
+	}
 }
 
 // fastProblem is why the kernel does not carry what it is wanted to.

@@ -40,6 +40,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist},
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time), families: readFamilies(runFile(cfg, "families")),
 	}
+	s.fast.total = a.carried
 	s.bench = newBenches(s)
 	if err := a.configure(s); err != nil {
 		return nil, err

@@ -3,6 +3,7 @@ package fastpath
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -157,7 +158,7 @@ func (p *Path) forget(peers []Peer) {
 	}
 	for id := range p.numbers {
 		if !keep[id] {
-			p.past = p.past.plus(p.count(id))
+			p.past = p.past.Plus(p.count(id))
 			delete(p.numbers, id)
 		}
 	}
@@ -248,7 +249,8 @@ type Counts struct {
 	Lost                                   uint64 // to which the kernel could not add a header
 }
 
-func (c Counts) plus(d Counts) Counts {
+// Plus is the sum of both.
+func (c Counts) Plus(d Counts) Counts {
 	return Counts{c.TxPackets + d.TxPackets, c.TxBytes + d.TxBytes, c.RxPackets + d.RxPackets, c.RxBytes + d.RxBytes, c.Lost + d.Lost}
 }
 
@@ -259,13 +261,20 @@ func (p *Path) Counts(id string) Counts {
 	return p.count(id)
 }
 
+// Peers returns the IDs of the peers that are counted.
+func (p *Path) Peers() []string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Keys(p.numbers))
+}
+
 // Total returns what was carried to and from all peers, also those that are gone.
 func (p *Path) Total() Counts {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	sum := p.past
 	for id := range p.numbers {
-		sum = sum.plus(p.count(id))
+		sum = sum.Plus(p.count(id))
 	}
 	return sum
 }
@@ -277,7 +286,7 @@ func (p *Path) count(id string) (sum Counts) {
 		return sum
 	}
 	for _, e := range each {
-		sum = sum.plus(Counts{e.TxPackets, e.TxBytes, e.RxPackets, e.RxBytes, e.Lost})
+		sum = sum.Plus(Counts{e.TxPackets, e.TxBytes, e.RxPackets, e.RxBytes, e.Lost})
 	}
 	return sum
 }

@@ -148,7 +148,8 @@ func TestFastPath(t *testing.T) {
 			s.ipsec(t, x)
 			s.death(t, x, mode, tc.six)
 
-			// Not wanted any more.
+			// Not wanted any more. What was counted stays.
+			was := s.first.Status()
 			for _, h := range []*hosts.Host{s.a, s.b} {
 				writeFast(h, mode, false)
 			}
@@ -159,11 +160,25 @@ func TestFastPath(t *testing.T) {
 				noPrograms(t, ag.Host)
 			}
 			x.progress(t, 10*time.Second)
+			s.notLess(t, "off", was)
 			writeFast(s.a, mode, true)
 			s.first.Tulle("reload")
 			fast(t, s.first, true, "")
+			s.notLess(t, "on again", was)
 			t.Logf("the longest pause in all that was %v", x.stop(t))
 		})
+	}
+}
+
+// notLess requires that what the first agent's kernel has carried is not less than before.
+func (s *stage) notLess(t *testing.T, when string, was api.Status) {
+	t.Helper()
+	is := s.first.Status()
+	if a, b := was.Counters, is.Counters; b.FastTxPackets < a.FastTxPackets || b.FastRxPackets < a.FastRxPackets || a.FastTxPackets == 0 {
+		t.Errorf("%s: counted %+v, before that %+v", when, b, a)
+	}
+	if a, b := was.Peers[0], is.Peers[0]; b.TxBytes < a.TxBytes || b.RxBytes < a.RxBytes {
+		t.Errorf("%s: with the peer %d and %d bytes, before that %d and %d", when, b.TxBytes, b.RxBytes, a.TxBytes, a.RxBytes)
 	}
 }
 
@@ -319,6 +334,35 @@ func TestFastPathBridge(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestFastPathMoves gives a host another underlay address. What was counted stays.
+func TestFastPathMoves(t *testing.T) {
+	t.Parallel()
+	s := fastStage(t, "ipip", false)
+	fast(t, s.first, true, "")
+	s.announced(t)
+	was := s.first.Status().Counters
+	s.a.IP("addr del "+addrA+"/24 dev eth0", "addr add 10.0.1.77/24 dev eth0", "route replace default via 10.0.1.1")
+	hosts.Within(t, 30*time.Second, "the new address is in use", func() error {
+		st, err := s.first.TryStatus()
+		if err != nil {
+			return err
+		}
+		if got := fmt.Sprint(st.Node.Underlay); !st.Ready || got != "[10.0.1.77]" {
+			return fmt.Errorf("ready %v, %s", st.Ready, got)
+		}
+		return nil
+	})
+	hosts.Within(t, 20*time.Second, "pods reach each other", func() error { return s.pod.Ping(s.other.IPv4()) })
+	fast(t, s.first, true, "")
+	s.announced(t)
+	if is := s.first.Status().Counters; is.FastTxPackets < was.FastTxPackets || is.FastRxPackets < was.FastRxPackets {
+		t.Errorf("counted %+v, before that %+v", is, was)
+	}
+	x := s.transfer(t)
+	s.carries(t, x)
+	x.stop(t)
 }
 
 // cutsForPods checks that super-packets, which the kernel has joined, arrive at a pod whose device takes none.

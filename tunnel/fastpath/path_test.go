@@ -85,9 +85,9 @@ func newRig(t *testing.T, outer int) *rig {
 			return err
 		}
 		r.index = tun.Attrs().Index
-		return errors.Join(nl.LinkSetUp(tun), settle(nl, hostAddr))
+		return errors.Join(nl.LinkSetUp(tun), settle(nl, "eth0", hostAddr))
 	})
-	r.peer.Netlink(func(nl *sys.Netlink) error { return settle(nl, peerAddr) })
+	r.peer.Netlink(func(nl *sys.Netlink) error { return settle(nl, "eth0", peerAddr) })
 	r.host.Do(func() (err error) { r.out, err = packetSocket("tun0"); return err })
 	r.peer.Do(func() (err error) { r.in, err = packetSocket("eth0"); return err })
 	t.Cleanup(func() { must(t, errors.Join(unix.Close(r.out), unix.Close(r.in))) })
@@ -102,9 +102,9 @@ func newRig(t *testing.T, outer int) *rig {
 	return r
 }
 
-// settle gives eth0 its addresses.
-func settle(nl *sys.Netlink, addrs [2]netip.Addr) error {
-	l, err := nl.LinkByName("eth0")
+// settle gives a device its addresses, and sets it up.
+func settle(nl *sys.Netlink, name string, addrs [2]netip.Addr) error {
+	l, err := nl.LinkByName(name)
 	if err != nil {
 		return err
 	}
@@ -783,6 +783,96 @@ func TestJoint(t *testing.T) {
 	})
 	if !there() {
 		t.Error("a device of somebody else was removed")
+	}
+}
+
+// TestUplinks sends and receives by devices that lie above a network card.
+func TestUplinks(t *testing.T) {
+	const name = "up0"
+	attrs := netlink.LinkAttrs{Name: name}
+	bond := netlink.NewLinkBond(attrs)
+	bond.Mode, bond.Miimon = netlink.BOND_MODE_ACTIVE_BACKUP, 100
+	for _, tc := range []struct {
+		name string
+		link netlink.Link // above eth0
+		both bool         // the peer needs one, too
+		port bool         // eth0 becomes its port
+	}{
+		{"bridge", &netlink.Bridge{LinkAttrs: attrs}, false, true},
+		{"VLAN", &netlink.Vlan{LinkAttrs: attrs, VlanId: 7}, true, false},
+		{"bond", bond, false, true},
+		{"macvlan", &netlink.Macvlan{LinkAttrs: attrs, Mode: netlink.MACVLAN_MODE_BRIDGE}, false, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			r := newRig(t, 0)
+			above := func(n *namespace.Namespace, addrs [2]netip.Addr) (lacks bool) {
+				n.Netlink(func(nl *sys.Netlink) error {
+					eth, err := nl.LinkByName("eth0")
+					if err != nil {
+						return err
+					}
+					tc.link.Attrs().ParentIndex = 0
+					if !tc.port {
+						tc.link.Attrs().ParentIndex = eth.Attrs().Index
+					}
+					if err := nl.LinkAdd(tc.link); errors.Is(err, unix.EOPNOTSUPP) {
+						lacks = true
+						return nil
+					} else if err != nil {
+						return err
+					}
+					own, err := nl.AddrList(eth, netlink.FAMILY_ALL)
+					if err != nil {
+						return err
+					}
+					for _, a := range own {
+						err = errors.Join(err, nl.AddrDel(eth, &a))
+					}
+					up, lerr := nl.LinkByName(name)
+					if err = errors.Join(err, lerr); err != nil {
+						return err
+					}
+					if tc.port {
+						err = errors.Join(nl.LinkSetDown(eth), nl.LinkSetMaster(eth, up), nl.LinkSetUp(eth))
+					}
+					return errors.Join(err, settle(nl, name, addrs))
+				})
+				return lacks
+			}
+			if above(r.host, hostAddr) {
+				t.Skip("this kernel has no such device")
+			}
+			if tc.both {
+				above(r.peer, peerAddr)
+			}
+			r.state.Links = []string{name}
+			r.state.Peers[0].Way.Link = name
+			r.update()
+			if out, _ := r.send(udp(0, 100).bytes()); out == nil {
+				t.Error("not sent by the kernel")
+			}
+			var raw, seen int
+			r.peer.Do(func() (err error) {
+				raw, err = unix.Socket(unix.AF_INET, unix.SOCK_RAW|unix.SOCK_CLOEXEC, unix.IPPROTO_IPIP)
+				return err
+			})
+			defer unix.Close(raw)
+			r.host.Do(func() (err error) { seen, err = packetSocket("tun0"); return err })
+			defer unix.Close(seen)
+			in := udp(0, 100)
+			in.src, in.dst = far[0], pod[0]
+			pkt, buf := in.bytes(), make([]byte, 1<<16)
+			must(t, unix.Sendto(raw, pkt, 0, &unix.SockaddrInet4{Addr: hostAddr[0].As4()}))
+			for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(time.Millisecond) {
+				n, from, err := unix.Recvfrom(seen, buf, 0)
+				if l, ok := from.(*unix.SockaddrLinklayer); err == nil && ok && l.Pkttype != unix.PACKET_OUTGOING && bytes.Equal(buf[:n], pkt) {
+					break
+				}
+				if time.Now().After(deadline) {
+					t.Fatalf("not received by the kernel: %+v", r.path.Counts("peer"))
+				}
+			}
+		})
 	}
 }
 

@@ -971,7 +971,10 @@ func TestCapability(t *testing.T) {
 				t.Errorf("without CAP_BPF: %v", err)
 			}
 			if bpf != 0 && err != nil {
-				t.Errorf("with CAP_BPF: %+v", err)
+				t.Errorf("with CAP_BPF: %v", err)
+				if refused, ok := errors.AsType[*ebpf.VerifierError](err); ok {
+					t.Logf("%+v", refused)
+				}
 			}
 			return Remove()
 		})

@@ -15,7 +15,7 @@ import (
 
 type programsAddr struct {
 	_ structs.HostLayout
-	W [4]uint32
+	D [2]uint64
 }
 
 type programsCounts struct {
@@ -30,7 +30,7 @@ type programsCounts struct {
 type programsPrefix struct {
 	_    structs.HostLayout
 	Bits uint32
-	Addr programsAddr
+	Addr [4]uint32
 }
 
 type programsSeen struct {
@@ -61,6 +61,7 @@ type programsWay struct {
 	Link uint32
 	Mtu  uint32
 	Port uint32
+	_    [4]byte
 }
 
 // Names of all BPF objects in the ELF.

@@ -96,8 +96,8 @@ func (t *tables) leave(addrs []netip.Addr) {
 // addrOf is an address as the programs have it: IPv4 as ::ffff:a.b.c.d.
 func addrOf(a netip.Addr) (out programsAddr) {
 	b := a.As16()
-	for i := range out.W {
-		out.W[i] = binary.NativeEndian.Uint32(b[4*i:])
+	for i := range out.D {
+		out.D[i] = binary.NativeEndian.Uint64(b[8*i:])
 	}
 	return out
 }
@@ -107,5 +107,10 @@ func prefixOf(p netip.Prefix) programsPrefix {
 	if p.Addr().Is4() {
 		bits += 96
 	}
-	return programsPrefix{Bits: uint32(bits), Addr: addrOf(p.Masked().Addr())}
+	out := programsPrefix{Bits: uint32(bits)}
+	b := p.Masked().Addr().As16()
+	for i := range out.Addr {
+		out.Addr[i] = binary.NativeEndian.Uint32(b[4*i:])
+	}
+	return out
 }

@@ -1,0 +1,60 @@
+package interop
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// fastModules are what the fast path's tests need of a kernel, each after those that it needs.
+const fastModules = `tun veth sch_ingress cls_bpf llc stp bridge garp mrp 8021q tls bonding macvlan`
+
+// fastScript is the first process of a guest that runs those tests which hold for kernels before 6.3, and ends. TestCapability loads the programs with no
+// capability that the documentation does not ask for: without CAP_PERFMON, verifiers of that time refuse much that later ones take.
+const fastScript = `#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin:/sbin
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+mount -t sysfs sys /sys
+mount -t tmpfs run /run
+mkdir -p /var /run/netns
+ln -s /run /var/run
+for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
+fastpath.test -test.v -test.timeout 6m -test.run 'TestCapability|TestSend|TestUplinks|TestFilters|TestNotEthernet'
+echo "::code:: $?"
+poweroff -f
+`
+
+// TestFastPath loads the programs of the fast path into an older kernel than that of the tests' machine, and sends and receives with them.
+func TestFastPath(t *testing.T) {
+	kernel := os.Getenv("TULLE_INTEROP")
+	if kernel == "" {
+		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
+	}
+	dir := t.TempDir()
+	build := exec.Command("go", "test", "-c", "-o", filepath.Join(dir, "root/bin/fastpath.test"), "github.com/tulle-net/tulle/tunnel/fastpath")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	image := initramfs(t, dir, kernel, fastModules, fastScript)
+	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
+	defer cancel()
+	// A busy machine lets the guest's kernel believe that its timer does not work.
+	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
+		"-kernel", one(t, filepath.Join(kernel, "boot/vmlinuz-*")), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1 no_timer_check", "-serial", "stdio").CombinedOutput()
+	text := strings.ReplaceAll(string(out), "\r", "")
+	if err != nil || !strings.Contains(text, "\n::code:: 0\n") {
+		t.Fatalf("QEMU: %v: %s", err, text)
+	}
+	for _, name := range []string{"TestCapability", "TestSend", "TestUplinks/VLAN", "TestUplinks/bond", "TestUplinks/bridge", "TestUplinks/macvlan"} {
+		if !strings.Contains(text, "--- PASS: "+name+" ") {
+			t.Errorf("%s has not passed: %s", name, text)
+		}
+	}
+}

@@ -213,14 +213,19 @@ func TestKnownDelay(t *testing.T) {
 	a, b := carry(t, w)
 	serving(t, b, binary)
 	const delay = time.Millisecond
-	right := map[string]bool{}
+	right, least := map[string]bool{}, map[string]float64{} // the least without delay, by figure
 	for attempt := 1; ; attempt++ {
 		w.Delay(0)
 		d := time.Duration(attempt) * 250 * time.Millisecond
 		base := latencies(t, a, binary, d)
+		for name, l := range base {
+			if least[name] == 0 || l.At(5) < least[name] {
+				least[name] = l.At(5)
+			}
+		}
 		w.Delay(delay)
 		for name, l := range latencies(t, a, binary, d) {
-			if base[name] != nil && checkDelay(t, name, base[name], l, delay) {
+			if b := base[name]; b != nil && checkDelay(t, name, b.At(5), l, delay) || least[name] > 0 && checkDelay(t, name, least[name], l, delay) {
 				right[name] = true
 			}
 		}
@@ -258,7 +263,7 @@ func latencies(t *testing.T, a *namespace.Namespace, binary string, d time.Durat
 }
 
 // checkDelay reports whether a delay was seen as it is. Less than that is wrong in any attempt.
-func checkDelay(t *testing.T, name string, base, l *result.Latency, delay time.Duration) bool {
+func checkDelay(t *testing.T, name string, base float64, l *result.Latency, delay time.Duration) bool {
 	t.Helper()
 	once := delay.Seconds() * 1e6
 	switch l.Kind {
@@ -270,8 +275,8 @@ func checkDelay(t *testing.T, name string, base, l *result.Latency, delay time.D
 	if low := l.At(0); low < once*0.999 {
 		t.Errorf("%s: %v µs over a wire that takes %v", name, low, once)
 	}
-	added := l.At(5) - base.At(5)
-	t.Logf("%s: %.1f µs without delay, %.1f with: a delay of %.1f where %.0f was injected", name, base.At(5), l.At(5), added, once)
+	added := l.At(5) - base
+	t.Logf("%s: %.1f µs without delay, %.1f with: a delay of %.1f where %.0f was injected", name, base, l.At(5), added, once)
 	return added >= once*0.9 && added <= once*1.25
 }
 

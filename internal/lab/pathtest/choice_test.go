@@ -11,7 +11,7 @@ import (
 
 // failover bounds what may be lost while a path is found to be dead: 1.85 s, the second until traffic is noticed, and
 // room for a busy machine.
-const failover = 8 * time.Second
+const failover = 5 * time.Second
 
 // TestFilteredOnTheWay lets the router filter the encapsulation in use, in both directions or in one, while pods talk.
 func TestFilteredOnTheWay(t *testing.T) {

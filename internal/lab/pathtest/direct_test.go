@@ -226,7 +226,7 @@ func TestDirectFiltered(t *testing.T) {
 			stood := x.stop(t)
 			t.Logf("withdrawn after %v, %d of %d pings lost, the transfer stood still for %v", took.Round(10*time.Millisecond), lost, sent, stood.Round(time.Millisecond))
 			// 1 s until it is found on each side, room for a busy machine, and what it stood still.
-			if most := ping.Most(6 * time.Second); lost == 0 || lost > most {
+			if most := ping.Most(3 * time.Second); lost == 0 || lost > most {
 				t.Errorf("%d pings lost, want 1 to %d", lost, most)
 			}
 			says(t, "the filtered path", reason(t, s.first, "direct"), "no answer since", "udp works: packets with pod addresses are dropped on the way")

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strconv"
 	"sync"
 	"time"
 
@@ -48,7 +49,7 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	if err != nil {
 		return err
 	}
-	if err := udpFree(ctx, ln.Addr()); err != nil {
+	if err := udpFree(ctx, o.Address, addrPort(ln.Addr()).Port()); err != nil {
 		ln.Close()
 		return err
 	}
@@ -80,10 +81,14 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	}
 }
 
-// udpFree returns an error if the UDP port of a TCP address belongs to another program: each measure opens it anew.
-func udpFree(ctx context.Context, at net.Addr) error {
+// udpFree returns an error if the UDP port beside a TCP port belongs to another program: each measure opens it anew.
+func udpFree(ctx context.Context, address string, port uint16) error {
+	host, _, err := net.SplitHostPort(address) // with its zone
+	if err != nil {
+		return err
+	}
 	var lc net.ListenConfig
-	c, err := lc.ListenPacket(ctx, "udp", at.String())
+	c, err := lc.ListenPacket(ctx, "udp", net.JoinHostPort(host, strconv.Itoa(int(port))))
 	if err != nil {
 		return err
 	}

@@ -231,19 +231,15 @@ func TestWatchTellsOfCarriers(t *testing.T) {
 	}
 }
 
-// The agent knows uplinks by their names, and another one would be missed until the next look at the whole host.
+// The agent knows uplinks by their names, and another one would be missed until the next look at the whole host. Of IPv4 addresses the kernel
+// tells again when their device gets another name, of IPv6 ones it does not.
 func TestWatchTellsOfNames(t *testing.T) {
 	h, _, calls := watched(t)
+	h.shell("ip address del 192.0.2.1/24 dev eth0; ip link set eth0 down") // kernels before 6.2 rename nothing that is up
 	h.settle(calls)
 	before := calls.Load()
-	h.check(h.nl.LinkSetDown(h.link("eth0"))) // kernels before 6.2 rename nothing that is up
-	h.settle(calls)
-	between := calls.Load()
 	h.check(h.nl.LinkSetName(h.link("eth0"), "ens3"))
-	eventually(t, "a callback", func() bool { return calls.Load() > between })
-	if between == before {
-		t.Error("no callback for the carrier")
-	}
+	eventually(t, "a callback", func() bool { return calls.Load() > before })
 }
 
 // Without their table pods' source checks are gone. It is told of when it goes, not of each pod.

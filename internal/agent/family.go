@@ -188,7 +188,7 @@ func (s *session) tryFamily(id string, to netip.Addr) *atomic.Bool {
 	go func() {
 		for range familyTrial {
 			for _, six := range inner {
-				_, got, err := s.probes.ask(context.Background(), familyHeard, func(probe []byte) error {
+				_, got, err := s.probes.ask(context.Background(), pingWait, func(probe []byte) error {
 					return s.engine.ProbeAt(id, to, m, six, probe, int(in.MTU))
 				})
 				if err != nil || got != int(in.MTU) {

@@ -133,8 +133,11 @@ func TestAnswering(t *testing.T) {
 		for range 1000 {
 			a.lately(time.Now(), membership.NewNodeID(), func() bool { time.Sleep(time.Second); return true })
 		}
-		if a.busy != askAtOnce {
-			t.Errorf("%d asked at a time", a.busy)
+		a.mu.Lock()
+		busy := a.busy
+		a.mu.Unlock()
+		if busy != askAtOnce {
+			t.Errorf("%d asked at a time", busy)
 		}
 		time.Sleep(2 * time.Minute)
 		if a.forget(time.Now()); len(a.asked) > 0 {

@@ -69,6 +69,7 @@ func TestProberSchedule(t *testing.T) {
 			return n
 		}
 		time.Sleep(2 * time.Second)
+		synctest.Wait() // for what happens at this very instant
 		if n := up(); n != 2*peers {
 			t.Fatalf("%d of %d paths are up", n, 2*peers)
 		}
@@ -83,6 +84,7 @@ func TestProberSchedule(t *testing.T) {
 			p.poke(time.Now(), id)
 		}
 		time.Sleep(3 * time.Second)
+		synctest.Wait() // for what happens at this very instant
 		for id := range want {
 			if m, ok := p.chosen(id); !ok || m != encap.IPIP {
 				t.Fatalf("%s: %s is used three seconds after udp is filtered", id, m)
@@ -90,6 +92,7 @@ func TestProberSchedule(t *testing.T) {
 		}
 		silent.Store("")
 		time.Sleep(25 * time.Second)
+		synctest.Wait() // for what happens at this very instant
 		for id := range want {
 			if m, ok := p.chosen(id); !ok || m != encap.UDP {
 				t.Fatalf("%s: %s is used though udp works again", id, m)
@@ -99,6 +102,7 @@ func TestProberSchedule(t *testing.T) {
 		silent.Store("peer-7")
 		p.poke(time.Now(), "peer-7")
 		time.Sleep(10 * time.Second)
+		synctest.Wait() // for what happens at this very instant
 		if n := up(); n != 2*peers-2 {
 			t.Errorf("%d of %d paths are up, want all but those of peer-7", n, 2*peers)
 		}
@@ -109,6 +113,7 @@ func TestProberSchedule(t *testing.T) {
 		mu.Unlock()
 		p.poke(time.Now(), "peer-7")
 		time.Sleep(time.Second)
+		synctest.Wait() // for what happens at this very instant
 		mu.Lock()
 		defer mu.Unlock()
 		if sent["peer-7"] == 0 {
@@ -143,11 +148,13 @@ func TestProberWithoutAddresses(t *testing.T) {
 			running.Go(func() { _ = p.run(ctx) })
 			p.setPeers(time.Now(), map[string][]path.Candidate{"far": {{Mode: encap.UDP, Max: 1472}}})
 			time.Sleep(20 * time.Second)
+			synctest.Wait() // for what happens at this very instant
 			if st, ok := p.status("far", encap.UDP); !ok || st.Probed != 0 || st.Loss != 0 || strings.Contains(st.Words, "(") {
 				t.Errorf("%v: probed %d, loss %v, %q", missing, st.Probed, st.Loss, st.Words)
 			}
 			ready.Store(true)
 			time.Sleep(2 * time.Second)
+			synctest.Wait() // for what happens at this very instant
 			if i, _ := p.info("far", encap.UDP); !i.Up || i.Loss != 0 {
 				t.Errorf("%v: two seconds after the addresses came: %+v", missing, i)
 			}

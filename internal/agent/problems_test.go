@@ -109,6 +109,7 @@ func TestProblemOfOneDirectFamily(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
 		answers.Go(func() { _ = s.probes.run(ctx) })
 		time.Sleep(10 * time.Second)
+		synctest.Wait() // for what happens at this very instant
 		v.peers[0].path, v.peers[0].probed = s.probes.info(p.id, encap.Direct)
 		got, found := s.peerProblem(v, &v.peers[0])
 		for _, want := range []string{"h2 is alive for gossip, but direct packets to it are not answered", "no answer yet"} {

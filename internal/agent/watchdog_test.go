@@ -81,6 +81,7 @@ func TestIdleProberIsAlive(t *testing.T) {
 		go func() { _ = p.run(ctx); close(done) }()
 		for range 100 {
 			time.Sleep(time.Minute)
+			synctest.Wait() // for what happens at this very instant
 			if got := p.pulse.late(time.Now(), 2*time.Second, "prober"); got != nil {
 				t.Fatal("an idle prober is late")
 			}

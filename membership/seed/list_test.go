@@ -189,6 +189,7 @@ func TestAgainAndAgain(t *testing.T) {
 			z.set("ip4 a", err)
 			z.set("ip6 a", err)
 			time.Sleep(refresh)
+			synctest.Wait()
 			if s := l.All()[0]; s.Unresolved() || s.Err == nil || s.Addrs[0].Addr() != addrs("10.0.0.2")[0] {
 				t.Errorf("after %v: %s, want the last good address kept", err, text(s))
 			}

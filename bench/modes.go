@@ -241,10 +241,13 @@ func (m mode) build(ctx context.Context, o *AllOptions, name string) (*stand, er
 	if s.tunnel, err = m.setup(ctx, l, o); err == nil {
 		err = s.reach(ctx, o.Congestion)
 	}
-	if err != nil {
-		return nil, errors.Join(err, s.down(ctx))
+	if err == nil {
+		return s, nil
 	}
-	return s, nil
+	if derr := s.down(ctx); derr != nil { // worse than a mode that this machine lacks
+		err = fmt.Errorf("%s; and removing its lab: %w", err, derr)
+	}
+	return nil, err
 }
 
 // reach fills in the ends, whose connections get that congestion control, and pings in both directions.

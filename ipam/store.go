@@ -114,7 +114,8 @@ func OpenStore(dir, stamp string) (*Store, error) {
 
 // Close unlocks the directory. The state stays.
 func (s *Store) Close() error {
-	return errors.Join(s.lock.Close(), s.root.Close())
+	unlocked := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_UN) // closing does not while a child before its execve holds the file, too
+	return errors.Join(unlocked, s.lock.Close(), s.root.Close())
 }
 
 // Path returns the state file's path.

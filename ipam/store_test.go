@@ -73,6 +73,11 @@ func TestStoreIsLocked(t *testing.T) {
 	if _, err := OpenStore(dir, ""); !errors.Is(err, ErrLocked) || !strings.Contains(err.Error(), "--state-dir") {
 		t.Fatal(err)
 	}
+	held, err := syscall.Dup(int(s.lock.Fd())) // as a child that is being started has it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer syscall.Close(held)
 	s.Close()
 	open(t, dir, "")
 }

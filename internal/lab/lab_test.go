@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -656,4 +657,43 @@ func TestProcess(t *testing.T) {
 	if err := p.end(t.Context(), syscall.SIGTERM); err != nil {
 		t.Errorf("end a process that has ended: %v", err)
 	}
+}
+
+// A lab that was built is unlocked although a child that is being started holds the lock's file, too.
+func TestUnlock(t *testing.T) {
+	name := fmt.Sprintf("t%d-lock", os.Getpid())
+	unlock, err := lock(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(labDir(name))
+	files, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := false
+	for _, f := range files {
+		if to, _ := os.Readlink("/proc/self/fd/" + f.Name()); to != labDir(name) {
+			continue
+		}
+		fd, err := strconv.Atoi(f.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		held, err := syscall.Dup(fd)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer syscall.Close(held)
+		found = true
+		break
+	}
+	if _, err := lock(name); err == nil || !found {
+		t.Fatalf("a locked lab was locked again, or its lock was not found: %v", found)
+	}
+	unlock()
+	if unlock, err = lock(name); err != nil {
+		t.Fatal(err)
+	}
+	unlock()
 }

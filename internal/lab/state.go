@@ -99,7 +99,10 @@ func lock(name string) (unlock func(), err error) {
 		// Down may have removed the folder between open and lock.
 		var held, there unix.Stat_t
 		if unix.Fstat(int(f.Fd()), &held) == nil && unix.Stat(dir, &there) == nil && held.Ino == there.Ino && held.Dev == there.Dev {
-			return func() { f.Close() }, nil
+			return func() {
+				_ = unix.Flock(int(f.Fd()), unix.LOCK_UN) // closing does not unlock while a child before its execve holds the file, too
+				f.Close()
+			}, nil
 		}
 		f.Close()
 	}

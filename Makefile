@@ -11,7 +11,7 @@ PACKAGES = \
 	qemu-user lintian \
 	clang-14 llvm-14 libbpf-dev
 
-.PHONY: build demo test deps lint generate arm64 unit race fuzz deb release simulate soak cnikill cnitime interop critest bench agree report clean
+.PHONY: build demo test deps lint generate arm64 unit race repeat fuzz deb release simulate soak cnikill cnitime interop critest bench agree report clean
 
 build:
 	$(GO) build -trimpath -o bin/ ./cmd/...
@@ -44,6 +44,11 @@ unit:
 # The race detector, where goroutines meet. Packages of pure functions have nothing for it to find.
 race:
 	.ci/race
+
+# Quick tests under the race detector again and again, for half a minute a package, because one that fails now and then fails here; takes about
+# 25 minutes. REPEAT=60 repeats longer, REPEATED=./internal/agent one package's.
+repeat:
+	.ci/repeat
 
 fuzz:
 	.ci/fuzz

@@ -46,7 +46,7 @@ func TestFilteredOnTheWay(t *testing.T) {
 			says(t, "the path in use", reason(t, s.first, tc.to), "answers; "+tc.from+": no answer since")
 			says(t, "tulle peers", command(s.first, "peers"), tc.from+" down", tc.says+" is filtered")
 			says(t, "tulle route get", command(s.first, "route", "get", s.other.IPv4().String()), tc.to, tc.says+" is filtered")
-			noProblems(t, "a preferred path that does not work is none", s.first, s.second)
+			hosts.NoProblems(t, "a preferred path that does not work is none", s.first, s.second)
 		})
 	}
 }

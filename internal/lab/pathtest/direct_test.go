@@ -187,7 +187,7 @@ func TestDirect(t *testing.T) {
 	says(t, "tulle ping", command(s.first, "ping", "b"), "direct", "1500")
 	says(t, "tulle route get", command(s.first, "route", "get", s.other.IPv4().String()), "direct", nextB)
 	contains(t, "the route", s.a.Run("ip", "route", "show", "proto", "84"), "via "+nextB+" dev eth0")
-	noProblems(t, "with a direct path", s.first, s.second, third)
+	hosts.NoProblems(t, "with a direct path", s.first, s.second, third)
 	writePaths(s.a, "direct")
 	if out, errs, code := s.first.Tulle("reload"); code != 0 {
 		t.Fatalf("reload: %s%s", out, errs)
@@ -236,7 +236,7 @@ func TestDirectFiltered(t *testing.T) {
 				}
 				return nil
 			})
-			noProblems(t, "a preferred path that does not work is none", s.first, s.second)
+			hosts.NoProblems(t, "a preferred path that does not work is none", s.first, s.second)
 			ping = s.pod.Stream(s.other.IPv4(), 10*time.Millisecond)
 			s.router.Run("nft", "delete table bridge holes")
 			goes(t, 40*time.Second, s.first, nextB, true)
@@ -322,7 +322,7 @@ func TestDirectNeverProven(t *testing.T) {
 			if r := s.a.Run("ip", "route", "show", "proto", "84") + s.b.Run("ip", "route", "show", "proto", "84"); strings.Contains(r, "via") {
 				t.Errorf("a direct route was made: %s", r)
 			}
-			noProblems(t, "without a direct path", s.first, s.second)
+			hosts.NoProblems(t, "without a direct path", s.first, s.second)
 		})
 	}
 }

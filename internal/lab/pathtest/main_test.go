@@ -138,19 +138,6 @@ func reason(t *testing.T, ag *hosts.Agent, mode string) func() string {
 	return func() string { return candidate(t, ag, mode).Reason }
 }
 
-// noProblems waits until none of the agents names one.
-func noProblems(t *testing.T, when string, agents ...*hosts.Agent) {
-	t.Helper()
-	for _, ag := range agents {
-		hosts.Within(t, 20*time.Second, when+": no problems of "+ag.Host.Name, func() error {
-			if p := ag.Problems(); p != "" {
-				return fmt.Errorf("problems: %s", p)
-			}
-			return nil
-		})
-	}
-}
-
 // transfer is a TCP stream of random bytes, some megabytes a second, that goes on until it is stopped.
 type transfer struct {
 	stopping atomic.Bool

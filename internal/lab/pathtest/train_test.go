@@ -55,7 +55,7 @@ func brokenTrains(t *testing.T, s *stage, breakThem func(t *testing.T, s *stage)
 	x.progress(t, 10*time.Second)
 	s.pod.Stream(cache.IPv4(), 10*time.Millisecond) // the third host is busy, too
 	time.Sleep(3 * time.Second)                     // trains to all of them are tried, and arrive
-	noProblems(t, "before", s.first)
+	hosts.NoProblems(t, "before", s.first)
 
 	breakThem(t, s)
 	took := hosts.Within(t, 15*time.Second, "the trains are off", func() error {
@@ -75,7 +75,7 @@ func brokenTrains(t *testing.T, s *stage, breakThem func(t *testing.T, s *stage)
 	if strings.Contains(problems, "reach c:") {
 		t.Errorf("others are concerned: %s", problems)
 	}
-	noProblems(t, "others are not concerned", s.second, third)
+	hosts.NoProblems(t, "others are not concerned", s.second, third)
 	hosts.Within(t, 20*time.Second, "only trains are broken", func() error {
 		for _, p := range s.first.Status().Peers {
 			if p.Path.Mode != "udp" {

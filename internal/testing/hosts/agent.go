@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"syscall"
+	"testing"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
@@ -173,6 +174,19 @@ func (a *Agent) Problems() string {
 		return err.Error()
 	}
 	return problems(&st)
+}
+
+// NoProblems waits until these agents find nothing wrong.
+func NoProblems(t testing.TB, when string, agents ...*Agent) {
+	t.Helper()
+	for _, a := range agents {
+		Within(t, 20*time.Second, when+": no problems of "+a.Host.Name, func() error {
+			if p := a.Problems(); p != "" {
+				return fmt.Errorf("problems: %s", p)
+			}
+			return nil
+		})
+	}
 }
 
 func problems(st *api.Status) string {

@@ -51,7 +51,7 @@ func TestForwardingOffOnOneInterface(t *testing.T) {
 			}
 			return err
 		})
-		noProblems(t, when, first)
+		hosts.NoProblems(t, when, first)
 	}
 	well("before the agent")
 	off("eth0", "pub")
@@ -88,7 +88,7 @@ func TestIPv6SwitchedOffLater(t *testing.T) {
 		for _, to := range db.Addrs {
 			hosts.Within(t, 10*time.Second, when+": "+to.String(), func() error { return web.Ping(to) })
 		}
-		noProblems(t, when, first)
+		hosts.NoProblems(t, when, first)
 	}
 	well("at first")
 	for _, value := range []string{"1", "0"} {

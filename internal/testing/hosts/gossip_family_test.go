@@ -51,7 +51,7 @@ func TestGossipFamilyFiltered(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			noProblems(t, "afterwards", agents...)
+			hosts.NoProblems(t, "afterwards", agents...)
 		})
 	}
 }

@@ -50,7 +50,7 @@ func TestTwoHosts(t *testing.T) {
 	if sent, lost := s.Stop(); sent == 0 || lost == sent {
 		t.Errorf("%d of %d pings lost over a restart", lost, sent)
 	}
-	noProblems(t, "after the restart", second)
+	hosts.NoProblems(t, "after the restart", second)
 	hosts.Within(t, 10*time.Second, "tulle peers shows a path that is up", func() error {
 		if out, errs, code := second.Tulle("peers"); code != 0 || !strings.Contains(out, "alive") {
 			return fmt.Errorf("%d %s%s", code, out, errs)

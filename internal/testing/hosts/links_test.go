@@ -81,7 +81,7 @@ func TestPodsBeforeTheAgent(t *testing.T) {
 		}
 	}
 	reached()
-	noProblems(t, "with a pod behind a bridge", first)
+	hosts.NoProblems(t, "with a pod behind a bridge", first)
 	bridge := []netip.Addr{netip.MustParseAddr("10.244.1.1"), netip.MustParseAddr("fd00:244:0:1::1")}
 	if web := first.Pod("web"); slices.ContainsFunc(web.Addrs, func(p netip.Addr) bool { return slices.Contains(bridge, p) }) {
 		t.Errorf("a pod got the bridge's address: %v", web.Addrs)
@@ -219,7 +219,7 @@ func TestSourceRouting(t *testing.T) {
 	for _, to := range []string{"10.0.1.11", "10.0.2.11"} {
 		hosts.Within(t, 10*time.Second, "from the pod to "+to, func() error { return web.Ping(netip.MustParseAddr(to)) })
 	}
-	noProblems(t, "with the rule", first, second)
+	hosts.NoProblems(t, "with the rule", first, second)
 }
 
 // A rule leads pods' packets to the outside by an uplink of their own, and those to other nodes' pods with them. Status names it.

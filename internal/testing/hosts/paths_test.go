@@ -76,19 +76,6 @@ func problem(t *testing.T, a *hosts.Agent, words ...string) {
 	})
 }
 
-// noProblems waits until these agents name none.
-func noProblems(t *testing.T, when string, agents ...*hosts.Agent) {
-	t.Helper()
-	for _, a := range agents {
-		hosts.Within(t, 20*time.Second, when+": no problems of "+a.Host.Name, func() error {
-			if p := a.Problems(); p != "" {
-				return fmt.Errorf("problems: %s", p)
-			}
-			return nil
-		})
-	}
-}
-
 // knows waits until the agents know all underlay addresses of each other, which gossip tells.
 func knows(t *testing.T, addresses int, agents ...*hosts.Agent) {
 	t.Helper()
@@ -134,7 +121,7 @@ func TestPodIsNoProber(t *testing.T) {
 		_, _ = conn.Write(append(b, more...))
 	}
 	clock, train := dial(p.db, p.first), dial(p.web, p.second)
-	noProblems(t, "before", p.first)
+	hosts.NoProblems(t, "before", p.first)
 	hour := binary.BigEndian.AppendUint64(nil, uint64(time.Now().Add(time.Hour).UnixMicro()))
 	traffic := p.web.Stream(p.db.IPv4(), 100*time.Millisecond) // trains are probed while there is some
 	for range 100 {
@@ -244,7 +231,7 @@ func TestOneDataPortIsDropped(t *testing.T) {
 	if log := p.first.Log() + p.second.Log(); strings.Contains(log, "packets go another way") {
 		t.Error("the path was left for one port")
 	}
-	noProblems(t, "with one port less", p.first)
+	hosts.NoProblems(t, "with one port less", p.first)
 }
 
 // A host that is no member and not on the way says that packets between two members are too big. No packet between pods is lost for it, and the path

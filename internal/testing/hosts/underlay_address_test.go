@@ -48,7 +48,7 @@ func TestPodsReachHostsOverAnyFabric(t *testing.T) {
 			t.Errorf("the other host sees %v, want the pod's %v", from, pa.Addrs[f])
 		}
 	}
-	noProblems(t, "over any fabric", first, second)
+	hosts.NoProblems(t, "over any fabric", first, second)
 }
 
 // source is the address that a server of host h at the address at sees of a client, which do runs.

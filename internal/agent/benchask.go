@@ -27,6 +27,7 @@ func (b *benches) ask(ctx context.Context, req api.BenchRequest, each func(api.B
 	if err != nil {
 		return err
 	}
+	req.Six = b.s.view.Load().benchSix(req.Six)
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	side := &benchSide{id: newBenchID(), peer: p.id, node: p.node, answers: make(chan *benchLetter, 4), stop: stop}
@@ -91,11 +92,14 @@ func (b *benches) askable(req api.BenchRequest) (*peerView, error) {
 			WithRemedy("update it, or run `tulle bench serve` there and `tulle bench run HOST` here")
 	case len(p.prefixes) == 0 || len(v.own) == 0:
 		return nil, api.Errorf(api.CodeUnhealthy, "%s or this node has no address space yet", v.label(p)).WithRemedy("see `tulle peers`")
-	case !slices.Contains(v.families(), b2i(req.Six)):
+	case !slices.Contains(v.families(), b2i(v.benchSix(req.Six))):
 		return nil, api.Errorf(api.CodeUsage, "the pods of this cluster have no %s addresses", familyName[b2i(req.Six)])
 	}
 	return p, nil
 }
+
+// benchSix reports whether a benchmark sends IPv6 packets: it was asked to, or pods have no IPv4.
+func (v *view) benchSix(asked bool) bool { return asked || !slices.Contains(v.families(), 0) }
 
 // negotiate sends the question, over a stream, and waits for the answer.
 func (b *benches) negotiate(ctx context.Context, p *peerView, side *benchSide, ways []benchWay, six bool) (*benchLetter, error) {

@@ -238,3 +238,25 @@ func TestActive(t *testing.T) {
 		}
 	}
 }
+
+// A benchmark sends IPv4 packets unless it is asked for IPv6, or the cluster has nothing else.
+func TestBenchFamily(t *testing.T) {
+	for _, tc := range []struct {
+		cidrs       []string
+		asked, want bool
+	}{
+		{[]string{"10.244.0.0/16", "fd00:244::/48"}, false, false},
+		{[]string{"10.244.0.0/16", "fd00:244::/48"}, true, true},
+		{[]string{"10.244.0.0/16"}, false, false},
+		{[]string{"fd00:244::/48"}, false, true},
+		{[]string{"fd00:244::/48"}, true, true},
+	} {
+		v := new(view)
+		for _, c := range tc.cidrs {
+			v.status.Params.Families = append(v.status.Params.Families, ipam.Family{CIDR: netip.MustParsePrefix(c)})
+		}
+		if got := v.benchSix(tc.asked); got != tc.want {
+			t.Errorf("%v, asked for IPv6: %v: sends IPv6: %v, want %v", tc.cidrs, tc.asked, got, tc.want)
+		}
+	}
+}

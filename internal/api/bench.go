@@ -16,7 +16,7 @@ import (
 type BenchRequest struct {
 	Node  string   `json:"node"`            // as PingRequest's Node
 	Modes []string `json:"modes,omitempty"` // of BenchModes; empty: all
-	Six   bool     `json:"six,omitempty"`   // IPv6 packets
+	Six   bool     `json:"six,omitempty"`   // IPv6 packets; where pods have no IPv4, also without it
 }
 
 // BenchModes are the ways to another member that a benchmark compares.

@@ -61,6 +61,11 @@ func add(args *skel.CmdArgs) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
+	if err := attach.OnlyOne(ctx, req.Socket, req.ID); api.CodeOf(err) == api.CodeRefused {
+		return types.NewError(types.ErrInvalidNetworkConfig, "a second interface of this container", err.Error())
+	} else if err != nil {
+		return coded(err)
+	}
 	res, err := attach.Add(ctx, req)
 	if err != nil {
 		return coded(err)
@@ -97,7 +102,7 @@ func (c *config) result(args *skel.CmdArgs, a *podnet.Attachment) *current.Resul
 
 // del implements DEL.
 func del(args *skel.CmdArgs) error {
-	conf, err := parse(args)
+	conf, err := parseID(args)
 	if err != nil {
 		return err
 	}

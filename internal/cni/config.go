@@ -36,6 +36,18 @@ func parse(args *skel.CmdArgs) (*config, error) {
 	return c, decode(args.StdinData, c)
 }
 
+// parseID reads of the configuration what DEL needs, and nothing else: DEL succeeds where ADD was refused for the rest.
+func parseID(args *skel.CmdArgs) (*config, error) {
+	var id struct {
+		Name   string `json:"name"`
+		Socket string `json:"socket"`
+	}
+	err := decode(args.StdinData, &id)
+	c := &config{Socket: id.Socket}
+	c.Name = id.Name
+	return c, err
+}
+
 // request is what ADD asks for. Addresses, and the MAC address, may be asked for in three ways (CONVENTIONS.md); the first one that is
 // used wins. The other verbs do not look at them: DEL succeeds where ADD was refused.
 func (c *config) request(args *skel.CmdArgs) (attach.Request, error) {

@@ -1,7 +1,13 @@
 package cni
 
 import (
+	"context"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
 	"slices"
+	"sync"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -74,6 +80,57 @@ func TestParse(t *testing.T) {
 			t.Errorf("%s: name %q, requested %v", c.what, got.Name, requested)
 		}
 	}
+}
+
+// DEL finds what ADD has refused: of the configuration it needs the names, and what else is wrong there is no error.
+func TestDelOfRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root: DEL looks for the container's link and source checks")
+	}
+	for _, wrong := range []string{`"args": {"cni": {"ips": "10.244.0.7"}}`, `"args": "x"`, `"runtimeConfig": {"mac": 7}`, `"bridge": 5`, `"dns": {"nameservers": "10.0.0.1"}`} {
+		f := &freed{}
+		args := &skel.CmdArgs{ContainerID: "c0ffee", IfName: "eth0", Netns: "/proc/self/ns/net",
+			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "tulle", "socket": %q, %s}`, f.serve(t), wrong)}
+		if err := add(args); err == nil || coded(err).Code != types.ErrDecodingFailure {
+			t.Errorf("ADD with %s: %v, want code %d", wrong, err, types.ErrDecodingFailure)
+		}
+		if err := del(args); err != nil || !slices.Equal(f.ids, []string{"cni/tulle/c0ffee/eth0"}) {
+			t.Errorf("DEL with %s: %v, freed %q", wrong, err, f.ids)
+		}
+	}
+}
+
+// freed is an agent that notes what it is to free.
+type freed struct {
+	api.Backend
+	ids []string
+}
+
+func (f *freed) Free(_ context.Context, r api.FreeRequest) (api.FreeResult, error) {
+	f.ids = append(f.ids, r.ID)
+	return api.FreeResult{}, nil
+}
+
+func (f *freed) serve(t *testing.T) (socket string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tulle") // t.TempDir may be too long for a socket's path
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	socket = filepath.Join(dir, "s")
+	l, err := api.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, stop := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	wg.Go(func() { _ = api.NewServer(f, slog.New(slog.DiscardHandler)).Serve(ctx, l) })
+	t.Cleanup(func() {
+		stop()
+		wg.Wait()
+	})
+	return socket
 }
 
 // What a runtime hands over never panics, and its ID reads back as it was.

@@ -119,7 +119,8 @@ func setup(ctx context.Context, netns string, c *call, warn io.Writer) (any, err
 		return nil, err
 	}
 	r.Netns = netns
-	if err := onlyOne(ctx, r.Socket, r.ID); err != nil {
+	err = attach.OnlyOne(ctx, r.Socket, r.ID)
+	if err != nil && api.CodeOf(err) != api.CodeUnhealthy { // an agent that is starting: addWhenReady waits, and a container that starts has no other interface yet
 		return nil, err
 	}
 	res, err := addWhenReady(ctx, r)
@@ -137,21 +138,6 @@ func setup(ctx context.Context, netns string, c *call, warn io.Writer) (any, err
 		DNSSearchDomains: []string{}, DNSServerIPs: []string{},
 		Interfaces: map[string]netInterface{r.ID.Interface: i},
 	}, nil
-}
-
-// onlyOne refuses a second network of this driver: one of two default routes would lead packets out of the wrong interface, where the
-// source checks drop them.
-func onlyOne(ctx context.Context, socket string, id api.PodID) error {
-	pods, err := api.NewClient(socket).Pods(ctx)
-	if api.CodeOf(err) == api.CodeUnhealthy {
-		return nil // the agent is starting: addWhenReady waits, and a container that starts has no other interface yet
-	}
-	for _, p := range pods {
-		if p.Engine == id.Engine && p.Container == id.Container && p.State == api.PodUp && p.PodID != id {
-			return fmt.Errorf("the container is in the network %s of this driver already; all of them lead to the same containers, so one is enough", p.Network)
-		}
-	}
-	return err
 }
 
 // addWhenReady waits for an agent that is starting, not for one that does not run.

@@ -262,9 +262,27 @@ func podSide(ctx context.Context, pod *sys.Netlink, c *Config) error {
 		if err := pod.NeighSet(sys.PermanentNeighbour(link, gw, HostMAC)); err != nil {
 			return fmt.Errorf("neighbour %v: %w", gw, err)
 		}
-		if err := pod.RouteReplace(sys.DefaultRoute(link, gw)); err != nil {
+		if err := leadOut(pod, link, gw); err != nil {
 			return fmt.Errorf("default route via %v: %w", gw, err)
 		}
+	}
+	return nil
+}
+
+// metric6 of the pod's default route is better than those that other networks of the container may have: the kernel's 1,024, netavark's 100.
+const metric6 = 1
+
+// leadOut gives the pod its default route. One that the container has of another network stays behind it, and is used again when the
+// pod's interface goes.
+func leadOut(pod *sys.Netlink, link netlink.Link, gw netip.Addr) error {
+	r := sys.DefaultRoute(link, gw)
+	if gw.Is6() {
+		r.Priority = metric6
+		return pod.RouteReplace(r)
+	}
+	// Of IPv4 routes of one metric, 0, the kernel uses the first one, and without NLM_F_APPEND a new one comes first.
+	if err := pod.RouteAddEcmp(r); !errors.Is(err, unix.EEXIST) {
+		return err
 	}
 	return nil
 }

@@ -378,6 +378,66 @@ func TestAlias(t *testing.T) {
 	}
 }
 
+// Any process of the host can lock its namespace, and keep the lock: pods come and go all the same.
+func TestForeignLock(t *testing.T) {
+	w := newWorld(t)
+	patience := sharedPatience
+	t.Cleanup(func() { sharedPatience = patience })
+	sharedPatience = 0
+	unlock, ok, err := w.host.lockAlone(w.ctx)
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	defer unlock()
+	c := w.add("carol", addrs("10.244.0.5"))
+	check(t, w.host.Remove(c.HostInterface))
+	if w.host.Exists(c.HostInterface) {
+		t.Errorf("%s is still there", c.HostInterface)
+	}
+}
+
+// A container may have another network, whose default routes are there first: those of the pod are used, and the others again when it is gone.
+func TestForeignDefaultRoute(t *testing.T) {
+	w := newWorld(t)
+	for _, metric := range []int{0, 100} { // the kernel's, and netavark's
+		c := Config{ID: "test/carol", Netns: namespace(t), Interface: "eth0", Addresses: addrs("10.244.0.5", "fd00:244::5"), MTU: 1400}
+		pod, err := sys.OpenNetlink(c.Netns)
+		check(t, err)
+		defer pod.Close()
+		check(t, pod.LinkAdd(&netlink.Veth{LinkAttrs: sys.LinkAttrs("other"), PeerName: "far"}))
+		_, err = pod.LinkUp("far")
+		check(t, err)
+		other, err := pod.LinkUp("other")
+		check(t, err)
+		for _, a := range addrs("198.51.100.2", "2001:db8:9::2") {
+			check(t, pod.AddAddress(w.ctx, other, sys.HostPrefix(a)))
+		}
+		for _, gw := range addrs("198.51.100.1", "2001:db8:9::1") {
+			r := sys.DefaultRoute(other, gw)
+			r.Priority = metric
+			check(t, pod.RouteReplace(r))
+		}
+		out := func(when, want string) {
+			t.Helper()
+			link, err := pod.LinkByName(want)
+			check(t, err)
+			for _, to := range addrs("203.0.113.9", "2001:db8:ffff::9") {
+				routes, err := pod.RouteGet(to.AsSlice())
+				if err != nil || len(routes) != 1 || routes[0].LinkIndex != link.Attrs().Index {
+					t.Errorf("metric %d, %s: to %v by %v (%v), want %s", metric, when, to, routes, err, want)
+				}
+			}
+		}
+		out("before", "other")
+		_, err = w.host.Add(w.ctx, c)
+		check(t, err)
+		out("with the pod's interface", "eth0")
+		check(t, w.host.Check(c))
+		check(t, w.host.Remove(InterfaceName(c.ID)))
+		out("after it", "other")
+	}
+}
+
 // Pods come and go while the agent reconciles: it repairs nothing, and brings back nothing that is gone.
 func TestReconcileAmongChanges(t *testing.T) {
 	w := newWorld(t)

@@ -178,22 +178,34 @@ func (h *Host) HasPodEnd(id string) bool { return h.Exists(handedOver(id)) }
 // Whoever makes or removes a pod holds a shared lock on the host's network namespace; any number of them do at once. Who mends,
 // holds it alone. The kernel releases the lock of a process that was killed.
 
-// lockShared waits for whoever is mending, which takes a moment.
+// sharedPatience is how long to wait for whoever is mending, which takes a moment. Every process in the host's namespace can take the
+// lock, whatever its user, and can keep it: pods come and go all the same. What is mended meanwhile is mended again at the next look.
+var sharedPatience = 10 * time.Second // a test changes it
+
+// lockShared waits for whoever is mending, for sharedPatience at most.
 func (h *Host) lockShared() (unlock func(), err error) {
 	f, err := h.openNamespace()
 	if err != nil {
 		return nil, err
 	}
-	for {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_SH)
-		if err == nil {
-			return func() { f.Close() }, nil
-		}
-		if !errors.Is(err, unix.EINTR) {
-			f.Close()
-			return nil, fmt.Errorf("podnet: lock %s: %w", f.Name(), err)
-		}
+	ctx, cancel := context.WithTimeout(context.Background(), sharedPatience)
+	defer cancel()
+	if err := flock(ctx, f, unix.LOCK_SH); err != nil && ctx.Err() == nil {
+		f.Close()
+		return nil, fmt.Errorf("podnet: lock %s: %w", f.Name(), err)
 	}
+	return func() { f.Close() }, nil
+}
+
+// flock tries to lock a file until ctx ends.
+func flock(ctx context.Context, f *os.File, how int) error {
+	return sys.Poll(ctx, 5*time.Millisecond, func() (bool, error) {
+		err := unix.Flock(int(f.Fd()), how|unix.LOCK_NB)
+		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, unix.EINTR) {
+			return false, nil
+		}
+		return err == nil, err
+	})
 }
 
 // alonePatience is how long to try to be alone.
@@ -206,13 +218,7 @@ func (h *Host) lockAlone(ctx context.Context) (unlock func(), ok bool, err error
 	}
 	ctx, cancel := context.WithTimeout(ctx, alonePatience)
 	defer cancel()
-	err = sys.Poll(ctx, 5*time.Millisecond, func() (bool, error) {
-		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
-		if errors.Is(err, unix.EWOULDBLOCK) || errors.Is(err, unix.EINTR) {
-			return false, nil
-		}
-		return err == nil, err
-	})
+	err = flock(ctx, f, unix.LOCK_EX)
 	switch {
 	case err == nil:
 		return func() { f.Close() }, true, nil

@@ -69,19 +69,38 @@ func outerOf(t *target, s *sender, to *underlay.Dest, tos byte, pkt []byte) *cap
 // tapRefused captures what the kernel did not take of what tapSegments has captured as handed to it.
 func (w *txWorker) tapRefused(s *sender, r underlay.Refused) {
 	for _, t := range w.fwd.peers {
-		if r.To != t.udp && r.To != t.vxlan && r.To != t.raw {
+		mode, ok := t.modeTo(r.To)
+		if !ok {
 			continue
 		}
+		by := *t
+		by.mode = mode
 		for _, d := range r.Datagrams() {
-			p := tapped(capture.ToPeer, t, encap.DropSendError, d)
-			if t.mode == encap.VXLAN {
+			p := tapped(capture.ToPeer, &by, encap.DropSendError, d)
+			if mode == encap.VXLAN {
 				p.Inner = d[header.VXLANFrameLen:]
 			}
-			p.Outer = outerOf(t, s, r.To, r.TOS, p.Inner)
+			p.Outer = outerOf(&by, s, r.To, r.TOS, p.Inner)
 			w.e.tap.Offer(p)
 		}
 		return
 	}
+}
+
+// modeTo is the encapsulation of what goes to a destination of the peer, which is not the peer's on a detour; ok is false for a
+// destination of others.
+func (t *target) modeTo(to *underlay.Dest) (m encap.Mode, ok bool) {
+	switch to {
+	case nil:
+		return 0, false
+	case t.udp:
+		return encap.UDP, true
+	case t.vxlan:
+		return encap.VXLAN, true
+	case t.raw:
+		return encap.IPIP, true
+	}
+	return 0, false
 }
 
 // drop counts a packet that the TUN did not take, which is in parts.

@@ -14,6 +14,8 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
 // Pace of the change between IPv4 and IPv6 as outer packets to a member.
@@ -120,6 +122,15 @@ func (f *outerFamily) why(first netip.Addr) string {
 	return ""
 }
 
+// forgetFamilies forgets those of members that are not in the view.
+func (s *session) forgetFamilies(v *view) {
+	there := make(map[membership.NodeID]bool, len(v.peers)) // made once: a search for each of a thousand members takes ten milliseconds, in each look
+	for i := range v.peers {
+		there[v.peers[i].node] = true
+	}
+	maps.DeleteFunc(s.families, func(id membership.NodeID, _ *outerFamily) bool { return !there[id] })
+}
+
 // tunKnown is how long members may take to hear of new tun addresses of this node. Until then they ignore its probes, which says nothing about a family.
 const tunKnown = 5 * time.Second
 
@@ -172,6 +183,8 @@ func (s *session) chooseFamily(now time.Time, p *peerView) {
 
 // tryFamily sends large probes to a member's address of the other family, in the background, by the encapsulation in use: what is
 // true in the end if all are answered. The answers come by whatever family the member uses.
+//
+// They are as large as the packets that pass now, or as that family can carry: over IPv6 these are smaller by 20 bytes than over IPv4.
 func (s *session) tryFamily(id string, to netip.Addr) *atomic.Bool {
 	passed := new(atomic.Bool)
 	m, ok := s.probes.chosen(id)
@@ -179,6 +192,7 @@ func (s *session) tryFamily(id string, to netip.Addr) *atomic.Bool {
 	if !ok || !known || m.IsDirect() || in.MTU == 0 {
 		return passed
 	}
+	size := int(min(in.MTU, s.limitAt(m, to)))
 	inner := []bool{false}
 	if v := s.view.Load(); v != nil {
 		if i := slices.IndexFunc(v.peers, func(p peerView) bool { return p.id == id }); i >= 0 && v.byFamily(&v.peers[i], m) {
@@ -189,9 +203,9 @@ func (s *session) tryFamily(id string, to netip.Addr) *atomic.Bool {
 		for range familyTrial {
 			for _, six := range inner {
 				_, got, err := s.probes.ask(context.Background(), pingWait, func(probe []byte) error {
-					return s.engine.ProbeAt(id, to, m, six, probe, int(in.MTU))
+					return s.engine.ProbeAt(id, to, m, six, probe, size)
 				})
-				if err != nil || got != int(in.MTU) {
+				if err != nil || got != size {
 					return
 				}
 			}
@@ -199,6 +213,13 @@ func (s *session) tryFamily(id string, to netip.Addr) *atomic.Bool {
 		passed.Store(true)
 	}()
 	return passed
+}
+
+// limitAt is the largest inner packet that the links toward an address carry by an encapsulation.
+func (s *session) limitAt(m encap.Mode, to netip.Addr) mtu.TUN {
+	p := peerView{endpoint: to}
+	s.findWay(&p)
+	return s.limit(m, &p)
 }
 
 // answering knows which members answer gossip, of those that were asked lately.

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -9,7 +10,11 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/tunnel/encap"
+	"github.com/tulle-net/tulle/tunnel/mtu"
 )
 
 // A family that is answered stays. One that is not gives way to the other, with growing pauses while neither is answered.
@@ -194,5 +199,38 @@ func TestFirstFamilyAgain(t *testing.T) {
 	f.trial.Store(true)
 	if run(20, 1, false); f.trial != nil {
 		t.Error("a trial counts that the second family has outlived")
+	}
+}
+
+// The family of a member that is gone from the view is forgotten, and no other one.
+func TestForgetFamilies(t *testing.T) {
+	there := testPeer(1, "a", api.PeerAlive, "192.0.2.1")
+	gone := membership.NodeID{2}
+	s := &session{families: map[membership.NodeID]*outerFamily{there.node: {six: true}, gone: {}}}
+	s.forgetFamilies(&view{peers: []peerView{testPeer(3, "c", api.PeerAlive, "192.0.2.3"), there}})
+	if len(s.families) != 1 || s.families[there.node] == nil {
+		t.Errorf("left: %v", s.families)
+	}
+}
+
+// Where IPv6 is the first family, its trial is no larger than what the link carries over IPv6: packets that pass over IPv4 may be
+// larger by 20 bytes, and probes of their size would never leave this host.
+func TestFamilyTrialFitsTheLink(t *testing.T) {
+	s := &session{}
+	s.sizes.Store(&sizes{link: 1500, tun: 1472})
+	r, err := hostnet.New(hostnet.Options{})
+	if err != nil {
+		t.Skip(err)
+	}
+	defer r.Close()
+	s.ways = r.NewWays(nil)
+	for _, m := range []encap.Mode{encap.UDP, encap.IPIP, encap.VXLAN} {
+		for _, text := range []string{"100::1", "240.0.0.1"} {
+			to := netip.MustParseAddr(text)
+			link := cmp.Or(mtu.Link(s.ways.To(to).MTU), 1500) // the host that runs the test may have a route there
+			if got, want := s.limitAt(m, to), min(link.TUN(encap.Overhead(m, to.Is6())), 1472); got != want {
+				t.Errorf("%s to %s by a link of %d bytes: %d bytes, want %d", m, to, link, got, want)
+			}
+		}
 	}
 }

@@ -3,7 +3,6 @@ package agent
 import (
 	"cmp"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -104,9 +103,9 @@ func (s *session) look(now time.Time) *view {
 		v.peers = append(v.peers, *p)
 	}
 	s.externals.keep(v, external)
-	maps.DeleteFunc(s.families, func(id membership.NodeID, _ *outerFamily) bool {
-		return now.Sub(s.started) > unseenFor && !slices.ContainsFunc(v.peers, func(p peerView) bool { return p.node == id })
-	})
+	if now.Sub(s.started) > unseenFor {
+		s.forgetFamilies(v)
+	}
 	s.answering.forget(now)
 	v.yieldAddresses(s.link.Addrs)
 	s.benchDetours(v)

@@ -181,7 +181,25 @@ func CheckPods(tun string, from, others, own []netip.Addr) ([]Problem, error) {
 		return nil, fmt.Errorf("hostnet: open a route netlink socket: %w", err)
 	}
 	defer h.Close()
-	var out []Problem
+	rules, err := dump("rules", func() ([]netlink.Rule, error) { return h.RuleList(netlink.FAMILY_ALL) })
+	if err != nil {
+		return nil, err
+	}
+	return podsElsewhere(h, rules, tun, from, others, own), nil
+}
+
+// elsewhere reports whether a rule leads to a table in which CheckPods sees a problem. Without one there is nothing to ask for, and with a thousand
+// nodes that is some thousand questions.
+func elsewhere(rules []netlink.Rule) bool {
+	return slices.ContainsFunc(rules, func(r netlink.Rule) bool {
+		return foreignRule(r.Table) && r.Table != unix.RT_TABLE_MAIN && r.Table != unix.RT_TABLE_DEFAULT
+	})
+}
+
+func podsElsewhere(h router, rules []netlink.Rule, tun string, from, others, own []netip.Addr) (out []Problem) {
+	if !elsewhere(rules) {
+		return nil
+	}
 	said := map[int]bool{} // tables, of which one address is enough
 	ask := func(src, a netip.Addr, whose string) {
 		o, packets := &netlink.RouteGetOptions{}, "packets"
@@ -220,7 +238,13 @@ func CheckPods(tun string, from, others, own []netip.Addr) ([]Problem, error) {
 			ask(src, a, "this node's")
 		}
 	}
-	return out, nil
+	return out
+}
+
+// router answers what way packets take.
+type router interface {
+	RouteGetWithOptions(net.IP, *netlink.RouteGetOptions) ([]netlink.Route, error)
+	LinkByIndex(int) (netlink.Link, error)
 }
 
 // CheckMembers reports underlay addresses of members that this host routes into the TUN device,

@@ -272,7 +272,8 @@ func (m *plpmtu) answered(now time.Time, nonce uint64, size mtu.TUN) {
 	}
 	// After a black hole base and error test what is believed already.
 	testing := m.state == base || m.state == failing
-	if testing && size < m.size || !testing && size <= m.proven {
+	undone := m.doubted && size >= m.size // also where the hint has not lowered what is proven, which was base or less
+	if testing && size < m.size || !testing && size <= m.proven && !undone {
 		return
 	}
 	if m.named != 0 && size > m.named { // the hint was untrue

@@ -313,14 +313,16 @@ func (s *Schedule) Traffic(now time.Time, id string, tx, rx uint64) {
 }
 
 // Heard reports that a probe of the peer has arrived, in an inner packet of IPv4 or IPv6, and returns whether probes are due for
-// that: a peer that has not answered is back.
+// that: a peer that has not answered is back. Probes that follow each other closely count as one: two hosts that hear but do not
+// answer each other, as where one of two inner families is filtered, would have each other probe for ever.
 func (s *Schedule) Heard(now time.Time, id string, m encap.Mode, six bool) bool {
 	p := s.peers[id]
 	if p == nil || int(m) >= len(p.heard) {
 		return false
 	}
+	last := p.lastHeard(m)
 	p.heard[m][b2i(six)] = now
-	if p.answers() {
+	if p.answers() || p.paths[m] != nil && now.Sub(last) < p.paths[m].cfg.Retry {
 		return false
 	}
 	p.poke(now)

@@ -3,11 +3,8 @@ package cni
 import (
 	"context"
 	"fmt"
-	"log/slog"
 	"os"
-	"path/filepath"
 	"slices"
-	"sync"
 	"testing"
 
 	"github.com/containernetworking/cni/pkg/skel"
@@ -90,7 +87,7 @@ func TestDelOfRefused(t *testing.T) {
 	for _, wrong := range []string{`"args": {"cni": {"ips": "10.244.0.7"}}`, `"args": "x"`, `"runtimeConfig": {"mac": 7}`, `"bridge": 5`, `"dns": {"nameservers": "10.0.0.1"}`} {
 		f := &freed{}
 		args := &skel.CmdArgs{ContainerID: "c0ffee", IfName: "eth0", Netns: "/proc/self/ns/net",
-			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "tulle", "socket": %q, %s}`, f.serve(t), wrong)}
+			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "tulle", "socket": %q, %s}`, serve(t, f), wrong)}
 		if err := add(args); err == nil || coded(err).Code != types.ErrDecodingFailure {
 			t.Errorf("ADD with %s: %v, want code %d", wrong, err, types.ErrDecodingFailure)
 		}
@@ -109,28 +106,6 @@ type freed struct {
 func (f *freed) Free(_ context.Context, r api.FreeRequest) (api.FreeResult, error) {
 	f.ids = append(f.ids, r.ID)
 	return api.FreeResult{}, nil
-}
-
-func (f *freed) serve(t *testing.T) (socket string) {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "tulle") // t.TempDir may be too long for a socket's path
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	socket = filepath.Join(dir, "s")
-	l, err := api.Listen(socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	wg.Go(func() { _ = api.NewServer(f, slog.New(slog.DiscardHandler)).Serve(ctx, l) })
-	t.Cleanup(func() {
-		stop()
-		wg.Wait()
-	})
-	return socket
 }
 
 // What a runtime hands over never panics, and its ID reads back as it was.

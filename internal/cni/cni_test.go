@@ -28,7 +28,8 @@ func (f *full) Allocate(context.Context, api.AllocateRequest) (api.Allocation, e
 	return api.Allocation{}, api.Errorf(api.CodeRefused, "there is no address")
 }
 
-func (f *full) serve(t *testing.T) (socket string) {
+// serve is the socket of an agent that answers as b does.
+func serve(t *testing.T, b api.Backend) (socket string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "tulle") // t.TempDir may be too long for a socket's path
 	if err != nil {
@@ -42,7 +43,7 @@ func (f *full) serve(t *testing.T) (socket string) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = api.NewServer(f, slog.New(slog.DiscardHandler)).Serve(ctx, l) })
+	wg.Go(func() { _ = api.NewServer(b, slog.New(slog.DiscardHandler)).Serve(ctx, l) })
 	t.Cleanup(func() {
 		stop()
 		wg.Wait()
@@ -65,7 +66,7 @@ func TestSecondInterface(t *testing.T) {
 		f := &full{pods: []api.Pod{{ID: first.String(), PodID: first, State: c.state}}}
 		err := add(&skel.CmdArgs{
 			ContainerID: "c0ffee", IfName: "eth1", Netns: "/proc/self/ns/net",
-			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "other", "socket": %q}`, f.serve(t)),
+			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "other", "socket": %q}`, serve(t, f)),
 		})
 		if err == nil || coded(err).Code != c.code {
 			t.Errorf("another interface of %s is %s: %v, want code %d", c.container, c.state, err, c.code)

@@ -435,7 +435,9 @@ func TestSendAndQueue(t *testing.T) {
 		want = append(want, fmt.Sprintf("entry %d of a table that is longer than a packet", i))
 	}
 	// In portions: a starved machine loses datagrams of a burst, and nothing
-	// but push/pull, which brings no broadcasts, makes up for these.
+	// but push/pull, which brings no broadcasts, makes up for these. A member
+	// misses one of 160,000 broadcasts by chance, see retransmitMult.
+	missed := 0
 	for first, portion := range slices.Collect(slices.Chunk(want, 20)) {
 		sender := func(i int) *node { return nodes[(20*first+i)%len(nodes)] }
 		for i, w := range portion {
@@ -443,16 +445,24 @@ func TestSendAndQueue(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		for _, n := range nodes {
-			for i, w := range portion {
-				if sender(i) == n {
-					continue
-				}
-				eventually(t, n.name+" gets every broadcast", func() bool { return n.times(n.broadcasts, w) > 0 })
-				if c := n.times(n.broadcasts, w); c != 1 {
-					t.Errorf("%s got a broadcast %d times", n.name, c)
+		lacking := func() (missing int) {
+			for _, n := range nodes {
+				for i, w := range portion {
+					if c := n.times(n.broadcasts, w); c == 0 && sender(i) != n {
+						missing++
+					} else if c > 1 {
+						t.Errorf("%s got a broadcast %d times", n.name, c)
+					}
 				}
 			}
+			return missing
+		}
+		missing := lacking()
+		for end := time.Now().Add(30 * time.Second); missing > 0 && time.Now().Before(end); missing = lacking() {
+			time.Sleep(10 * time.Millisecond) // polling
+		}
+		if missed += missing; missed > 2 {
+			t.Fatalf("%d broadcasts were missed, %d of them from the %dth on", missed, missing, 20*first)
 		}
 	}
 	for _, n := range nodes {

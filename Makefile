@@ -50,6 +50,7 @@ race:
 repeat:
 	.ci/repeat
 
+# Every fuzz target for 10 or 30 seconds; FUZZTIME=10m takes that long for each.
 fuzz:
 	.ci/fuzz
 

@@ -3,10 +3,8 @@ package main
 import (
 	"context"
 	"io"
-	"log/slog"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"testing"
@@ -15,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/testing/controlsocket"
 )
 
 // flood is an agent whose captures have packets until their reader goes.
@@ -32,23 +31,11 @@ func (f *flood) Capture(ctx context.Context, _ api.CaptureRequest, each func(api
 // capturing starts `tulle capture`, and returns when it has shown packets.
 func capturing(t *testing.T, b api.Backend, args ...string) (cmd *exec.Cmd, out io.ReadCloser, errs *strings.Builder) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "tulle") // short enough for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := api.Listen(socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(context.Background())
-	done := make(chan error)
-	go func() { done <- api.NewServer(b, slog.New(slog.DiscardHandler)).Serve(ctx, l) }()
-	t.Cleanup(func() { cancel(); <-done })
+	socket := controlsocket.Serve(t, b)
 	errs = new(strings.Builder)
 	cmd = exec.Command("tulle", append([]string{"capture", "--socket", socket}, args...)...)
 	cmd.Stderr = errs
+	var err error
 	if out, err = cmd.StdoutPipe(); err != nil {
 		t.Fatal(err)
 	}

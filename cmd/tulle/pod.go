@@ -95,6 +95,9 @@ func podAdd(c *client) *cobra.Command {
 				}
 				r.Requested = append(r.Requested, a)
 			}
+			if err := attach.OnlyOne(ctx, r.Socket, id); err != nil {
+				return podAdded{}, err
+			}
 			return addPod(ctx, r, fresh)
 		}, func(p *printer, a podAdded) {
 			p.fields([2]string{"pod", a.Name}, [2]string{"addresses", list(a.Addresses, " ")}, [2]string{"namespace", a.Netns},
@@ -126,7 +129,7 @@ func addPod(ctx context.Context, r attach.Request, fresh bool) (podAdded, error)
 		if fresh {
 			err = errors.Join(err, attach.DropNetns(r.Name))
 		} else if errors.Is(err, fs.ErrExist) {
-			err = taken(r.Name, err, "a second interface needs --interface")
+			err = taken(r.Name, err)
 		}
 		return podAdded{}, denied(err)
 	}
@@ -136,10 +139,11 @@ func addPod(ctx context.Context, r attach.Request, fresh bool) (podAdded, error)
 	}, nil
 }
 
-// taken is the error of an addition that finds something of this name; other is another remedy.
-func taken(name string, err error, other string) error {
+// taken is the error of an addition that finds something of this name; others are more remedies.
+func taken(name string, err error, others ...string) error {
 	what := strings.TrimSuffix(err.Error(), ": "+fs.ErrExist.Error())
-	return api.Errorf(api.CodeRefused, "%s", what).WithRemedy("`tulle pod del %s` first, or choose another name; %s", name, other)
+	remedies := append([]string{fmt.Sprintf("`tulle pod del %s` first, or choose another name", name)}, others...)
+	return api.Errorf(api.CodeRefused, "%s", what).WithRemedy("%s", strings.Join(remedies, "; "))
 }
 
 // denied adds the remedy to the error of a user who may not do this.

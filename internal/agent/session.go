@@ -116,6 +116,7 @@ type hostSide struct {
 	pods          *podnet.Host                 // source checks and routes of this host's pods
 	disturbed     chan struct{}                // another program changed the host's network
 	masquerade    atomic.Pointer[masquerading] // a reload may change it
+	retry         retry                        // of a reconcile that has failed; loop's own
 
 	mu         sync.Mutex        // guards the fields below, which loop writes and status reads
 	conflicts  []hostnet.Problem // of the last reconcile
@@ -301,6 +302,7 @@ func (s *session) loop(ctx context.Context) error {
 					return err
 				}
 			}
+			force = s.retry.due(time.Now())
 		case <-full.C:
 			force, again = true, true
 			if err := s.checkUnderlay(time.Now()); err != nil {
@@ -422,8 +424,28 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	defer s.mu.Unlock()
 	s.repairs += uint64(len(rep.Repaired))
 	s.conflicts, s.hostErr = rep.Conflicts, err
+	s.retry.note(time.Now(), err != nil)
 	s.hostDone = s.hostDone || err == nil && len(h.TunAddrs) > 0
 }
+
+// retry says when something that has failed is to be tried again: after lookEvery, and ever later, up to reconcileEvery.
+type retry struct {
+	at   time.Time // zero: it has not failed
+	wait time.Duration
+}
+
+// note takes over how an attempt has ended.
+func (r *retry) note(now time.Time, failed bool) {
+	if !failed {
+		*r = retry{}
+		return
+	}
+	r.wait = min(max(2*r.wait, lookEvery), reconcileEvery)
+	r.at = now.Add(r.wait)
+}
+
+// due reports whether it is time for another attempt.
+func (r *retry) due(now time.Time) bool { return !r.at.IsZero() && !now.Before(r.at) }
 
 // notReady is why this node is not ready, in a sentence.
 func (s *session) notReady(v *view) string {

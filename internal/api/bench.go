@@ -1,11 +1,8 @@
 package api
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
-	"io"
 	"net/http"
 	"net/netip"
 	"slices"
@@ -88,27 +85,10 @@ func (s *Server) bench(w http.ResponseWriter, r *http.Request) {
 // Bench asks for a benchmark and calls each with its events, the first of which has the paths, until ctx ends (nil), or each
 // returns an error, which Bench then returns. The paths are gone soon after Bench has returned.
 func (c *Client) Bench(ctx context.Context, req BenchRequest, each func(BenchEvent) error) error {
-	res, err := c.open(ctx, "POST", "/v1/bench", req)
+	ended := Errorf(CodeNoAgent, "the agent at %s ended the benchmark", c.socket).WithRemedy("it may be restarting: see `systemctl status tulle`")
+	err := events(ctx, c, "/v1/bench", req, ended, each)
 	if e, ok := errors.AsType[*Error](err); ok && e.Code == CodeNotFound && e.Message == unknownCall("POST", "/v1/bench") {
 		return Errorf(CodeRefused, "this node's agent is of an older version, which has no benchmarks between members").WithRemedy("restart the agent")
 	}
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	dec := json.NewDecoder(bufio.NewReader(res.Body))
-	for {
-		var e BenchEvent
-		switch err := dec.Decode(&e); {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, io.EOF):
-			return Errorf(CodeNoAgent, "the agent at %s ended the benchmark", c.socket).WithRemedy("it may be restarting: see `systemctl status tulle`")
-		case err != nil:
-			return c.explain(ctx, err)
-		}
-		if err := each(e); err != nil {
-			return err
-		}
-	}
+	return err
 }

@@ -1,11 +1,7 @@
 package api
 
 import (
-	"bufio"
 	"context"
-	"encoding/json"
-	"errors"
-	"io"
 	"net/http"
 	"net/netip"
 	"time"
@@ -81,24 +77,5 @@ func (s *Server) capture(w http.ResponseWriter, r *http.Request) {
 // Capture calls each with the packets of a capture until ctx ends, or each returns an error, which Capture then returns. It
 // returns nil when ctx ends.
 func (c *Client) Capture(ctx context.Context, req CaptureRequest, each func(CaptureEvent) error) error {
-	res, err := c.open(ctx, "POST", "/v1/capture", req)
-	if err != nil {
-		return err
-	}
-	defer res.Body.Close()
-	dec := json.NewDecoder(bufio.NewReader(res.Body))
-	for {
-		var e CaptureEvent
-		switch err := dec.Decode(&e); {
-		case ctx.Err() != nil:
-			return nil
-		case errors.Is(err, io.EOF):
-			return Errorf(CodeNoAgent, "the agent at %s ended the capture", c.socket).WithRemedy("it may be restarting: capture again")
-		case err != nil:
-			return c.explain(ctx, err)
-		}
-		if err := each(e); err != nil {
-			return err
-		}
-	}
+	return events(ctx, c, "/v1/capture", req, Errorf(CodeNoAgent, "the agent at %s ended the capture", c.socket).WithRemedy("it may be restarting: capture again"), each)
 }

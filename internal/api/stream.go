@@ -1,7 +1,11 @@
 package api
 
 import (
+	"bufio"
+	"context"
 	"encoding/json"
+	"errors"
+	"io"
 	"net/http"
 	"time"
 )
@@ -27,5 +31,30 @@ func stream[E any](w http.ResponseWriter, run func(send func(E) error) error) {
 	})
 	if err != nil && !began {
 		fail(w, err)
+	}
+}
+
+// events asks for a stream and calls each with its events until ctx ends (nil), or each returns an error, which events then returns. An agent that
+// ends the stream is the error ended.
+func events[E any](ctx context.Context, c *Client, path string, req any, ended *Error, each func(E) error) error {
+	res, err := c.open(ctx, "POST", path, req)
+	if err != nil {
+		return err
+	}
+	defer res.Body.Close()
+	dec := json.NewDecoder(bufio.NewReader(res.Body))
+	for {
+		var e E
+		switch err := dec.Decode(&e); {
+		case ctx.Err() != nil:
+			return nil
+		case errors.Is(err, io.EOF):
+			return ended
+		case err != nil:
+			return c.explain(ctx, err)
+		}
+		if err := each(e); err != nil {
+			return err
+		}
 	}
 }

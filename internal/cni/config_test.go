@@ -12,6 +12,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/attach"
+	"github.com/tulle-net/tulle/internal/testing/controlsocket"
 )
 
 // asked is what ADD asks for.
@@ -87,7 +88,7 @@ func TestDelOfRefused(t *testing.T) {
 	for _, wrong := range []string{`"args": {"cni": {"ips": "10.244.0.7"}}`, `"args": "x"`, `"runtimeConfig": {"mac": 7}`, `"bridge": 5`, `"dns": {"nameservers": "10.0.0.1"}`} {
 		f := &freed{}
 		args := &skel.CmdArgs{ContainerID: "c0ffee", IfName: "eth0", Netns: "/proc/self/ns/net",
-			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "tulle", "socket": %q, %s}`, serve(t, f), wrong)}
+			StdinData: fmt.Appendf(nil, `{"cniVersion": "1.1.0", "name": "tulle", "socket": %q, %s}`, controlsocket.Serve(t, f), wrong)}
 		if err := add(args); err == nil || coded(err).Code != types.ErrDecodingFailure {
 			t.Errorf("ADD with %s: %v, want code %d", wrong, err, types.ErrDecodingFailure)
 		}

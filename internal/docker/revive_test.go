@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/testing/controlsocket"
 )
 
 // State.Error as Docker 20.10.24 has it.
@@ -117,17 +118,13 @@ func (n *node) Status(context.Context) (api.Status, error) {
 // The looks begin when engine and agent are there, end a minute later, and begin again after a call that came too early. A container
 // that does not start is left alone after three attempts for which the agent was ready.
 func TestRevive(t *testing.T) {
-	dir := shortDir(t)
-	agent, err := api.Listen(filepath.Join(dir, "agent"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := controlsocket.Dir(t)
 	ctx, stop := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
 	defer wg.Wait()
 	defer stop()
 	backend := &node{}
-	wg.Go(func() { _ = api.NewServer(backend, slog.New(slog.DiscardHandler)).Serve(ctx, agent) })
+	agent := controlsocket.Serve(t, backend)
 	engine := &stubborn{early: 2}
 	outside := make(chan net.Listener, 1)
 	wg.Go(func() {
@@ -139,7 +136,7 @@ func TestRevive(t *testing.T) {
 	})
 	// Inside, time passes at once while nothing waits for the servers outside.
 	synctest.Test(t, func(t *testing.T) {
-		d := New(filepath.Join(dir, "agent"), slog.New(slog.DiscardHandler))
+		d := New(agent, slog.New(slog.DiscardHandler))
 		ctx, stop := context.WithCancel(t.Context())
 		defer stop()
 		go newReviver(d, "tulle", filepath.Join(dir, "engine")).run(ctx)

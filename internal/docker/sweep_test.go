@@ -5,7 +5,6 @@ import (
 	"log/slog"
 	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"sync"
 	"testing"
@@ -14,6 +13,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/podnet"
+	"github.com/tulle-net/tulle/internal/testing/controlsocket"
 	"github.com/tulle-net/tulle/internal/testing/namespace"
 )
 
@@ -58,38 +58,12 @@ func (l *ledger) left() (names []string) {
 	return names
 }
 
-// shortDir is a folder for sockets: t.TempDir may be too long for their paths.
-func shortDir(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("", "tulle")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	return dir
-}
-
-// serve answers on the ledger's socket until the test ends.
-func (l *ledger) serve(t *testing.T) (socket string) {
-	t.Helper()
-	socket = filepath.Join(shortDir(t), "s")
-	listener, err := api.Listen(socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	ctx, stop := context.WithCancel(context.Background())
-	var wg sync.WaitGroup
-	wg.Go(func() { _ = api.NewServer(l, slog.New(slog.DiscardHandler)).Serve(ctx, listener) })
-	t.Cleanup(func() { stop(); wg.Wait() })
-	return socket
-}
-
 // A container's end that the engine has put back into the host's namespace is freed at the second look, with its link. One that
 // this process waits to join, and one that is in its container, stay.
 func TestSweepOfStopped(t *testing.T) {
 	l := &ledger{}
 	host, box := namespace.New(t), namespace.New(t)
-	d := New(l.serve(t), slog.New(slog.DiscardHandler))
+	d := New(controlsocket.Serve(t, l), slog.New(slog.DiscardHandler))
 	host.Do(func() error {
 		h, err := podnet.Open("")
 		if err != nil {
@@ -132,7 +106,7 @@ func TestSweep(t *testing.T) {
 	l.add(api.EngineDocker, "gone", api.PodUnwired)
 	l.add(api.EngineDocker, "up", api.PodUp)
 	l.add(api.EngineCNI, "other", api.PodUnwired)
-	socket := l.serve(t)
+	socket := controlsocket.Serve(t, l)
 	// Inside, a minute passes at once; the agent is outside.
 	synctest.Test(t, func(t *testing.T) {
 		d := New(socket, slog.New(slog.DiscardHandler))

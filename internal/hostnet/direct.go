@@ -145,24 +145,6 @@ func (r *Reconciler) directRoutes(family int) ([]netlink.Route, error) {
 	})
 }
 
-// removeNextHops deletes table and rules.
-func (r *Reconciler) removeNextHops() error {
-	var errs []error
-	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rules, err := r.tableRules(family, DirectTable)
-		errs = append(errs, err)
-		for i := range rules {
-			errs = append(errs, r.delRule(&rules[i]))
-		}
-		routes, err := r.directRoutes(family)
-		errs = append(errs, err)
-		for i := range routes {
-			errs = append(errs, r.delRoute(&routes[i]))
-		}
-	}
-	return errors.Join(errs...)
-}
-
 // LeftDirect returns the direct routes with our mark that an earlier run left in the calling thread's network namespace.
 func LeftDirect() (out []PeerRoute, err error) {
 	routes, err := dump("routes", func() ([]netlink.Route, error) {

@@ -203,16 +203,16 @@ func (p *pass) hostRules(family int, from []netip.Prefix) error {
 	return errors.Join(errs...)
 }
 
-// removeHosts deletes table and rules.
-func (r *Reconciler) removeHosts() error {
+// removeTable deletes a table of ours, whose routes are those that list has, and the rules that lead there.
+func (r *Reconciler) removeTable(table int, list func(family int) ([]netlink.Route, error)) error {
 	var errs []error
 	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
-		rules, err := r.tableRules(family, HostsTable)
+		rules, err := r.tableRules(family, table)
 		errs = append(errs, err)
 		for i := range rules {
 			errs = append(errs, r.delRule(&rules[i]))
 		}
-		routes, err := r.hostRouteList(family)
+		routes, err := list(family)
 		errs = append(errs, err)
 		for i := range routes {
 			errs = append(errs, r.delRoute(&routes[i]))

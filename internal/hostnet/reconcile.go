@@ -193,7 +193,7 @@ func (r *Reconciler) Remove(ctx context.Context) error {
 	case !errors.As(err, &gone):
 		errs = append(errs, fmt.Errorf("hostnet: TUN device %s: %w", tun, err))
 	}
-	errs = append(errs, r.removeRoutes(ctx, index), r.removeHosts(), r.removeNextHops())
+	errs = append(errs, r.removeRoutes(ctx, index), r.removeTable(HostsTable, r.hostRouteList), r.removeTable(DirectTable, r.directRoutes))
 	if err := r.nft.remove(); err != nil {
 		errs = append(errs, r.nft.reopen(r.ns, err))
 	}

@@ -45,7 +45,10 @@ func TestPodCommand(t *testing.T) {
 		t.Fatalf("pod add --ip %v: %v: %s", wanted, err, r.out)
 	}
 	oneLineError(t, "the same pod again", pod("add", name), 1, "there already")
-	oneLineError(t, "an address that is taken", pod("add", name, "--interface", "eth1", "--ip", wanted.String()), 1, wanted.String())
+	oneLineError(t, "a second interface", pod("add", name, "--interface", "eth1"), 1, "one is enough")
+	second := name + "2"
+	t.Cleanup(func() { _ = sys.DeleteNetns(second) })
+	oneLineError(t, "an address that is taken", pod("add", second, "--new", "--ip", wanted.String()), 1, wanted.String())
 
 	far, err := l.Pod("p2a")
 	if err != nil {
@@ -67,7 +70,7 @@ func TestPodCommand(t *testing.T) {
 	// Behind a bridge, which no other pod of the host is: all the same.
 	ok(pod("add", name, "--new", "--bridge", "pods"))
 	ok(pod("exec", name, "--", "ping", "-c1", "-w20", far.Addresses[0].String()))
-	oneLineError(t, "somebody else's device", pod("add", name, "--interface", "eth1", "--bridge", "tun0"), 1, "tun0 is a device of somebody else")
+	oneLineError(t, "somebody else's device", pod("add", second, "--new", "--bridge", "tun0"), 1, "tun0 is a device of somebody else")
 	ok(pod("del", name))
 	gone(t, l, name)
 

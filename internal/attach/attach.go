@@ -66,7 +66,7 @@ func Add(ctx context.Context, r Request) (res Result, err error) {
 		addrs, blocks = append(addrs, a.Address), append(blocks, a.Block)
 	}
 	cfg := podnet.Config{
-		ID: id, Netns: r.Netns, Addresses: addrs, MTU: res.Allocation.MTU, MAC: r.MAC, Bridge: r.Bridge, OnLink: blocks,
+		ID: id, Netns: r.Netns, Addresses: addrs, MTU: res.Allocation.MTU, MAC: r.MAC, Bridge: r.Bridge, OnLink: blocks, Space: res.Allocation.CIDRs,
 		GSOMaxSize: res.Allocation.GSOMaxSize, GSOMaxSegs: res.Allocation.GSOMaxSegs,
 	}
 	if r.Netns != "" {

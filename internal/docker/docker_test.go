@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -81,6 +82,18 @@ func TestErrors(t *testing.T) {
 		if text, _ := answer["Err"].(string); code != http.StatusInternalServerError || !strings.Contains(text, c.want) {
 			t.Errorf("%s %s: %d %v, want an error with %q", c.path, c.body, code, answer, c.want)
 		}
+	}
+}
+
+// A container may be in networks of other drivers, whose gateway the engine may take: other pods have routes of their own.
+func TestJoinRoutes(t *testing.T) {
+	d := lonely(t)
+	d.endpoints["one"] = &endpoint{link: "tq1", addrs: []netip.Addr{netip.MustParseAddr("10.244.0.3")},
+		space: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/48")}}
+	_, answer := call(t, d, "/NetworkDriver.Join", `{"EndpointID": "one", "SandboxKey": "/run/docker/netns/x"}`)
+	const want = `[{"Destination":"169.254.1.1/32","NextHop":"","RouteType":1},{"Destination":"10.244.0.0/16","NextHop":"169.254.1.1","RouteType":0}]`
+	if got, _ := json.Marshal(answer["StaticRoutes"]); string(got) != want {
+		t.Errorf("%s, want %s", got, want)
 	}
 }
 

@@ -63,6 +63,9 @@ type interfaceName struct{ SrcName, DstPrefix string }
 
 type staticRoute struct {
 	Destination string
-	RouteType   int // 1: on the link
+	RouteType   int // 0: by NextHop
 	NextHop     string
 }
+
+// onLink is the RouteType of a destination without next hop.
+const onLink = 1

@@ -22,7 +22,8 @@ type endpoint struct {
 	pod     api.PodID
 	link    string       // the container's end
 	addrs   []netip.Addr // those that the engine knows
-	sandbox string       // empty before Join
+	space   []netip.Prefix
+	sandbox string // empty before Join
 }
 
 // createNetwork checks what the user asks for: a network is a name, and nothing else.
@@ -91,7 +92,7 @@ func (d *Driver) createEndpoint(ctx context.Context, r endpointRequest) (endpoin
 	if err != nil {
 		return endpointResponse{}, err
 	}
-	e.link = res.Attachment.PodInterface
+	e.link, e.space = res.Attachment.PodInterface, res.Allocation.CIDRs
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.endpoints[r.EndpointID] = e
@@ -120,7 +121,12 @@ func (d *Driver) join(_ context.Context, r joinRequest) (joinResponse, error) {
 		} else {
 			out.GatewayIPv6 = gw.String()
 		}
-		out.StaticRoutes = append(out.StaticRoutes, staticRoute{Destination: hostPrefix(gw), RouteType: 1})
+		out.StaticRoutes = append(out.StaticRoutes, staticRoute{Destination: hostPrefix(gw), RouteType: onLink})
+		for _, p := range e.space { // the engine may take another network's gateway for the default route
+			if p.Addr().Is4() == a.Is4() {
+				out.StaticRoutes = append(out.StaticRoutes, staticRoute{Destination: p.String(), NextHop: gw.String()})
+			}
+		}
 	}
 	return out, nil
 }

@@ -262,21 +262,45 @@ func podSide(ctx context.Context, pod *sys.Netlink, c *Config) error {
 		if err := pod.NeighSet(sys.PermanentNeighbour(link, gw, HostMAC)); err != nil {
 			return fmt.Errorf("neighbour %v: %w", gw, err)
 		}
-		if err := leadOut(pod, link, gw); err != nil {
-			return fmt.Errorf("default route via %v: %w", gw, err)
+		if err := leadTo(pod, link, c, gw); err != nil {
+			return err
 		}
 	}
 	return nil
 }
 
-// metric6 of the pod's default route is better than those that other networks of the container may have: the kernel's 1,024, netavark's 100.
+// leadTo gives the pod its routes by a next hop. Of IPv4, the next hop is on the link for others, too, who add routes by it, as VPNs do; of
+// IPv6, it is so by its address.
+func leadTo(pod *sys.Netlink, link netlink.Link, c *Config, gw netip.Addr) error {
+	if gw.Is4() {
+		r := &netlink.Route{LinkIndex: link.Attrs().Index, Protocol: unix.RTPROT_STATIC, Scope: netlink.SCOPE_LINK, Dst: sys.IPNet(sys.HostPrefix(gw))}
+		if err := pod.RouteReplace(r); err != nil {
+			return fmt.Errorf("route to %v: %w", gw, err)
+		}
+	}
+	if err := leadOut(pod, sys.DefaultRoute(link, gw)); err != nil {
+		return fmt.Errorf("default route via %v: %w", gw, err)
+	}
+	for _, p := range c.Space {
+		if p.Addr().Is4() != gw.Is4() || c.Bridge != "" && gw.Is4() && slices.Contains(c.OnLink, p) {
+			continue
+		}
+		r := sys.DefaultRoute(link, gw)
+		r.Dst = sys.IPNet(p.Masked())
+		if err := leadOut(pod, r); err != nil {
+			return fmt.Errorf("route to %v via %v: %w", p, gw, err)
+		}
+	}
+	return nil
+}
+
+// metric6 of the pod's routes is better than those that other networks of the container may have: the kernel's 1,024 and 256, netavark's 100.
 const metric6 = 1
 
-// leadOut gives the pod its default route. One that the container has of another network stays behind it, and is used again when the
+// leadOut gives the pod a route. One that the container has of another network stays behind it, and is used again when the
 // pod's interface goes.
-func leadOut(pod *sys.Netlink, link netlink.Link, gw netip.Addr) error {
-	r := sys.DefaultRoute(link, gw)
-	if gw.Is6() {
+func leadOut(pod *sys.Netlink, r *netlink.Route) error {
+	if r.Gw.To4() == nil {
 		r.Priority = metric6
 		return pod.RouteReplace(r)
 	}

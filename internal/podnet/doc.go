@@ -4,6 +4,7 @@
 //	pod namespace                                host namespace
 //	eth0  10.244.0.3/32, fd00::3/128  ──veth──   tpXXXXXXXXXXXX  169.254.1.1/32, fe80::1/64
 //	      default via 169.254.1.1, fe80::1       10.244.0.3 dev tpX…, fd00::3 dev tpX…
+//	      the cluster's space via the same
 //
 // Every pod has a link of its own, so there is no segment that pods share, and no ARP and no neighbour discovery between
 // them. The next hop is the same for all pods, and both ends know each other by permanent neighbour entries.

@@ -79,6 +79,9 @@ type Config struct {
 	// OnLink are prefixes whose IPv4 addresses the pod looks for on the bridge. The host answers for those that are elsewhere; for
 	// IPv6 no kernel does that, so there the host is the next hop of all packets.
 	OnLink []netip.Prefix
+	// Space is that of the cluster. The pod has routes to it besides its default routes: so other pods are reached whatever default routes and
+	// larger networks the pod has from elsewhere.
+	Space []netip.Prefix
 }
 
 // Bounds of an interface's MTU in bytes: RFC 791, RFC 8200 §5, and the kernel's for veth.

@@ -438,6 +438,81 @@ func TestForeignDefaultRoute(t *testing.T) {
 	}
 }
 
+// A container's other networks may come later with default routes that the kernel takes first, may be larger than the pods' space, or claim it. Other pods are reached by the pod's interface, and its next hop is on the link for whoever adds routes by it.
+func TestForeignNetworks(t *testing.T) {
+	w := newWorld(t)
+	for _, first := range []bool{true, false} {
+		c := Config{
+			ID: fmt.Sprint("test/foreign", first), Netns: namespace(t), Interface: "eth0", Addresses: addrs("10.244.0.5", "fd00:244::5"), MTU: 1400,
+			Space: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16"), netip.MustParsePrefix("fd00:244::/48")},
+		}
+		pod, err := sys.OpenNetlink(c.Netns)
+		check(t, err)
+		defer pod.Close()
+		others := func() {
+			check(t, pod.LinkAdd(&netlink.Veth{LinkAttrs: sys.LinkAttrs("other"), PeerName: "far"}))
+			_, err := pod.LinkUp("far")
+			check(t, err)
+			link, err := pod.LinkUp("other")
+			check(t, err)
+			networks := []string{"10.0.0.5/8", "fd00::5/16"}
+			if first { // the same prefix later: the kernel cannot tell which is meant
+				networks = append(networks, "10.244.9.5/16", "fd00:244::9/48")
+			}
+			for _, p := range networks {
+				p := netip.MustParsePrefix(p)
+				check(t, pod.AddAddress(w.ctx, link, p))
+				check(t, pod.RouteReplace(&netlink.Route{LinkIndex: link.Attrs().Index, Scope: netlink.SCOPE_LINK, Dst: sys.IPNet(p.Masked())}))
+			}
+			for _, gw := range addrs("10.0.0.1", "fd00::1") {
+				check(t, pod.RouteAddEcmp(sys.DefaultRoute(link, gw)))
+			}
+		}
+		if first {
+			others()
+		}
+		_, err = w.host.Add(w.ctx, c)
+		check(t, err)
+		link, err := pod.LinkByName("eth0")
+		check(t, err)
+		if !first {
+			others()
+		}
+		for _, to := range addrs("10.244.77.7", "fd00:244:0:77::7") {
+			routes, err := pod.RouteGet(to.AsSlice())
+			if err != nil || len(routes) != 1 || routes[0].LinkIndex != link.Attrs().Index {
+				t.Errorf("the others first: %v: to %v by %v (%v), want eth0", first, to, routes, err)
+			}
+		}
+		for _, gw := range []netip.Addr{Gateway4, Gateway6} {
+			to := netip.MustParsePrefix("203.0.113.0/24")
+			if gw.Is6() {
+				to = netip.MustParsePrefix("2001:db8:113::/48")
+			}
+			if err := pod.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Dst: sys.IPNet(to), Gw: gw.AsSlice()}); err != nil {
+				t.Errorf("a route by %v: %v", gw, err)
+			}
+		}
+		check(t, w.host.Check(c))
+	}
+}
+
+// Behind a bridge, pods of one block reach each other directly, also where the block is the whole space.
+func TestSpaceOfOneBlock(t *testing.T) {
+	w := newWorldBehind(t, "pods")
+	block := []netip.Prefix{netip.MustParsePrefix("10.244.0.0/24")}
+	c := Config{ID: "test/carol", Netns: namespace(t), Interface: "eth0", Addresses: addrs("10.244.0.5"), MTU: 1400, Bridge: "pods", OnLink: block, Space: block}
+	_, err := w.host.Add(w.ctx, c)
+	check(t, err)
+	pod, err := sys.OpenNetlink(c.Netns)
+	check(t, err)
+	defer pod.Close()
+	routes, err := pod.RouteGet(netip.MustParseAddr("10.244.0.77").AsSlice())
+	if err != nil || len(routes) != 1 || routes[0].Gw != nil {
+		t.Errorf("by %v (%v), want no next hop", routes, err)
+	}
+}
+
 // Pods come and go while the agent reconciles: it repairs nothing, and brings back nothing that is gone.
 func TestReconcileAmongChanges(t *testing.T) {
 	w := newWorld(t)

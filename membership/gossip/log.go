@@ -177,6 +177,8 @@ func (g *Gossip) logEvent(line string) (told bool) {
 		g.note("undecryptable", "gossip messages arrive that no key of this node opens, the last one from "+from,
 			"compare `tulle keys list` there and here: copy the key file of a member to the host that has missed a rotation, and restart its agent; or correct --gossip-key-file")
 		return true
+	case strings.HasPrefix(line, "Refuting an alive message for "): // after each restart members tell what this node said before it
+		return true
 	case strings.Contains(line, "it belongs to cluster"), strings.HasPrefix(line, "Conflicting address for "),
 		strings.Contains(line, "it has this node's identity"):
 		return true

@@ -4,9 +4,12 @@ import (
 	"cmp"
 	"errors"
 	"fmt"
+	"net"
+	"net/netip"
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/internal/sys"
 )
@@ -63,12 +66,28 @@ func (h *Host) Check(c Config) error {
 		}
 	}
 	if c.Netns != "" {
-		errs = append(errs, checkPod(&c))
+		known, err := h.knownMACs(link)
+		errs = append(errs, err, checkPod(&c, known))
 	}
 	return errors.Join(errs...)
 }
 
-func checkPod(c *Config) error {
+// knownMACs are those to which the host sends packets for an address by a link, as Add noted them.
+func (h *Host) knownMACs(link netlink.Link) (map[netip.Addr]net.HardwareAddr, error) {
+	list, err := h.nl.NeighList(link.Attrs().Index, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil, fmt.Errorf("podnet: neighbours over %s: %w", link.Attrs().Name, err)
+	}
+	out := map[netip.Addr]net.HardwareAddr{}
+	for _, n := range list {
+		if a, ok := netip.AddrFromSlice(n.IP); ok && n.State == unix.NUD_PERMANENT {
+			out[a.Unmap()] = n.HardwareAddr
+		}
+	}
+	return out, nil
+}
+
+func checkPod(c *Config, known map[netip.Addr]net.HardwareAddr) error {
 	pod, err := sys.OpenNetlink(c.Netns)
 	if err != nil {
 		return fmt.Errorf("podnet: the pod's %w", err)
@@ -84,6 +103,9 @@ func checkPod(c *Config) error {
 	}
 	var errs []error
 	for _, addr := range c.Addresses {
+		if mac, is := known[addr], link.Attrs().HardwareAddr; mac != nil && !slices.Equal(mac, is) {
+			errs = append(errs, fmt.Errorf("podnet: %s in the pod has got the MAC %v, and the host sends to %v at %v", c.Interface, is, addr, mac))
+		}
 		if !slices.ContainsFunc(list, func(a netlink.Addr) bool { return a.IPNet.String() == sys.HostPrefix(addr).String() }) {
 			errs = append(errs, fmt.Errorf("podnet: %s in the pod has no address %v", c.Interface, addr))
 		}

@@ -77,6 +77,23 @@ func TestGatewayAnswers(t *testing.T) {
 	}
 }
 
+// A pod whose MAC somebody has changed is not reached: the host does not ask for it.
+func TestCheckMAC(t *testing.T) {
+	for _, bridge := range []string{"", "pods"} {
+		w := newWorldBehind(t, bridge)
+		check(t, w.host.Check(w.a))
+		pod, err := sys.OpenNetlink(w.a.Netns)
+		check(t, err)
+		defer pod.Close()
+		link, err := pod.LinkByName("eth0")
+		check(t, err)
+		check(t, pod.LinkSetHardwareAddr(link, net.HardwareAddr{2, 0, 0, 0, 0, 0x77}))
+		if err := w.host.Check(w.a); err == nil || !strings.Contains(err.Error(), "02:00:00:00:00:77") {
+			t.Errorf("bridge %q: %v, want an error with the new MAC", bridge, err)
+		}
+	}
+}
+
 // What goes wrong on the way leaves nothing behind.
 func TestAddIsAtomic(t *testing.T) {
 	w := newWorld(t)

@@ -38,7 +38,7 @@ const (
 	trainEvery  = time.Second           // between trains to a busy peer
 	trainWait   = 50 * time.Millisecond // beside the round trip, until the peer is asked how many arrived
 	trainAsks   = 4                     // questions until a train is given up without a verdict
-	trainStrike = 2                     // trains that have to be lost while the same packets arrive one by one
+	trainStrike = 6                     // trains that have to be lost while the same packets arrive one by one: where a path loses packets, some are by chance
 	trainProof  = 3                     // trains that have to arrive for trains to go on again
 	trainRetry  = time.Hour             // until that is tried
 	trainBytes  = 60000                 // of the inner packets of one train, at most: with their outer headers it fits one message
@@ -59,9 +59,9 @@ var shapes = [...]shape{{2, 200, 200}, {MaxCars, 200, 200}, {3, 200, 101}, {2, 0
 //	┌──────┐ ─────────▶ ┌─────────┐ ─────────▶ ┌──────────────┐
 //	│ rest │            │ a train │            │ the same one │
 //	└──────┘ ◀───────── └─────────┘ ◀───────── │ by one       │
-//	    ▲     more has       lost trains < 2   └──────────────┘
+//	    ▲     more has       lost trains < 6   └──────────────┘
 //	    │     arrived                           │   │ more has arrived,
-//	    │                                       │   │ for the second time
+//	    │                                       │   │ for the sixth time
 //	    │ half or less: the path loses packets  │   ▼
 //	    └───────────────────────────────────────┘  off: for an hour, and until three trains arrive
 //

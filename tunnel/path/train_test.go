@@ -87,6 +87,25 @@ func TestLossIsNoReasonAgainstTrains(t *testing.T) {
 	}
 }
 
+// A train of two loses one packet as easily as two single packets do, and half of it is then what a wrong driver leaves: a path that
+// loses one packet in thirty, ten or three, each by chance, is none.
+func TestChanceIsNoReasonAgainstTrains(t *testing.T) {
+	for _, one := range []int{30, 10, 3} {
+		coin := rand.New(rand.NewPCG(3, uint64(one)))
+		f := newFabric(1, encap.UDP, encap.IPIP)
+		f.train = func(t Train) (n int) {
+			for range t.Sizes {
+				n += b2i(coin.IntN(one) > 0)
+			}
+			return n
+		}
+		f.run(20 * time.Minute)
+		if i := f.s.Trains(far); i.Off || len(f.trains) > 0 {
+			t.Errorf("one packet in %d is lost: %+v, changes %v", one, i, f.trains)
+		}
+	}
+}
+
 // Whatever the path's MTU, a train has two packets at least and fits one message.
 func TestTrainsOfAllSizes(t *testing.T) {
 	for _, size := range []mtu.TUN{576, 1252, 1472, 8972, 30001, 65507} {

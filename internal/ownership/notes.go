@@ -13,15 +13,32 @@ type note struct {
 	at time.Time // when it was last found; zero: it stays until unnote
 }
 
+// maxNotes is how many problems of one topic are reported at most: others choose the clusters and addresses that they name.
+const maxNotes = 64
+
 // note reports a problem until unnote removes it.
 func (s *Machine) note(key, what, remedy string) { s.noteAt(time.Time{}, key, what, remedy) }
 
 // noteAt reports a problem that was found now, until endNotes finds that its cause is gone.
 func (s *Machine) noteAt(now time.Time, key, what, remedy string) {
+	if _, known := s.notes[key]; !known && s.notesOf(key) >= maxNotes {
+		return
+	}
 	if s.notes[key].What != what {
 		s.log.Warn(what, "remedy", remedy)
 	}
 	s.notes[key] = note{Problem{What: what, Remedy: remedy}, now}
+}
+
+// notesOf is how many problems have the topic of that key.
+func (s *Machine) notesOf(key string) (n int) {
+	topic, _, _ := strings.Cut(key, " ")
+	for k := range s.notes {
+		if other, _, _ := strings.Cut(k, " "); other == topic {
+			n++
+		}
+	}
+	return n
 }
 
 func (s *Machine) unnote(key string) { delete(s.notes, key) }

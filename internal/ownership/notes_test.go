@@ -130,3 +130,26 @@ func TestOneOfTwoFixedBlocksIsRefused(t *testing.T) {
 		w.hosts[1].sp.driveFamily(w.now, 0)
 	}
 }
+
+// Whoever names a cluster of his own choice in each message makes no endless list of problems, and hides no others.
+func TestReportsAreBounded(t *testing.T) {
+	s, _ := lone(t, "10.244.0.0/16")
+	s.noteAt(simStart, "adopt", "something else", "")
+	for i := range 1000 {
+		other := message{kind: kindState, cluster: ClusterID{7, byte(i >> 8), byte(i)}, sender: NodeID{2}}
+		s.MergeState(simStart, other.encode(), false)
+	}
+	if n := len(s.notes); n != maxNotes+1 {
+		t.Errorf("%d problems, want %d", n, maxNotes+1)
+	}
+	if !s.has(simStart, "they never merge") || !s.has(simStart, "something else") {
+		t.Error("not reported")
+	}
+	now := simStart.Add(reportFor)
+	s.Tick(now)
+	other := message{kind: kindState, cluster: ClusterID{8}, sender: NodeID{2}}
+	s.MergeState(now, other.encode(), false)
+	if !s.has(now, "they never merge") {
+		t.Error("one that comes later is not reported")
+	}
+}

@@ -4,7 +4,9 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
@@ -13,7 +15,10 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -303,5 +308,54 @@ func BenchmarkScrape(b *testing.B) {
 		if scrape(h).Code != http.StatusOK {
 			b.Fatal("no answer")
 		}
+	}
+}
+
+// pipes is a listener whose connections are in memory.
+type pipes chan net.Conn
+
+func (p pipes) Accept() (net.Conn, error) {
+	c, ok := <-p
+	if !ok {
+		return nil, net.ErrClosed
+	}
+	return c, nil
+}
+func (p pipes) Close() error   { return nil }
+func (p pipes) Addr() net.Addr { return &net.TCPAddr{} }
+
+// Clients that begin a request and do not end it, or keep a connection and ask nothing, are left after a while: whoever may
+// connect must not be able to hold connections for ever.
+func TestMetricsLeavesSilentClients(t *testing.T) {
+	for name, text := range map[string]string{
+		"half a head": "GET /healthz HTTP/1.1\r\n",
+		"no body":     "GET /healthz HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n",
+		"idle":        "GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			ctx, cancel := context.WithCancel(t.Context())
+			l := make(pipes, 1)
+			var wg sync.WaitGroup
+			wg.Go(func() { _ = (&agent{}).serveMetrics(ctx, l) })
+			near, far := net.Pipe()
+			l <- far
+			ended := make(chan struct{})
+			wg.Go(func() {
+				_, _ = io.Copy(io.Discard, near)
+				close(ended)
+			})
+			if _, err := near.Write([]byte(text)); err != nil {
+				t.Fatal(err)
+			}
+			select {
+			case <-ended:
+			case <-time.After(5 * time.Minute):
+				t.Errorf("%s: connected for five minutes", name)
+			}
+			near.Close()
+			cancel()
+			close(l)
+			wg.Wait()
+		})
 	}
 }

@@ -95,6 +95,7 @@ type peer struct {
 	gen      int       // of the network that last saw it alive
 	metaHash digest    // of its metadata as they came
 	doubted  time.Time // when a probe of it last failed
+	udpLost  int       // pings over UDP that it has missed since it answered a probe over TCP only, that one included; 0: none such
 }
 
 // New checks the configuration. It starts nothing.
@@ -286,7 +287,7 @@ func (g *Gossip) current() (*network, error) {
 func (g *Gossip) memberlistConfig(tr *transport, d *delegate) (*memberlist.Config, error) {
 	p := g.cfg.pace
 	c := g.commonConfig(tr.addr)
-	c.Transport = &packetTransport{transport: tr, packets: make(chan *memberlist.Packet), streams: make(chan net.Conn)}
+	c.Transport = &packetTransport{transport: tr, packets: make(chan *memberlist.Packet), streams: make(chan net.Conn), dropped: func() { g.count.malformed.Add(1) }}
 	// Of an entry that is dead by memberlist's own measure the address is free at once: whether a newcomer
 	// is a clone is found out by asking, not by waiting. The default of 0 locks out a node that returns
 	// with a new address.
@@ -353,6 +354,7 @@ type packetTransport struct {
 	*transport
 	packets chan *memberlist.Packet
 	streams chan net.Conn
+	dropped func() // a compressed message was
 	once    sync.Once
 }
 
@@ -363,13 +365,17 @@ var _ memberlist.NodeAwareTransport = (*packetTransport)(nil)
 func (t *packetTransport) FinalAdvertiseAddr(string, int) (net.IP, int, error) {
 	t.once.Do(func() {
 		t.serve(func(b []byte, from net.Addr, at time.Time) {
+			if hasCompressed(b) {
+				t.dropped()
+				return
+			}
 			select {
 			case t.packets <- &memberlist.Packet{Buf: b, From: from, Timestamp: at}:
 			case <-t.ctx.Done():
 			}
 		}, func(c net.Conn) {
 			select {
-			case t.streams <- c:
+			case t.streams <- t.plain(c):
 			case <-t.ctx.Done():
 				c.Close()
 			}
@@ -383,10 +389,17 @@ func (t *packetTransport) WriteToAddress(b []byte, a memberlist.Address) (time.T
 	return t.writeTo(b, a.Name, a.Addr)
 }
 func (t *packetTransport) DialTimeout(addr string, d time.Duration) (net.Conn, error) {
-	return t.dial(addr, d)
+	return t.plainOf(t.dial(addr, d))
 }
 func (t *packetTransport) DialAddressTimeout(a memberlist.Address, d time.Duration) (net.Conn, error) {
-	return t.dialTo(a.Name, a.Addr, d)
+	return t.plainOf(t.dialTo(a.Name, a.Addr, d))
+}
+func (t *packetTransport) plain(c net.Conn) net.Conn { return &plainConn{Conn: c, dropped: t.dropped} }
+func (t *packetTransport) plainOf(c net.Conn, err error) (net.Conn, error) {
+	if err != nil {
+		return nil, err
+	}
+	return t.plain(c), nil
 }
 func (t *packetTransport) PacketCh() <-chan *memberlist.Packet { return t.packets }
 func (t *packetTransport) StreamCh() <-chan net.Conn           { return t.streams }

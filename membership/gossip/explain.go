@@ -18,6 +18,13 @@ func isSilence(reason string) bool {
 	return reason == reasonNobody || reason == reasonSilence || strings.HasPrefix(reason, reasonNoRoute)
 }
 
+// sameSilence reports whether two reasons are the same: "no answer" and "no route" alternate for a host that is off, as its kernel
+// neighbour's entry comes and goes.
+func sameSilence(a, b string) bool {
+	gone := func(reason string) bool { return reason == reasonSilence || strings.HasPrefix(reason, reasonNoRoute) }
+	return a == b || gone(a) && gone(b)
+}
+
 // explainJoin turns the error of a join into what an operator can act upon.
 // memberlist wraps some errors as text only, hence the search in it.
 func explainJoin(err error, keyed bool) (reason, remedy string) {

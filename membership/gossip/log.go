@@ -3,6 +3,7 @@ package gossip
 import (
 	"context"
 	"log/slog"
+	"regexp"
 	"strings"
 	"sync"
 	"time"
@@ -132,7 +133,7 @@ func (w *logWriter) Write(b []byte) (int, error) {
 	}
 	hold, over := w.held(time.Now(), line)
 	for _, f := range over {
-		l.Warn("gossip: "+f.last, "more", f.repeated, "since", f.told.Format(time.TimeOnly))
+		l.Warn("gossip: "+w.g.named(f.last), "more", f.repeated, "since", f.told.Format(time.TimeOnly))
 	}
 	if hold {
 		return n, nil
@@ -142,10 +143,31 @@ func (w *logWriter) Write(b []byte) (int, error) {
 		l.Warn("gossip: log lines were suppressed", "lines", suppressed)
 	}
 	if ok {
-		l.Log(context.Background(), level, "gossip: "+line)
+		l.Log(context.Background(), level, "gossip: "+w.g.named(line))
 	}
 	return n, nil
 }
+
+// named is a line with the names of members beside the first digits of their IDs, in place of the IDs by which memberlist knows them.
+func (g *Gossip) named(line string) string {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return nodeIDs.ReplaceAllStringFunc(line, func(text string) string {
+		id, err := membership.ParseNodeID(text)
+		if err != nil {
+			return text
+		}
+		switch p := g.peers[id]; {
+		case id == g.cfg.ID:
+			return g.cfg.Name + " (" + id.Short() + ", this node)"
+		case p != nil && p.Name != "":
+			return p.Name + " (" + id.Short() + ")"
+		}
+		return text
+	})
+}
+
+var nodeIDs = regexp.MustCompile(`\b[0-9a-f]{32}\b`)
 
 // logEvent recognises events, and reports whether the line needs no log record.
 // memberlist may hold its node lock.
@@ -202,12 +224,25 @@ func undecryptable(line string) bool {
 	return false
 }
 
+// udpBlocked handles that a member has answered a probe over TCP only. It is a problem only if it does not answer some more pings over
+// UDP: where packets are lost by chance, all of one probe's may be.
 func (g *Gossip) udpBlocked(name string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	if id, err := membership.ParseNodeID(name); err == nil && g.peers[id] != nil && !g.problems.has(udpProblem+name) {
+		g.peers[id].udpLost = max(g.peers[id].udpLost, 1)
+		return
+	}
+	g.noteUDPLocked(name)
+}
+
+func (g *Gossip) noteUDPLocked(name string) {
 	who := "member " + name
 	if id, err := membership.ParseNodeID(name); err == nil && g.peers[id] != nil {
 		who = g.peers[id].Name + " (" + g.peers[id].Addr.String() + ")"
 	}
-	g.noteLocked("udp "+name, who+" answers gossip over TCP but not over UDP", "let UDP of the gossip port through the firewall, both ways")
+	g.noteLocked(udpProblem+name, who+" answers gossip over TCP but not over UDP", "let UDP of the gossip port through the firewall, both ways")
 }
+
+// udpProblem begins the key of that problem.
+const udpProblem = "udp "

@@ -51,12 +51,26 @@ func TestLogEvents(t *testing.T) {
 	}
 
 	fmt.Fprintf(w, "[WARN] memberlist: Was able to connect to %v over TCP but UDP probes failed, network may be misconfigured\n", peer)
+	for range udpTries { // by chance, all packets of a probe may be lost
+		if p := g.Problems(); len(p) != 0 || g.suspects()[peer] == (netip.AddrPort{}) {
+			t.Errorf("it is to be pinged first: %v", p)
+		}
+		g.missed(peer)
+	}
 	if p := g.Problems(); len(p) != 1 || !strings.Contains(p[0].String(), "node-a (192.0.2.7:7946) answers gossip over TCP but not over UDP") {
 		t.Errorf("problems %v", p)
 	}
 	g.pinged(peer.String(), time.Millisecond)
 	if p := g.Problems(); len(p) != 0 {
 		t.Errorf("problems after an answer: %v", p)
+	}
+	fmt.Fprintf(w, "[WARN] memberlist: Was able to connect to %v over TCP but UDP probes failed, network may be misconfigured\n", peer)
+	for range udpTries {
+		g.missed(peer)
+		g.pinged(peer.String(), time.Millisecond)
+	}
+	if p := g.Problems(); len(p) != 0 || len(g.suspects()) != 0 {
+		t.Errorf("problems though it answers: %v", p)
 	}
 
 	for range 100 {
@@ -70,6 +84,17 @@ func TestLogEvents(t *testing.T) {
 	}
 	if n := strings.Count(logged.String(), "no key of this node opens"); n != 1 {
 		t.Errorf("logged %d times", n)
+	}
+
+	logged.Reset()
+	stranger := membership.NodeID{9}
+	fmt.Fprintf(w, "[INFO] memberlist: Marking %v as failed, suspect timeout reached (2 peer confirmations)\n", peer)
+	fmt.Fprintf(w, "[WARN] memberlist: Refuting a suspect message (from: %v)\n", g.cfg.ID)
+	fmt.Fprintf(w, "[WARN] memberlist: Got something from %v\n", stranger)
+	for _, want := range []string{"Marking node-a (01020300) as failed", "(from: self (" + g.cfg.ID.Short() + ", this node))", "from " + stranger.String()} {
+		if !strings.Contains(logged.String(), want) {
+			t.Errorf("the log has no %q:\n%s", want, logged)
+		}
 	}
 
 	logged.Reset()

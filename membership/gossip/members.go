@@ -252,12 +252,12 @@ func (g *Gossip) pinged(name string, rtt time.Duration) {
 	g.mu.Lock()
 	changed := false
 	if p := g.peers[id]; p != nil {
-		p.RTT = rtt
+		p.RTT, p.udpLost = rtt, 0
 		if changed = p.State == StateSuspect; changed {
 			p.State, p.Since = StateAlive, time.Now()
 		}
 	}
-	g.problems.drop("udp " + name)
+	g.problems.drop(udpProblem + name)
 	g.mu.Unlock()
 	if changed {
 		g.inbox.membersChanged()
@@ -274,7 +274,7 @@ func (g *Gossip) suspected(name string) {
 	p := g.peers[id]
 	changed := p != nil && p.State == StateAlive
 	if p != nil {
-		p.doubted = time.Now()
+		p.doubted, p.udpLost = time.Now(), 0
 	}
 	if changed {
 		p.State, p.Since = StateSuspect, time.Now()

@@ -58,6 +58,12 @@ func (s *problemSet) note(key, what, remedy string) bool {
 	return fresh
 }
 
+// has reports whether a problem is listed.
+func (s *problemSet) has(key string) bool {
+	p := s.byKey[key]
+	return p != nil && !time.Now().After(p.until)
+}
+
 func (s *problemSet) drop(key string) { delete(s.byKey, key) }
 
 func (s *problemSet) expire(now time.Time) {

@@ -187,7 +187,7 @@ func (g *Gossip) ended(a netip.AddrPort, self bool, err error) {
 	now := time.Now()
 	next := &attempt{ended: true, self: self, reason: reason, remedy: remedy, since: now}
 	first := old == nil || !old.ended
-	changed := first && err != nil || !first && old.reason != reason
+	changed := first && err != nil || !first && !sameSilence(old.reason, reason)
 	if !first && !changed {
 		next.since = old.since
 	}

@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"context"
+	"errors"
 	"io"
 	"net"
 	"net/netip"
@@ -310,5 +311,32 @@ func TestRefusalIsNoSilence(t *testing.T) {
 	eventually(t, "it is refused", func() bool { return strings.Contains(n.Seeds()[0].Reason, "belongs to cluster") })
 	if list := n.silentSeeds(); len(list) != 0 {
 		t.Errorf("called as silent: %v", list)
+	}
+}
+
+// A host that is off is unanswered by turns because it is silent and because nobody knows where it is: that is one silence, told once.
+func TestOneSilence(t *testing.T) {
+	g, _, logged := quietGossip(t)
+	list, err := seed.New([]string{"192.0.2.9"}, 7946, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	g.cfg.Seeds = list
+	at := netip.MustParseAddrPort("192.0.2.9:7946")
+	silent, unknown := errors.New("dial tcp 192.0.2.9:7946: i/o timeout"), errors.New("dial tcp 192.0.2.9:7946: connect: no route to host")
+	g.ended(at, false, silent)
+	since := g.tries[at].since
+	for range 10 {
+		g.ended(at, false, unknown)
+		g.ended(at, false, silent)
+	}
+	if n := strings.Count(logged.String(), "does not let this node in"); n != 1 || !g.tries[at].since.Equal(since) {
+		t.Errorf("told %d times, since %v, want %v:\n%s", n, g.tries[at].since, since, logged)
+	}
+	g.ended(at, false, errors.New("dial tcp 192.0.2.9:7946: connect: connection refused"))
+	g.ended(at, false, silent)
+	g.ended(at, false, nil)
+	if n := strings.Count(logged.String(), "does not let this node in"); n != 3 || !strings.Contains(logged.String(), "seed answers") {
+		t.Errorf("told %d times:\n%s", n, logged)
 	}
 }

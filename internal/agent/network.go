@@ -63,6 +63,7 @@ type peerView struct {
 	gone      bool         // gossip and data path have both lost it: packets to it are answered with host unreachable
 	replaced  bool         // its address is another node's, or no host's: packets for it are not sent there, and packets from there are not its own
 	why       string       // reason for the endpoint or the state; may be empty
+	otherKey  bool         // gossip with it fails as the two have different keys
 	silent    time.Time    // since when it is answered by neither family, of the two in common; else zero
 }
 
@@ -287,7 +288,7 @@ func (s *session) memberView(now time.Time, m remembered, prefixes []netip.Prefi
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0, bench: m.Meta.Capabilities&membership.CapBench != 0,
-		fast: m.Meta.Capabilities&membership.CapFastPath != 0,
+		fast: m.Meta.Capabilities&membership.CapFastPath != 0, otherKey: m.OtherKey,
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.chooseFamily(now, &p)

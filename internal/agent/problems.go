@@ -103,6 +103,12 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 			out.Remedy = fmt.Sprintf("let packets between %s addresses of pods pass from %v to %v and back, or add udp to --paths", familyName[b2i(m == encap.Direct6)], s.facing(w.via), w.via)
 		}
 		return out, true
+	case p.state == api.PeerDead && p.probed && p.path.Up && p.otherKey:
+		return api.Problem{
+			What:   v.label(p) + " is lost for gossip, as the two hosts have different gossip keys, but answers through the tunnel: its routes stay",
+			Remedy: "compare `tulle keys list` there and here: copy the key file of the one to the other that has missed a rotation, and restart its agent",
+			Since:  p.since, Check: api.CheckGossip,
+		}, true
 	case p.state == api.PeerDead && p.probed && p.path.Up:
 		return api.Problem{
 			What:   v.label(p) + " is lost for gossip, but answers through the tunnel: its routes stay",

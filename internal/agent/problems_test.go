@@ -79,6 +79,10 @@ func TestProblemsOfTwins(t *testing.T) {
 			t.Errorf("%q, want %q", p.What, want)
 		}
 	}
+	v.peers[0].otherKey = true // no firewall is to blame
+	if p, _ := s.peerProblem(v, &v.peers[0]); !strings.Contains(p.What, "different gossip keys") || !strings.Contains(p.Remedy, "copy the key file") {
+		t.Errorf("of a member with another key: %+v", p)
+	}
 }
 
 // With nothing but direct paths, one family may be answered and the other not.

@@ -2,8 +2,11 @@ package gossip
 
 import (
 	"context"
+	"fmt"
 	"log/slog"
+	"net/netip"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -59,10 +62,16 @@ func (w *logWriter) pass(now time.Time) (ok bool, suppressed int) {
 // pingForAnother begins a line that memberlist logs for each ping for another node at this address: one that has left, or was reset.
 const pingForAnother = "Got ping for unexpected node"
 
-// failureKind is the part of a line about a failed send that does not depend on the destination and the error, or pingForAnother; "" for other lines.
+// failedTCPPing begins a line that memberlist logs each second or two while a member answers neither over UDP nor over TCP.
+const failedTCPPing = "Failed fallback TCP ping: "
+
+// failureKind is the part of a line about a failed send that does not depend on the destination and the error, pingForAnother or failedTCPPing; "" for
+// other lines.
 func failureKind(line string) string {
-	if strings.HasPrefix(line, pingForAnother) {
-		return pingForAnother
+	for _, kind := range []string{pingForAnother, failedTCPPing} {
+		if strings.HasPrefix(line, kind) {
+			return kind
+		}
 	}
 	if !strings.HasPrefix(line, "Failed to send ") {
 		return ""
@@ -187,6 +196,14 @@ func (g *Gossip) logEvent(line string) (told bool) {
 	case strings.HasPrefix(line, "handler queue full"):
 		g.inbox.dropped.Add(1)
 		return true
+	case strings.HasPrefix(line, failedTCPPing+errorForPing): // most likely, it has not the key
+		_, from, _ := strings.Cut(line, "from=")
+		if a, err := netip.ParseAddrPort(from); err == nil && g.cfg.Keyring != nil {
+			g.otherKey(a.Addr())
+		}
+	case undecryptable(lower) && strings.Contains(lower, "remote error: "):
+		g.unread(line)
+		return true
 	case undecryptable(lower):
 		g.count.undecryptable.Add(1)
 		_, from, ok := strings.Cut(line, "from=")
@@ -195,6 +212,9 @@ func (g *Gossip) logEvent(line string) (told bool) {
 		}
 		if i := strings.LastIndexByte(from, ':'); i > 0 {
 			from = from[:i] // ports of streams are arbitrary
+		}
+		if a, err := netip.ParseAddr(strings.Trim(from, "[]")); err == nil {
+			g.otherKey(a)
 		}
 		g.note("undecryptable", "gossip messages arrive that no key of this node opens, the last one from "+from,
 			"compare `tulle keys list` there and here: copy the key file of a member to the host that has missed a rotation, and restart its agent; or correct --gossip-key-file")
@@ -207,6 +227,34 @@ func (g *Gossip) logEvent(line string) (told bool) {
 	}
 	return false
 }
+
+// unread handles that a member does not open what this node sends, though this node opens what it sends.
+func (g *Gossip) unread(line string) {
+	_, name, _ := strings.Cut(line, " with ")
+	name, _, _ = strings.Cut(name, " ")
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if id, err := membership.ParseNodeID(name); err == nil && g.peers[id] != nil {
+		p := g.peers[id]
+		p.otherKey = time.Now()
+		g.noteLocked("undecryptable "+name, fmt.Sprintf("%s (%v) does not open the gossip messages of this node", p.Name, p.Addr),
+			"compare `tulle keys list` there and here: if it has missed a rotation, copy this node's key file to it, and restart its agent")
+	}
+}
+
+// otherKey records that a member at that address and this node do not open each other's messages.
+func (g *Gossip) otherKey(a netip.Addr) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, p := range g.peers {
+		if p.Addr.Addr() == a || slices.Contains(p.Meta.Underlay, a) {
+			p.otherKey = time.Now()
+		}
+	}
+}
+
+// errorForPing is what memberlist says of a member that has answered a ping with an error (net.go: errMsg is 13).
+const errorForPing = "unexpected msgType (13)"
 
 // undecryptable recognises memberlist's lines about messages that the keyring cannot
 // decrypt (memberlist security.go, net.go).

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/membership"
+	"github.com/tulle-net/tulle/membership/keyring"
 )
 
 // quietGossip returns a Gossip that never runs, with one live member, and what
@@ -86,6 +87,19 @@ func TestLogEvents(t *testing.T) {
 		t.Errorf("logged %d times", n)
 	}
 
+	if m, _ := g.Member(peer); m.OtherKey {
+		t.Error("a member that reads everything is said to have another key")
+	}
+	fmt.Fprint(w, "[ERR] memberlist: Decrypt packet failed: no installed keys could decrypt the message from=192.0.2.7:7946\n")
+	if m, _ := g.Member(peer); !m.OtherKey {
+		t.Error("a member whose messages cannot be opened is not said to have another key")
+	}
+	before := g.Stats().Undecryptable
+	fmt.Fprintf(w, "[ERR] memberlist: Push/Pull with %v failed: remote error: no installed keys could decrypt the message\n", peer)
+	if p := g.Problems(); g.Stats().Undecryptable != before || len(p) != 2 || !strings.Contains(p[1].String(), "node-a (192.0.2.7:7946) does not open the gossip messages of this node") {
+		t.Errorf("a member that does not open what this node sends: %v, %d counted", p, g.Stats().Undecryptable-before)
+	}
+
 	logged.Reset()
 	stranger := membership.NodeID{9}
 	fmt.Fprintf(w, "[INFO] memberlist: Marking %v as failed, suspect timeout reached (2 peer confirmations)\n", peer)
@@ -144,6 +158,31 @@ func TestPingsForAnotherAreCounted(t *testing.T) {
 		fmt.Fprint(w, "[WARN] memberlist: something else\n")
 		if s := logged.String(); strings.Count(s, "Got ping") != 1 || !strings.Contains(s, "more=299") {
 			t.Fatalf("later:\n%s", s)
+		}
+	})
+}
+
+// A member that is suspect for long is pinged over TCP again and again: the first failure is told, then their number.
+func TestFailedTCPPingsAreCounted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g, peer, logged := quietGossip(t)
+		w := &logWriter{g: g}
+		for range 50 {
+			fmt.Fprint(w, "[ERR] memberlist: Failed fallback TCP ping: timeout 1s: read tcp 192.0.2.1:57259->192.0.2.7:7946: i/o timeout\n")
+			time.Sleep(time.Second)
+		}
+		if s := logged.String(); strings.Count(s, "Failed") != 1 {
+			t.Fatalf("a minute of them:\n%s", s)
+		}
+		// An error in place of an answer: without keys, it says nothing about them.
+		for _, keyed := range []bool{false, true} {
+			if keyed {
+				g.cfg.Keyring, _ = keyring.New(newKey(t))
+			}
+			fmt.Fprint(w, "[ERR] memberlist: Failed fallback TCP ping: unexpected msgType (13) from ping from=192.0.2.7:7946\n")
+			if m, _ := g.Member(peer); m.OtherKey != keyed {
+				t.Errorf("keys: %v, another key: %v", keyed, m.OtherKey)
+			}
 		}
 	})
 }

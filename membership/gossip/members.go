@@ -54,6 +54,8 @@ type Member struct {
 	State MemberState
 	Since time.Time     // of the state
 	RTT   time.Duration // of the last probe that this node made; 0 before
+	// OtherKey: of late it and this node could not open each other's messages.
+	OtherKey bool
 }
 
 // How long members that are gone stay listed, and how many of them.

@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -175,6 +176,9 @@ func (g *Gossip) pushPull(addr netip.AddrPort) error {
 		return err
 	}
 	_, err = n.ml.Join([]string{addr.String()})
+	if err != nil && undecryptable(strings.ToLower(err.Error())) {
+		g.otherKey(addr.Addr())
+	}
 	return err
 }
 

@@ -91,6 +91,7 @@ func (g *Gossip) near(p *peer) netip.AddrPort {
 func (g *Gossip) asSeen(p *peer) Member {
 	m := p.Member
 	m.Addr = g.near(p)
+	m.OtherKey = !p.otherKey.IsZero() && time.Since(p.otherKey) < problemExpiry
 	return m
 }
 

@@ -26,6 +26,7 @@ type view struct {
 	self   string // this node's name
 	status ownership.Status
 	own    []netip.Prefix
+	strays []netip.Addr // of this node's pods, that belong to other nodes now
 	tun    []netip.Addr
 	peers  []peerView // members by name, then external peers
 
@@ -73,7 +74,7 @@ const holdDown = 5 * time.Second
 
 // look builds the view. Only the session's loop calls it, which owns gone.
 func (s *session) look(now time.Time) *view {
-	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), tun: s.ownership.TunAddrs()}
+	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), strays: s.ownership.Stranded(), tun: s.ownership.TunAddrs()}
 	if last := s.view.Load(); last == nil || !slices.Equal(v.tun, last.tun) {
 		s.tunSince = now
 	}
@@ -513,7 +514,7 @@ func (s *session) unseenHosts(v *view) (out []hostnet.HostRoute) {
 func (s *session) hostState(v *view) hostnet.State {
 	m := s.masquerade.Load()
 	h := hostnet.State{
-		Tun: s.cfg.Tun, MTU: int(s.tunMTU()), TunAddrs: v.tun, Own: v.own, Masquerade: m.on, NoMasquerade: m.except,
+		Tun: s.cfg.Tun, MTU: int(s.tunMTU()), TunAddrs: v.tun, Own: v.own, Strays: v.strays, Masquerade: m.on, NoMasquerade: m.except,
 		Members:     slices.Clone(s.link.Addrs),
 		Uplinks:     s.ways.Devices(s.sizes.Load().links...),
 		TunnelPorts: []uint16{s.cfg.UDPPort, s.cfg.VXLANPort},

@@ -182,7 +182,11 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 		}
 		out = append(out, found(check, list)...)
 	}
-	list, err := hostnet.OverlapProblems(s.cfg.Tun, cidrs, slices.Concat(v.own, s.cfg.PodCIDRs))
+	ours := slices.Concat(v.own, s.cfg.PodCIDRs)
+	for _, a := range v.strays {
+		ours = append(ours, netip.PrefixFrom(a, a.BitLen()))
+	}
+	list, err := hostnet.OverlapProblems(s.cfg.Tun, cidrs, ours)
 	add(api.CheckRoutes, "overlaps of the cluster's space", s.notTold(list), err)
 	list, err = hostnet.ForwardProblems(s.cfg.Tun, cidrs)
 	add(api.CheckFirewall, "firewall", list, err)

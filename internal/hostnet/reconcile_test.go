@@ -327,6 +327,21 @@ func TestForeignRoutesStay(t *testing.T) {
 	h.wantRoutes(foreign)
 }
 
+// A pod of this node whose space belongs to another node now keeps its route, and nobody is told to delete it. That of anybody else is told.
+func TestRouteOfAStrayPod(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("eth0", "192.0.2.1/24")
+	h.route("10.244.8.7/32", "", "eth0", 0, unix.RTPROT_STATIC)
+	h.route("10.244.8.8/32", "", "eth0", 0, unix.RTPROT_STATIC)
+	s := dual()
+	s.Strays = []netip.Addr{netip.MustParseAddr("10.244.8.7")}
+	rep := h.reconcile(h.reconciler(Options{}), s)
+	if len(rep.Conflicts) != 1 || !strings.Contains(rep.Conflicts[0].What, "10.244.8.8/32") {
+		t.Errorf("conflicts %v", rep.Conflicts)
+	}
+}
+
 func TestMemberInsideClusterIsNotRouted(t *testing.T) {
 	h := newHost(t)
 	h.tun("tun0")

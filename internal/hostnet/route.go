@@ -381,13 +381,14 @@ func (p *pass) conflict(what string, rt *netlink.Route) {
 }
 
 // foreignInside reports other people's routes that take a part of the cluster's space
-// away from the tunnel. Those inside our own space are the pods'.
+// away from the tunnel. Those inside our own space are the pods', and so are those to strays.
 func (p *pass) foreignInside(foreign map[netip.Prefix][]*netlink.Route, want map[routeKey]routeSpec, tun int) {
 	var found []*netlink.Route
 	for prefix, routes := range foreign {
 		inside := func(q netip.Prefix) bool { return contains(q, prefix) }
 		strictly := func(q netip.Prefix) bool { return q.Bits() < prefix.Bits() && q.Contains(prefix.Addr()) }
-		if !slices.ContainsFunc(p.s.ClusterCIDRs, strictly) || slices.ContainsFunc(p.s.Own, inside) {
+		if !slices.ContainsFunc(p.s.ClusterCIDRs, strictly) || slices.ContainsFunc(p.s.Own, inside) ||
+			prefix.IsSingleIP() && slices.Contains(p.s.Strays, prefix.Addr()) {
 			continue
 		}
 		for _, rt := range routes {

@@ -61,6 +61,8 @@ type State struct {
 	// so that any other route to the same prefix wins. Masquerading applies to sources
 	// in Own.
 	Own []netip.Prefix
+	// Strays are addresses of this node's pods outside Own, in order: routes to them are the pods', too.
+	Strays []netip.Addr
 	// Masquerade enables source NAT from Own to destinations outside the cluster.
 	Masquerade bool
 	// NoMasquerade are destinations outside the cluster that see the sources as they are.

@@ -3,6 +3,7 @@ package ownership
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -103,6 +104,14 @@ func TestForgetDuringASplit(t *testing.T) {
 	w.runFor(20 * time.Second)
 	wantProblem(t, n4, "which this node used, belongs to node-0")
 	wantProblem(t, n4, "2 pods of this node have addresses that belong to others")
+	var pods []netip.Addr
+	for _, a := range n4.sp.Allocations() {
+		pods = append(pods, a.Addr)
+	}
+	slices.SortFunc(pods, netip.Addr.Compare)
+	if got := n4.sp.Stranded(); !slices.Equal(got, pods) || len(n0.sp.Stranded()) > 0 {
+		t.Errorf("stranded: %v, want %v; of the new owner %v", got, pods, n0.sp.Stranded())
+	}
 	for _, b := range n4.sp.pool.Prefixes() {
 		if e, _ := n0.sp.Owner(b.Addr()); e.Owner != n4.id {
 			t.Errorf("node-4 goes on with %v of %v", b, e)

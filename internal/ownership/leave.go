@@ -3,6 +3,7 @@ package ownership
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"time"
 
@@ -251,6 +252,17 @@ func (s *Machine) driveHeld(now time.Time) {
 	for _, id := range sortedKeys(byOwner) {
 		s.send(id, message{kind: kindHeld, rests: byOwner[id]})
 	}
+}
+
+// Stranded returns the addresses of this node's pods that belong to other nodes now, in order.
+func (s *Machine) Stranded() (out []netip.Addr) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, a := range s.stranded() {
+		out = append(out, a.Addr)
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out
 }
 
 // stranded returns the allocations outside this node's space.

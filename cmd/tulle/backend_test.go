@@ -145,8 +145,9 @@ func (f *fixture) IPAMCheck(context.Context) (api.IPAMCheck, error) {
 		return api.IPAMCheck{Checked: 3}, nil
 	}
 	return api.IPAMCheck{Checked: 3,
-		Leaked:  []api.LeakedAddr{{Address: addr("10.244.0.3"), ID: "dead/eth0", Since: f.ago(50), Reason: "its namespace /run/netns/dead is gone"}},
-		Unknown: []api.UnknownAddr{{Address: addr("10.244.0.77"), Where: "veth12 in /run/netns/rogue"}}}, nil
+		Leaked:   []api.LeakedAddr{{Address: addr("10.244.0.3"), ID: "dead/eth0", Since: f.ago(50), Reason: "its namespace /run/netns/dead is gone"}},
+		Unknown:  []api.UnknownAddr{{Address: addr("10.244.0.77"), Where: "veth12 in /run/netns/rogue"}},
+		Stranded: []api.LeakedAddr{{Address: addr("10.244.9.5"), ID: "cut-off/eth0", Since: f.ago(70), Reason: "another node owns it now"}}}, nil
 }
 
 func (f *fixture) IPAMRelease(_ context.Context, r api.ReleaseRequest) (out api.ReleaseResult, err error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 
 	"github.com/spf13/cobra"
@@ -51,7 +52,7 @@ func ipamCommand() *cobra.Command {
 				"The exit code is 1 if an address is leaked, or in use without being allocated.",
 			Args: exactly(),
 			RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.IPAMCheck, error) { return a.IPAMCheck(ctx) },
-				printCheck, func(r api.IPAMCheck) bool { return len(r.Leaked) == 0 && len(r.Unknown) == 0 }),
+				printCheck, func(r api.IPAMCheck) bool { return len(r.Leaked) == 0 && len(r.Unknown) == 0 && len(r.Stranded) == 0 }),
 		},
 		release)
 	return c.flags(cmd, quickTimeout)
@@ -84,7 +85,11 @@ func printIPAM(p *printer, r api.IPAM) {
 }
 
 func printCheck(p *printer, r api.IPAMCheck) {
-	p.line("%s checked, %d leaked, %d in use without being allocated", plural(r.Checked, "allocation"), len(r.Leaked), len(r.Unknown))
+	stranded := ""
+	if n := len(r.Stranded); n > 0 {
+		stranded = fmt.Sprintf(", %d stranded", n)
+	}
+	p.line("%s checked, %d leaked, %d in use without being allocated%s", plural(r.Checked, "allocation"), len(r.Leaked), len(r.Unknown), stranded)
 	if len(r.Leaked) > 0 {
 		t := table{head: []string{"LEAKED", "SINCE", "ID", "REASON"}, right: []bool{false, true}}
 		for _, l := range r.Leaked {
@@ -102,6 +107,15 @@ func printCheck(p *printer, r api.IPAMCheck) {
 		p.line("")
 		p.table(&t)
 		p.line("→ something beside the agent gave these out: recreate those pods, or stop what made them")
+	}
+	if len(r.Stranded) > 0 {
+		t := table{head: []string{"STRANDED", "SINCE", "ID", "REASON"}, right: []bool{false, true}}
+		for _, l := range r.Stranded {
+			t.row(l.Address.String(), p.since(l.Since), l.ID, l.Reason)
+		}
+		p.line("")
+		p.table(&t)
+		p.line("→ restart these pods: they get addresses of this node's present space")
 	}
 }
 

@@ -85,9 +85,9 @@ func (a *agent) IPAMCheck(context.Context) (api.IPAMCheck, error) {
 				Reason: "no route leads to it, and its network namespace is gone",
 			})
 		case ownership.Stranded:
-			out.Leaked = append(out.Leaked, api.LeakedAddr{
+			out.Stranded = append(out.Stranded, api.LeakedAddr{
 				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
-				Reason: "another node owns it now; restart the pod",
+				Reason: "another node owns it now",
 			})
 		}
 	}

@@ -46,7 +46,7 @@ func (s *session) fill(st *api.Status) {
 	st.Node.Links, st.Node.LinkMTU = s.sizes.Load().links, int(s.linkMTU())
 	st.Node.Tun = api.Tun{Name: s.device.Name(), MTU: int(s.tunMTU()), Addresses: v.tun, Queues: len(s.device.Queues())}
 	st.Node.UDPPort, st.Node.VXLANPort = s.cfg.UDPPort, s.cfg.VXLANPort
-	st.Node.Prefixes = v.own
+	st.Node.Prefixes, st.Node.Stranded = v.own, v.strays
 	st.Node.Blocks = s.blocks(now)
 	st.Cluster = s.clusterStatus(v)
 	s.fillCounters(st)

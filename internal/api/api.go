@@ -78,6 +78,8 @@ type Node struct {
 	Tun       Tun            `json:"tun"`
 	Prefixes  []netip.Prefix `json:"prefixes"` // the space this node owns
 	Blocks    []Block        `json:"blocks"`   // the part of it from which pods get addresses
+	// Stranded are addresses of this node's pods that belong to other nodes now.
+	Stranded []netip.Addr `json:"stranded,omitempty"`
 }
 
 // Tun describes the TUN device. Host processes use Addresses as their source toward remote pods.

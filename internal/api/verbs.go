@@ -132,9 +132,11 @@ type IPAMCheck struct {
 	Checked int           `json:"checked"`
 	Leaked  []LeakedAddr  `json:"leaked"`  // allocated, and no pod has it
 	Unknown []UnknownAddr `json:"unknown"` // a pod on this host has it, and it is not allocated
+	// Stranded are addresses of pods that belong to other nodes now: other hosts do not reach these pods until they are restarted.
+	Stranded []LeakedAddr `json:"stranded"`
 }
 
-// LeakedAddr is an address that is allocated to a pod that is gone.
+// LeakedAddr is an address that is allocated to a pod that is gone, or is stranded.
 type LeakedAddr struct {
 	Address netip.Addr `json:"address"`
 	ID      string     `json:"id"`

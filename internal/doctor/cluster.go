@@ -235,6 +235,9 @@ func judgeAddresses(s *snapshot) Result {
 		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%v is allocated to %s, which is gone: %s", l.Address, l.ID, l.Reason),
 			Remedy: "release it", Command: fmt.Sprintf("tulle ipam release %v --socket %s", l.Address, s.Socket)})
 	}
+	for _, l := range s.leaks.Stranded {
+		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%v of %s: %s", l.Address, l.ID, l.Reason), Remedy: "restart that pod: it gets an address of this node's present space"})
+	}
 	for _, u := range s.leaks.Unknown {
 		out = append(out, Finding{State: Warning, What: fmt.Sprintf("%v is in use at %s, and was never allocated", u.Address, u.Where), Remedy: "give that pod another address, or remove it"})
 	}

@@ -101,6 +101,7 @@ func TestJudge(t *testing.T) {
 			st.Problems = []api.Problem{{What: "the blocks of this node are full", Check: api.CheckSpace}}
 		})}, Failed, "full"},
 		{"a leak", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Leaked: []api.LeakedAddr{{Address: netip.MustParseAddr("10.244.0.7"), ID: "x"}}}}, Warning, "tulle ipam release 10.244.0.7"},
+		{"a stranded pod", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Stranded: []api.LeakedAddr{{Address: netip.MustParseAddr("10.244.0.7"), ID: "x", Reason: "another node owns it now"}}}}, Warning, "restart that pod"},
 		{"an unknown pod", "addresses", snapshot{status: agent(func(*api.Status) {}), leaks: &api.IPAMCheck{Unknown: []api.UnknownAddr{{Address: netip.MustParseAddr("10.244.0.7"), Where: "veth1"}}}}, Warning, "never allocated"},
 		{"a foreign cluster", "cluster", snapshot{status: agent(func(st *api.Status) {
 			st.Problems = []api.Problem{{What: "belongs to cluster X", Check: api.CheckCluster}}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io/fs"
 	"net/netip"
+	"slices"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -160,7 +161,11 @@ func (s *snapshot) own() []netip.Prefix {
 	if s.status == nil {
 		return s.PodCIDRs
 	}
-	return s.status.Node.Prefixes
+	own := slices.Clone(s.status.Node.Prefixes)
+	for _, a := range s.status.Node.Stranded { // the routes to these are its pods', too
+		own = append(own, netip.PrefixFrom(a, a.BitLen()))
+	}
+	return own
 }
 
 // found turns what a look at the host has found into findings.

@@ -94,7 +94,10 @@ func (s *snapshot) label(p api.Peer) string {
 	return p.Name
 }
 
-// judgePaths names what is blocked. Of each path the reason says in which direction packets are lost, as far as this side knows
+// lossy is the loss of a path in use that is worth a warning, as in the alert TullePathLossy.
+const lossy = 0.05
+
+// judgePaths names what is blocked, and what loses packets. Of each path the reason says in which direction packets are lost, as far as this side knows
 // it: the peer's probes that arrive here tell.
 func judgePaths(s *snapshot) Result {
 	if s.status == nil {
@@ -108,6 +111,10 @@ func judgePaths(s *snapshot) Result {
 		}
 		for _, way := range p.InUse() {
 			text = append(text, fmt.Sprintf("%s by %s %s", s.label(p), labelled(way), way.State))
+			if way.State == api.PathUp && way.Loss > lossy {
+				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%.0f %% of the probes to %s by %s were lost in the last two minutes", 100*way.Loss, s.label(p), labelled(way)),
+					Remedy: fmt.Sprintf("the network between the two hosts loses packets, or one of them is overloaded: `tulle ping %s` compares the ways", s.label(p))})
+			}
 		}
 		for i, c := range p.Candidates {
 			if c.State == api.PathDown && !c.Active && insteadOf(c, p.Candidates[i+1:]) {

@@ -122,6 +122,14 @@ func TestJudge(t *testing.T) {
 			p.ID = "c2d85b1f90e34d6d8a40f7b91e2c6d03"
 			p.Candidates = []api.Candidate{{Path: api.Path{Mode: "ipip", State: api.PathDown}}, {Path: p.Path, Active: true}}
 		}, api.Peer{Name: "b", ID: "b0914e6627aa4c35be7f81d6e5c3a972"})}, Warning, "ipip is preferred toward b (c2d85b1f), and blocked"},
+		{"a path that loses packets", "paths", snapshot{status: peer(func(p *api.Peer) {
+			p.Path.Loss = 0.48
+			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}}
+		})}, Warning, "48 % of the probes to b by udp were lost"},
+		{"a path that loses hardly anything", "paths", snapshot{status: peer(func(p *api.Peer) {
+			p.Path.Loss = 0.05
+			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}}
+		})}, OK, ""},
 		{"no peers", "paths", snapshot{status: agent(func(*api.Status) {})}, Skipped, ""},
 		{"what is not preferred is blocked", "paths", snapshot{status: peer(func(p *api.Peer) {
 			p.Candidates = []api.Candidate{{Path: p.Path, Active: true}, {Path: api.Path{Mode: "ipip", State: api.PathDown}}}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/api"
@@ -74,7 +75,7 @@ const holdDown = 5 * time.Second
 
 // look builds the view. Only the session's loop calls it, which owns gone.
 func (s *session) look(now time.Time) *view {
-	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), strays: s.ownership.Stranded(), tun: s.ownership.TunAddrs()}
+	v := &view{self: s.cfg.NodeName, status: s.ownership.Status(now), own: s.ownership.Prefixes(), strays: strays(s.ownership.Stranded()), tun: s.ownership.TunAddrs()}
 	if last := s.view.Load(); last == nil || !slices.Equal(v.tun, last.tun) {
 		s.tunSince = now
 	}
@@ -118,6 +119,16 @@ func (s *session) look(now time.Time) *view {
 		return cmp.Or(cmp.Compare(b2i(a.node.IsZero()), b2i(b.node.IsZero())), cmp.Compare(a.name, b.name), cmp.Compare(a.id, b.id))
 	})
 	return v
+}
+
+// strays are the addresses of pods that belong to other nodes now, without what is perhaps no pod.
+func strays(list []ipam.Allocation) (out []netip.Addr) {
+	for _, a := range list {
+		if !strings.HasPrefix(a.Key, foundKey) {
+			out = append(out, a.Addr)
+		}
+	}
+	return out
 }
 
 // yieldAddresses ensures that each underlay address belongs to one peer, because packets from it can be validated against the

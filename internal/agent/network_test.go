@@ -260,3 +260,12 @@ func TestBenchFamily(t *testing.T) {
 		}
 	}
 }
+
+// What was found on the host, and may be no pod, takes nothing from what status says of the host's addresses.
+func TestStrays(t *testing.T) {
+	pod, other := netip.MustParseAddr("10.244.8.7"), netip.MustParseAddr("10.244.254.7")
+	list := []ipam.Allocation{{Addr: pod, Key: "tulle/tulle/web/eth0"}, {Addr: other, Key: foundKey + other.String()}}
+	if got := strays(list); !slices.Equal(got, []netip.Addr{pod}) {
+		t.Errorf("%v", got)
+	}
+}

@@ -305,6 +305,9 @@ func (s *session) openCluster(state *ipam.State) (err error) {
 	return err
 }
 
+// foundKey begins the keys of what was found on the host and may be something else than a pod.
+const foundKey = "found "
+
 // takeStock compares allocations with the host before anything is served: pods that the state does not know (it was lost,
 // or is older than they are) keep their addresses out of use, and what is left of pods that are gone is released.
 func (s *session) takeStock() error {
@@ -324,7 +327,7 @@ func (s *session) takeStock() error {
 	unknown := slices.DeleteFunc(pods, func(l ipam.Allocation) bool { return allocated[l.Addr] })
 	for i, l := range unknown {
 		if l.Key == "" || has[half{l.Key, l.Addr.Is6()}] { // no link of ours, or its pod has another address in the state
-			unknown[i].Key = "found " + l.Addr.String()
+			unknown[i].Key = foundKey + l.Addr.String()
 		}
 	}
 	if len(unknown) > 0 {

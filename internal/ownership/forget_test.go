@@ -104,11 +104,8 @@ func TestForgetDuringASplit(t *testing.T) {
 	w.runFor(20 * time.Second)
 	wantProblem(t, n4, "which this node used, belongs to node-0")
 	wantProblem(t, n4, "2 pods of this node have addresses that belong to others")
-	var pods []netip.Addr
-	for _, a := range n4.sp.Allocations() {
-		pods = append(pods, a.Addr)
-	}
-	slices.SortFunc(pods, netip.Addr.Compare)
+	pods := n4.sp.Allocations()
+	slices.SortFunc(pods, func(a, b ipam.Allocation) int { return a.Addr.Compare(b.Addr) })
 	if got := n4.sp.Stranded(); !slices.Equal(got, pods) || len(n0.sp.Stranded()) > 0 {
 		t.Errorf("stranded: %v, want %v; of the new owner %v", got, pods, n0.sp.Stranded())
 	}

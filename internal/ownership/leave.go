@@ -254,15 +254,13 @@ func (s *Machine) driveHeld(now time.Time) {
 	}
 }
 
-// Stranded returns the addresses of this node's pods that belong to other nodes now, in order.
-func (s *Machine) Stranded() (out []netip.Addr) {
+// Stranded returns the allocations whose addresses belong to other nodes now, in the order of these.
+func (s *Machine) Stranded() []ipam.Allocation {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, a := range s.stranded() {
-		out = append(out, a.Addr)
-	}
-	slices.SortFunc(out, netip.Addr.Compare)
-	return out
+	list := s.stranded()
+	slices.SortFunc(list, func(a, b ipam.Allocation) int { return a.Addr.Compare(b.Addr) })
+	return list
 }
 
 // stranded returns the allocations outside this node's space.

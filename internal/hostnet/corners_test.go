@@ -143,6 +143,22 @@ func TestDetectUnderlayCorners(t *testing.T) {
 			addr add 10.7.7.7/32 dev up1
 			route add 172.31.1.1 dev up1
 			route add default via 172.31.1.1`},
+		{name: "a VPN's /32, with routes that name no gateway", seeds: ips("10.9.0.2"), iface: "up2", uplinks: "up2", mtu: 1400, addrs: ips("10.9.0.1"), setup: two + `
+			addr flush dev up2 scope global
+			addr add 10.9.0.1/32 dev up2
+			route add 10.9.0.2 dev up2
+			route add default via 10.0.1.6`},
+		{name: "the same in a table of its own", seeds: ips("10.9.0.2"), iface: "up2", uplinks: "up2", mtu: 1400, addrs: ips("10.9.0.1"), setup: two + `
+			addr flush dev up2 scope global
+			addr add 10.9.0.1/32 dev up2
+			route add 10.9.0.2 dev up2 table 52
+			rule add priority 5270 lookup 52
+			route add default via 10.0.1.6`},
+		{name: "the same by IPv6", seeds: ips("2001:db8:9::2"), iface: "up2", uplinks: "up2", mtu: 1400, addrs: ips("2001:db8:9::1"), setup: two + `
+			addr flush dev up2 scope global
+			addr add 2001:db8:9::1/128 dev up2 nodad
+			route add 2001:db8:9::2 dev up2
+			route add default via 2001:db8:1::6`},
 		{name: "no default route, and the other device is down", iface: "up2", uplinks: "up2", mtu: 1400, addrs: ips("10.0.2.5", "2001:db8:2::5"), setup: two + `
 			link set up1 down`},
 	} {

@@ -61,7 +61,7 @@ func (d *detector) uplinks(c candidate, routes []netlink.Route) []int {
 		out = append(holder, bySource...)
 	case len(bySource) > 0:
 		out = bySource
-	case !lo && (slices.Contains(byGateway, c.index) || len(byGateway) == 0):
+	case !lo && (slices.Contains(byGateway, c.index) || len(byGateway) == 0 || leads(c)):
 		out = holder
 	default:
 		out = byGateway
@@ -69,6 +69,15 @@ func (d *detector) uplinks(c candidate, routes []netlink.Route) []int {
 	out = slices.DeleteFunc(slices.Clone(out), d.loopback)
 	slices.Sort(out)
 	return slices.Compact(out)
+}
+
+// leads reports whether a route that names no gateway leaves by the device of an address: a VPN's routes do, as wg-quick makes them, also in a table of
+// their own, as Tailscale does. The kernel's own routes come with addresses, and ours are to pods.
+func leads(c candidate) bool {
+	routes, err := unicast(c.addr.Is4(), unix.RT_TABLE_UNSPEC)
+	return err == nil && slices.ContainsFunc(routes, func(rt netlink.Route) bool {
+		return rt.Protocol != unix.RTPROT_KERNEL && slices.Contains(hops(&rt), c.index)
+	})
 }
 
 func (d *detector) loopback(index int) bool {
@@ -89,13 +98,16 @@ func fullLength(a netlink.Addr) bool {
 }
 
 // mainUnicast lists the unicast routes of one family's main table that are not ours.
-func mainUnicast(v4 bool) ([]netlink.Route, error) {
+func mainUnicast(v4 bool) ([]netlink.Route, error) { return unicast(v4, unix.RT_TABLE_MAIN) }
+
+// unicast lists those of one table, or of all (RT_TABLE_UNSPEC).
+func unicast(v4 bool, table int) ([]netlink.Route, error) {
 	family := netlink.FAMILY_V6
 	if v4 {
 		family = netlink.FAMILY_V4
 	}
 	routes, err := dump("routes", func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+		return netlink.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	})
 	return slices.DeleteFunc(routes, func(rt netlink.Route) bool { return rt.Type != unix.RTN_UNICAST || rt.Protocol == Protocol }), err
 }

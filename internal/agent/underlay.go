@@ -321,7 +321,7 @@ func (s *session) underlayProblems() []api.Problem {
 	var out []api.Problem
 	if len(k.Lost) > 0 {
 		out = append(out, api.Problem{What: fmt.Sprintf("this host has lost its underlay address %s", listed(k.Lost)),
-			Remedy: fmt.Sprintf("give it back to an interface; after %v another address of %s takes over, or one from which a route leads to the members or seeds, if there is one", lostPatience, k.Iface)})
+			Remedy: fmt.Sprintf("give it back to an interface; after %v another address of %s, or of the bridge or bond of which it has become a part, takes over, or one from which a route leads to the members or seeds, if there is one", lostPatience, k.Iface)})
 	}
 	if k.Down != "" {
 		out = append(out, api.Problem{What: fmt.Sprintf("the underlay interface %s", k.Down), Remedy: "bring it up, or plug it in; the address stays in use"})

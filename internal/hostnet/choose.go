@@ -47,7 +47,7 @@ const (
 //  2. the source address of the route to the seeds, or, while their names do not resolve, to the members known from before;
 //  3. an address of this host that is in the list of seeds;
 //  4. an address that was in use before;
-//  5. another address of the device whose address is lost;
+//  5. another address of the device whose address is lost, or of the bridge or bond that it has become a part of;
 //  6. if there are no seeds to wait for, and no device's address is lost: the address of the default route, or of the only device
 //     that has an address.
 //
@@ -83,6 +83,9 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 		return d.because(last, s.LastBy, "it was in use before, and is still this host's")
 	}
 	if c, ok := d.beside(s.Device); ok {
+		if name := d.name(c.index); name != s.Device {
+			return d.because(c, ByGuess, fmt.Sprintf("it is on %s, of which %s, which had the lost address, is a part now", name, s.Device))
+		}
 		return d.because(c, ByGuess, fmt.Sprintf("it is on %s, as the lost address was", s.Device))
 	}
 	if len(others) > 0 {
@@ -223,11 +226,11 @@ func (d *detector) inUse(s Sought) (candidate, bool) {
 	return candidate{}, false
 }
 
-// beside finds an address of a device that has lost the one in use. A single IPv4 address on a link without a default route may be a
+// beside finds an address of a device that has lost the one in use, or of the bridge or bond of which it has become a part. A single IPv4 address on a link without a default route may be a
 // virtual one, and would not stay.
 func (d *detector) beside(device string) (candidate, bool) {
 	for _, h := range d.addrs {
-		if d.name(h.LinkIndex) != device {
+		if d.name(h.LinkIndex) != device && !d.part(device, h.LinkIndex) {
 			continue
 		}
 		a := addrOf(h.IP)
@@ -236,6 +239,16 @@ func (d *detector) beside(device string) (candidate, bool) {
 		}
 	}
 	return candidate{}, false
+}
+
+// part reports whether a device is a port of a bridge, or of a bond.
+func (d *detector) part(device string, of int) bool {
+	for _, l := range d.links {
+		if l.Name == device && l.MasterIndex == of {
+			return true
+		}
+	}
+	return false
 }
 
 // leadsOut reports whether an IPv4 default route leaves by a device.

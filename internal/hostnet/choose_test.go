@@ -133,6 +133,10 @@ func TestSought(t *testing.T) {
 			sought: Sought{Device: "eth0", Peers: ips("2001:db8:1::12")}, addrs: ips("2001:db8:7::7"), by: ByPeers},
 		{name: "the address is lost, and another device leads to the members", sought: Sought{Device: "eth2", Peers: ips("10.0.1.12")},
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: ByPeers},
+		{name: "the device with the lost address has become a part of a bridge", setup: func(h *host) {
+			h.device("eth0")
+			h.shell("ip link add br0 type bridge && ip link set eth0 master br0 && ip addr add 10.0.1.57/24 dev br0 && ip link set br0 up")
+		}, sought: Sought{Device: "eth0"}, addrs: ips("10.0.1.57"), by: ByGuess},
 		{name: "no default route, and the only device has no carrier", setup: func(h *host) { noCarrier(h, "docker0", "172.17.0.1/16") },
 			err: []string{"docker0 172.17.0.1", "no carrier"}, wait: true},
 		{name: "the same beside another device", setup: func(h *host) { noCarrier(h, "docker0", "172.17.0.1/16"); h.device("eth0", "10.0.1.11/24") },

@@ -209,3 +209,20 @@ func TestUnderlayIPv6PrefixChanges(t *testing.T) {
 	hosts.Within(t, 20*time.Second, "the new address takes over", func() error { return underlayIs(first, "2001:db8:1::33") })
 	hosts.Within(t, 20*time.Second, "pods reach each other again", ping)
 }
+
+// The interface of the first node, which has no seeds and no other members, becomes a part of a bridge, to which DHCP gives another address.
+func TestUnderlayBridgeHasAnotherAddress(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b := n.Switch(), n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	first := a.Agent("--bootstrap")
+	first.Ready(20 * time.Second)
+	a.IP("link add br0 type bridge", "addr flush dev eth0", "link set eth0 master br0", "link set br0 up", "addr add 10.0.1.57/24 dev br0")
+	second := b.Agent("--join", "10.0.1.57")
+	second.Ready(30 * time.Second)
+	if err := underlayIs(first, "10.0.1.57"); err != nil {
+		t.Error(err)
+	}
+}

@@ -277,6 +277,8 @@ func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost,
 		return fmt.Sprintf("this host has lost %s; %s on %s takes over (%s)", listed(kept.Lost), listed(next.Addrs), next.Iface, next.Why)
 	case alone && use.By != hostnet.ByOperator && (next.By == hostnet.BySeeds || next.By == hostnet.ByPeers) && next.Addrs[0] != use.Addrs[0]:
 		return fmt.Sprintf("no other member is in sight from %s; %s on %s may be better: %s", listed(use.Addrs), listed(next.Addrs), next.Iface, next.Why)
+	case alone && next.By == hostnet.ByRoute && next.Addrs[0] != use.Addrs[0]:
+		return fmt.Sprintf("no member is known, and %s is on %s, a bridge of containers; %s on %s is better: %s", listed(use.Addrs), use.Iface, listed(next.Addrs), next.Iface, next.Why)
 	case kept.More.IsValid() && wanted:
 		return fmt.Sprintf("this host has got %v, and some member or seed can only be reached by that family", kept.More)
 	case kept.More.IsValid() && alone:

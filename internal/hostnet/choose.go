@@ -39,6 +39,7 @@ const (
 	BySeeds    Basis = "seeds"    // the source address of the route to them, or an address of this host that is in their list
 	ByPeers    Basis = "peers"    // the same, with the members that were there before
 	ByGuess    Basis = "guess"    // the default route, or the only device with an address
+	ByRoute    Basis = "route"    // the same, after a guess at a bridge of containers
 )
 
 // DetectUnderlay finds the underlay in the calling thread's network namespace. It uses the first of these:
@@ -46,7 +47,8 @@ const (
 //  1. the address or interface that the operator names;
 //  2. the source address of the route to the seeds, or, while their names do not resolve, to the members known from before;
 //  3. an address of this host that is in the list of seeds;
-//  4. an address that was in use before;
+//  4. an address that was in use before, unless it was guessed, is that of a bridge of containers, no member is known, and the default
+//     route leads elsewhere now;
 //  5. another address of the device whose address is lost, or of the bridge or bond that it has become a part of;
 //  6. if there are no seeds to wait for, and no device's address is lost: the address of the default route, or of the only device
 //     that has an address.
@@ -80,6 +82,9 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 		return d.because(c, BySeeds, "the seeds list it, and it is this host's")
 	}
 	if lasts {
+		if u, ok := d.outward(last, s); ok {
+			return u, nil
+		}
 		return d.because(last, s.LastBy, "it was in use before, and is still this host's")
 	}
 	if c, ok := d.beside(s.Device); ok {
@@ -224,6 +229,27 @@ func (d *detector) inUse(s Sought) (candidate, bool) {
 		}
 	}
 	return candidate{}, false
+}
+
+// outward finds a better guess than a bridge of containers, which was all that the host had, as when DHCP is late. Nobody has reached this node
+// there while it knows no other member.
+func (d *detector) outward(last candidate, s Sought) (Underlay, bool) {
+	if s.LastBy != ByGuess || len(s.Peers) > 0 || !d.containers(last.index) {
+		return Underlay{}, false
+	}
+	u, err := d.byDefault()
+	return u.because(ByRoute, u.Why), err == nil && !d.containers(u.Index)
+}
+
+// containers reports whether a device is a bridge whose ports are all of containers and virtual machines, such as docker0: no other host is
+// behind it.
+func (d *detector) containers(index int) bool {
+	for i, l := range d.links {
+		if l.MasterIndex == index && d.kinds[i] != "veth" && d.kinds[i] != "tuntap" {
+			return false
+		}
+	}
+	return d.kinds[index] == "bridge"
 }
 
 // beside finds an address of a device that has lost the one in use, or of the bridge or bond of which it has become a part. A single IPv4 address on a link without a default route may be a

@@ -28,6 +28,14 @@ func docker(h *host) {
 	h.device("docker0", "172.17.0.1/16")
 }
 
+// bridge is a host with the bridge of a container engine, with a container, and an address on eth0.
+func bridge(h *host) {
+	h.device("eth0", "10.0.1.11/24")
+	h.device("vct")
+	h.shell("ip link add docker0 type bridge && ip link set vct master docker0 && ip addr add 172.17.0.1/16 dev docker0 && ip link set docker0 up")
+	eventually(h.t, "docker0 has a carrier", func() bool { return h.link("docker0").Attrs().RawFlags&unix.IFF_RUNNING != 0 })
+}
+
 // noCarrier makes a device without carrier, such as a bridge whose ports are gone.
 func noCarrier(h *host, name, addr string) {
 	h.device(name, addr)
@@ -133,6 +141,22 @@ func TestSought(t *testing.T) {
 			sought: Sought{Device: "eth0", Peers: ips("2001:db8:1::12")}, addrs: ips("2001:db8:7::7"), by: ByPeers},
 		{name: "the address is lost, and another device leads to the members", sought: Sought{Device: "eth2", Peers: ips("10.0.1.12")},
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: ByPeers},
+		{name: "a guess was at a bridge of containers, and a default route came since", setup: func(h *host) {
+			bridge(h)
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 100, unix.RTPROT_DHCP)
+		}, sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess}, addrs: ips("10.0.1.11"), by: ByRoute},
+		{name: "the same, and members are known", setup: func(h *host) {
+			bridge(h)
+			h.shell("ip route add 172.16.0.0/12 via 172.17.0.2")
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 100, unix.RTPROT_DHCP)
+		}, sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess, Peers: ips("172.18.0.1")}, addrs: ips("172.17.0.1"), by: ByPeers},
+		{name: "a guess was at a bridge of containers, and no default route came", setup: bridge,
+			sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess}, addrs: ips("172.17.0.1"), by: ByGuess},
+		{name: "a guess was at a bridge with an uplink, and a default route came since", setup: func(h *host) {
+			bridge(h)
+			h.shell("ip link add link eth0 name eth0.7 type macvlan && ip link set eth0.7 master docker0")
+			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 100, unix.RTPROT_DHCP)
+		}, sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess}, addrs: ips("172.17.0.1"), by: ByGuess},
 		{name: "the device with the lost address has become a part of a bridge", setup: func(h *host) {
 			h.device("eth0")
 			h.shell("ip link add br0 type bridge && ip link set eth0 master br0 && ip addr add 10.0.1.57/24 dev br0 && ip link set br0 up")

@@ -57,6 +57,7 @@ type candidate struct {
 
 type detector struct {
 	links map[int]*netlink.LinkAttrs
+	kinds map[int]string // of the links
 	addrs []netlink.Addr // usable ones, in the kernel's order
 	all   []netlink.Addr
 	last  []netip.Addr            // in use before: preferred as the second address too
@@ -69,9 +70,9 @@ func newDetector() (*detector, error) {
 	if err != nil {
 		return nil, err
 	}
-	d := &detector{links: make(map[int]*netlink.LinkAttrs, len(links))}
+	d := &detector{links: make(map[int]*netlink.LinkAttrs, len(links)), kinds: make(map[int]string, len(links))}
 	for _, l := range links {
-		d.links[l.Attrs().Index] = l.Attrs()
+		d.links[l.Attrs().Index], d.kinds[l.Attrs().Index] = l.Attrs(), l.Type()
 	}
 	d.all, err = dump("addresses", func() ([]netlink.Addr, error) { return netlink.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {

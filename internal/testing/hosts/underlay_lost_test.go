@@ -210,6 +210,39 @@ func TestUnderlayIPv6PrefixChanges(t *testing.T) {
 	hosts.Within(t, 20*time.Second, "pods reach each other again", ping)
 }
 
+// DHCP is late on the first node, which has no seeds, and the bridge of a container engine has the only address. That of the default route
+// takes over when it comes, also where the agent was restarted before.
+func TestUnderlayGuessedAtBridge(t *testing.T) {
+	for name, restart := range map[string]bool{"running": false, "restarted": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			n := hosts.New(t)
+			sw, a, b, ct := n.Switch(), n.Host("a"), n.Host("b"), n.Host("ct")
+			a.Plug(sw, "eth0")
+			b.Plug(sw, "eth0", "10.0.1.12/24")
+			a.IP("link add docker0 type bridge", "addr add 172.17.0.1/16 dev docker0", "link set docker0 up")
+			ct.Link("eth0", "172.17.0.2/16", a, "vct", "")
+			a.IP("link set vct master docker0")
+			first := a.Agent("--bootstrap")
+			first.Ready(20 * time.Second)
+			if restart {
+				first.Stop()
+			}
+			a.IP("addr add 10.0.1.11/24 dev eth0", "route add default via 10.0.1.1")
+			if restart {
+				first = a.Agent("--bootstrap")
+			}
+			second := b.Agent("--join", "10.0.1.11")
+			second.Ready(30 * time.Second)
+			if err := underlayIs(first, "10.0.1.11"); err != nil {
+				t.Error(err)
+			}
+			web, db := first.Pod("web"), second.Pod("db")
+			hosts.Within(t, 10*time.Second, "pods reach each other", func() error { return db.Ping(web.IPv4()) })
+		})
+	}
+}
+
 // The interface of the first node, which has no seeds and no other members, becomes a part of a bridge, to which DHCP gives another address.
 func TestUnderlayBridgeHasAnotherAddress(t *testing.T) {
 	t.Parallel()

@@ -62,6 +62,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err != nil {
 		return err
 	}
+	seeds.Own(cfg.NodeName)
 	a := &agent{cfg: cfg, log: log, started: time.Now(), seeds: seeds, store: openStore()}
 	listener, err := api.Listen(cfg.Socket)
 	if err != nil {

@@ -155,6 +155,7 @@ func gatherNames(ctx context.Context, s *snapshot) {
 	if err != nil {
 		return // the configuration's own check refuses it
 	}
+	list.Own(s.NodeName)
 	ctx, cancel := context.WithTimeout(ctx, namePatience)
 	defer cancel()
 	done := make(chan struct{})

@@ -41,6 +41,7 @@ type entry struct {
 	host   string // "" if the seed is an address
 	port   uint16
 	family [2]answer // of ip4 and ip6
+	own    bool      // the host's own name
 }
 
 // answer is what is known of one family of a name.
@@ -51,6 +52,8 @@ type answer struct {
 }
 
 var networks = [2]string{"ip4", "ip6"}
+
+var loopback = netip.AddrFrom4([4]byte{127, 0, 0, 1})
 
 // New reads the seeds; port is that of those which name none. lookup nil means the host's resolver, log nil none. It looks
 // nothing up: addresses are known at once, names when Run has found them.
@@ -76,6 +79,14 @@ func New(texts []string, port uint16, lookup Lookup, log *slog.Logger) (*List, e
 		l.entries = append(l.entries, e)
 	}
 	return l, nil
+}
+
+// Own tells the name of this host. If neither /etc/hosts nor a name server knows it, a seed of that name leads to this host: what others
+// know it by need not be known here. Call it before Run.
+func (l *List) Own(name string) {
+	for _, e := range l.entries {
+		e.own = e.host != "" && strings.EqualFold(strings.TrimSuffix(e.host, "."), name)
+	}
 }
 
 // All returns the seeds in the order of the configuration. The slice is the caller's, the addresses in it are not to be changed. A
@@ -177,6 +188,9 @@ func (l *List) answered(e *entry, family int, addrs []netip.Addr, err error) {
 	old := e.Seed
 	e.family[family].settle(good, err)
 	e.Seed = combine(old, e.family, e.port, now)
+	if self := netip.AddrPortFrom(loopback, e.port); e.own && notFound(e.Err) && (e.Unresolved() || e.Addrs[0] == self) {
+		e.Addrs, e.Err, e.Since = []netip.AddrPort{self}, nil, time.Time{}
+	}
 	changed := !slices.Equal(old.Addrs, e.Addrs) || old.Tried != e.Tried || old.Why() != e.Why()
 	next := e.Seed
 	if changed {
@@ -193,10 +207,15 @@ func (l *List) answered(e *entry, family int, addrs []netip.Addr, err error) {
 // the name, as when the server is busy, leaves it.
 func (a *answer) settle(good []netip.Addr, err error) {
 	a.err, a.ended = err, true
-	dns, isDNS := errors.AsType[*net.DNSError](err)
-	if err == nil || !isDNS || dns.IsNotFound {
+	if _, isDNS := errors.AsType[*net.DNSError](err); err == nil || !isDNS || notFound(err) {
 		a.addrs = good
 	}
+}
+
+// notFound reports whether a name server has said that there is no such name.
+func notFound(err error) bool {
+	dns, ok := errors.AsType[*net.DNSError](err)
+	return ok && dns.IsNotFound
 }
 
 // combine makes the seed out of what is known of its two families.
@@ -210,7 +229,7 @@ func combine(old Seed, family [2]answer, port uint16, now time.Time) Seed {
 	// A family that has an answer is enough. Of two errors the one that is not "no such host" says more.
 	if s.Tried && family[0].err != nil && family[1].err != nil {
 		s.Err, s.Since = family[0].err, now
-		if dns, ok := errors.AsType[*net.DNSError](s.Err); ok && dns.IsNotFound {
+		if notFound(s.Err) {
 			s.Err = family[1].err
 		}
 		if old.Err != nil && Reason(old.Err) == Reason(s.Err) {

@@ -201,6 +201,39 @@ func TestAgainAndAgain(t *testing.T) {
 	})
 }
 
+// The host's own name, which nobody here knows, leads to the host itself until somebody does. A name server that fails says nothing.
+func TestOwnName(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		z := &zone{names: map[string]any{"ip4 node-a": servfail, "ip6 node-a": servfail}}
+		l, err := New([]string{"Node-A.", "node-a:7000", "node-b"}, 7946, z.lookup, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Own("node-a")
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- l.Run(ctx) }()
+		const unknown = "node-b [] tried=true its name does not resolve: no such host"
+		expect(t, l, "Node-A. [127.0.0.1:7946] tried=true", "node-a:7000 [] tried=true its name does not resolve: server misbehaving", unknown)
+		z.set("ip4 node-a", noSuchHost)
+		z.set("ip6 node-a", noSuchHost)
+		time.Sleep(retryMax)
+		expect(t, l, "Node-A. [127.0.0.1:7946] tried=true", "node-a:7000 [127.0.0.1:7000] tried=true", unknown)
+		z.set("ip4 node-a", []string{"10.0.0.1"})
+		time.Sleep(refresh)
+		expect(t, l, "Node-A. [127.0.0.1:7946] tried=true", "node-a:7000 [10.0.0.1:7000] tried=true", unknown)
+		z.set("ip4 node-a", noSuchHost)
+		time.Sleep(refresh)
+		if s := l.All()[1]; s.Unresolved() || s.Addrs[0].Addr() != addrs("10.0.0.1")[0] {
+			t.Errorf("%s, want the last good address kept", text(s))
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
 func TestParse(t *testing.T) {
 	for text, want := range map[string]string{
 		"10.0.0.1": "10.0.0.1:7946", "10.0.0.1:80": "10.0.0.1:80", "2001:db8::1": "[2001:db8::1]:7946", "[2001:db8::1]": "[2001:db8::1]:7946",

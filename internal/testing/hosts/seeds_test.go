@@ -87,6 +87,19 @@ func TestOwnNameIsLoopback(t *testing.T) {
 	hosts.Within(t, 30*time.Second, "one cluster", func() error { return oneCluster(agents...) })
 }
 
+// All hosts share one list of seeds, and the first one does not know its own name: /etc/hosts has the others, and the name server none.
+func TestOwnNameIsUnknown(t *testing.T) {
+	t.Parallel()
+	a, b, _ := threeOnASwitch(t)
+	a.DNS("127.0.0.1")
+	a.EtcHosts("10.0.1.12 b")
+	b.EtcHosts("10.0.1.11 a", "127.0.1.1 b")
+	const conf = "bootstrap: a\njoin: [a, b]\ncluster_cidr: [10.244.0.0/16]\n"
+	first, second := a.Agent("--config", a.WriteFile("tulle.yaml", conf)), b.Agent("--config", b.WriteFile("tulle.yaml", conf))
+	hosts.Within(t, 30*time.Second, "one cluster", func() error { return oneCluster(first, second) })
+	hosts.NoProblems(t, "at rest", first, second)
+}
+
 // A name server that never answers holds up neither the other seeds nor the agent.
 func TestNameServerHangs(t *testing.T) {
 	t.Parallel()

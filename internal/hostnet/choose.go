@@ -177,6 +177,9 @@ func (d *detector) noRoute(seeds [][]netip.Addr) error {
 			if err == nil {
 				err = refuse(c.addr)
 			}
+			if a.IsLinkLocalUnicast() {
+				err = fmt.Errorf("seed %v is link-local, and no member is reached at such an address: give another one of that host, or its name", a)
+			}
 			if err != nil {
 				errs = append(errs, err)
 			}

@@ -109,6 +109,7 @@ func TestSought(t *testing.T) {
 			addrs: ips("2001:db8:1::11"), by: ByPeers},
 		{name: "the seeds have no route, one of two addresses is left", setup: onlyIPv6, sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}, Last: ips("10.0.1.11", "2001:db8:1::11"), LastBy: BySeeds},
 			addrs: ips("2001:db8:1::11"), by: BySeeds},
+		{name: "a seed's address is link-local", setup: onlyIPv6, sought: Sought{Seeds: [][]netip.Addr{ips("fe80::1%eth0")}}, err: []string{"seed fe80::1%eth0 is link-local"}, wait: true},
 		{name: "the seeds have no route, and nothing is known", setup: onlyIPv6, sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.12")}}, err: []string{"no route to 10.0.1.12"}, wait: true},
 		{name: "the device with the lost address has nothing, another has", setup: docker, sought: Sought{Device: "eth0"}, err: []string{"eth0 has no other address"}, wait: true},
 		{name: "the same, and no route to the members", setup: docker, sought: Sought{Device: "eth0", Peers: ips("10.0.1.12")}, err: []string{"eth0 has no other address"}, wait: true},

@@ -201,6 +201,16 @@ func TestAgainAndAgain(t *testing.T) {
 	})
 }
 
+// Why a name of mDNS is not found is said: ping finds it.
+func TestMulticastName(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		l, _ := list(t, map[string]any{"ip4 b.local": servfail}, "Node-A.Local", "b.local:7000", "local")
+		const none = "its name does not resolve: no such host"
+		expect(t, l, "Node-A.Local [] tried=true "+none+"; a name in .local is one of mDNS, which the packaged program does not ask",
+			"b.local:7000 [] tried=true its name does not resolve: server misbehaving", "local [] tried=true "+none)
+	})
+}
+
 // The host's own name, which nobody here knows, leads to the host itself until somebody does. A name server that fails says nothing.
 func TestOwnName(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

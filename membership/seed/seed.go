@@ -28,12 +28,20 @@ func (s Seed) Unresolved() bool { return len(s.Addrs) == 0 }
 // Why says in a few words why the seed has no address yet.
 func (s Seed) Why() string {
 	switch {
+	case s.Err != nil && s.multicast() && notFound(s.Err):
+		return Reason(s.Err) + "; a name in .local is one of mDNS, which the packaged program does not ask"
 	case s.Err != nil:
 		return Reason(s.Err)
 	case s.Unresolved():
 		return "its name server has not answered yet"
 	}
 	return ""
+}
+
+// multicast reports whether the name is one of mDNS (RFC 6762 §3).
+func (s Seed) multicast() bool {
+	host, _, _, err := parse(s.Name, 1)
+	return err == nil && strings.HasSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), ".local")
 }
 
 // ErrSyntax is in the errors about seeds that no name server can mend.

@@ -54,6 +54,7 @@ type peerView struct {
 	mode      encap.Mode
 	link      mtu.Link // largest outer packet that the links toward it carry
 	leaves    []string // devices by which packets to it leave; nil without a route
+	unrouted  bool     // no route of this host leads to it
 	mtu       mtu.TUN
 	path      path.Info
 	probed    bool
@@ -390,9 +391,11 @@ func (s *session) endpoint(theirs []netip.Addr) (netip.Addr, string) {
 func (s *session) findWay(p *peerView) {
 	p.link = s.linkMTU()
 	if p.endpoint.IsValid() {
-		if w := s.ways.To(p.endpoint); w.MTU > 0 {
+		w := s.ways.To(p.endpoint)
+		if w.MTU > 0 {
 			p.link, p.leaves = mtu.Link(w.MTU), w.Devices
 		}
+		p.unrouted = len(w.Devices) == 0
 	}
 }
 

@@ -93,6 +93,12 @@ func found(check string, list []hostnet.Problem) (out []api.Problem) {
 // peerProblem is what is wrong with a peer or the path to it.
 func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 	switch m, since, silent := s.unanswered(v, p); {
+	case p.unrouted && !p.replaced && !p.path.Up && !s.adrift():
+		return api.Problem{
+			What:   fmt.Sprintf("no route of this host leads to %s at %v", v.label(p), p.endpoint),
+			Remedy: fmt.Sprintf("add a route; or name an address of %s with --underlay there that this host reaches", v.label(p)),
+			Since:  p.since, Check: api.CheckUnderlay,
+		}, true
 	case p.state == api.PeerAlive && silent:
 		out := api.Problem{
 			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", v.label(p), m, s.path(p, m).Reason),

@@ -17,6 +17,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
+	"github.com/tulle-net/tulle/internal/hostnet"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -82,6 +83,25 @@ func TestProblemsOfTwins(t *testing.T) {
 	v.peers[0].otherKey = true // no firewall is to blame
 	if p, _ := s.peerProblem(v, &v.peers[0]); !strings.Contains(p.What, "different gossip keys") || !strings.Contains(p.Remedy, "copy the key file") {
 		t.Errorf("of a member with another key: %+v", p)
+	}
+}
+
+// A member to which no route leads is no matter of firewalls, unless this host's own link is down.
+func TestProblemOfNoRoute(t *testing.T) {
+	s := &session{}
+	s.probes = newProber(slog.New(slog.DiscardHandler))
+	s.link.Addrs = []netip.Addr{netip.MustParseAddr("192.0.2.9")}
+	p := testPeer(1, "h2", api.PeerSuspect, "198.51.100.1")
+	p.unrouted = true
+	v := &view{peers: []peerView{p}}
+	s.view.Store(v)
+	got, found := s.peerProblem(v, &v.peers[0])
+	if want := "no route of this host leads to h2 at 198.51.100.1"; !found || got.What != want {
+		t.Errorf("%q, want %q", got.What, want)
+	}
+	s.kept.Store(&hostnet.Kept{Down: "eth0 has no carrier"})
+	if got, found := s.peerProblem(v, &v.peers[0]); found {
+		t.Errorf("while the link is down: %q", got.What)
 	}
 }
 

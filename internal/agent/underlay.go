@@ -331,6 +331,12 @@ func (s *session) underlayProblems() []api.Problem {
 	return out
 }
 
+// adrift reports whether the underlay in use has lost an address, or its device carries no packets.
+func (s *session) adrift() bool {
+	k := s.kept.Load()
+	return k != nil && (len(k.Lost) > 0 || k.Down != "")
+}
+
 func listed(addrs []netip.Addr) string {
 	var out []string
 	for _, a := range addrs {

@@ -47,3 +47,24 @@ func TestRouteToAHost(t *testing.T) {
 		})
 	}
 }
+
+// A seed has two networks on its interface, and uses the address in the one that a new host does not reach. The new host says so.
+func TestNoRouteToTheSeed(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b := n.Switch(), n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "10.0.1.11/24", "192.168.7.11/24")
+	b.Plug(sw, "eth0", "192.168.7.12/24")
+	first := a.Agent("--bootstrap")
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "192.168.7.11")
+	hosts.Within(t, 40*time.Second, "status says that there is no route", func() error {
+		if p := second.Problems(); !strings.Contains(p, "no route of this host leads to a at 10.0.1.11") || !strings.Contains(p, "--underlay") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
+	b.IP("route add 10.0.1.0/24 via 192.168.7.11")
+	second.Ready(40 * time.Second)
+	hosts.NoProblems(t, "with a route", first, second)
+}

@@ -145,8 +145,8 @@ func judgeNetworks(s *snapshot) Result {
 // aside is the command that puts a configuration out of the way, and keeps it.
 func aside(file string) string { return fmt.Sprintf("mv %s %[1]s.off", file) }
 
-// namePatience is how long names may take to resolve.
-const namePatience = 4 * time.Second
+// namePatience is how long names may take to resolve: the host's resolver asks the second name server after 5 s.
+const namePatience = 7 * time.Second
 
 // gatherNames looks each seed up once, by the agent's own rules.
 func gatherNames(ctx context.Context, s *snapshot) {

@@ -18,7 +18,8 @@ type Lookup func(ctx context.Context, network, host string) ([]netip.Addr, error
 
 // When names are looked up.
 const (
-	lookupTimeout = 5 * time.Second  // of one family of one name
+	lookupTimeout = 5 * time.Second  // of one family of one name: what has found nothing by then is told
+	lookupLimit   = time.Minute      // likewise: then it is given up. A resolver asks the next name server when one is silent for 5 s (resolv.conf(5), timeout)
 	retryMin      = time.Second      // after an error, doubled each time
 	retryMax      = 15 * time.Second // likewise, at most
 	refreshMin    = 2 * time.Second  // after the first answer, and one that is another than before: doubled each time
@@ -122,29 +123,27 @@ func (l *List) Run(ctx context.Context) error {
 	var wg sync.WaitGroup
 	for _, e := range l.entries {
 		if e.host != "" {
-			wg.Go(func() { l.follow(ctx, e) })
+			for i := range networks {
+				wg.Go(func() { l.follow(ctx, e, i) })
+			}
 		}
 	}
 	wg.Wait()
 	return nil
 }
 
-// follow looks one name up again and again.
-func (l *List) follow(ctx context.Context, e *entry) {
+// follow looks one family of a name up again and again.
+func (l *List) follow(ctx context.Context, e *entry, family int) {
 	retry, again := retryMin, refreshMin
 	var before []netip.AddrPort
 	for {
-		var wg sync.WaitGroup
-		for i := range networks {
-			wg.Go(func() { l.ask(ctx, e, i) })
-		}
-		wg.Wait()
+		l.ask(ctx, e, family)
 		l.mu.Lock()
 		if !slices.Equal(before, e.Addrs) {
 			before, again = e.Addrs, refreshMin
 		}
 		wait := again
-		if e.Err != nil {
+		if e.Err != nil || e.Unresolved() {
 			wait = retry
 			retry = min(2*retry, retryMax)
 		} else {
@@ -159,19 +158,41 @@ func (l *List) follow(ctx context.Context, e *entry) {
 	}
 }
 
-// ask looks one family of a name up. Each has its own time limit, and what one finds is told at once: there are name servers that
-// never answer for one of the two.
+// ask looks one family of a name up. What one finds is told at once: there are name servers that never answer for one of the two. A silent
+// server is told, too, unless the name has an answer from before, and the lookup goes on: there may be another server to ask.
 func (l *List) ask(ctx context.Context, e *entry, family int) {
-	asked, cancel := context.WithTimeout(ctx, lookupTimeout)
+	asked, cancel := context.WithTimeout(ctx, lookupLimit)
 	defer cancel()
-	addrs, err := l.lookup(asked, networks[family], e.host)
+	var addrs []netip.Addr
+	var err error
+	done := make(chan struct{})
+	go func() { // ends with asked
+		addrs, err = l.lookup(asked, networks[family], e.host)
+		close(done)
+	}()
+	silent := &net.DNSError{Err: "the name server does not answer", Name: e.host, IsTimeout: true, IsTemporary: true}
+	select {
+	case <-done:
+	case <-time.After(lookupTimeout):
+		if !l.knows(e, family) && ctx.Err() == nil {
+			l.answered(e, family, nil, silent)
+		}
+		<-done
+	}
 	if ctx.Err() != nil {
 		return
 	}
 	if err != nil && asked.Err() != nil {
-		err = &net.DNSError{Err: "the name server does not answer", Name: e.host, IsTimeout: true, IsTemporary: true}
+		err = silent
 	}
 	l.answered(e, family, addrs, err)
+}
+
+// knows reports whether the last lookup of a family found something.
+func (l *List) knows(e *entry, family int) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return e.family[family].ended && e.family[family].err == nil
 }
 
 // answered takes what a lookup came to.

@@ -18,7 +18,13 @@ import (
 // nil means that it never answers.
 type zone struct {
 	mu    sync.Mutex
-	names map[string]any // []string or error
+	names map[string]any // []string, late or error
+}
+
+// late is an answer that takes its time, as where the first name server is silent and the second one is asked after 5 s.
+type late struct {
+	after time.Duration
+	addrs []string
 }
 
 var (
@@ -41,6 +47,13 @@ func (z *zone) lookup(ctx context.Context, network, host string) ([]netip.Addr, 
 		return addrs(a...), nil
 	case error:
 		return nil, a
+	case late:
+		select {
+		case <-time.After(a.after):
+			return addrs(a.addrs...), nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
 	}
 	if !ok {
 		return nil, noSuchHost
@@ -150,6 +163,32 @@ func TestNoneWaitsForAnother(t *testing.T) {
 				t.Errorf("at once: %s, want %s", got, want)
 			}
 		}
+	})
+}
+
+// An answer that comes late is taken, and what has come before holds meanwhile.
+func TestLateAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const slow = lookupTimeout + time.Second
+		l, z := list(t, map[string]any{"ip4 a": late{slow, []string{"10.0.0.1"}}, "ip6 a": late{slow, nil}}, "a")
+		time.Sleep(lookupTimeout)
+		expect(t, l, "a [] tried=true its name does not resolve: the name server does not answer")
+		time.Sleep(slow - lookupTimeout)
+		expect(t, l, "a [10.0.0.1:7946] tried=true")
+		changed := l.Changed()
+		time.Sleep(10 * refresh)
+		select {
+		case <-changed:
+			t.Error("nothing has changed, and a change was told")
+		default:
+		}
+		z.set("ip4 a", late{slow, []string{"10.0.0.2"}}) // the host moves
+		time.Sleep(refresh + 2*slow)
+		expect(t, l, "a [10.0.0.2:7946] tried=true")
+		z.set("ip4 a", nil)
+		z.set("ip6 a", nil)
+		time.Sleep(refresh + slow + lookupLimit)
+		expect(t, l, "a [10.0.0.2:7946] tried=true its name does not resolve: the name server does not answer")
 	})
 }
 

@@ -120,6 +120,18 @@ func TestNameServerHangs(t *testing.T) {
 	hosts.Within(t, 25*time.Second, "one cluster", func() error { return oneCluster(first, second) })
 }
 
+// The first of two name servers is silent, and resolv.conf has no options: the second one is asked after five seconds.
+func TestFirstNameServerIsSilent(t *testing.T) {
+	t.Parallel()
+	a, b, _ := threeOnASwitch(t)
+	first := a.Agent("--bootstrap")
+	b.DNS("127.0.0.1").Hang(true)
+	b.DNS("127.0.0.2").Set("a", "10.0.1.11")
+	b.ResolvConf("nameserver 127.0.0.1", "nameserver 127.0.0.2")
+	second := b.Agent("--join", "a")
+	hosts.Within(t, 25*time.Second, "one cluster", func() error { return oneCluster(first, second) })
+}
+
 // The seed is a virtual address that one of the hosts has (keepalived). It is nobody's underlay address, and whoever has it
 // answers there.
 func TestSeedIsVirtualAddress(t *testing.T) {

@@ -47,8 +47,8 @@ const (
 //  1. the address or interface that the operator names;
 //  2. the source address of the route to the seeds, or, while their names do not resolve, to the members known from before;
 //  3. an address of this host that is in the list of seeds;
-//  4. an address that was in use before, unless it was guessed, is that of a bridge of containers, no member is known, and the default
-//     route leads elsewhere now;
+//  4. an address that was in use before, unless it was guessed, is that of a bridge of containers, no member is known, and there is
+//     a better guess now;
 //  5. another address of the device whose address is lost, or of the bridge or bond that it has become a part of;
 //  6. if there are no seeds to wait for, and no device's address is lost: the address of the default route, or of the only device
 //     that has an address.
@@ -128,7 +128,7 @@ func (d *detector) toward(seeds [][]netip.Addr) []candidate {
 	for _, v4 := range []bool{true, false} {
 		for _, addrs := range d.others(seeds) {
 			for _, a := range addrs {
-				if a = a.Unmap(); a.Is4() != v4 {
+				if a = a.Unmap(); a.Is4() != v4 || a.IsLinkLocalUnicast() { // no member is there, whatever source the kernel has
 					continue
 				}
 				if c, err := d.routeTo(a); err == nil && refuse(c.addr) == nil {

@@ -151,8 +151,16 @@ func TestSought(t *testing.T) {
 			h.shell("ip route add 172.16.0.0/12 via 172.17.0.2")
 			h.route("0.0.0.0/0", "10.0.1.1", "eth0", 100, unix.RTPROT_DHCP)
 		}, sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess, Peers: ips("172.18.0.1")}, addrs: ips("172.17.0.1"), by: ByPeers},
-		{name: "a guess was at a bridge of containers, and no default route came", setup: bridge,
+		{name: "a guess was at a bridge of containers, and another device has an address now", setup: bridge,
+			sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess}, addrs: ips("10.0.1.11"), by: ByRoute},
+		{name: "a guess was at a bridge of containers, and there is nothing else", setup: func(h *host) { bridge(h); h.shell("ip addr flush dev eth0") },
 			sought: Sought{Last: ips("172.17.0.1"), LastBy: ByGuess}, addrs: ips("172.17.0.1"), by: ByGuess},
+		{name: "no default route, a device and a bridge of containers", setup: bridge, addrs: ips("10.0.1.11"), by: ByGuess},
+		{name: "no default route, two bridges of containers", setup: func(h *host) {
+			bridge(h)
+			h.shell("ip addr flush dev eth0 && ip link add virbr0 type bridge && ip link set eth0 master virbr0 && ip addr add 192.168.122.1/24 dev virbr0 && ip link set virbr0 up")
+			eventually(h.t, "virbr0 has a carrier", func() bool { return h.link("virbr0").Attrs().RawFlags&unix.IFF_RUNNING != 0 })
+		}, err: []string{"docker0 172.17.0.1", "virbr0 192.168.122.1", "only bridges of containers"}, wait: true},
 		{name: "a guess was at a bridge with an uplink, and a default route came since", setup: func(h *host) {
 			bridge(h)
 			h.shell("ip link add link eth0 name eth0.7 type macvlan && ip link set eth0.7 master docker0")

@@ -274,6 +274,13 @@ func (d *detector) byDefault() (Underlay, error) {
 		if len(found) == 0 && len(all) > 0 {
 			return Underlay{}, notYet{fmt.Errorf("no device with an address carries packets (they have %s, and no carrier): plug it in, or %s", d.list(all), pick)}
 		}
+		// A bridge of containers is the last resort, and of several none.
+		switch outer := slices.DeleteFunc(slices.Clone(found), func(c candidate) bool { return d.containers(c.index) }); {
+		case len(outer) > 0:
+			found = outer
+		case len(found) > 1:
+			return Underlay{}, notYet{fmt.Errorf("only bridges of containers have addresses (%s), and no other host is behind one: give an address to a link, or %s", d.list(found), pick)}
+		}
 	}
 	if len(found) == 0 {
 		return Underlay{}, notYet{fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)}

@@ -7,6 +7,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // ip runs iproute2 in the namespace, a command a line: for what a few words say there and many lines of Go here.
@@ -176,6 +178,30 @@ func TestDetectUnderlayCorners(t *testing.T) {
 			if u.Iface != c.iface || strings.Join(u.Uplinks, " ") != c.uplinks || u.MTU != c.mtu || !slices.Equal(u.Addrs, c.addrs) {
 				t.Errorf("got %s, out by %v, MTU %d of %s, %v; want %s, %s, %d, %v", u.Iface, u.Uplinks, u.MTU, u.Narrowest, u.Addrs, c.iface, c.uplinks, c.mtu, c.addrs)
 			}
+		})
+	}
+}
+
+// An address on a dummy device, with BGP on the host, leaves by the links, whatever routes a daemon has put there. CI's kernel has no such device.
+func TestUplinksOfDummy(t *testing.T) {
+	h := newHost(t)
+	h.device("up1", "10.0.1.5/30")
+	h.device("dummy0", "10.255.0.1/32")
+	h.route("0.0.0.0/0", "10.0.1.6", "up1", 0, unix.RTPROT_BGP)
+	h.route("10.255.0.0/24", "", "dummy0", 0, unix.RTPROT_BGP)
+	for kind, want := range map[string]string{"veth": "dummy0", "dummy": "up1"} {
+		h.do(func() error {
+			d, err := newDetector()
+			if err != nil {
+				return err
+			}
+			index := h.link("dummy0").Attrs().Index
+			d.kinds[index] = kind
+			u, err := d.choose(candidate{index, ips("10.255.0.1")[0]})
+			if err == nil && strings.Join(u.Uplinks, " ") != want {
+				t.Errorf("%s: out by %v, want %s", kind, u.Uplinks, want)
+			}
+			return err
 		})
 	}
 }

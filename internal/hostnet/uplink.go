@@ -61,7 +61,7 @@ func (d *detector) uplinks(c candidate, routes []netlink.Route) []int {
 		out = append(holder, bySource...)
 	case len(bySource) > 0:
 		out = bySource
-	case !lo && (slices.Contains(byGateway, c.index) || len(byGateway) == 0 || leads(c)):
+	case !lo && (slices.Contains(byGateway, c.index) || len(byGateway) == 0 || d.leads(c)):
 		out = holder
 	default:
 		out = byGateway
@@ -72,10 +72,10 @@ func (d *detector) uplinks(c candidate, routes []netlink.Route) []int {
 }
 
 // leads reports whether a route that names no gateway leaves by the device of an address: a VPN's routes do, as wg-quick makes them, also in a table of
-// their own, as Tailscale does. The kernel's own routes come with addresses, and ours are to pods.
-func leads(c candidate) bool {
+// their own, as Tailscale does. The kernel's own routes come with addresses, and ours are to pods. A dummy leads nowhere.
+func (d *detector) leads(c candidate) bool {
 	routes, err := unicast(c.addr.Is4(), unix.RT_TABLE_UNSPEC)
-	return err == nil && slices.ContainsFunc(routes, func(rt netlink.Route) bool {
+	return err == nil && d.kinds[c.index] != "dummy" && slices.ContainsFunc(routes, func(rt netlink.Route) bool {
 		return rt.Protocol != unix.RTPROT_KERNEL && slices.Contains(hops(&rt), c.index)
 	})
 }

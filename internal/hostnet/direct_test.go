@@ -108,3 +108,53 @@ func TestDirectRoutes(t *testing.T) {
 		}
 	}
 }
+
+// The kernel takes the preferred source from an IPv6 route when somebody removes that address (net/ipv6/route.c, rt6_remove_prefsrc), and an IPv4 route
+// goes with it. Either is put back, nobody else is blamed, and the next agent starts and finds the direct path.
+func TestDirectRoutesLoseTheirSource(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+	r := h.reconciler(Options{})
+	s, tunnel := dual(), dual().Peers
+	for i := range s.Peers {
+		p := &s.Peers[i]
+		p.Via, p.Device, p.MTU = netip.MustParseAddr("192.0.2.2"), "eth0", 1500
+		if p.Prefix.Addr().Is6() {
+			p.Via = netip.MustParseAddr("2001:db8::2")
+		}
+	}
+	h.reconcile(r, s)
+	want := h.routes()
+	flush := func() {
+		t.Helper()
+		h.shell("ip addr flush dev tun0; ip -6 addr flush dev tun0")
+		if got := h.found(func() ([]Problem, error) { return OverlapProblems("tun0", s.ClusterCIDRs, s.Own) }); len(got) != 0 {
+			t.Errorf("overlaps: %v", got)
+		}
+		h.do(func() error { return CheckOverlap("tun0", s.ClusterCIDRs, s.Own, true) })
+	}
+	flush()
+	rep := h.reconcile(r, s)
+	if len(rep.Conflicts) != 0 {
+		t.Errorf("conflicts %v", rep.Conflicts)
+	}
+	h.wantRoutes(want)
+	h.quiet(r, s)
+
+	flush()
+	var left []PeerRoute
+	h.do(func() (err error) { left, err = LeftDirect(); return err })
+	if !slices.ContainsFunc(left, func(p PeerRoute) bool { return p.Prefix.Addr().Is6() }) {
+		t.Errorf("left: %v", left)
+	}
+	s.Peers = tunnel
+	if rep := h.reconcile(h.reconciler(Options{}), s); len(rep.Conflicts) != 0 {
+		t.Errorf("back to the tunnel: conflicts %v", rep.Conflicts)
+	}
+	for _, rt := range h.routes() {
+		if strings.Contains(rt, " via ") && strings.Contains(rt, "proto 84") {
+			t.Errorf("not back in the tunnel: %s", rt)
+		}
+	}
+}

@@ -122,7 +122,8 @@ func firstInside(addrs []netip.Addr, p netip.Prefix) (netip.Addr, bool) {
 func contains(a, b netip.Prefix) bool { return a.Bits() <= b.Bits() && a.Contains(b.Addr()) }
 
 // ours reports whether a route of the main table carries our mark: into one of our
-// devices, over a gateway with a preferred source (the direct path), or unreachable.
+// devices, over a gateway with a preferred source (the direct path), or unreachable. From
+// an IPv6 route the kernel takes that source when the address goes (net/ipv6/route.c, rt6_remove_prefsrc).
 func ours(rt *netlink.Route, links ...int) bool {
 	if rt.Protocol != Protocol || rt.Tos != 0 {
 		return false
@@ -131,7 +132,8 @@ func ours(rt *netlink.Route, links ...int) bool {
 	case unix.RTN_UNREACHABLE:
 		return true
 	case unix.RTN_UNICAST:
-		return len(rt.MultiPath) == 0 && rt.Via == nil && rt.LinkIndex != 0 && (rt.Gw != nil && rt.Src != nil || rt.Gw == nil && slices.Contains(links, rt.LinkIndex))
+		return len(rt.MultiPath) == 0 && rt.Via == nil && rt.LinkIndex != 0 &&
+			(rt.Gw != nil && (rt.Src != nil || rt.Gw.To4() == nil) || rt.Gw == nil && slices.Contains(links, rt.LinkIndex))
 	}
 	return false
 }

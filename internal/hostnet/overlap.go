@@ -1,6 +1,7 @@
 package hostnet
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -172,7 +173,7 @@ func halves(p netip.Prefix) (low, high netip.Prefix) {
 
 // CheckPods reports addresses in the pods' space, of other nodes (such as those of their TUN devices) and of this one (that no device of this host
 // has), to which packets of this host leave by a routing table that is neither the main one nor ours, in the calling thread's network namespace: a policy
-// rule of a VPN or of several uplinks comes first. It asks for packets without a source, and for those from each address of from: to pods, the
+// rule of a VPN or of several uplinks comes first. Or that rule refuses them, or its table does. It asks for packets without a source, and for those from each address of from: to pods, the
 // host answers from the address that they have called, and rules for several uplinks go by that. Rules for pods' packets to the outside go by
 // pods' addresses.
 func CheckPods(tun string, from, others, own []netip.Addr) ([]Problem, error) {
@@ -188,12 +189,17 @@ func CheckPods(tun string, from, others, own []netip.Addr) ([]Problem, error) {
 	return podsElsewhere(h, rules, tun, from, others, own), nil
 }
 
-// elsewhere reports whether a rule leads to a table in which CheckPods sees a problem. Without one there is nothing to ask for, and with a thousand
-// nodes that is some thousand questions.
+// elsewhere reports whether a rule refuses some packets, or leads to a table in which CheckPods sees a problem. Without one there is nothing to ask for,
+// and with a thousand nodes that is some thousand questions.
 func elsewhere(rules []netlink.Rule) bool {
 	return slices.ContainsFunc(rules, func(r netlink.Rule) bool {
-		return foreignRule(r.Table) && r.Table != unix.RT_TABLE_MAIN && r.Table != unix.RT_TABLE_DEFAULT
+		return refuses(&r) || foreignRule(r.Table) && r.Table != unix.RT_TABLE_MAIN && r.Table != unix.RT_TABLE_DEFAULT
 	})
+}
+
+// refuses reports whether a rule leads to no table, and is about some packets only: that of VRFs (l3mdev), which leads to none either, is about all.
+func refuses(r *netlink.Rule) bool {
+	return r.Table == unix.RT_TABLE_UNSPEC && r.Goto < 0 && (r.Src != nil || r.Dst != nil || r.Mark != 0 || r.Mask != nil || r.Invert || r.IifName != "")
 }
 
 func podsElsewhere(h router, rules []netlink.Rule, tun string, from, others, own []netip.Addr) (out []Problem) {
@@ -201,6 +207,7 @@ func podsElsewhere(h router, rules []netlink.Rule, tun string, from, others, own
 		return nil
 	}
 	said := map[int]bool{} // tables, of which one address is enough
+	refusals := refusals{}
 	ask := func(src, a netip.Addr, whose string) {
 		o, packets := &netlink.RouteGetOptions{}, "packets"
 		if src.IsValid() {
@@ -210,8 +217,14 @@ func podsElsewhere(h router, rules []netlink.Rule, tun string, from, others, own
 			o.SrcAddr, packets = src.AsSlice(), fmt.Sprintf("packets from %v", src)
 		}
 		routes, err := h.RouteGetWithOptions(a.AsSlice(), o)
+		if err != nil && refusals.in(h, src, a, err) {
+			out = append(out, Problem{
+				What:   fmt.Sprintf("%s to %v, of %s pods, are refused: a policy rule in front of the main table does so, or the table to which it leads", packets, a, whose),
+				Remedy: ruleForPods,
+			})
+		}
 		if err != nil || len(routes) == 0 || said[routes[0].Table] {
-			return // unreachable ones have a reason of their own
+			return
 		}
 		switch r := routes[0]; r.Table {
 		case unix.RT_TABLE_MAIN, unix.RT_TABLE_LOCAL, unix.RT_TABLE_DEFAULT, HostsTable, DirectTable:
@@ -226,7 +239,7 @@ func podsElsewhere(h router, rules []netlink.Rule, tun string, from, others, own
 			said[r.Table] = true
 			out = append(out, Problem{
 				What:   fmt.Sprintf("%s to %v, of %s pods, leave by %s: a policy rule in front of the main table sends them to table %d", packets, a, whose, name, r.Table),
-				Remedy: "give the pods' space a rule before that one (`ip rule` lists them), such as `ip rule add to CLUSTER_CIDR lookup main priority 100`, and make it permanent where that rule is made",
+				Remedy: ruleForPods,
 			})
 		}
 	}
@@ -241,8 +254,52 @@ func podsElsewhere(h router, rules []netlink.Rule, tun string, from, others, own
 	return out
 }
 
+const ruleForPods = "give the pods' space a rule before that one (`ip rule` lists them), such as `ip rule add to CLUSTER_CIDR lookup main priority 100`, and make it permanent where that rule is made"
+
+// refusals are the families (v4) of which a refusal was told: one address is enough.
+type refusals map[bool]bool
+
+// in reports whether an address, though the kernel refuses packets to it, has a way by the main table, and no other of its family was told. What the
+// main table refuses has a reason of its own. A source that this host does not have is refused likewise.
+func (r refusals) in(h router, src, a netip.Addr, err error) bool {
+	refused := slices.ContainsFunc([]unix.Errno{unix.EACCES, unix.EINVAL, unix.ENETUNREACH, unix.EHOSTUNREACH}, func(e unix.Errno) bool { return errors.Is(err, e) })
+	if !refused || r[a.Is4()] {
+		return false
+	}
+	if src.IsValid() {
+		routes, err := h.RouteGetWithOptions(src.AsSlice(), nil)
+		if err != nil || len(routes) == 0 || routes[0].Table != unix.RT_TABLE_LOCAL {
+			return false
+		}
+	}
+	family := netlink.FAMILY_V6
+	if a.Is4() {
+		family = netlink.FAMILY_V4
+	}
+	routes, err := dump("routes", func() ([]netlink.Route, error) {
+		return h.RouteListFiltered(family, &netlink.Route{Table: unix.RT_TABLE_MAIN}, netlink.RT_FILTER_TABLE)
+	})
+	if err != nil {
+		return false
+	}
+	var best *netlink.Route
+	for i := range routes {
+		rt := &routes[i]
+		p := prefixOf(rt.Dst)
+		if !p.Contains(a) || rt.Tos != 0 {
+			continue
+		}
+		if best == nil || p.Bits() > prefixOf(best.Dst).Bits() || p.Bits() == prefixOf(best.Dst).Bits() && uint32(rt.Priority) < uint32(best.Priority) {
+			best = rt
+		}
+	}
+	r[a.Is4()] = best != nil && best.Type == unix.RTN_UNICAST
+	return r[a.Is4()]
+}
+
 // router answers what way packets take.
 type router interface {
+	RouteListFiltered(int, *netlink.Route, uint64) ([]netlink.Route, error)
 	RouteGetWithOptions(net.IP, *netlink.RouteGetOptions) ([]netlink.Route, error)
 	LinkByIndex(int) (netlink.Link, error)
 }

@@ -16,6 +16,10 @@ func (c *countingRouter) RouteGetWithOptions(net.IP, *netlink.RouteGetOptions) (
 	return nil, errors.New("no route")
 }
 
+func (c *countingRouter) RouteListFiltered(int, *netlink.Route, uint64) ([]netlink.Route, error) {
+	return nil, errors.New("no routes")
+}
+
 func (c *countingRouter) LinkByIndex(int) (netlink.Link, error) { return nil, errors.New("no link") }
 
 // Without a policy rule of others, no packet leaves by a table of others: the kernel is not asked for each pod address of each node.

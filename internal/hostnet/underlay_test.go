@@ -263,6 +263,49 @@ func TestCheckPodsBySource(t *testing.T) {
 	}
 }
 
+// A rule refuses packets to pods, or leads them to a table that does. That is named, once for each family, and not where the main table refuses them, too:
+// such a route is named elsewhere.
+func TestCheckPodsRefused(t *testing.T) {
+	for _, c := range []struct{ name, rule, without string }{
+		{"prohibit", "rule add to PODS prohibit priority 200", "rule del priority 200"},
+		{"blackhole", "rule add from PODS blackhole priority 200", "rule del priority 200"},
+		{"unreachable but for a mark, as a kill switch", "rule add not fwmark 7 to PODS unreachable priority 200", "rule del priority 200"},
+		{"a table's blackhole", "route add blackhole default table 77; ip FAMILY rule add from PODS lookup 77 priority 200", "rule del priority 200"},
+		{"a table's unreachable", "route add unreachable PODS table 77; ip FAMILY rule add lookup 77 priority 200", "rule del priority 200"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := newHost(t)
+			h.tun("tun0")
+			h.device("eth0", "192.0.2.1/24", "2001:db8::1/64")
+			h.reconcile(h.reconciler(Options{}), dual())
+			check := func() ([]Problem, error) {
+				return CheckPods("tun0", ips("10.244.1.0", "fd00:244:0:1::"), ips("10.244.64.0", "10.244.65.0", "fd00:244:64::", "fd00:244:65::"), nil)
+			}
+			for _, f := range [][2]string{{"-4", "10.244.0.0/16"}, {"-6", "fd00:244::/32"}} {
+				run := func(line string) {
+					h.shell(strings.NewReplacer("PODS", f[1], "FAMILY", f[0]).Replace("ip FAMILY " + line))
+				}
+				run(c.rule)
+				got := h.found(check)
+				if first := strings.Split(f[1], "/")[0]; len(got) != 1 || !strings.Contains(got[0].What, first[:5]) || !strings.Contains(got[0].What, "are refused") || !strings.Contains(got[0].Remedy, "ip rule add to") {
+					t.Errorf("%s: problems %v", f[0], got)
+				}
+				run("rule add to PODS lookup main priority 100")
+				if got := h.found(check); len(got) != 0 {
+					t.Errorf("%s with a rule before: %v", f[0], got)
+				}
+				run("rule del priority 100")
+				run("route replace blackhole PODS")
+				run("route flush proto 84")
+				if got := h.found(check); len(got) != 0 {
+					t.Errorf("%s, refused by the main table: %v", f[0], got)
+				}
+				run(c.without)
+			}
+		})
+	}
+}
+
 func TestCheckMembers(t *testing.T) {
 	h := newHost(t)
 	h.tun("tun0")

@@ -16,9 +16,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -59,8 +61,15 @@ type Prober struct {
 	ids   map[netip.Addr]string // by a peer's tun address
 	buf   []byte
 
+	source    uint16 // port of this node's probes
+	portSince time.Time
+
 	sent, received atomic.Uint64
 }
+
+// portFor is how long probes have one source port. The kernel tracks them as a connection, and a rule of NAT that comes later (a host that
+// masquerades all that leaves) is for new connections only: it changes the pods' packets, and would never change probes of an old one.
+const portFor = 10 * time.Second
 
 // deviceMTU lets every packet pass that a link may take: the link of the next hop decides.
 const deviceMTU = 65535
@@ -120,12 +129,21 @@ func (p *Prober) Probe(peer string, m encap.Mode, payload []byte, size int) erro
 	if p.stopping.Load() {
 		return fmt.Errorf("probe %s: %w", peer, device.ErrGone)
 	}
-	p.buf = encap.AppendProbe(append(p.buf[:0], make([]byte, device.VnetHdrLen)...), src, dst, payload, size)
+	from := netip.AddrPortFrom(src, p.port(time.Now()))
+	p.buf = encap.AppendProbeFrom(append(p.buf[:0], make([]byte, device.VnetHdrLen)...), from, dst, payload, size)
 	if err := p.dev.Queues()[0].Write([][]byte{p.buf}); err != nil {
 		return fmt.Errorf("probe %s by %s: %w", peer, m, err)
 	}
 	p.sent.Add(1)
 	return nil
+}
+
+// port is the source port of probes, another one every portFor. The caller holds mu.
+func (p *Prober) port(now time.Time) uint16 {
+	if now.Sub(p.portSince) >= portFor {
+		p.source, p.portSince = encap.SourcePort(rand.Uint32()), now
+	}
+	return p.source
 }
 
 // Run receives probes until ctx is done.

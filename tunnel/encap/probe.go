@@ -6,13 +6,19 @@ import (
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 
-// ProbePort is the UDP source and destination port of probes, inside the
-// encapsulation.
+// ProbePort is the UDP destination port of probes, and inside an encapsulation also
+// their source port.
 const ProbePort = 6080
 
 // AppendProbe appends a probe to b: an IP packet of size bytes, or as few as payload
 // needs, padded with zeros behind payload.
 func AppendProbe(b []byte, src, dst netip.Addr, payload []byte, size int) []byte {
+	return AppendProbeFrom(b, netip.AddrPortFrom(src, ProbePort), dst, payload, size)
+}
+
+// AppendProbeFrom is AppendProbe with another source port, which receivers do not look at.
+func AppendProbeFrom(b []byte, from netip.AddrPort, dst netip.Addr, payload []byte, size int) []byte {
+	src := from.Addr()
 	ipLen := header.IPv4MinLen
 	if src.Is6() {
 		ipLen = header.IPv6Len
@@ -28,5 +34,5 @@ func AppendProbe(b []byte, src, dst netip.Addr, payload []byte, size int) []byte
 			Src: src, Dst: dst, PayloadLen: header.UDPLen + len(body), HopLimit: 64, NextHeader: header.ProtoUDP,
 		})
 	}
-	return header.AppendUDP(b, netip.AddrPortFrom(src, ProbePort), netip.AddrPortFrom(dst, ProbePort), body)
+	return header.AppendUDP(b, from, netip.AddrPortFrom(dst, ProbePort), body)
 }

@@ -145,3 +145,42 @@ func TestDirectTrafficCounts(t *testing.T) {
 	send(n)
 	check("directly again", before, already+2*n)
 }
+
+// A rule that masquerades whatever leaves by the uplink, made while packets go directly: probes must not go on as the old connection that no rule
+// changes, while each new connection of a pod is translated. Packets take the tunnel, in which pods keep their addresses.
+func TestMasqueradeOfTheHostComesLater(t *testing.T) {
+	t.Parallel()
+	hs, agents := subnet(t, 2)
+	pa, pb := agents[0].Pod("pa"), agents[1].Pod("pb")
+	direct := func() error { return goes(agents[0], "b", "direct") }
+	hosts.Within(t, 20*time.Second, "direct", direct)
+	hs[0].Run("nft", "add table ip nat; add chain ip nat post { type nat hook postrouting priority 100; }; add rule ip nat post oifname eth0 masquerade")
+	hosts.Within(t, 20*time.Second, "not direct with the rule", func() error { return goes(agents[0], "b", "udp") })
+	var ln net.Listener
+	if err := pb.Do(func() (err error) {
+		ln, err = net.Listen("tcp4", netip.AddrPortFrom(pb.IPv4(), 7000).String())
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	if err := pa.Do(func() error {
+		c, err := net.DialTimeout("tcp4", ln.Addr().String(), 10*time.Second)
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if seen := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); seen != pa.IPv4() {
+		t.Errorf("the other pod sees %v, want %v", seen, pa.IPv4())
+	}
+	hs[0].Run("nft", "delete table ip nat")
+	hosts.Within(t, 40*time.Second, "direct without the rule", direct)
+}

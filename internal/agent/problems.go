@@ -196,6 +196,8 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 	add(api.CheckRoutes, "overlaps of the cluster's space", s.notTold(list), err)
 	list, err = hostnet.ForwardProblems(s.cfg.Tun, cidrs)
 	add(api.CheckFirewall, "firewall", list, err)
+	list, err = hostnet.TranslationProblems(s.cfg.Tun, cidrs)
+	add(api.CheckFirewall, "rules of NAT", list, err)
 	var members, pods []netip.Addr
 	for i := range v.peers {
 		members, pods = append(members, v.peers[i].outerAddrs()...), append(pods, v.peers[i].tun...)

@@ -191,7 +191,7 @@ func judgeFirewall(s *snapshot) Result {
 	if s.forward.err != nil && s.status != nil {
 		return result("as the agent sees it", append(unread(s.forward.err), s.told(api.CheckFirewall, Failed)...)...)
 	}
-	return result("chains on the forward hook", s.forward.found(Failed)...)
+	return result("chains on the forward hook, and of NAT", s.forward.found(Failed)...)
 }
 
 func judgePorts(s *snapshot) Result {

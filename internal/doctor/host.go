@@ -126,7 +126,9 @@ func gatherOverlap(_ context.Context, s *snapshot) {
 }
 
 func gatherForward(_ context.Context, s *snapshot) {
-	s.forward.problems, s.forward.err = hostnet.ForwardProblems(s.Tun, s.ClusterCIDRs)
+	forward, err := hostnet.ForwardProblems(s.Tun, s.ClusterCIDRs)
+	nat, natErr := hostnet.TranslationProblems(s.Tun, s.ClusterCIDRs)
+	s.forward.problems, s.forward.err = append(forward, nat...), errors.Join(err, natErr)
 }
 
 func gatherTunnels(_ context.Context, s *snapshot) {

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"testing"
 	"time"
 
@@ -181,6 +182,14 @@ func TestMasqueradeOfTheHostComesLater(t *testing.T) {
 	if seen := c.RemoteAddr().(*net.TCPAddr).AddrPort().Addr(); seen != pa.IPv4() {
 		t.Errorf("the other pod sees %v, want %v", seen, pa.IPv4())
 	}
+	hs[0].Run("nft", "add rule ip nat post masquerade")
+	hosts.Within(t, 10*time.Second, "a names the rule that changes what goes through the tunnel", func() error {
+		if p := agents[0].Problems(); !strings.Contains(p, "rule 2 of nftables chain ip nat post translates") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
 	hs[0].Run("nft", "delete table ip nat")
-	hosts.Within(t, 40*time.Second, "direct without the rule", direct)
+	hosts.Within(t, 90*time.Second, "direct without the rules", direct)
+	hosts.NoProblems(t, "without the rules", agents...)
 }

@@ -39,6 +39,7 @@ type Options struct {
 	Queues     int    // default 1
 	TxQueueLen int    // packets; default DefaultTxQueueLen
 	Alias      string // of the interface (ip link set … alias); default: the device's current alias, if any
+	Remedy     string // what the operator can do where an interface of another type has the name; default: what helps with the agent's --tun
 }
 
 func (o Options) validate() error {

@@ -1,6 +1,7 @@
 package device
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -154,7 +155,8 @@ func (d *Device) lookAtOld(o Options) error {
 		if ok {
 			kind = "tap"
 		}
-		return fmt.Errorf("TUN device %s: an interface of type %s has this name: choose another name with --tun; the interface that carries the tunnel is named with --underlay", o.Name, kind)
+		return fmt.Errorf("TUN device %s: an interface of type %s has this name: %s", o.Name, kind,
+			cmp.Or(o.Remedy, "choose another name with --tun; the interface that carries the tunnel is named with --underlay"))
 	}
 	// With one queue the kernel itself refuses a second process. With several it
 	// would let us join, and each process would get some of the packets.

@@ -76,7 +76,7 @@ const deviceMTU = 65535
 
 // Open makes the device, which is gone when the process ends.
 func Open(cfg Config) (*Prober, error) {
-	dev, err := device.Open(device.Options{Name: cfg.Name, Alias: cfg.Alias, MTU: deviceMTU})
+	dev, err := device.Open(device.Options{Name: cfg.Name, Alias: cfg.Alias, MTU: deviceMTU, Remedy: "give that one another name, and restart the agent"})
 	if err != nil {
 		return nil, err
 	}

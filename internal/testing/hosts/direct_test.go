@@ -193,3 +193,28 @@ func TestMasqueradeOfTheHostComesLater(t *testing.T) {
 	hosts.Within(t, 90*time.Second, "direct without the rules", direct)
 	hosts.NoProblems(t, "without the rules", agents...)
 }
+
+// Somebody's bridge has the name of the device for direct probes: it stays as it is, packets take the tunnel, and what is said about it helps.
+func TestDirectDeviceIsSomebodyElses(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b := n.Switch(), n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	a.IP("link add tulle-direct type bridge", "addr add 192.168.77.1/24 dev tulle-direct")
+	first := a.Agent("--bootstrap", "--cluster-cidr", "10.244.0.0/16", "--underlay", "eth0")
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "10.0.1.11")
+	second.Ready(20 * time.Second)
+	web, db := first.Pod("web"), second.Pod("db")
+	hosts.Within(t, 10*time.Second, "from pod to pod", func() error { return web.Ping(db.IPv4()) })
+	hosts.Within(t, 20*time.Second, "tulle peers says why", func() error {
+		if out, _, _ := first.Tulle("peers"); !strings.Contains(out, "type bridge has this name: give that one another name") || strings.Contains(out, "--tun") {
+			return fmt.Errorf("tulle peers: %s", out)
+		}
+		return nil
+	})
+	if out := a.Run("ip", "addr", "show", "tulle-direct"); !strings.Contains(out, "192.168.77.1/24") {
+		t.Errorf("the bridge: %s", out)
+	}
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -95,6 +96,9 @@ func (g *Gossip) investigate(ctx context.Context, id membership.NodeID, c confli
 	} else {
 		c.silent++
 	}
+	if !known && other && !c.confirmed {
+		g.tellOfOldAddress(ctx, id, c)
+	}
 	over := !c.confirmed || c.silent >= lostRounds
 	g.conflicts.mu.Lock()
 	now := g.conflicts.of[id]
@@ -112,6 +116,37 @@ func (g *Gossip) investigate(ctx context.Context, id membership.NodeID, c confli
 		g.problems.drop(key)
 		g.mu.Unlock()
 	}
+}
+
+// tellOfOldAddress lets a member that has moved hear that this node still has its old address, and refuses the new one: word that it has left there did
+// not arrive, as of members that were cut off, or that have moved at the same time. It then withdraws the old address here (see withdraw). Where it is
+// suspected, nobody else tells it, until the suspicion ends after half a minute or more.
+//
+// In a large cluster many may be behind at once, and one of them is enough: what is withdrawn goes round.
+func (g *Gossip) tellOfOldAddress(ctx context.Context, id membership.NodeID, c conflict) {
+	behind := func() bool {
+		at, ok := g.announced(id)
+		return ok && at == c.known.addr
+	}
+	if !behind() || !pause(ctx, rand.N(time.Duration(g.alive.Load()+1)*tellEach)) || !behind() {
+		return
+	}
+	if err := g.pushPull(c.other.addr); err != nil {
+		g.log.Debug("gossip: a member that has moved does not hear that its old address is known here", "peer", hostName(c.other), "addr", c.other.addr, "error", err)
+	}
+}
+
+// tellEach spreads the members that are behind: a hundred a second tell one that has moved.
+const tellEach = 10 * time.Millisecond
+
+// announced is the address that a member in sight was last heard to have.
+func (g *Gossip) announced(id membership.NodeID) (netip.AddrPort, bool) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	if p := g.peers[id]; p != nil && p.State <= StateSuspect {
+		return p.Addr, true
+	}
+	return netip.AddrPort{}, false
 }
 
 // pings reports whether the node answers gossip's UDP pings at the address.

@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -156,4 +157,27 @@ func TestPresenceIsAskedOfKnownAddressesOnly(t *testing.T) {
 	if got, _ := a.presenceOf(t.Context(), presenceAsk{node: b.cfg.ID, at: there, from: nowhere}); got != presenceNone {
 		t.Errorf("after its end: %v", got)
 	}
+}
+
+// A member that was cut off while another one moved, and has missed that it left its old address, takes the new one: only this member knows that it is
+// behind, since whoever is suspected there is not told of it.
+func TestMissedMove(t *testing.T) {
+	leakCheck(t)
+	var cut atomic.Bool
+	a := launch(t, "a", neverDies, cluster(membership.NewClusterID()))
+	b := launch(t, "b", neverDies, seeds(a.addr), links(func(_, _ netip.Addr) bool { return !cut.Load() }))
+	c := launch(t, "c", neverDies, seeds(a.addr))
+	converge(t, a, b, c)
+	cut.Store(true)
+	c.stop()
+	c2 := launch(t, "c", neverDies, identity(c.cfg.ID), cluster(a.Cluster()), seeds(a.addr))
+	eventually(t, "a has the new address", func() bool { return a.has(c.cfg.ID, c2.addr) })
+	eventually(t, "the move is over", func() bool { return !c2.isReturning() })
+	eventually(t, "b suspects c", func() bool {
+		m, ok := b.Member(c.cfg.ID)
+		return ok && m.State == StateSuspect
+	})
+	cut.Store(false)
+	eventually(t, "b has the new address", func() bool { return b.has(c.cfg.ID, c2.addr) })
+	converge(t, a, b, c2)
 }

@@ -152,7 +152,7 @@ func TestFlagsWin(t *testing.T) {
 
 func TestBootstrapIsOneNode(t *testing.T) {
 	file := "bootstrap: node-a\njoin: [node-a]\n"
-	for name, want := range map[string]bool{"node-a": true, "node-b": false, "node-aa": false} {
+	for name, want := range map[string]bool{"node-a": true, "Node-A": true, "node-b": false, "node-aa": false} {
 		if c := must(t, file, "--node-name", name); c.Bootstrap != want {
 			t.Errorf("%s: bootstrap %v", name, c.Bootstrap)
 		}

@@ -49,7 +49,7 @@ var keys = []key{
 		show: func(c *Config) string { return strings.Join(c.Join, ",") }},
 	{name: "bootstrap", arg: "NODE-NAME", kind: kindBootstrap,
 		help: "start a new cluster, unless a seed is in one; on one node only (=force: even if seeds do not answer)",
-		doc: "As a flag it is a switch: give `--bootstrap` to the one node that starts the cluster. In the file it names that node, so that all hosts can " +
+		doc: "As a flag it is a switch: give `--bootstrap` to the one node that starts the cluster. In the file it names that node, in upper or lower case, so that all hosts can " +
 			"share the file. The node first contacts all seeds in `join`. If one of them is in a cluster, the node joins that cluster. If all of them have " +
 			"answered and none is in a cluster, it starts one. If some of them cannot answer, and you are sure that they are in no cluster, start the node once " +
 			"with `--bootstrap=force`. A node that has state never bootstraps again.",

@@ -201,7 +201,7 @@ func (s *Machine) mayNot(seeds Seeds, newcomers int) string {
 	switch {
 	case seeds.Others > 0 && !answered:
 		return fmt.Sprintf("none of %d seeds answers: is an agent running there, is the gossip port open, is the key the same?", seeds.Others)
-	case named != "" && slices.ContainsFunc(s.env.Members(), func(m Member) bool { return m.Alive && m.Name == named }):
+	case named != "" && slices.ContainsFunc(s.env.Members(), func(m Member) bool { return m.Alive && strings.EqualFold(m.Name, named) }):
 		return fmt.Sprintf("%s, which is to start the cluster, waits itself: tulle status there says for what", named)
 	case named != "":
 		var names []string

@@ -1,10 +1,13 @@
 package hosts
 
 import (
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -19,6 +22,9 @@ import (
 // programDir is where program builds; Main sets and removes it.
 var programDir string
 
+// parallel is how many tests run at once. They wait nearly all the time: for agents, names, and what fails after a while.
+const parallel = 6
+
 // Main runs a package's tests, and removes the program that they have built. TestMain of each package that uses New calls it.
 func Main(m *testing.M) int {
 	dir, err := os.MkdirTemp("", "tulle-hosts")
@@ -28,6 +34,10 @@ func Main(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	programDir = dir
+	if err := flag.Set("test.parallel", strconv.Itoa(max(parallel, runtime.GOMAXPROCS(0)))); err != nil { // -parallel overrides it
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
 	return m.Run()
 }
 

@@ -43,18 +43,21 @@ func (a *agent) watch(ctx context.Context) error {
 func (w *watchdog) run(ctx context.Context) {
 	tick := time.NewTicker(w.every)
 	defer tick.Stop()
-	var told []string
+	told := map[string]bool{} // since all were alive: each loop is told once, also when another one goes on meanwhile
 	for {
 		stuck := w.stalled()
 		if len(stuck) == 0 {
 			w.feed()
 		}
-		if !slices.Equal(stuck, told) {
-			if told = stuck; len(stuck) > 0 {
-				w.log.Error("no sign of life: the watchdog restarts the agent unless it goes on", "loops", strings.Join(stuck, ", "))
-			} else {
-				w.log.Warn("all loops give signs of life again")
+		switch {
+		case slices.ContainsFunc(stuck, func(loop string) bool { return !told[loop] }):
+			w.log.Error("no sign of life: the watchdog restarts the agent unless it goes on", "loops", strings.Join(stuck, ", "))
+			for _, loop := range stuck {
+				told[loop] = true
 			}
+		case len(stuck) == 0 && len(told) > 0:
+			w.log.Warn("all loops give signs of life again")
+			clear(told)
 		}
 		select {
 		case <-ctx.Done():

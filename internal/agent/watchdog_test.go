@@ -35,6 +35,8 @@ func TestWatchdog(t *testing.T) {
 		}
 		after(time.Second/2, 1, "at the start, at once")
 		after(10*time.Second, 10, "all alive")
+		stuck.Store(&[]string{"prober", "receiver of udp on 192.0.2.1:6080"})
+		after(10*time.Second, 0, "two stuck")
 		stuck.Store(&[]string{"receiver of udp on 192.0.2.1:6080"})
 		after(10*time.Second, 0, "one stuck")
 		if n := strings.Count(log.String(), "receiver of udp on 192.0.2.1:6080"); n != 1 {
@@ -42,6 +44,16 @@ func TestWatchdog(t *testing.T) {
 		}
 		stuck.Store(new([]string))
 		after(10*time.Second, 10, "alive again")
+		if n := strings.Count(log.String(), "again"); n != 1 {
+			t.Errorf("it is told %d times that all are alive again, want once:\n%s", n, log.String())
+		}
+		stuck.Store(&[]string{"prober"})
+		after(10*time.Second, 0, "another one stuck")
+		stuck.Store(&[]string{"prober", "session"})
+		after(10*time.Second, 0, "one more")
+		if n := strings.Count(log.String(), "loops="); n != 3 {
+			t.Errorf("%d lines about loops that are stuck, want 3:\n%s", n, log.String())
+		}
 		cancel()
 		<-done
 	})

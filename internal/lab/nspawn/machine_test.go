@@ -234,7 +234,7 @@ func (m *machine) says(t *testing.T, grep string, often int, words ...string) (o
 		out, err = m.run("journalctl", "--no-pager", "--unit=tulle", "--output=cat", "--grep="+grep)
 		for _, w := range words {
 			if n := strings.Count(out, w); n != often {
-				err = errors.Join(err, fmt.Errorf("it says %d times %q, want %d", n, w, often))
+				err = errors.Join(err, fmt.Errorf("it says %d times %q, want %d:\n%s", n, w, often, out))
 			}
 		}
 		return err

@@ -49,7 +49,7 @@ func ipamCommand() *cobra.Command {
 			Use:   "check",
 			Short: "Compare allocations with the pods on this host",
 			Long: "Compare allocations with the network namespaces and interfaces of the host.\n" +
-				"The exit code is 1 if an address is leaked, or in use without being allocated.",
+				"The exit code is 1 if an address is leaked, stranded (another node owns it now), or in use without being allocated.",
 			Args: exactly(),
 			RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.IPAMCheck, error) { return a.IPAMCheck(ctx) },
 				printCheck, func(r api.IPAMCheck) bool { return len(r.Leaked) == 0 && len(r.Unknown) == 0 && len(r.Stranded) == 0 }),

@@ -107,6 +107,9 @@ func New(cfg Config) (*Engine, error) {
 // open makes the workers and their sockets.
 func (e *Engine) open() error {
 	queues := e.cfg.Device.Queues()
+	if err := e.cfg.Device.Marks(); err != nil {
+		e.log.Warn("under load, packets of pods may wait for tens of milliseconds: it cannot be measured, so TCP is not slowed down", "error", err)
+	}
 	for _, q := range queues {
 		e.tx = append(e.tx, e.newTxWorker(q))
 	}
@@ -243,13 +246,17 @@ const (
 )
 
 func (e *Engine) newTxWorker(q *device.Queue) *txWorker {
-	return &txWorker{
+	w := &txWorker{
 		e:     e,
 		queue: q,
 		icmp:  &icmpWriter{e: e, tun: newTunWriter(q)},
 		split: offload.NewSplitter(headerArena),
 		arena: make([]byte, arenaSize),
 	}
+	if err := e.cfg.Device.Marks(); err == nil {
+		w.delay.mark = e.cfg.Device.Mark
+	}
+	return w
 }
 
 // receive adds a worker for a socket that receives, which writes to the TUN's queue of that number.

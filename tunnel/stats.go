@@ -17,6 +17,7 @@ type stats struct {
 	gsoFallbacks, tunFallbacks  atomic.Uint64
 	icmpSent, icmpReceived      atomic.Uint64
 	probesSent, probesReceived  atomic.Uint64
+	queueMarks                  atomic.Uint64
 	lastSendError               atomic.Pointer[string]
 }
 
@@ -35,7 +36,9 @@ type Stats struct {
 	GSOFallbacks, TunFallbacks  uint64 // super-packets that the kernel refused and that went as single packets
 	ICMPSent, ICMPReceived      uint64
 	ProbesSent, ProbesReceived  uint64
-	SocketOverflows             uint64 // datagrams that found a socket's buffer full
+	QueueMarks                  uint64        // TCP packets and super-packets that were marked (ECN) because packets waited too long in the TUN's queue
+	QueueDelay                  time.Duration // how long the last packet that was timed under load waited there; 0 if that queue has been empty since
+	SocketOverflows             uint64        // datagrams that found a socket's buffer full
 	LastSendError               string
 	Drops                       map[string]uint64 // by the reason's name; all of them
 }
@@ -49,10 +52,14 @@ func (e *Engine) Stats() Stats {
 		GSOFallbacks: e.stats.gsoFallbacks.Load(), TunFallbacks: e.stats.tunFallbacks.Load(),
 		ICMPSent: e.stats.icmpSent.Load(), ICMPReceived: e.stats.icmpReceived.Load(),
 		ProbesSent: e.stats.probesSent.Load(), ProbesReceived: e.stats.probesReceived.Load(),
-		Drops: make(map[string]uint64, encap.NumDrops),
+		QueueMarks: e.stats.queueMarks.Load(),
+		Drops:      make(map[string]uint64, encap.NumDrops),
 	}
 	for d := range encap.Drops() {
 		s.Drops[d.String()] = e.drops[d].Load()
+	}
+	for _, w := range e.tx {
+		s.QueueDelay = max(s.QueueDelay, time.Duration(w.delay.long.Load()))
 	}
 	for _, w := range e.rx {
 		s.SocketOverflows += w.sock.Overflows()

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"errors"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/sys"
@@ -79,6 +80,8 @@ type txWorker struct {
 	last    *target
 	toHost  bool // lastDst is an underlay address of last
 
+	delay queueDelay
+
 	vnet   offload.VnetHdr
 	in     header.Inner
 	prefix [header.VXLANFrameLen]byte // of the present packet
@@ -132,6 +135,7 @@ func (w *txWorker) drain(alone bool) (got int, err error) {
 		w.span.To(trace.Read)
 		n, err := w.queue.Read(w.arena[w.used+spare : w.used+spare+maxRead])
 		if err != nil {
+			w.delay.empty()
 			w.flush()
 			w.span.End()
 			if errors.Is(err, sys.ErrAgain) {
@@ -154,6 +158,7 @@ func (w *txWorker) drain(alone bool) (got int, err error) {
 				return got, nil
 			}
 			w.refresh()
+			w.delay.busy()
 			w.span.Begin(&w.e.tracer)
 			reads = 0
 		}
@@ -177,6 +182,10 @@ func (w *txWorker) read(buf []byte) {
 // referenced until the next flush.
 func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 	pkt := buf[headRoom:]
+	if isMark(pkt) {
+		w.markRead(pkt)
+		return false
+	}
 	if err := header.ParseInner(pkt, &w.in); err != nil {
 		w.drop(pkt, nil, encap.DropTxMalformed)
 		return false
@@ -195,6 +204,11 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 	if size > t.mtu {
 		w.drop(pkt, t, encap.DropTooBig)
 		w.icmp.answer(w.fwd, pkt, header.TooBig, t.mtu)
+		return false
+	}
+	late := w.slow(pkt, in)
+	if late && !segmented {
+		w.drop(pkt, t, encap.DropQueueDelay)
 		return false
 	}
 	w.span.To(trace.Encapsulate)
@@ -223,7 +237,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		w.e.tap.Offer(tapped(capture.FromPods, t, encap.DropNone, pkt))
 	}
 	if segmented {
-		return w.segments(t, s, dest, prefix, pkt, h, tos)
+		return w.segments(t, s, dest, prefix, pkt, h, tos, late)
 	}
 	if err := offload.CompleteChecksum(pkt, h); err != nil {
 		w.drop(pkt, t, encap.DropTxMalformed)
@@ -240,8 +254,8 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 	return true
 }
 
-// segments sends the segments of a super-packet, each with prefix in front.
-func (w *txWorker) segments(t *target, s *sender, to *underlay.Dest, prefix, pkt []byte, h offload.VnetHdr, tos byte) bool {
+// segments sends the segments of a super-packet, each with prefix in front; without the first one if the packet is late.
+func (w *txWorker) segments(t *target, s *sender, to *underlay.Dest, prefix, pkt []byte, h offload.VnetHdr, tos byte, late bool) bool {
 	segs, err := w.split.SplitBehind(prefix, pkt, h)
 	if errors.Is(err, offload.ErrArenaFull) {
 		// The headers of earlier super-packets fill the arena: send those, keep this one.
@@ -252,8 +266,17 @@ func (w *txWorker) segments(t *target, s *sender, to *underlay.Dest, prefix, pkt
 		w.drop(pkt, t, encap.DropTxMalformed)
 		return false
 	}
-	more := len(segs) - 1 // each has a copy of the headers
-	w.counts.tx(&w.e.stats, t, len(segs), len(pkt)+more*(len(segs[0].Header)-len(prefix)))
+	headers := len(segs[0].Header) - len(prefix) // in each segment
+	bytes := len(pkt) + (len(segs)-1)*headers
+	if late {
+		first := segs[0]
+		w.drop(slices.Concat(first.Header[len(prefix):], first.Payload), t, encap.DropQueueDelay)
+		if segs = segs[1:]; len(segs) == 0 {
+			return false
+		}
+		bytes -= headers + len(first.Payload)
+	}
+	w.counts.tx(&w.e.stats, t, len(segs), bytes)
 	if w.e.tap.On() {
 		w.tapSegments(t, s, to, tos, prefix, pkt, segs)
 	}

@@ -92,6 +92,8 @@ var (
 	mBatches  = desc("batches_total", "Messages with pods' packets handed to (tx) or taken from (rx) the underlay's sockets.", "direction")
 	mDrops    = desc("drops_total", "Packets dropped, by reason.", "reason")
 	mFallback = desc("gso_fallbacks_total", "Trains that the kernel refused and that were sent as single packets.")
+	mMarks    = desc("queue_marks_total", "TCP packets and super-packets that were marked (ECN) because packets waited too long in the TUN device's queue.")
+	mDelay    = desc("queue_delay_seconds", "How long packets wait in the TUN device's queue under load; 0 if it was empty.")
 	mTunDrops = desc("tun_drops_total", "Packets dropped because the TUN device's queue was full.")
 	mRepairs  = desc("host_repairs_total", "Host state (routes, addresses, nftables, sysctls) that had to be mended.")
 	mOffload  = desc("offload", "1 where the kernel takes the offload.", "offload")
@@ -148,6 +150,8 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 	counter(mFallback, k.GSOFallbacks)
 	counter(mTunDrops, k.TunDrops)
+	counter(mMarks, k.QueueMarks)
+	gauge(mDelay, float64(k.QueueDelay)/1e6)
 	counter(mRepairs, k.Repairs)
 	gauge(mOffload, flag(st.Offload.TunCSUM), "tun_csum")
 	gauge(mOffload, flag(st.Offload.TunTSO), "tun_tso")

@@ -174,6 +174,7 @@ func (s *session) fillCounters(st *api.Status) {
 		TxPackets: e.TxPackets, TxBytes: e.TxBytes, TxSends: e.TxSends,
 		RxPackets: e.RxPackets, RxBytes: e.RxBytes, RxReceives: e.RxReceives, RxWrites: e.RxWrites,
 		GSOFallbacks: e.GSOFallbacks, TunFallbacks: e.TunFallbacks, ICMPSent: e.ICMPSent, ICMPReceived: e.ICMPReceived, SocketOverflows: e.SocketOverflows, Probes: e.ProbesSent, ProbeReplies: s.probes.replies.Load(),
+		QueueMarks: e.QueueMarks, QueueDelay: e.QueueDelay.Microseconds(),
 	}
 	if d, err := s.device.Stats(); err == nil {
 		st.Counters.TunDrops = d.TxDropped

@@ -85,11 +85,13 @@ func (o Offloads) String() string {
 
 // A Device is an open TUN device.
 type Device struct {
-	index  int
-	queues []*Queue
-	kept   bool // attached to an existing device
-	name   string
-	lost   uint64 // packets that the kernel has dropped before Open, when the device had no reader
+	index   int
+	queues  []*Queue
+	kept    bool // attached to an existing device
+	name    string
+	marks   int // the packet socket of Mark; 0: none, see noMarks
+	noMarks error
+	lost    uint64 // packets that the kernel has dropped before Open, when the device had no reader
 
 	mu       sync.Mutex // guards nl, closed, and changes of offloads
 	nl       *sys.Netlink
@@ -210,6 +212,7 @@ func (d *Device) Close() error {
 	for _, q := range d.queues {
 		errs = append(errs, q.close())
 	}
+	errs = append(errs, d.closeMarks())
 	d.nl.Close()
 	return errors.Join(errs...)
 }

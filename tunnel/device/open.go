@@ -112,6 +112,7 @@ func (d *Device) abandon() {
 	for _, q := range d.queues {
 		q.close()
 	}
+	d.closeMarks()
 	d.nl.Close()
 }
 
@@ -267,5 +268,6 @@ func (d *Device) setUp(o Options) error {
 	if err := d.nl.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Index: d.index, Name: d.name}}); err != nil {
 		return fmt.Errorf("TUN device %s: set up: %w", d.name, err)
 	}
+	d.openMarks()
 	return nil
 }

@@ -33,6 +33,7 @@ const (
 	DropTunWrite                           // the TUN refused a packet
 	DropSocketOverflow                     // the kernel dropped from a full socket buffer (SO_RXQ_OVFL)
 	DropNoEncapSocket                      // no socket for the outer family or encapsulation
+	DropQueueDelay                         // TCP with data, so that its sender slows down: packets wait too long in the TUN's queue
 	dropEnd
 )
 
@@ -63,6 +64,7 @@ var dropNames = [NumDrops]string{
 	DropTunWrite:           "tun_write",
 	DropSocketOverflow:     "socket_overflow",
 	DropNoEncapSocket:      "no_encap_socket",
+	DropQueueDelay:         "queue_delay",
 }
 
 // String is the reason's name in status and metrics.

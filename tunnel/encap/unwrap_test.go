@@ -238,7 +238,7 @@ func TestDropNames(t *testing.T) {
 	want := []string{
 		"not_member", "bad_encap", "malformed", "nested", "ttl_zero", "source_invalid", "source_not_senders",
 		"destination_not_ours", "ecn", "no_owner", "loop", "local_multicast", "peer_down", "no_path", "too_big",
-		"tx_malformed", "tx_ttl_zero", "send_error", "tun_write", "socket_overflow", "no_encap_socket",
+		"tx_malformed", "tx_ttl_zero", "send_error", "tun_write", "socket_overflow", "no_encap_socket", "queue_delay",
 	}
 	i := 0
 	for d := range Drops() {

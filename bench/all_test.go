@@ -146,7 +146,7 @@ func TestAll(t *testing.T) {
 			t.Errorf("a measure was asked for whose main metric, %s, is in no round", key)
 		}
 	}
-	if want := 13; len(r.Asked) != want {
+	if want := 14; len(r.Asked) != want {
 		t.Errorf("%d measures were asked for, want %d: %v", len(r.Asked), want, r.Asked)
 	}
 	var text, again bytes.Buffer

@@ -2,6 +2,7 @@ package bench
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -56,6 +57,7 @@ func (o *AllOptions) measures() []measure {
 		out = append(out, measure{Delay, fmt.Sprintf("latency at %d bytes, fixed rate", n), fmt.Sprintf(open, n), true, takeLatency(result.OpenLoop, n, true)})
 	}
 	out = append(out,
+		measure{Delay, "latency beside four TCP streams", "loaded_p50_us", false, takeLoaded},
 		measure{Delay, "TCP requests on one connection", "rr_p50_us", true, takeLatency(result.RR, 0, false)},
 		measure{Delay, "TCP connections with a request", "crr_p50_us", true, takeLatency(result.CRR, 0, false)},
 		measure{Time, "time in the agents, ping-pong", "", true, takeBreakdown(result.TracePing)},
@@ -118,6 +120,38 @@ func takeLatency(kind string, payload int, pinned bool) func(context.Context, *A
 		return err
 	}
 }
+
+// loadedPayload is the payload of the datagrams beside TCP streams, in bytes.
+const loadedPayload = 64
+
+// takeLoaded measures latency while four TCP streams run. Its own threads have priority, so that it is not they that wait for a CPU.
+func takeLoaded(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
+	cpus, err := allCPUs()
+	if err != nil {
+		return err
+	}
+	loading, stop := context.WithCancel(ctx)
+	defer stop()
+	loaded := make(chan error, 1)
+	go func() {
+		_, err := measureTCP(loading, &s.ends, 4, 0, 2*(o.warm()+o.Duration)+loadedPatience, s.tunnel.pids)
+		loaded <- err
+	}()
+	l, err := overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {
+		return traffic.Loaded(ctx, fd, loadedPayload, o.warm(), o.Duration, 0)
+	})
+	stop()
+	if terr := <-loaded; terr != nil && !errors.Is(terr, context.Canceled) {
+		err = errors.Join(err, terr)
+	}
+	if err == nil {
+		d.Latency = append(d.Latency, *l)
+	}
+	return err
+}
+
+// loadedPatience is how much longer than the measure beside them the streams may run.
+const loadedPatience = 30 * time.Second
 
 // fullPackets stands for the payload that fills the pods' MTU.
 const fullPackets = 0

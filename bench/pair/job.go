@@ -29,7 +29,8 @@ type job struct {
 
 	got     atomic.Int64 // bytes that came, except to sinks
 	mu      sync.Mutex
-	flows   int
+	flows   int // of UDP
+	conns   int // data connections, those that have ended included
 	sinks   []*sink
 	streams map[int]struct{} // sockets of data connections
 	closed  bool
@@ -47,7 +48,7 @@ type sink struct {
 
 func startJob(ctx context.Context, run *session, o order) (*job, error) {
 	j := &job{run: run, do: o.Do, most: o.Flows, done: make(chan struct{}), streams: map[int]struct{}{}}
-	if o.Do == jobEcho || o.Do == jobSink {
+	if o.Do == jobEcho || o.Do == jobSink || o.Do == jobLoaded {
 		fd, _, err := traffic.Socket(run.local, unix.SOCK_DGRAM)
 		if err != nil {
 			return nil, fmt.Errorf("UDP socket: %w", err)
@@ -158,7 +159,7 @@ func (j *job) welcome(source netip.AddrPort, flow int) {
 	for range 3 {
 		_, _ = unix.Write(fd, answer) // the client asks again
 	}
-	if j.do == jobEcho {
+	if j.do == jobEcho || j.do == jobLoaded {
 		j.work.Go(func() {
 			defer unix.Close(fd)
 			traffic.Echo(fd, &j.got, &j.stop)
@@ -183,14 +184,14 @@ func (j *job) accept(conn net.Conn, kind byte, _ int) {
 		if _, err := conn.Write(appendPreamble(nil, kindOnce, secret{}, 0)); err == nil {
 			_, _ = io.Copy(io.Discard, io.LimitReader(conn, 1)) // until the client resets it
 		}
-	case kind == kindData && (j.do == jobRespond || j.do == jobStream):
+	case kind == kindData && (j.do == jobRespond || j.do == jobStream || j.do == jobLoaded):
 		fd, err := blocking(conn)
 		if err != nil {
 			return
 		}
 		defer unix.Close(fd)
 		j.mu.Lock()
-		if j.flows++; j.closed || j.flows > j.most {
+		if j.conns++; j.closed || j.conns > j.most {
 			j.mu.Unlock()
 			return
 		}

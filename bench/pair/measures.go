@@ -31,6 +31,11 @@ func (rn *runner) overUDP(d *result.Round, measure func(fd int) (*result.Latency
 	if _, err := rn.c.order(jobEcho, 1); err != nil {
 		return err
 	}
+	return rn.echoed(d, measure)
+}
+
+// echoed does so while a job runs that echoes.
+func (rn *runner) echoed(d *result.Round, measure func(fd int) (*result.Latency, error)) error {
 	fd, buffer, err := rn.c.flow(0)
 	if err != nil {
 		return err
@@ -192,47 +197,70 @@ func (c counted) end() (report, error) {
 
 func (rn *runner) tcp(streams int) func(context.Context, *result.Round) error {
 	return func(ctx context.Context, d *result.Round) error {
-		if _, err := rn.c.order(jobStream, streams); err != nil {
-			return err
-		}
-		var stop atomic.Bool
-		type outcome struct {
-			retransmits uint32
-			err         error
-		}
-		ended := make(chan outcome, streams)
-		started := 0
-		var err error
-		for i := range streams {
-			var fd int
-			if fd, err = rn.c.stream(i); err != nil {
-				break
-			}
-			if most := rn.c.welcome.MaxRate; most > 0 {
-				err = unix.SetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_MAX_PACING_RATE, uint64(most/8/float64(streams)))
-			}
-			started++
-			go func() { // on its own thread
-				defer unix.Close(fd)
-				n, err := traffic.TCPSource(fd, &stop)
-				ended <- outcome{n, err}
-			}()
-		}
 		t := result.TCP{Streams: streams}
-		if err == nil {
-			err = rn.countTCP(ctx, &t)
-		}
-		stop.Store(true)
-		for range started {
-			o := <-ended
-			t.Retransmits += o.retransmits
-			err = errors.Join(err, o.err)
-		}
+		var err error
+		t.Retransmits, err = rn.beside(jobStream, streams, func() error { return rn.countTCP(ctx, &t) })
 		if err == nil {
 			d.TCP = append(d.TCP, t)
 		}
 		return err
 	}
+}
+
+// loaded measures latency beside TCP streams.
+func (rn *runner) loaded(ctx context.Context, d *result.Round) error {
+	every, err := rn.every(loadedPayload)
+	if err != nil {
+		return err
+	}
+	_, err = rn.beside(jobLoaded, rn.o.Streams, func() error {
+		return rn.echoed(d, func(fd int) (*result.Latency, error) {
+			return traffic.Loaded(ctx, fd, loadedPayload, rn.o.warm(), rn.o.Duration, every)
+		})
+	})
+	return err
+}
+
+// loadedPayload is the payload of the datagrams beside TCP streams, in bytes.
+const loadedPayload = 64
+
+// beside calls measure while TCP streams of the job run, and returns how many segments they have retransmitted.
+func (rn *runner) beside(job string, streams int, measure func() error) (retransmits uint32, err error) {
+	if _, err := rn.c.order(job, streams); err != nil {
+		return 0, err
+	}
+	var stop atomic.Bool
+	type outcome struct {
+		retransmits uint32
+		err         error
+	}
+	ended := make(chan outcome, streams)
+	started := 0
+	for i := range streams {
+		var fd int
+		if fd, err = rn.c.stream(i); err != nil {
+			break
+		}
+		if most := rn.c.welcome.MaxRate; most > 0 {
+			err = unix.SetsockoptUint64(fd, unix.SOL_SOCKET, unix.SO_MAX_PACING_RATE, uint64(most/8/float64(streams)))
+		}
+		started++
+		go func() { // on its own thread
+			defer unix.Close(fd)
+			n, err := traffic.TCPSource(fd, &stop)
+			ended <- outcome{n, err}
+		}()
+	}
+	if err == nil {
+		err = measure()
+	}
+	stop.Store(true)
+	for range started {
+		o := <-ended
+		retransmits += o.retransmits
+		err = errors.Join(err, o.err)
+	}
+	return retransmits, err
 }
 
 // countTCP counts what arrives while streams run.

@@ -98,6 +98,7 @@ type welcome struct {
 	Boot    string         `json:"boot"`
 	MaxTime float64        `json:"max_time_s"`
 	MaxRate float64        `json:"max_rate_bps"` // 0: none
+	Loaded  bool           `json:"loaded"`       // it knows jobLoaded; older versions do not
 }
 
 // proof is what a client sends instead of the token.
@@ -112,7 +113,8 @@ const (
 	jobEcho    = "udp-echo"
 	jobSink    = "udp-sink"
 	jobStream  = "tcp-sink"
-	jobRespond = "tcp-respond" // requests on one connection, or on one each
+	jobLoaded  = "tcp-sink-udp-echo" // both at once
+	jobRespond = "tcp-respond"       // requests on one connection, or on one each
 )
 
 // order is a control message of the client. Do is one of the jobs, "begin" (count from now), "count", "end" or "stop".

@@ -239,6 +239,9 @@ func (rn *runner) measures() []measure {
 		measure{Throughput, "UDP, one flow", "udp_flood1_gbps", counted, true, rn.flood(1)},
 	)
 	if !rn.o.Gentle {
+		if rn.c.welcome.Loaded {
+			out = append(out, measure{Latency, fmt.Sprintf("latency beside %d TCP streams", several), "loaded_p50_us", warmed, true, rn.loaded})
+		}
 		out = append(out,
 			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), fmt.Sprintf("tcp%d_gbps", several), warmed, false, rn.tcp(several)},
 			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), fmt.Sprintf("udp_flood%d_gbps", several), counted, true, rn.flood(several)},

@@ -200,7 +200,7 @@ func (s *server) control(ctx context.Context, conn net.Conn) {
 func (s *server) serveRun(ctx context.Context, c *control, run *session) error {
 	m := machine.Facts(run.local.Addr())
 	m.End, m.Tulle = "to", s.o.Version
-	w := welcome{Secret: run.secret, Machine: m, Boot: machine.BootID(), MaxTime: s.o.MaxTime.Seconds(), MaxRate: s.o.MaxRate}
+	w := welcome{Secret: run.secret, Machine: m, Boot: machine.BootID(), MaxTime: s.o.MaxTime.Seconds(), MaxRate: s.o.MaxRate, Loaded: true}
 	if err := c.send(w); err != nil {
 		return err
 	}
@@ -238,7 +238,7 @@ func (run *session) obey(ctx context.Context, o order) report {
 		return report{Error: failed.Error()}
 	}
 	switch o.Do {
-	case jobEcho, jobSink, jobStream, jobRespond:
+	case jobEcho, jobSink, jobStream, jobLoaded, jobRespond:
 		run.stopJob()
 		if o.Flows < 1 || o.Flows > maxFlows {
 			return report{Error: fmt.Sprintf("%d flows: want 1 to %d", o.Flows, maxFlows)}

@@ -87,7 +87,7 @@ func TestServeEndsLongRuns(t *testing.T) {
 	}
 	wantError(t, "long run", err, "the server")
 	_, err = Run(t.Context(), RunOptions{Host: local(t, ServeOptions{MaxTime: time.Minute}), Duration: 20 * time.Second, Only: []string{Latency}})
-	wantError(t, "a round that is too long", err, "one round takes 2m13s at least, and the server allows 1m0s")
+	wantError(t, "a round that is too long", err, "one round takes 2m40s at least, and the server allows 1m0s")
 }
 
 // What the server's time is too short for is said before it is measured.
@@ -103,7 +103,7 @@ func TestRunSaysThatTimeIsShort(t *testing.T) {
 			}
 		}})
 		stop()
-		if has := strings.Contains(told, "30 rounds take 6m40s at least, and the server ends the run after 1m0s"); err == nil || has != want {
+		if has := strings.Contains(told, "30 rounds take 8m0s at least, and the server ends the run after 1m0s"); err == nil || has != want {
 			t.Errorf("%d rounds: %q (%v)", rounds, told, err)
 		}
 	}
@@ -346,8 +346,8 @@ func TestInterrupted(t *testing.T) {
 				t.Errorf("a measure was asked for whose main metric, %s, is in no round", key)
 			}
 		}
-		if len(r.Asked) != 11 {
-			t.Errorf("11 measures were asked for, and these are listed: %v", r.Asked)
+		if len(r.Asked) != 12 {
+			t.Errorf("12 measures were asked for, and these are listed: %v", r.Asked)
 		}
 	}
 }

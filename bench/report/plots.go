@@ -157,6 +157,8 @@ func latencyTitle(l *result.Latency) string {
 		return "TCP request in two writes without TCP_NODELAY" + pinned
 	case result.CRR:
 		return "TCP connection with a request and response" + pinned
+	case result.Loaded:
+		return fmt.Sprintf("Half a round trip of %d bytes beside several TCP streams", l.Payload)
 	case result.OpenLoop:
 		return fmt.Sprintf("Half a round trip of %d bytes, %.0f datagrams a second%s", l.Payload, l.Offered, pinned)
 	}

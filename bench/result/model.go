@@ -152,6 +152,7 @@ type TCP struct {
 const (
 	PingPong = "ping-pong" // UDP; each datagram is sent after the previous one was answered; half of the round trip
 	OpenLoop = "open-loop" // UDP at a constant rate; half of the time from when a datagram was due to its answer
+	Loaded   = "loaded"    // as PingPong, with a pause after each, while several TCP streams run
 	RR       = "tcp-rr"    // TCP; request and response on one connection; the whole round trip
 	Nagle    = "tcp-nagle" // as RR, but the request is written in two parts without TCP_NODELAY
 	CRR      = "tcp-crr"   // TCP; connect, request, response, close; the whole time
@@ -175,7 +176,7 @@ type Latency struct {
 
 // scale is the factor from a time in nanoseconds to the microseconds that are reported.
 func (l *Latency) scale() float64 {
-	if l.Kind == PingPong || l.Kind == OpenLoop {
+	if l.Kind == PingPong || l.Kind == OpenLoop || l.Kind == Loaded {
 		return 0.5e-3
 	}
 	return 1e-3

@@ -41,6 +41,8 @@ func (l *Latency) key() (key, title string) {
 		return "nagle", "TCP request in two writes"
 	case CRR:
 		return "crr", "TCP connect/request/response"
+	case Loaded:
+		return "loaded", fmt.Sprintf("half RTT %s B beside TCP streams", thousands(l.Payload))
 	case OpenLoop:
 		key, title = fmt.Sprintf("open%d", l.Payload), fmt.Sprintf("half RTT %s B at a fixed rate", thousands(l.Payload))
 	default:

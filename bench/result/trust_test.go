@@ -9,6 +9,8 @@ import (
 func TestDoubts(t *testing.T) {
 	lossy := latencyOf(PingPong, 64)
 	lossy.Latency[0].Lost = 1
+	full := latencyOf(Loaded, 64) // of a queue that others fill, a loss is no doubt
+	full.Latency[0].Lost = 1
 	busy := oneRound(5)
 	busy.TCP[0].CPU.Others = 0.6
 	for name, tc := range map[string]struct {
@@ -20,6 +22,7 @@ func TestDoubts(t *testing.T) {
 		"rounds of a path": {[]Round{oneRound(5), oneRound(8)}, 2, []string{"b: one TCP stream carried 5.00 Gb/s in one round and 8.00 in another."}},
 		"rounds":           {[]Round{oneRound(5), oneRound(8)}, 1, []string{"one TCP stream carried 5.00 Gb/s in one round and 8.00 in another."}},
 		"others":           {[]Round{oneRound(5), busy}, 1, []string{"Others used up to 10 % of the machines while TCP was measured: figures are too low, and noisy."}},
+		"a full queue":     {[]Round{full}, 1, []string{}},
 		"loss":             {[]Round{lossy}, 1, []string{"half RTT 64 B loss: 50.0 % although the flow was slow. TCP and latency suffer from what loses it."}},
 	} {
 		r := &Run{Kind: Pair, Machines: []Machine{{End: "from", CPUs: 2}, {End: "to", CPUs: 4}}}

@@ -73,6 +73,23 @@ func PingPong(ctx context.Context, fd, payload int, warm, d, every time.Duration
 	}
 }
 
+// LoadedEvery is the least time from one datagram to the next of a [Loaded] measure.
+const LoadedEvery = 5 * time.Millisecond
+
+// Loaded is [PingPong] beside TCP streams, which the caller runs: how long packets wait in the queues that TCP fills. With a datagram only each
+// LoadedEvery, or less often, it is no load itself. An answer may take a second.
+func Loaded(ctx context.Context, fd, payload int, warm, d, every time.Duration) (*result.Latency, error) {
+	wait := unix.NsecToTimeval(int64(time.Second))
+	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
+		return nil, fmt.Errorf("SO_RCVTIMEO: %w", err)
+	}
+	l, err := PingPong(ctx, fd, payload, warm, d, max(every, LoadedEvery))
+	if err == nil {
+		l.Kind, l.Waking = result.Loaded, nil
+	}
+	return l, err
+}
+
 // rest sleeps on its thread until every has passed since start. Sleep would hand the thread over to others.
 func rest(start time.Time, every time.Duration) {
 	if every <= 0 {

@@ -451,6 +451,9 @@ func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
 		}
 		out.Changed = append(out.Changed, change)
 	}
+	if level := old.LevelVar().Level(); level != old.LogLevel && next.LogLevel == old.LogLevel { // `tulle log-level` has set another one
+		out.Changed = append(out.Changed, api.ConfigChange{Key: "log_level", Old: strings.ToLower(level.String()), New: strings.ToLower(next.LogLevel.String())})
+	}
 	a.apply(next, prefer)
 	a.log.Info("configuration read again", "changed", len(out.Changed), "need_restart", len(out.NeedsRestart))
 	return out, nil

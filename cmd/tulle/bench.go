@@ -11,7 +11,7 @@ import (
 )
 
 func benchCommand() *cobra.Command {
-	return group("bench", "Measure", benchAll(), benchLatency(), benchThroughput(), benchServe(), benchRun(), benchShow(), benchDiff(), benchGossip(), benchHelper())
+	return group("bench", "Measure latency, throughput and CPU time", benchAll(), benchLatency(), benchThroughput(), benchServe(), benchRun(), benchShow(), benchDiff(), benchGossip(), benchHelper())
 }
 
 func benchGossip() *cobra.Command {
@@ -19,7 +19,7 @@ func benchGossip() *cobra.Command {
 	output := "table"
 	cmd := &cobra.Command{
 		Use:   "gossip",
-		Short: "Measure how fast a new table entry reaches all members, and what idle gossip costs",
+		Short: "Measure how fast gossip spreads an entry, and what it costs",
 		Long: "Runs many gossip members in this process, over loopback, and prints how long a new table entry takes until all members\n" +
 			"know it (median, largest), idle traffic per node and second, memory per node, and the cost of a lookup.",
 		Example: "  tulle bench gossip --nodes 100\n  tulle bench gossip --nodes 1000 --prefixes 10000 -o json",

@@ -17,11 +17,11 @@ and the kernel's real devices.
 
   no-tunnel                                   routes only
   udp, vxlan, ipip                            Tulle, by encapsulation
-  udp-fast, ipip-fast                         Tulle with fast_path: the kernel carries packets in the agents' place
+  udp-fast, ipip-fast                         Tulle with fast_path
   kernel-vxlan, kernel-ipip, kernel-fou       the kernel's own tunnels
-  kernel-wireguard, wireguard-go              WireGuard in the kernel and in Go (both encrypt)
-  no-tunnel-subnet, direct                    both hosts in one subnet, with a switch in place of the router: routes only, and Tulle without a tunnel
-  wireguard                                   Tulle with encryption, which it does not have: listed as lacking
+  kernel-wireguard, wireguard-go              encrypted, for comparison
+  no-tunnel-subnet, direct                    in one subnet: routes, and Tulle's
+  wireguard                                   listed as lacking: Tulle has none
 
 Modes are measured in interleaved rounds. The output begins with the result in one sentence, reasons not to trust it if there are any,
 and one table of medians and ratios. -v shows everything. A mode that this kernel does not support is listed with the reason.
@@ -31,19 +31,19 @@ With --to it measures the paths from this member of the cluster to another one i
 udp, vxlan and ipip, as ` + "`tulle bench run --to`" + ` does.`
 
 func benchAll() *cobra.Command {
-	return benchLab("all", "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go: throughput, latency, rate, CPU, memory",
+	return benchLab("all", "Compare Tulle with no tunnel, kernel VXLAN and wireguard-go",
 		"  tulle bench all\n"+
 			"  tulle bench all --rounds 9 -o json > result.json\n"+
 			"  tulle bench all --modes kernel-vxlan,udp --rounds 1 --profile /tmp/profile")
 }
 
 func benchLatency() *cobra.Command {
-	return benchLab("latency", "The same for latency alone: datagrams one by one and at a fixed rate, TCP requests and connections",
+	return benchLab("latency", "The same for latency alone: datagrams, TCP requests, connections",
 		"  tulle bench latency --modes no-tunnel,udp --sizes 64,1400 --rounds 5\n  tulle bench latency --to node-b", bench.Delay)
 }
 
 func benchThroughput() *cobra.Command {
-	return benchLab("throughput", "The same for throughput alone: TCP and UDP with one and four streams, CPU time, UDP loss",
+	return benchLab("throughput", "The same for throughput alone: TCP and UDP, CPU time, UDP loss",
 		"  tulle bench throughput --six --rounds 5\n  tulle bench throughput --to node-b --modes direct,udp", bench.Throughput)
 }
 

@@ -144,7 +144,7 @@ func benchDiff() *cobra.Command {
 	threshold, verbose, form := 0.03, false, "table"
 	cmd := &cobra.Command{
 		Use:     "diff A.json B.json",
-		Short:   "Say what changed beyond noise from one result to another; exit code 1 if something got worse or failed",
+		Short:   "Say what changed beyond noise from one result to another",
 		Long:    benchDiffLong,
 		Example: "  tulle bench diff before.json after.json\n  tulle bench diff flannel.json cilium.json -v",
 		Args:    exactly("A.json", "B.json"),

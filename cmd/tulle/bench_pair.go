@@ -90,7 +90,7 @@ func benchRun() *cobra.Command {
 	to := benchTo{only: []string{"modes"}, none: []string{"label", "token-file", "streams"}}
 	cmd := &cobra.Command{
 		Use:   "run HOST | run --to NODE",
-		Short: "Measure the path to `tulle bench serve`, anywhere, without root; or every path to a member of the cluster",
+		Short: "Measure the path to `tulle bench serve`, or those to a member",
 		Long:  benchRunLong,
 		Example: "  tulle bench run 10.0.0.7\n  tulle bench run server.example --label flannel -o json > flannel.json\n" +
 			"  tulle bench run --to node-b\n  tulle bench run --to node-b --modes direct,udp --max-mbps 20 --report out",

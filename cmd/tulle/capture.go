@@ -36,7 +36,7 @@ func captureCommand() *cobra.Command {
 	var f captureFlags
 	cmd := &cobra.Command{
 		Use:   "capture [BPF EXPRESSION]",
-		Short: "Show packets as the data path handles them: drops with their reason, or all of them as pcapng",
+		Short: "Show dropped packets with the reason, or all; writes pcapng",
 		Long: "Show packets as the data path handles them, one line each, until Ctrl-C; then how many were captured and missed. Without\n" +
 			"other flags it shows the packets that are dropped, with the reason; with --all also those that pass, before and after\n" +
 			"encapsulation.\n\n" +
@@ -104,6 +104,8 @@ func (f *captureFlags) prepare(ctx context.Context, expression []string) error {
 		return usagef("--count %d: want 0 or more", f.count)
 	case f.duration < 0:
 		return usagef("--duration %v: want 0 or more", f.duration)
+	case f.req.Rate < 1 || f.req.Rate > capture.MaxRate:
+		return usagef("--rate %d: want 1 to %d packets a second", f.req.Rate, capture.MaxRate)
 	case f.all && len(f.req.Reasons) > 0:
 		return usagef("--all and --reason exclude each other: a packet that passes has no reason")
 	}

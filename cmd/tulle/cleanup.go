@@ -17,7 +17,7 @@ func cleanupCommand() *cobra.Command {
 			"their old values. Pods and their interfaces stay. Refused while the agent runs.\n\n" +
 			"The state directory stays: this node keeps its address space, and uses it again when the agent is started.\n" +
 			"To give it back, run `tulle leave` before you stop the agent.",
-		Example: "  tulle leave && systemctl disable --now tulle && tulle cleanup    # remove Tulle from this host",
+		Example: "  # remove Tulle from this host\n  tulle leave && systemctl disable --now tulle && tulle cleanup",
 		Args:    exactly(),
 	}
 	all := pflag.NewFlagSet("agent", pflag.ContinueOnError)

@@ -25,7 +25,7 @@ func doctorCommand() *cobra.Command {
 	fix := false
 	cmd := &cobra.Command{
 		Use:   "doctor [CHECK…]",
-		Short: "Check this host and the cluster; name what is wrong, what was seen, and the command that mends it",
+		Short: "Check host and cluster: what is wrong, and what mends it",
 		Long: "Check this host and, through the agent, the cluster. Each check is ok, warning, failed or skipped, and shows what was seen.\n" +
 			"What is wrong comes with its remedy and, where there is one, the command that does it. Without a running agent only\n" +
 			"the host is checked, by the configuration file and the flags. That no agent runs is a failure where one has run before\n" +

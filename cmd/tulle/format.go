@@ -91,12 +91,12 @@ func scaled(n uint64, base float64, units ...string) string {
 	return strings.TrimSuffix(fmt.Sprintf("%.3g", f), ".0") + units[i]
 }
 
-// size shows a count of addresses, which the API caps.
-func size(n uint64) string {
-	if n >= api.MaxCount {
-		return "2^63 or more"
+// size shows how many addresses a block has for pods; the API caps that number.
+func size(b api.Block) string {
+	if b.Size >= api.MaxCount {
+		return fmt.Sprintf("2^%d", b.Prefix.Addr().BitLen()-b.Prefix.Bits())
 	}
-	return strconv.FormatUint(n, 10)
+	return strconv.FormatUint(b.Size, 10)
 }
 
 // list joins the texts of v.

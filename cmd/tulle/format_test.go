@@ -21,7 +21,7 @@ func TestFormats(t *testing.T) {
 		{percent(0), "0%"}, {percent(0.001), "<1%"}, {percent(0.07), "7%"}, {percent(1), "100%"},
 		{count(0), "0"}, {count(999), "999"}, {count(1000), "1k"}, {count(999_499), "999k"}, {count(999_600), "1M"}, {count(1_234_567), "1.23M"},
 		{count(1<<64 - 1), "18.4E"}, {byteSize(12), "12 B"}, {byteSize(1_718_000_000), "1.72 GB"},
-		{size(254), "254"}, {size(api.MaxCount), "2^63 or more"}, {plural(1, "peer"), "1 peer"}, {plural(0, "peer"), "0 peers"},
+		{size(api.Block{Size: 254}), "254"}, {size(api.Block{Prefix: netip.MustParsePrefix("fd00::/64"), Size: api.MaxCount}), "2^64"}, {plural(1, "peer"), "1 peer"}, {plural(0, "peer"), "0 peers"},
 		{nodeRef(api.NodeRef{}), none}, {nodeRef(api.NodeRef{Name: "a"}), "a"}, {nodeRef(api.NodeRef{ID: "0123456789"}), "01234567"},
 		{oneLine("a\n  b\tc\n"), "a b c"},
 	} {

@@ -44,7 +44,7 @@ func ipamCommand() *cobra.Command {
 		RunE:  show,
 	}
 	cmd.AddCommand(
-		&cobra.Command{Use: "show", Short: "Show this node's space, its blocks, and which pod has which address", Args: exactly(), RunE: show},
+		&cobra.Command{Use: "show", Short: "Show this node's space, its blocks, and the pods' addresses", Args: exactly(), RunE: show},
 		&cobra.Command{
 			Use:   "check",
 			Short: "Compare allocations with the pods on this host",
@@ -63,7 +63,7 @@ func printIPAM(p *printer, r api.IPAM) {
 	if len(r.Blocks) > 0 {
 		t := table{head: []string{"BLOCK", "USED", "COOLING", "SIZE"}, right: []bool{false, true, true}}
 		for _, b := range r.Blocks {
-			t.row(b.Prefix.String(), count(b.Used), count(b.Cooling), size(b.Size))
+			t.row(b.Prefix.String(), count(b.Used), count(b.Cooling), size(b))
 		}
 		p.line("")
 		p.table(&t)

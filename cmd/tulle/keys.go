@@ -19,7 +19,7 @@ func keysCommand() *cobra.Command {
 	c := new(client)
 	ls := &cobra.Command{
 		Use:   "list",
-		Short: "List the gossip keys by ID, with the number of members that have each",
+		Short: "List the gossip keys by ID, and how many members have each",
 		Args:  exactly(),
 		RunE:  ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.KeyList, error) { return a.Keys(ctx) }, printKeys, nil),
 	}
@@ -43,7 +43,7 @@ func keysCommand() *cobra.Command {
 	}
 	use := &cobra.Command{
 		Use:   "use ID",
-		Short: "Encrypt with this key on every member; refused while a member lacks it",
+		Short: "Encrypt with this key on every member; refused if one lacks it",
 		Args:  exactly("the ID of a key"), ValidArgsFunction: c.keyIDs,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.KeyResult, error) {
 			return a.KeyUse(ctx, api.KeyRequest{ID: args[0]})
@@ -51,7 +51,7 @@ func keysCommand() *cobra.Command {
 	}
 	remove := &cobra.Command{
 		Use:   "remove ID",
-		Short: "Remove a key from every member; refused while a member encrypts with it",
+		Short: "Remove a key from every member; refused while one uses it",
 		Args:  exactly("the ID of a key"), ValidArgsFunction: c.keyIDs,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.KeyResult, error) {
 			return a.KeyRemove(ctx, api.KeyRequest{ID: args[0]})

@@ -33,7 +33,7 @@ behind. If a lab's maker is killed halfway, the next "tulle lab up" of that name
 // labCommand is `tulle lab`.
 func labCommand() *cobra.Command {
 	name := new(string)
-	cmd := group("lab", "Hosts, subnets, a router and pods on this one machine, to try things",
+	cmd := group("lab", "Build hosts, a router and pods on this machine, to try things",
 		labUp(name), labStatus(name), labExec(name), labDown(name), labList(), labDemo(name))
 	cmd.Long = labLong
 	cmd.Example = `  tulle lab demo
@@ -300,7 +300,8 @@ func labExec(name *string) *cobra.Command {
 		Use:   "exec HOST|POD -- COMMAND [ARGUMENT…]",
 		Short: "Run a command on a host, in a pod or on the router (r)",
 		Long: `Runs a command in the network namespace of a host (h1), a pod (p1a) or the router (r). On a host, and in its pods, the other
-tulle commands talk to that host's agent; "tulle" is this very program even if it is not in the PATH. The exit code is the command's.`,
+tulle commands talk to that host's agent; "tulle" is this very program even if it is not in the PATH. The exit code is
+the command's, and 127 if this machine has no such command.`,
 		Example: `  tulle lab exec h1 -- tulle status
   tulle lab exec p1a`,
 		Args: func(cmd *cobra.Command, args []string) error {
@@ -328,13 +329,7 @@ tulle commands talk to that host's agent; "tulle" is this very program even if i
 			signal.Notify(caught, os.Interrupt, syscall.SIGQUIT)
 			defer signal.Stop(caught)
 			code, err := l.Exec(cmd.Context(), args[0], argv, lab.Stdio{In: cmd.InOrStdin(), Out: cmd.OutOrStdout(), Err: cmd.ErrOrStderr()})
-			if err != nil {
-				return err
-			}
-			if code != 0 {
-				return exitCode(code)
-			}
-			return nil
+			return ended(cmd, argv[0], code, err)
 		},
 	}
 }

@@ -20,7 +20,7 @@ func labDemo(name *string) *cobra.Command {
 	var f labFlags
 	cmd := &cobra.Command{
 		Use:   "demo",
-		Short: "Build a lab, show that its pods reach each other, measure, remove it; takes less than half a minute",
+		Short: "Build a lab, show its pods at work, remove it; takes half a minute",
 		Args:  exactly(),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if !cmd.Flags().Changed("name") {
@@ -178,6 +178,7 @@ func (d *demo) latency(ctx context.Context) error {
 		{"no tunnel", d.l.DirectRoutes, false},
 		{"kernel VXLAN", d.l.KernelVXLAN, false},
 		{"tulle udp", d.pin("udp"), true},
+		{"tulle vxlan", d.pin("vxlan"), true},
 		{"tulle ipip", d.pin("ipip"), true},
 	} {
 		undo, err := b.set(ctx)

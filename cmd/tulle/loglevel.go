@@ -12,8 +12,13 @@ func logLevelCommand() *cobra.Command {
 	c := new(client)
 	cmd := &cobra.Command{
 		Use:   "log-level [LEVEL]",
-		Short: "Show the level of the agent's log, or set it until the agent restarts: debug, info, warn or error",
-		Args:  cobra.MaximumNArgs(1),
+		Short: "Show the level of the agent's log, or set it until a restart",
+		Args: func(cmd *cobra.Command, args []string) error {
+			if len(args) == 0 {
+				return nil
+			}
+			return exactly("one level")(cmd, args)
+		},
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.LogLevel, error) {
 			var req api.LogLevelRequest
 			if len(args) == 1 {

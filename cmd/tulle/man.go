@@ -24,6 +24,7 @@ func manCommand() *cobra.Command {
 			}
 			root := cmd.Root()
 			root.DisableAutoGenTag = true
+			eachCommand(root, func(c *cobra.Command) { c.Long = indented(c.Long) })
 			date, err := sourceDate()
 			if err != nil {
 				return err

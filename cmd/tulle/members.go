@@ -18,7 +18,7 @@ func leaveCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "leave",
-		Short: "Give all of this node's address space to another member, and leave the cluster",
+		Short: "Give this node's address space to others, and leave the cluster",
 		Long: "Give all of this node's address space to another member, and leave the cluster for good. A stop of the agent is not a\n" +
 			"leave: a stopped node keeps its space, and its pods keep their routes.",
 		Args: exactly(),
@@ -36,12 +36,13 @@ func forgetCommand() *cobra.Command {
 	var cmd *cobra.Command
 	cmd = &cobra.Command{
 		Use:   "forget NODE",
-		Short: "Take over the address space of a node that is dead and will not come back",
+		Short: "Take over the address space of a node that is gone for good",
 		Long: "Take over the address space of a node that is dead and will not come back. A node that owns none stops to count as a\n" +
 			"member. It is refused while the node is alive or its tunnel answers, and while this node does not reach a majority of the\n" +
 			"members. It waits until the node has not been seen for half a minute. --force skips the majority and the wait: use it if\n" +
-			"the others are dead too. If the node comes back, it gives up its space and reports that. Forget no node while the network is split: one on the other side lives, and would give its addresses to\n" +
-			"pods as well.",
+			"the others are dead too. If the node comes back, it gives up its space and reports that.\n\n" +
+			"Forget no node while the network is split: a node on the other side looks dead, but lives, and goes on giving its\n" +
+			"addresses to pods.",
 		Args: exactly("a node"), ValidArgsFunction: c.nodeNames,
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (api.ForgetResult, error) {
 			defer time.AfterFunc(3*time.Second, func() {
@@ -99,17 +100,23 @@ func externalCommand() *cobra.Command {
 			p.line("%s %s at %s by %s, kept by %s", word, e.Prefix, e.Endpoint, externalWay(e), nodeRef(e.Owner))
 		}
 	}
-	add := &cobra.Command{
+	var port int
+	var add *cobra.Command
+	add = &cobra.Command{
 		Use:   "add PREFIX ENDPOINT",
-		Short: "Give a prefix of this node's space to a router or host without an agent",
+		Short: "Give a prefix of this node's space to a host without an agent",
 		Long: "Give a prefix of this node's space to a router or host without an agent that has a plain tunnel: a Linux ipip, sit or\n" +
 			"ip6tnl device (ipip), a gue or fou port (udp), or a vxlan device (vxlan). ENDPOINT is its underlay address, outside the\n" +
 			"cluster's address space. The agents learn the MAC of a vxlan device from its packets, or request it; give --mac if\n" +
 			"neither is possible.",
 		Example: "  tulle external add 10.244.200.0/24 192.0.2.9 --encap ipip\n" +
-			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan --mac 02:00:5e:10:00:01",
+			"  tulle external add 10.244.201.0/24 192.0.2.10 --encap vxlan",
 		Args: exactly("a prefix", "the address of its endpoint"),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, args []string) (e api.External, err error) {
+			if add.Flags().Changed("port") && (port < 1 || port > 65535) {
+				return e, usagef("--port %d: want 1 to 65535", port)
+			}
+			req.Port = uint16(port)
 			p, err := prefix(args[0])
 			if err != nil {
 				return e, err
@@ -123,7 +130,7 @@ func externalCommand() *cobra.Command {
 		}, show("added"), nil),
 	}
 	add.Flags().StringVar(&req.Encapsulation, "encap", req.Encapsulation, "encapsulation: udp, ipip, vxlan or direct")
-	add.Flags().Uint16Var(&req.Port, "port", 0, "its UDP `PORT` for udp or vxlan (default: this cluster's)")
+	add.Flags().IntVar(&port, "port", 0, "its UDP `PORT` for udp or vxlan (default: this cluster's)")
 	add.Flags().StringVar(&req.MAC, "mac", "", "`MAC` of its vxlan device (default: learned from its packets)")
 	remove := &cobra.Command{
 		Use:   "remove PREFIX",
@@ -153,5 +160,5 @@ func externalCommand() *cobra.Command {
 				p.table(&t)
 			}, nil),
 	}
-	return c.flags(group("external", "Routers and hosts with a plain kernel tunnel and no agent", add, remove, ls), changeTimeout)
+	return c.flags(group("external", "Manage external peers: routers and hosts without an agent", add, remove, ls), changeTimeout)
 }

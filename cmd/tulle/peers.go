@@ -15,7 +15,7 @@ func peersCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "peers",
-		Short: "List the peers: state, prefixes, path, round-trip time, loss, MTU, since when and why",
+		Short: "List the peers: state, prefixes, path, round-trip time, loss, MTU",
 		Long: "List the peers, one per line: state, prefixes, path in use, round-trip time, loss, MTU, since when and why.\n" +
 			"Below a peer is a line for each other path that is probed or in use: packets of IPv4 and IPv6 may go two ways.\n" +
 			"The exit code is 1 if a peer that owns address space cannot be reached by a path in use.",

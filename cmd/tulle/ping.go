@@ -16,7 +16,7 @@ func pingCommand() *cobra.Command {
 	n := 3
 	cmd := &cobra.Command{
 		Use:   "ping NODE",
-		Short: "Probe a node through every encapsulation: round-trip time, loss, largest packet",
+		Short: "Probe a node by each encapsulation: time, loss, largest packet",
 		Long: "Probe a node through every encapsulation: round-trip time, loss, and the largest packet that arrives.\n" +
 			"NODE is a name, an ID or its first digits, or an address that the node owns.\n" +
 			"The exit code is 1 if none of the encapsulations got an answer.",

@@ -19,6 +19,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/attach"
+	"github.com/tulle-net/tulle/internal/config"
 )
 
 // podTimeout is how long to wait for the agent and the kernel: an allocation may wait for space from another node.
@@ -47,6 +48,9 @@ func (f *podFlags) id(name string) (api.PodID, error) {
 	if name == "" || strings.ContainsAny(name, "/ \t\n") {
 		return api.PodID{}, usagef("pod name %q: want a name without \"/\" and spaces", name)
 	}
+	if err := config.CheckInterface(f.iface); err != nil {
+		return api.PodID{}, usagef("--interface %w", err)
+	}
 	return api.PodID{Engine: api.EngineTulle, Network: "tulle", Container: name, Interface: f.iface}, nil
 }
 
@@ -74,7 +78,7 @@ func podAdd(c *client) *cobra.Command {
 		Example: `  tulle pod add web --new
   tulle pod exec web -- ping 10.244.64.1
   tulle pod add db --netns /proc/4711/ns/net --ip 10.244.0.77
-  tulle pod add box --new && systemd-nspawn -D /srv/box --network-namespace-path=/run/netns/box`,
+  systemd-nspawn -D /srv/web --network-namespace-path=/run/netns/web`,
 		Args: exactly("NAME"),
 		RunE: ask(c, func(ctx context.Context, _ *api.Client, args []string) (podAdded, error) {
 			id, err := f.id(args[0])
@@ -83,6 +87,9 @@ func podAdd(c *client) *cobra.Command {
 			}
 			if fresh && netns != "" {
 				return podAdded{}, usagef("--new makes a network namespace, --netns names one: give one of them")
+			}
+			if err := config.CheckInterface(bridge); bridge != "" && err != nil {
+				return podAdded{}, usagef("--bridge %w", err)
 			}
 			r := attach.Request{Socket: c.socket, ID: id, Name: args[0], Bridge: bridge}
 			if r.Netns, err = filepath.Abs(cmp.Or(netns, attach.NetnsPath(args[0]))); err != nil {
@@ -189,7 +196,7 @@ func podExec(c *client) *cobra.Command {
 		Use:   "exec NAME -- COMMAND [ARGUMENT…]",
 		Short: "Run a command in a pod's network namespace",
 		Long: "Run a command of the host in the network namespace of a pod: by the pod's name, by its container ID, or else of the namespace\n" +
-			"that `ip netns` calls so. Without a command it is a shell. The exit code is the command's.",
+			"that `ip netns` calls so. Without a command it is a shell. The exit code is the command's, and 127 if the host has no such command.",
 		Example: "  tulle pod exec web -- ss -tln",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) == 0 {
@@ -213,15 +220,24 @@ func podExec(c *client) *cobra.Command {
 			run := exec.CommandContext(cmd.Context(), argv[0], argv[1:]...)
 			run.Stdin, run.Stdout, run.Stderr = cmd.InOrStdin(), cmd.OutOrStdout(), cmd.ErrOrStderr()
 			code, err := attach.Exec(path, run)
-			if err != nil {
-				return denied(err)
-			}
-			if code != 0 {
-				return exitCode(code)
-			}
-			return nil
+			return ended(cmd, argv[0], code, denied(err))
 		},
 	}
+}
+
+// ended makes the result of a command that pod exec or lab exec has run their own.
+func ended(cmd *cobra.Command, name string, code int, err error) error {
+	start, _ := errors.AsType[*fs.PathError](err)
+	switch {
+	case errors.Is(err, exec.ErrNotFound), start != nil && start.Op == "fork/exec" && errors.Is(err, fs.ErrNotExist):
+		fmt.Fprintf(cmd.ErrOrStderr(), "tulle: this host has no command %q\n", name)
+		return exitCode(exitNoCommand)
+	case err != nil:
+		return err
+	case code != 0:
+		return exitCode(code)
+	}
+	return nil
 }
 
 // podNetns finds a pod's network namespace.

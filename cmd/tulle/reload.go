@@ -12,7 +12,7 @@ func reloadCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "reload",
-		Short: "Read the configuration again; apply live keys, and list those that need a restart",
+		Short: "Read the configuration again, and say what needs a restart",
 		Args:  exactly(),
 		RunE: ask(c, func(ctx context.Context, a *api.Client, _ []string) (api.ReloadResult, error) { return a.Reload(ctx) },
 			func(p *printer, r api.ReloadResult) {

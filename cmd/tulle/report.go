@@ -29,7 +29,7 @@ func reportCommand() *cobra.Command {
 	var f reportFlags
 	cmd := &cobra.Command{
 		Use:   "report",
-		Short: "Collect everything that a bug report needs in one file, without keys",
+		Short: "Collect what a bug report needs in one file, without keys",
 		Long: "Collect everything that a bug report needs in one file: what the agent says of itself and its peers, the host's links,\n" +
 			"addresses, routes, rules, firewall and sysctls, the agent's log, and versions. What cannot be collected is named in it.\n\n" +
 			"Whatever looks like a key of 32 bytes, and the keys among the sysctls, are replaced. Addresses and host names stay: look through the file before you send it.",

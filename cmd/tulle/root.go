@@ -14,10 +14,12 @@ import (
 
 // Exit codes, a stable part of the command line interface.
 const (
-	exitOK      = 0
-	exitFailed  = 1
-	exitUsage   = 2
-	maxDistance = 3 // edit distance between a mistyped word and a suggestion
+	exitOK     = 0
+	exitFailed = 1
+	exitUsage  = 2
+
+	exitNoCommand = 127 // of `pod exec` and `lab exec`, as of shells
+	maxDistance   = 3   // edit distance between a mistyped word and a suggestion
 )
 
 // errUnhealthy ends a command with exit code 1 without an error line: the command has printed its result.
@@ -63,8 +65,22 @@ func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
 
 func rootCommand() *cobra.Command {
 	root := &cobra.Command{
-		Use:           "tulle",
-		Short:         "A userspace pod network: pods on different hosts reach each other through tun0",
+		Use:   "tulle",
+		Short: "A pod network for Linux hosts: pods on all hosts reach each other, without NAT",
+		Long: "A pod network for Linux hosts: pods on all hosts reach each other by their own addresses, without NAT. Each host runs `tulle agent`; " +
+			"the other commands ask or change it over its control socket, or work on this host alone.\n\n" +
+			"Exit codes: 0 all is well, 1 something failed or is unhealthy, 2 wrong usage. `tulle pod exec` and `tulle lab exec` end with the code of " +
+			"the command that they run. Commands that print a table take -o json.\n\n" +
+			"Files:\n" +
+			"  /etc/tulle/tulle.yaml   the configuration of the agent (optional)\n" +
+			"  /run/tulle/tulle.sock   the control socket\n" +
+			"  /var/lib/tulle          this node's identity, address space and allocations\n" +
+			"  /usr/share/doc/tulle    the documentation of the package",
+		Example: "  tulle lab demo                             # see it work on this machine\n" +
+			"  tulle agent --bootstrap                    # on the first host\n" +
+			"  tulle agent --join host-a                  # on each other host\n" +
+			"  tulle status                               # how it is, what is wrong\n" +
+			"  tulle pod add web --new                    # a pod",
 		Version:       api.Version(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
@@ -88,6 +104,7 @@ func rootCommand() *cobra.Command {
 	add("change", keysCommand(), externalCommand(), podCommand(), forgetCommand(), leaveCommand(), reloadCommand(), logLevelCommand(), cleanupCommand())
 	add("run", agentCommand(), labCommand(), benchCommand())
 	root.AddCommand(manCommand())
+	setHelp(root)
 	argsAreUsage(root)
 	return root
 }
@@ -120,7 +137,7 @@ func subcommandArgs(cmd *cobra.Command, args []string) error {
 		return nil
 	}
 	remedy := ""
-	cmd.SuggestionsMinimumDistance = maxDistance
+	cmd.SuggestionsMinimumDistance = min(maxDistance, (len(args[0])+1)/2)
 	if s := cmd.SuggestionsFor(args[0]); len(s) > 0 {
 		remedy = fmt.Sprintf("did you mean %q? ", s[0])
 	}

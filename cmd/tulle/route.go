@@ -28,7 +28,7 @@ func routeCommand() *cobra.Command {
 			return a.Route(ctx, addr)
 		}, printRoute, func(r api.RouteAnswer) bool { return r.Reachable || r.Kind == api.RouteOutside }),
 	}
-	return c.flags(group("route", "Where packets go", get), quickTimeout)
+	return c.flags(group("route", "Show where packets go", get), quickTimeout)
 }
 
 func printRoute(p *printer, r api.RouteAnswer) {

@@ -23,7 +23,7 @@ func statusCommand() *cobra.Command {
 	c := new(client)
 	return c.flags(&cobra.Command{
 		Use:   "status",
-		Short: "Show this node, the cluster, the paths to its peers, and problems with their remedies",
+		Short: "Show this node, the cluster, its peers, and problems with remedies",
 		Long: "Show one screen about this node, the cluster, the paths to its peers, and problems with their remedies.\n" +
 			"The exit code is 0 if all is well and 1 if there is a problem.",
 		Args: exactly(),
@@ -110,7 +110,7 @@ func blocks(bs []api.Block) string {
 }
 
 func blockUse(b api.Block) string {
-	s := fmt.Sprintf("%d of %s used", b.Used, size(b.Size))
+	s := fmt.Sprintf("%d of %s used", b.Used, size(b))
 	if b.Cooling > 0 {
 		s += fmt.Sprintf(", %d cooling", b.Cooling)
 	}

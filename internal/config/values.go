@@ -270,8 +270,11 @@ const (
 	maxAltname = 127
 )
 
+// CheckInterface says why s cannot be the name of an interface.
+func CheckInterface(s string) error { return checkIfname(s, maxIfname) }
+
 // parseIfname takes the name of an interface.
-func parseIfname(s string) (string, error) { return s, checkIfname(s, maxIfname) }
+func parseIfname(s string) (string, error) { return s, CheckInterface(s) }
 
 // parseBridge takes the name of a bridge, or nothing.
 func parseBridge(s string) (string, error) {

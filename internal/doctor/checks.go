@@ -18,7 +18,7 @@ import (
 // checks are all checks, in the order in which one thing builds on another.
 func checks() []check {
 	return []check{
-		{name: "config", about: "the configuration file, and what the host and the cluster say differently", gather: gatherConfig, judge: judgeConfig},
+		{name: "config", about: "the configuration file, against the host and the cluster", gather: gatherConfig, judge: judgeConfig},
 		{name: "tun", about: "/dev/net/tun and the TUN device", judge: judgeTun},
 		{name: "capabilities", about: "CAP_NET_ADMIN and CAP_NET_RAW", gather: gatherCapabilities, judge: judgeCapabilities},
 		{name: "agent", about: "the agent answers and is ready", gather: gatherAgent, judge: judgeAgent},
@@ -27,11 +27,11 @@ func checks() []check {
 		{name: "rp_filter", about: "strict reverse path filters", judge: judgeRPFilter},
 		{name: "routes", about: "addresses and routes of others inside the cluster's space", tun: true, gather: gatherOverlap, judge: judgeRoutes},
 		{name: "cni", about: "networks of other container engines and CNI plugins", gather: gatherNetworks, judge: judgeNetworks},
-		{name: "firewall", about: "FORWARD chains of nftables, iptables, iptables-legacy and firewalld", tun: true, gather: gatherForward, judge: judgeFirewall},
-		{name: "ports", about: "the agent's ports: taken by others, or dropped by this host's own firewall", gather: gatherPorts, judge: judgePorts},
+		{name: "firewall", about: "FORWARD chains and NAT of nftables, iptables and firewalld", tun: true, gather: gatherForward, judge: judgeFirewall},
+		{name: "ports", about: "the agent's ports: taken, or dropped by this host's firewall", gather: gatherPorts, judge: judgePorts},
 		{name: "tunnels", about: "tunnel devices of the kernel that take the agent's packets", gather: gatherTunnels, judge: judgeTunnels},
 		{name: "fast_path", about: "BPF programs that carry packets in place of the agent", judge: judgeTold(api.CheckFastPath, Failed, seenFastPath)},
-		{name: "managers", about: "NetworkManager and systemd-networkd leave the TUN device and pods' links alone", tun: true, gather: gatherManagers, judge: judgeManagers},
+		{name: "managers", about: "NetworkManager and systemd-networkd leave Tulle's links alone", tun: true, gather: gatherManagers, judge: judgeManagers},
 		{name: "names", about: "the names of seeds", gather: gatherNames, judge: judgeNames},
 		{name: "clock", about: "the clock follows NTP, and those of the peers agree", gather: gatherClock, judge: judgeClock},
 		{name: "buffers", about: "socket buffers", gather: gatherBuffers, judge: judgeBuffers},

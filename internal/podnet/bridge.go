@@ -63,7 +63,7 @@ func (h *Host) ensureBridge(ctx context.Context, name string, six bool) (netlink
 		return nil, fmt.Errorf("podnet: find the bridge %s: %w", name, err)
 	}
 	if !ours(link) {
-		return nil, fmt.Errorf("podnet: %s is a device of somebody else (%s): choose another name for the bridge, which is made by itself", name, link.Type())
+		return nil, fmt.Errorf("podnet: the bridge %[1]s cannot be made: %[1]s is a device of somebody else (%[2]s): choose a name that no device has", name, link.Type())
 	}
 	return link, h.setBridge(ctx, link, six)
 }

@@ -61,6 +61,8 @@ func TestPodCommand(t *testing.T) {
 	if r := ok(pod("list")); !strings.Contains(r.out, name) || !strings.Contains(r.out, wanted.String()) {
 		t.Errorf("pod list: %s", r.out)
 	}
+	oneLineError(t, "no such command", pod("exec", name, "--", "no-such-command"), 127, `this host has no command "no-such-command"`)
+	oneLineError(t, "no such command by its path", pod("exec", name, "--", "/no/such"), 127, `this host has no command "/no/such"`)
 	oneLineError(t, "no such pod", pod("exec", "nobody", "--", "true"), 1, `no pod "nobody"`)
 
 	ok(pod("del", name))

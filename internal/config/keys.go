@@ -190,7 +190,7 @@ var keys = []key{
 		set:  text(func(c *Config, s string) (err error) { c.BenchMbps, err = parseBenchMbps(s); return }),
 		show: func(c *Config) string { return strconv.Itoa(c.BenchMbps) }},
 	{name: "log_level", arg: "LEVEL", def: "info", live: true,
-		help: "debug, info, warn or error",
+		help: "how much is logged: debug, info, warn or error",
 		set:  text(func(c *Config, s string) (err error) { c.LogLevel, err = parseLevel(s); return }),
 		show: func(c *Config) string { return levelName(c.LogLevel) }},
 	{name: "log_format", arg: "text|json", def: "text",

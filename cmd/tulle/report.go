@@ -79,7 +79,7 @@ func (f *reportFlags) run(ctx context.Context, out, errOut io.Writer, now time.T
 		return fmt.Errorf("--write %s: %w", f.write, err)
 	}
 	if f.write != "-" {
-		fmt.Fprintf(errOut, "tulle: %s: %d files, %d things missing (missing.txt names them); it has addresses and host names, and no keys\n", f.write, r.files, len(r.missing))
+		fmt.Fprintf(errOut, "tulle: %s: %s, %d missing (see missing.txt in it); it has addresses and host names, and no keys\n", f.write, plural(r.files, "file"), len(r.missing))
 	}
 	return nil
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/docker"
 	"github.com/tulle-net/tulle/internal/podnet"
+	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/seed"
 	"github.com/tulle-net/tulle/tunnel/fastpath"
 )
@@ -31,7 +32,8 @@ type agent struct {
 	started time.Time
 	session atomic.Pointer[session]
 	seeds   *seed.List
-	store   fdStore // sessions' own
+	store   fdStore           // sessions' own
+	newID   membership.NodeID // of a node without state, until it has some
 
 	starting pulse // of the start of a session
 
@@ -63,7 +65,7 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 		return err
 	}
 	seeds.Own(cfg.NodeName)
-	a := &agent{cfg: cfg, log: log, started: time.Now(), seeds: seeds, store: openStore()}
+	a := &agent{cfg: cfg, log: log, started: time.Now(), seeds: seeds, store: openStore(), newID: membership.NewNodeID()}
 	listener, err := api.Listen(cfg.Socket)
 	if err != nil {
 		return err
@@ -152,10 +154,18 @@ func (a *agent) sessions(ctx context.Context) error {
 			a.session.Store(nil)
 		}
 		change, moves := errors.AsType[*underlayChange](err)
+		renamed, renames := errors.AsType[*nameChange](err)
 		switch {
-		case ctx.Err() != nil && (moves || err == nil):
+		case ctx.Err() != nil && (moves || renames || err == nil):
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
 			return nil
+		case renames:
+			a.log.Warn("the host has another name, starting again", "old", s.cfg.NodeName, "new", renamed.to.NodeName)
+			a.carried = s.fast.total
+			a.release(s.tunName())
+			a.release(s.socketsName())
+			a.rename(renamed.to)
+			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
 		case moves:
 			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
 			if ran {
@@ -181,6 +191,19 @@ func (a *agent) sessions(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// A nameChange ends a session: members and seeds know this host by its old name, and the bootstrap node is found by its name.
+type nameChange struct{ to config.Config }
+
+func (e *nameChange) Error() string { return "the host's name is " + e.to.NodeName + " now" }
+
+// rename takes over the host's new name.
+func (a *agent) rename(to config.Config) {
+	a.seeds.Own(to.NodeName)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.cfg.NodeName, a.cfg.Bootstrap = to.NodeName, to.Bootstrap
 }
 
 // wait records why there is no session.

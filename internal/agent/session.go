@@ -302,6 +302,9 @@ func (s *session) loop(ctx context.Context) error {
 					return err
 				}
 			}
+			if to, yes := s.cfg.Renamed(); yes {
+				return &nameChange{to}
+			}
 			force = s.retry.due(time.Now())
 		case <-full.C:
 			force, again = true, true

@@ -88,7 +88,7 @@ func (a *agent) open(ctx context.Context, s *session) (err error) {
 		return err
 	}
 	s.outlive = func() error { return a.outlive(s) }
-	return s.openCluster(state)
+	return s.openCluster(state, a.newID)
 }
 
 // outlive lets the TUN device, and the choice of the underlay address, stay when this process ends. It is called once all
@@ -255,9 +255,8 @@ func runFile(cfg config.Config, name string) string {
 	return filepath.Join(filepath.Dir(cfg.Socket), name+"."+cfg.Tun)
 }
 
-// openCluster makes the address-space machine out of the state on disk, and gossip.
-func (s *session) openCluster(state *ipam.State) (err error) {
-	id := membership.NewNodeID()
+// openCluster makes the address-space machine out of the state on disk, and gossip. A node without state has the ID that is given.
+func (s *session) openCluster(state *ipam.State, id membership.NodeID) (err error) {
 	if state != nil {
 		id = membership.NodeID(state.Node)
 	}

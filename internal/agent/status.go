@@ -19,7 +19,7 @@ import (
 
 // Status implements api.Backend. It also answers without a session: then Problems has the reason.
 func (a *agent) Status(context.Context) (api.Status, error) {
-	st := api.Status{Version: api.Version(), Started: a.started, Node: api.Node{Name: a.cfg.NodeName, Tun: api.Tun{Name: a.cfg.Tun}}}
+	st := api.Status{Version: api.Version(), Started: a.started, Node: api.Node{Name: a.config().NodeName, Tun: api.Tun{Name: a.cfg.Tun}}}
 	s, err := a.current()
 	if err == nil && s.view.Load() == nil {
 		err = api.Errorf(api.CodeUnhealthy, "the agent is starting").WithRemedy("try again in a moment")

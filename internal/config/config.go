@@ -68,6 +68,8 @@ type Config struct {
 	LogLevel      slog.Level
 	LogFormat     string // text or json
 
+	hostNamed bool // NodeName is the host's name
+
 	file  string // that was read, or would have been
 	given given
 	// needed and level are shared with what Reread returns.
@@ -131,6 +133,23 @@ func (c Config) Reread() (Config, error) {
 	n.level = c.level
 	return n, nil
 }
+
+// Renamed returns the configuration with the host's present name, and true if that is another one than before: a host that boots may get its name later,
+// from DHCP or cloud-init. Nothing changes where node_name is configured, and where the host has lost its name, or is called localhost again.
+func (c Config) Renamed() (Config, bool) {
+	name, err := parseNodeName("")
+	if !c.hostNamed || err != nil || name == c.NodeName || strings.EqualFold(strings.SplitN(name, ".", 2)[0], "localhost") {
+		return c, false
+	}
+	c.NodeName = name
+	if c.Bootstrapper != "" {
+		c.Bootstrap = c.namesThis(c.Bootstrapper)
+	}
+	return c, true
+}
+
+// namesThis compares names of nodes as names of hosts are compared (RFC 4343).
+func (c *Config) namesThis(name string) bool { return strings.EqualFold(name, c.NodeName) }
 
 // File returns the path of the configuration file, which may not exist.
 func (c Config) File() string { return c.file }

@@ -38,8 +38,13 @@ var defaultClusterCIDR = netip.MustParsePrefix("10.244.0.0/16")
 var keys = []key{
 	{name: "node_name", arg: "NAME",
 		help: "name of this node (default: the host's name)",
-		doc:  "Letters, digits, `-`, `_` and `.`, at most 63 characters. The name is for people and need not be unique: a node's identity is a random ID in `state_dir`.",
-		set:  text(func(c *Config, s string) (err error) { c.NodeName, err = parseNodeName(s); return }),
+		doc: "Letters, digits, `-`, `_` and `.`, at most 63 characters. The name is for people and need not be unique: a node's identity is a random ID in `state_dir`. " +
+			"Where it is not set, the agent takes a new name of its host within seconds, unless that is `localhost`.",
+		set: text(func(c *Config, s string) (err error) {
+			c.hostNamed = s == ""
+			c.NodeName, err = parseNodeName(s)
+			return
+		}),
 		show: func(c *Config) string { return c.NodeName }},
 	{name: "join", arg: "HOST[:PORT]", list: true,
 		help: "a node of the cluster to join; repeatable",

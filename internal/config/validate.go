@@ -6,7 +6,6 @@ import (
 	"net/netip"
 	"slices"
 	"strconv"
-	"strings"
 )
 
 // forceWord is the value of --bootstrap that does not wait for silent seeds. It is for the command line only: in a file it
@@ -38,7 +37,7 @@ func (c *Config) setBootstrap(texts []string, byFlag bool) error {
 		return fmt.Errorf("%s: in the file it names the node that starts the cluster, so that all hosts can share the file; write bootstrap: %s, or use the flag --bootstrap", s, c.NodeName)
 	}
 	name, err := parseNodeName(s)
-	c.Bootstrap, c.Bootstrapper = strings.EqualFold(name, c.NodeName), name // as names of hosts are compared (RFC 4343)
+	c.Bootstrap, c.Bootstrapper = c.namesThis(name), name
 	return err
 }
 

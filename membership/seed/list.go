@@ -83,8 +83,10 @@ func New(texts []string, port uint16, lookup Lookup, log *slog.Logger) (*List, e
 }
 
 // Own tells the name of this host. If neither /etc/hosts nor a name server knows it, a seed of that name leads to this host: what others
-// know it by need not be known here. Call it before Run.
+// know it by need not be known here. It counts from the next lookup on.
 func (l *List) Own(name string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, e := range l.entries {
 		e.own = e.host != "" && strings.EqualFold(strings.TrimSuffix(e.host, "."), name)
 	}

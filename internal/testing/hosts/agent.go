@@ -94,6 +94,15 @@ func (a *Agent) Signal(sig syscall.Signal) {
 	a.Host.net.check(a.cmd.Process.Signal(sig))
 }
 
+// Hostname gives the agent's host another name. Its agent must have a UTS namespace of its own (Wrap: unshare --uts).
+func (a *Agent) Hostname(name string) {
+	a.Host.net.t.Helper()
+	out, err := exec.Command("nsenter", "--uts", "--target", fmt.Sprint(a.cmd.Process.Pid), "hostname", name).CombinedOutput()
+	if err != nil {
+		a.Host.net.t.Fatalf("hostname %s: %v: %s", name, err, out)
+	}
+}
+
 func (a *Agent) end(sig syscall.Signal, limit time.Duration) bool {
 	_ = a.cmd.Process.Signal(sig) // it may have ended
 	return a.hasEnded(limit)

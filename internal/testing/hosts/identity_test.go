@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -48,6 +49,64 @@ func TestHostsWithTheBootstrapName(t *testing.T) {
 			return nil
 		})
 	}
+}
+
+// Three hosts boot as localhost, with one configuration that names the host which starts the cluster. DHCP tells them their names later. A member whose name
+// changes goes on as the same member, and one that is called localhost again keeps its name.
+func TestHostsGetTheirNamesLater(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw := n.Switch()
+	names := []string{"node-a", "node-b", "node-c"}
+	var agents []*hosts.Agent
+	for i, name := range names {
+		h := n.Host(name)
+		h.Plug(sw, "eth0", fmt.Sprintf("10.0.1.1%d/24", i+1))
+		h.Wrap = []string{"unshare", "--uts", "sh", "-c", `hostname localhost && exec "$@"`, "sh"}
+		file := h.WriteFile("tulle.yaml", "bootstrap: node-a\njoin: [10.0.1.11, 10.0.1.12, 10.0.1.13]\ncluster_cidr: [10.244.0.0/16]\n")
+		agents = append(agents, h.Agent("--node-name", "", "--config", file))
+	}
+	for _, a := range agents {
+		hosts.Within(t, 30*time.Second, "it waits for the host that starts the cluster", func() error {
+			if text := a.Problems(); !strings.Contains(text, "(localhost, localhost)") {
+				return errors.New(text)
+			}
+			return nil
+		})
+	}
+	for i, a := range agents {
+		a.Hostname(names[i])
+	}
+	for _, a := range agents {
+		a.Ready(60 * time.Second)
+	}
+	hosts.NoProblems(t, "the hosts have their names", agents...)
+	sees := func(names ...string) {
+		t.Helper()
+		hosts.Within(t, 30*time.Second, "all see "+strings.Join(names, ", "), func() error {
+			for _, a := range agents {
+				st := a.Status()
+				seen := []string{st.Node.Name}
+				for _, p := range st.Peers {
+					seen = append(seen, p.Name)
+				}
+				if slices.Sort(seen); !slices.Equal(seen, names) {
+					return fmt.Errorf("%s sees %v", a.Host.Name, seen)
+				}
+			}
+			return nil
+		})
+	}
+	sees("node-a", "node-b", "node-c")
+
+	id := agents[2].Status().Node.ID
+	agents[1].Hostname("localhost")
+	agents[2].Hostname("node-z")
+	sees("node-a", "node-b", "node-z")
+	if now := agents[2].Status().Node.ID; now != id {
+		t.Errorf("the host with a new name has the ID %v, and had %v", now, id)
+	}
+	hosts.NoProblems(t, "a member has another name", agents...)
 }
 
 // After a power failure DHCP gives two hosts each other's address. One that went on finds both again within seconds, and no other

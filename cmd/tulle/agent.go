@@ -46,6 +46,9 @@ func agentCommand() *cobra.Command {
 func serve(parent context.Context, cfg config.Config, log *slog.Logger) error {
 	ctx, stop := signal.NotifyContext(parent, syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
+	pipes := make(chan os.Signal, 1)
+	signal.Notify(pipes, syscall.SIGPIPE) // whoever reads the log may end; the agent does not
+	defer signal.Stop(pipes)
 	hups := make(chan os.Signal, 1)
 	signal.Notify(hups, syscall.SIGHUP)
 	defer signal.Stop(hups)
@@ -89,8 +92,16 @@ func reloadOnHangup(ctx context.Context, hups <-chan os.Signal, socket string, l
 	}
 }
 
-// newLogger returns a logger that writes to out. Its level may change while the agent runs. It omits the time in the journal, which has its own.
+// newLogger returns a logger that writes to out. Its level may change while the agent runs.
 func newLogger(out io.Writer, cfg config.Config) *slog.Logger {
+	if f, ok := out.(*os.File); ok {
+		out = &logFile{f: f, tell: slog.New(logHandler(f, cfg))}
+	}
+	return slog.New(logHandler(out, cfg))
+}
+
+// logHandler omits the time in the journal, which has its own.
+func logHandler(out io.Writer, cfg config.Config) slog.Handler {
 	o := &slog.HandlerOptions{Level: cfg.LevelVar()}
 	if os.Getenv("JOURNAL_STREAM") != "" {
 		o.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
@@ -101,7 +112,7 @@ func newLogger(out io.Writer, cfg config.Config) *slog.Logger {
 		}
 	}
 	if cfg.LogFormat == "json" {
-		return slog.New(slog.NewJSONHandler(out, o))
+		return slog.NewJSONHandler(out, o)
 	}
-	return slog.New(slog.NewTextHandler(out, o))
+	return slog.NewTextHandler(out, o)
 }

@@ -100,8 +100,16 @@ func (c *cluster) Persist(st *ipam.State) error {
 			return fmt.Errorf("gossip is in cluster %v, the state in %v", have, now)
 		}
 	}
-	return c.store.Save(st)
+	began := time.Now()
+	err := c.store.Save(st)
+	if took := time.Since(began); took > slowSave {
+		c.log.Warn("saving the state took long: whoever asked for addresses, space or the status has waited for the disk", "took", took, "file", c.store.Path())
+	}
+	return err
 }
+
+// slowSave is how long a save may take before the log tells of it.
+const slowSave = time.Second
 
 // Members implements ownership.Env.
 func (c *cluster) Members() []ownership.Member {

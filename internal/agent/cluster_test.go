@@ -2,13 +2,18 @@ package agent
 
 import (
 	"bytes"
+	"errors"
 	"log/slog"
+	"os"
+	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/ownership"
+	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
 )
 
@@ -36,4 +41,34 @@ func TestRefusedMessagesInTheLog(t *testing.T) {
 			}
 		}
 	})
+}
+
+// A disk that takes long, as one that is frozen for a snapshot does, is told of in the log: meanwhile nobody gets an answer. Here the file is a pipe that nobody reads at first.
+func TestSlowDiskInTheLog(t *testing.T) {
+	dir := t.TempDir()
+	store, err := ipam.OpenStore(dir, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	if _, err := store.Load(); !errors.Is(err, ipam.ErrNoState) {
+		t.Fatal(err)
+	}
+	pipe := filepath.Join(dir, "state.tmp")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	timer := time.AfterFunc(slowSave+100*time.Millisecond, func() {
+		if f, err := os.Open(pipe); err == nil {
+			defer f.Close()
+			_, _ = f.Read(make([]byte, 1<<16))
+		}
+	})
+	defer timer.Stop()
+	var out bytes.Buffer
+	c := &cluster{log: slog.New(slog.NewTextHandler(&out, nil)), store: store}
+	_ = c.Persist(&ipam.State{Node: ipam.ID{1}}) // a pipe cannot be synchronised: the error is another matter
+	if !strings.Contains(out.String(), "saving the state took long") || !strings.Contains(out.String(), dir) {
+		t.Errorf("the log says %q", out.String())
+	}
 }

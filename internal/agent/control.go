@@ -177,7 +177,7 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 	if err != nil {
 		return api.Allocation{}, err
 	}
-	if p := s.tooSmallFor6(s.ownership.Params().Families); p.What != "" {
+	if p := s.noPods(s.ownership.Params().Families); p.What != "" {
 		return api.Allocation{}, api.Errorf(api.CodeUnhealthy, "%s", p.What).WithRemedy("%s", p.Remedy)
 	}
 	if api.IsFreed(s.cfg.Socket, req.ID) { // it went while this agent did not answer, and comes back
@@ -185,7 +185,7 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 			return api.Allocation{}, err
 		}
 	}
-	r := ownership.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested, From: req.From}
+	r := ownership.PodRequest{Key: req.ID, Pod: req.Name, Netns: req.Netns, Want: req.Requested, From: req.From, Only4: s.only4}
 	list, err := s.ownership.Allocate(time.Now(), r)
 	// More space was asked for: the answer takes a round trip or two.
 	for deadline := time.Now().Add(growthPatience); errors.Is(err, ownership.ErrGrowing) && time.Now().Before(deadline); {
@@ -202,7 +202,9 @@ func (a *agent) Allocate(ctx context.Context, req api.AllocateRequest) (api.Allo
 	out := api.Allocation{ID: req.ID, MTU: int(s.tunMTU())}
 	out.GSOMaxSize, out.GSOMaxSegs = s.gsoLimits()
 	for _, f := range s.ownership.Params().Families {
-		out.CIDRs = append(out.CIDRs, f.CIDR)
+		if !s.only4 || !is6(f) {
+			out.CIDRs = append(out.CIDRs, f.CIDR)
+		}
 	}
 	tun, blocks := s.ownership.TunAddrs(), s.ownership.Blocks()
 	for _, l := range list {

@@ -553,7 +553,7 @@ func (s *session) hostState(v *view) hostnet.State {
 	}
 	s.directHost(v, &h)
 	v.benchHost(&h)
-	if s.tooSmallFor6(v.status.Params.Families).What != "" {
+	if s.no6(v.status.Params.Families).What != "" {
 		return without6(h)
 	}
 	return h

@@ -114,6 +114,7 @@ type hostSide struct {
 	conflist      *conflist.Publisher
 	directTraffic directTraffic
 	pods          *podnet.Host                 // source checks and routes of this host's pods
+	only4         bool                         // the kernel has no IPv6
 	disturbed     chan struct{}                // another program changed the host's network
 	masquerade    atomic.Pointer[masquerading] // a reload may change it
 	retry         retry                        // of a reconcile that has failed; loop's own
@@ -458,7 +459,7 @@ func (s *session) notReady(v *view) string {
 	if s.hostErr != nil {
 		host = hostWrong + s.hostErr.Error()
 	}
-	return cmp.Or(v.status.Why, s.tooSmallFor6(v.status.Params.Families).What, host)
+	return cmp.Or(v.status.Why, s.noPods(v.status.Params.Families).What, host)
 }
 
 // ready reports whether the table is confirmed, this node has its addresses, and the host is in its desired state.
@@ -467,5 +468,5 @@ func (s *session) ready() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return v != nil && v.status.Phase == ownership.Ready && len(v.tun) > 0 && s.hostDone && s.hostErr == nil &&
-		s.tooSmallFor6(v.status.Params.Families).What == ""
+		s.noPods(v.status.Params.Families).What == ""
 }

@@ -48,7 +48,7 @@ func (s *session) resize(link hostnet.Underlay) {
 // sizeProblems are MTUs with which a part of the cluster's traffic cannot pass.
 func (s *session) sizeProblems(families []ipam.Family) []api.Problem {
 	var out []api.Problem
-	if p := s.tooSmallFor6(families); p.What != "" {
+	if p := s.no6(families); p.What != "" {
 		out = append(out, p)
 	}
 	if z := s.sizes.Load(); s.cfg.MTU != 0 && z.tun < mtu.TUN(s.cfg.MTU) {
@@ -60,6 +60,30 @@ func (s *session) sizeProblems(families []ipam.Family) []api.Problem {
 	}
 	return out
 }
+
+// no6 says why pods of this host have no IPv6, in a cluster that has it; it is the zero Problem if they have.
+func (s *session) no6(families []ipam.Family) api.Problem {
+	if !s.only4 || !slices.ContainsFunc(families, is6) {
+		return s.tooSmallFor6(families)
+	}
+	got := "its pods get IPv4 addresses only"
+	if len(families) == 1 {
+		got = "it can have no pods"
+	}
+	return api.Problem{What: "this host's kernel has no IPv6, and the cluster has: " + got,
+		Remedy: "start the host without ipv6.disable=1 on the kernel's command line (/proc/cmdline), or use a cluster without an IPv6 --cluster-cidr"}
+}
+
+// noPods says why this host can have no pods though it has addresses for them; it is the zero Problem if it can. A kernel without IPv6 is no
+// reason as long as there is IPv4.
+func (s *session) noPods(families []ipam.Family) api.Problem {
+	if s.only4 && len(families) > 1 {
+		return api.Problem{}
+	}
+	return s.no6(families)
+}
+
+func is6(f ipam.Family) bool { return f.CIDR.Addr().Is6() }
 
 // tooSmallFor6 says that IPv6 pods get less than the 1,280 bytes that every IPv6 link has to carry (RFC 8200 §5); it is
 // the zero Problem if they do not. Then the kernel has no IPv6 on the TUN, and what is there of IPv4 goes on.
@@ -129,7 +153,7 @@ func (s *session) pathsTooSmallFor6(v *view) (out []api.Problem) {
 	return out
 }
 
-// without6 leaves of a host's state what does not need IPv6 on the TUN, which the kernel takes away below 1,280 bytes.
+// without6 leaves of a host's state what does not need IPv6 on the TUN. The kernel takes that away below 1,280 bytes, or has none at all.
 func without6(h hostnet.State) hostnet.State {
 	keep := func(in []netip.Prefix) (out []netip.Prefix) {
 		for _, p := range in {

@@ -37,7 +37,7 @@ func (a *agent) start(ctx context.Context) (*session, error) {
 	s := &session{
 		cfg: cfg, log: a.log, started: time.Now(),
 		underlay: underlay{seeds: a.seeds, moved: a.moved},
-		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist},
+		hostSide: hostSide{disturbed: make(chan struct{}, 1), conflist: a.conflist, only4: !hostnet.HasIPv6()},
 		wake:     make(chan struct{}, 1), gone: make(map[membership.NodeID]time.Time), families: readFamilies(runFile(cfg, "families")),
 	}
 	s.fast.total = a.carried

@@ -113,7 +113,7 @@ func settings(tun string, links []string, v4, v6 bool) ([]sysctl, error) {
 		}
 		return ""
 	})
-	list := sysctlsFor(tun, "", slices.DeleteFunc(uplinks, func(n string) bool { return n == tun }), v4, v6)
+	list := sysctlsFor(tun, "", slices.DeleteFunc(uplinks, func(n string) bool { return n == tun }), v4, v6 && HasIPv6())
 	link, err := netlink.LinkByName(tun)
 	if _, isTun := link.(*netlink.Tuntap); err == nil && isTun && link.Attrs().Alias == Alias {
 		return list, nil

@@ -83,6 +83,12 @@ func sysctlsFor(tun, direct string, uplinks []string, v4, v6 bool) []sysctl {
 	)
 }
 
+// HasIPv6 reports whether the kernel has IPv6. ipv6.disable=1 on its command line takes it away, with its addresses, routes, rules and settings.
+func HasIPv6() bool {
+	_, err := os.Stat(filepath.Join(sysctlRoot, "net/ipv6"))
+	return !errors.Is(err, fs.ErrNotExist)
+}
+
 func forwarding4(device string) string { return "net/ipv4/conf/" + device + "/forwarding" }
 
 // outward are the devices by which packets to pods come from other hosts, sorted: links, by which the tunnel's packets leave, and

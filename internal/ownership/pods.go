@@ -17,6 +17,7 @@ type PodRequest struct {
 	Netns string       // path, for Check
 	Want  []netip.Addr // requested addresses, at most one of each family
 	From  string       // a key whose addresses pass to this one, except where Want has others; may be Key itself
+	Only4 bool         // no IPv6 address
 }
 
 // Allocate allocates the addresses of a pod and saves that. Errors wrap ErrNotReady,
@@ -50,7 +51,10 @@ func (s *Machine) Allocate(now time.Time, r PodRequest) ([]ipam.Allocation, erro
 		}
 		s.pool.Restore(passed)
 	}
-	for fam := range s.params.Families {
+	for fam, f := range s.params.Families {
+		if r.Only4 && f.CIDR.Addr().Is6() {
+			continue
+		}
 		a, isNew, err := s.allocate(now, fam, r)
 		if err != nil {
 			undo()

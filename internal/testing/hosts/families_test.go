@@ -2,6 +2,7 @@ package hosts_test
 
 import (
 	"fmt"
+	"strings"
 	"testing"
 	"time"
 
@@ -74,4 +75,30 @@ func TestFamilies(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A host whose kernel has no IPv6 (ipv6.disable=1: the settings of IPv6 are not there) is a member of a cluster with both families. Its pods have IPv4, and it says that they
+// have no IPv6.
+func TestKernelWithoutIPv6(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw := n.Switch()
+	a, b := n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "10.0.1.11/24", "fd00:1::11/64")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	b.Wrap = []string{"unshare", "--mount", "sh", "-c", `mount -t tmpfs none /mnt && for d in core ipv4 netfilter; do
+		mkdir /mnt/$d && mount --bind /proc/sys/net/$d /mnt/$d || exit; done; mount --rbind /mnt /proc/sys/net && exec "$@"`, "sh"}
+	first := a.Agent("--bootstrap", "--cluster-cidr", "10.244.0.0/16,fd00:10:244::/48")
+	without := b.Agent("--join", "10.0.1.11")
+	first.Ready(60 * time.Second)
+	without.Ready(60 * time.Second)
+	podA, podB := first.Pod("pod-a"), without.Pod("pod-b")
+	if !podA.IPv6().IsValid() || !podB.IPv4().IsValid() || podB.IPv6().IsValid() {
+		t.Errorf("the pods have %v and %v", podA.Addrs, podB.Addrs)
+	}
+	hosts.Within(t, 20*time.Second, "pods reach each other", func() error { return podB.Ping(podA.IPv4()) })
+	if p := without.Problems(); !strings.Contains(p, "this host's kernel has no IPv6, and the cluster has: its pods get IPv4 addresses only (start the host without ipv6.disable=1") {
+		t.Errorf("problems of the host without IPv6: %s", p)
+	}
+	hosts.NoProblems(t, "a member without IPv6", first)
 }

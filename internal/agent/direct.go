@@ -46,6 +46,10 @@ func (s *session) openDirect() (err error) {
 	if s.noDirect != nil {
 		s.log.Warn("direct paths are off, the encapsulations work", "reason", s.noDirect)
 	}
+	s.nextHops.Store(&map[string]nextHop{})
+	if s.neighbours, err = hostnet.OpenNeighbours(); err != nil {
+		return err
+	}
 	list, err := hostnet.LeftDirect()
 	s.leftDirect = make(map[netip.Prefix]hostnet.PeerRoute, len(list))
 	for _, r := range list {
@@ -62,7 +66,16 @@ func (s *session) probe(peer string, m encap.Mode, six bool, payload []byte, siz
 	case s.direct == nil:
 		return s.noDirect
 	}
+	if hop, ok := (*s.nextHops.Load())[peer]; ok && hop.index > 0 && m == encap.Direct {
+		_ = s.neighbours.Seek(hop.via, hop.index) // where it fails, the probe itself does what it can
+	}
 	return s.direct.Probe(peer, m, payload, size)
+}
+
+// nextHop is a peer's IPv4 underlay address, on the link of the device with an index.
+type nextHop struct {
+	via   netip.Addr
+	index int
 }
 
 // probeAddrs are this node's addresses for direct probes.
@@ -245,7 +258,7 @@ func (s *session) updateDirect(v *view) {
 	var local direct.Peer
 	put(&local.Tun, v.tun)
 	put(&local.Probe, s.probeAddrs())
-	peers := make(map[string]direct.Peer, len(v.peers))
+	peers, hops := make(map[string]direct.Peer, len(v.peers)), make(map[string]nextHop, len(v.peers))
 	for i := range v.peers {
 		p := &v.peers[i]
 		var d direct.Peer
@@ -255,8 +268,12 @@ func (s *session) updateDirect(v *view) {
 		}
 		if !p.node.IsZero() && !p.replaced {
 			peers[p.id] = d
+			if w := &p.direct[0]; w.device != "" {
+				hops[p.id] = nextHop{w.via, s.ways.Index(w.device)}
+			}
 		}
 	}
+	s.nextHops.Store(&hops)
 	s.direct.Update(local, peers)
 }
 

@@ -83,9 +83,12 @@ type dataPath struct {
 	engine   *tunnel.Engine
 	direct   *direct.Prober // nil: noDirect says why
 	noDirect error
-	probes   *prober                    // run by prober.run; changes of paths wake loop
-	prefer   atomic.Pointer[preference] // a reload may change it
-	fast     fastPath
+	// neighbours and nextHops, by the peers' IDs, precede probes of direct paths.
+	neighbours *hostnet.Neighbours
+	nextHops   atomic.Pointer[map[string]nextHop]
+	probes     *prober                    // run by prober.run; changes of paths wake loop
+	prefer     atomic.Pointer[preference] // a reload may change it
+	fast       fastPath
 }
 
 // clusterSide is this node's part in the cluster: its ownership, its disk, and gossip.
@@ -195,6 +198,9 @@ func (s *session) close() error {
 		errs = append(errs, s.engine.Close())
 	} else if s.device != nil {
 		errs = append(errs, s.device.Close())
+	}
+	if s.neighbours != nil {
+		s.neighbours.Close()
 	}
 	if s.direct != nil {
 		errs = append(errs, s.direct.Close())

@@ -174,8 +174,8 @@ func (d *detector) noRoute(seeds [][]netip.Addr) error {
 	for _, s := range seeds {
 		for _, a := range s {
 			c, err := d.routeTo(a)
-			if err == nil {
-				err = refuse(c.addr)
+			if e := refuse(c.addr); err == nil && e != nil {
+				err = fmt.Errorf("seed %v: %w", a, e)
 			}
 			if a.IsLinkLocalUnicast() {
 				err = fmt.Errorf("seed %v is link-local, and no member is reached at such an address: give another one of that host, or its name", a)

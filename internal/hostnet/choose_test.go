@@ -58,6 +58,14 @@ func lostIPv6(h *host) {
 	h.route("::/0", "fe80::1", "eth0", 1024, unix.RTPROT_RA)
 }
 
+// clat is a host with IPv6 only and IPv4 over a translator (RFC 6877), whose device has an address that all hosts of this kind have.
+func clat(h *host) {
+	h.device("eth0", "2001:db8:1::11/64")
+	h.route("::/0", "2001:db8:1::1", "eth0", 1024, unix.RTPROT_RA)
+	h.device("clat", "192.0.0.1/32")
+	h.shell("ip route add default dev clat mtu 1260")
+}
+
 func TestSought(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -76,6 +84,11 @@ func TestSought(t *testing.T) {
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
 		{name: "only this host is listed, by loopback", sought: Sought{Seeds: [][]netip.Addr{ips("127.0.1.1", "::1")}},
 			addrs: ips("192.0.2.11", "2001:db8:2::11"), by: ByGuess},
+		{name: "a seed with both families, and IPv4 by a translator", setup: clat, sought: Sought{Seeds: [][]netip.Addr{ips("203.0.113.12", "2001:db8:1::12")}},
+			addrs: ips("2001:db8:1::11"), by: BySeeds},
+		{name: "no seed, and IPv4 by a translator", setup: clat, addrs: ips("2001:db8:1::11"), by: ByGuess},
+		{name: "a seed with IPv4 only, which a translator reaches", setup: clat, sought: Sought{Seeds: [][]netip.Addr{ips("203.0.113.12")}},
+			err: []string{"203.0.113.12", "192.0.0.1", "translator"}, wait: true},
 		{name: "IPv6 first from the name server", sought: Sought{Seeds: [][]netip.Addr{ips("2001:db8:1::12", "10.0.1.12")}},
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
 		{name: "one seed by IPv6 only", sought: Sought{Seeds: [][]netip.Addr{ips("2001:db8:1::12")}},

@@ -109,6 +109,10 @@ func (d *detector) rank(a netlink.Addr) int {
 
 const pick = "choose another with --underlay INTERFACE or --underlay ADDRESS"
 
+// translators is the IPv4 Service Continuity Prefix (RFC 7335): addresses that hosts with IPv6 only give to the device of a translator (464XLAT,
+// DS-Lite). IPv4 default routes lead there.
+var translators = netip.MustParsePrefix("192.0.0.0/29")
+
 // refuse tells why an address cannot be an underlay address.
 func refuse(a netip.Addr) error {
 	switch {
@@ -116,6 +120,8 @@ func refuse(a netip.Addr) error {
 		return fmt.Errorf("underlay address %v is a loopback address that other hosts cannot reach: %s", a, pick)
 	case a.IsLinkLocalUnicast():
 		return fmt.Errorf("underlay address %v is link-local and not routed beyond its subnet: %s", a, pick)
+	case translators.Contains(a):
+		return fmt.Errorf("underlay address %v is that of a translator to IPv6 (CLAT), which other hosts have, too, and do not reach: %s", a, pick)
 	case a.IsMulticast(), a.IsUnspecified(), !a.IsValid():
 		return fmt.Errorf("underlay address %v is not a host's address: %s", a, pick)
 	}

@@ -149,7 +149,8 @@ func (g *Gossip) announced(id membership.NodeID) (netip.AddrPort, bool) {
 	return netip.AddrPort{}, false
 }
 
-// pings reports whether the node answers gossip's UDP pings at the address.
+// pings reports whether the node answers gossip's UDP pings at that very address: not by the other family, where it may live while a clone,
+// or nobody, has this one.
 func (g *Gossip) pings(ctx context.Context, id membership.NodeID, at netip.AddrPort) bool {
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.pace.presence)
 	defer cancel()
@@ -160,7 +161,7 @@ func (g *Gossip) pings(ctx context.Context, id membership.NodeID, at netip.AddrP
 			if !pause(ctx, time.Duration(i)*g.cfg.pace.presence/4) {
 				return
 			}
-			if _, err := g.ping(id, at); err == nil { // ends by memberlist's probe timeout
+			if _, err := g.ping(id, exactly(at)); err == nil { // ends by memberlist's probe timeout
 				answered.Store(true)
 				cancel()
 			}

@@ -71,6 +71,7 @@ type Gossip struct {
 	lastDeath time.Time
 	pruned    time.Time
 	keys      keyWaiters
+	beside    beside
 	presence  presenceWaiters
 	conflicts conflicts
 }

@@ -195,7 +195,7 @@ func (g *Gossip) listedSelf(n sighting, self netip.AddrPort, list []sighting) er
 	var witnesses []respondent
 	for _, w := range list {
 		if w.alive && w.name != n.name && w.addr != self {
-			witnesses = append(witnesses, respondent{w.addr, tellsRun(w.meta)})
+			witnesses = append(witnesses, respondent{g.nearOf(w), tellsRun(w.meta)})
 		}
 	}
 	g.sawSelfElsewhere(n, witnesses)
@@ -229,13 +229,19 @@ func (g *Gossip) resolveIdentity(ctx context.Context) bool {
 	if e == nil || e.addr == self {
 		return true
 	}
+	if e.addr.Addr() != self.Addr() {
+		g.leave(e.addr.Addr())
+	}
 	if len(e.witnesses) == 0 {
 		e.witnesses = g.liveMembers(presenceSample)
 	}
 	rand.Shuffle(len(e.witnesses), func(i, j int) { e.witnesses[i], e.witnesses[j] = e.witnesses[j], e.witnesses[i] })
 	e.witnesses = e.witnesses[:min(len(e.witnesses), presenceSample)]
 	who := fmt.Sprintf("%s at %v", g.cfg.Name, self)
-	found, other := g.findSelf(ctx, e, who)
+	found, other := presenceNone, (*run)(nil)
+	if !g.owns(e.addr) { // it is this node that would answer there
+		found, other = g.findSelf(ctx, e, who)
+	}
 	switch found {
 	case presenceLives:
 	case presenceNone:
@@ -322,7 +328,7 @@ func (g *Gossip) liveMembers(n int) (list []respondent) {
 	defer g.mu.RUnlock()
 	for _, p := range g.peers {
 		if p.State <= StateSuspect && len(list) < n {
-			list = append(list, respondent{p.Addr, p.Meta.Capabilities&membership.CapTellsRun != 0})
+			list = append(list, respondent{g.near(p), p.Meta.Capabilities&membership.CapTellsRun != 0})
 		}
 	}
 	return list

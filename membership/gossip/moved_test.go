@@ -57,6 +57,52 @@ func TestReturnsElsewhereBeforeItsDeath(t *testing.T) {
 	}
 }
 
+// Another address of the host is configured, and it keeps the old one, at which the node listens as at a virtual one. It is no clone of itself.
+func TestMovesAndKeepsTheAddress(t *testing.T) {
+	leakCheck(t)
+	a := launch(t, "a", neverDies, cluster(membership.NewClusterID()))
+	b := launch(t, "b", neverDies, seeds(a.addr))
+	c := launch(t, "c", neverDies, seeds(a.addr))
+	converge(t, a, b, c)
+	c.stop()
+	silent := make(chan struct{}) // nothing is asked before the node listens at the old address, too
+	c2 := launch(t, "c", neverDies, identity(c.cfg.ID), cluster(a.Cluster()), seeds(a.addr), links(func(_, _ netip.Addr) bool {
+		select {
+		case <-silent:
+			return true
+		default:
+			return false
+		}
+	}))
+	if err := c2.Listen([]netip.Addr{c.addr}); err != nil {
+		t.Fatal(err)
+	}
+	close(silent)
+	converge(t, a, b, c2)
+	for _, n := range []*node{a, b} {
+		eventually(t, n.name+" has the new address", func() bool { return n.has(c.cfg.ID, c2.addr) })
+	}
+	for _, n := range []*node{a, b} { // word of the old address still goes round
+		n.sawConflict(sighting{name: c.cfg.ID.String(), addr: netip.AddrPortFrom(c2.addr, testPort)}, sighting{name: c.cfg.ID.String(), addr: netip.AddrPortFrom(c.addr, testPort)})
+		eventually(t, n.name+" has asked both addresses", func() bool { return len(n.conflicts.list()) == 0 })
+	}
+	eventually(t, "nothing is wrong", func() bool {
+		return !c2.isReturning() && len(c2.Problems())+len(a.Problems())+len(b.Problems()) == 0
+	})
+	// Later it answers there again, where a seed may lead.
+	c2.beside.mu.Lock()
+	c2.beside.left[c.addr] = time.Now().Add(-2 * leftFor)
+	c2.beside.mu.Unlock()
+	c2.wake()
+	eventually(t, "it listens at the old address", func() bool {
+		again, err := bind(netip.AddrPortFrom(c.addr, testPort))
+		if err == nil {
+			again.close()
+		}
+		return err != nil
+	})
+}
+
 func TestAddressesSwapped(t *testing.T) {
 	leakCheck(t)
 	a := launch(t, "a", neverDies, cluster(membership.NewClusterID()))

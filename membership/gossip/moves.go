@@ -182,13 +182,14 @@ func (g *Gossip) pushPull(addr netip.AddrPort) error {
 	return err
 }
 
-// ping checks whether the host at addr is the live member with that ID.
-func (g *Gossip) ping(id membership.NodeID, addr netip.AddrPort) (time.Duration, error) {
+// ping checks whether the host at addr is the live member with that ID. A member that is known there is reached by its other family, too,
+// unless the address is to be taken exactly.
+func (g *Gossip) ping(id membership.NodeID, addr net.Addr) (time.Duration, error) {
 	n, err := g.current()
 	if err != nil {
 		return 0, err
 	}
-	return n.ml.Ping(id.String(), net.UDPAddrFromAddrPort(addr))
+	return n.ml.Ping(id.String(), addr)
 }
 
 // Answers reports whether a member answers a ping right now, at its gossip port of one of these addresses: its state lags by
@@ -196,7 +197,7 @@ func (g *Gossip) ping(id membership.NodeID, addr netip.AddrPort) (time.Duration,
 func (g *Gossip) Answers(id membership.NodeID, at ...netip.Addr) bool {
 	m, ok := g.Member(id)
 	return ok && slices.ContainsFunc(at, func(a netip.Addr) bool {
-		_, err := g.ping(id, netip.AddrPortFrom(a, m.Addr.Port()))
+		_, err := g.ping(id, exactly(netip.AddrPortFrom(a, m.Addr.Port())))
 		return err == nil
 	})
 }

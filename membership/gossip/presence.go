@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -217,15 +218,20 @@ func (g *Gossip) askPresence(ctx context.Context, a presenceAsk, whom []responde
 	return found, nil
 }
 
-// lives reports whether the node that a asks about answers at that address, over UDP or TCP, and its run if it has told that.
-func (g *Gossip) lives(ctx context.Context, a presenceAsk) (bool, *run) {
+// lives reports whether the node that a asks about answers at that address, over UDP or TCP, and its run if it has told that. At the others,
+// which a member has beside that one, it is asked over TCP whether it is the node at that address: one that has moved may have kept them.
+func (g *Gossip) lives(ctx context.Context, a presenceAsk, others ...netip.AddrPort) (bool, *run) {
 	ctx, cancel := context.WithTimeout(ctx, g.cfg.pace.presence)
 	defer cancel()
 	var present presence
 	var told *run
 	var pinged bool
 	var wg sync.WaitGroup
-	wg.Go(func() { present, told = g.askPresence(ctx, a, []respondent{{a.at, a.run}}) })
+	whom := []respondent{{a.at, a.run}}
+	for _, addr := range others {
+		whom = append(whom, respondent{addr, a.run})
+	}
+	wg.Go(func() { present, told = g.askPresence(ctx, a, whom) })
 	wg.Go(func() { pinged = g.pings(ctx, a.node, a.at) })
 	wg.Wait()
 	return present == presenceLives || pinged, told
@@ -292,19 +298,25 @@ func (g *Gossip) presenceOf(ctx context.Context, a presenceAsk) (presence, *run)
 	p := g.peers[a.node]
 	known := p != nil && (p.Addr == a.at || p.Addr == a.from) // the latter: let in at its new address already
 	name := ""
+	var others []netip.AddrPort
 	if known {
 		name = p.Name
+		if p.Addr == a.at {
+			others = slices.DeleteFunc(addrsOf(p, a.at), func(o netip.AddrPort) bool { return o == a.at || !g.reaches(o.Addr()) })
+		}
 	}
 	g.mu.RUnlock()
 	if !known {
 		return presenceUnknown, nil
 	}
-	lives, told := g.lives(ctx, a)
-	if !lives {
+	switch lives, told := g.lives(ctx, a, others...); {
+	case lives:
+		g.noteClone(a.node, a.who, fmt.Sprintf("%s at %v", name, a.at))
+		return presenceLives, told
+	case g.reaches(a.at.Addr()):
 		return presenceNone, nil
 	}
-	g.noteClone(a.node, a.who, fmt.Sprintf("%s at %v", name, a.at))
-	return presenceLives, told
+	return presenceUnknown, nil
 }
 
 func (g *Gossip) noteClone(id membership.NodeID, who, other string) {

@@ -87,20 +87,19 @@ func (g *Gossip) near(p *peer) netip.AddrPort {
 	return p.Addr
 }
 
+// nearOf is that address of a member of which memberlist has told.
+func (g *Gossip) nearOf(s sighting) netip.AddrPort {
+	meta, err := membership.DecodeMeta(s.meta)
+	if err != nil {
+		return s.addr
+	}
+	return g.near(&peer{Member: Member{Addr: s.addr, Meta: meta}})
+}
+
 // asSeen is a member as this node sees it.
 func (g *Gossip) asSeen(p *peer) Member {
 	m := p.Member
 	m.Addr = g.near(p)
 	m.OtherKey = !p.otherKey.IsZero() && time.Since(p.otherKey) < problemExpiry
 	return m
-}
-
-// Listen makes the node answer at these addresses too, and at none that an earlier call named: those that this host has beside its
-// own, as a virtual address that moves between hosts, by which others may look for a seed. It returns the first that could not be bound.
-func (g *Gossip) Listen(addrs []netip.Addr) error {
-	n, err := g.current()
-	if err != nil {
-		return err
-	}
-	return n.tr.setExtra(addrs)
 }

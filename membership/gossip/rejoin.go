@@ -35,6 +35,7 @@ func (g *Gossip) rejoin(ctx context.Context) {
 		if !g.resolveIdentity(ctx) {
 			return
 		}
+		g.listenAgain()
 		var wait time.Duration
 		switch returning := g.isReturning(); {
 		case g.alive.Load() == 0:

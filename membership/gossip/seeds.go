@@ -164,7 +164,7 @@ func (g *Gossip) answersItself(a netip.AddrPort) bool {
 		return false
 	}
 	for range 2 { // UDP may be lost
-		if _, err := g.ping(g.cfg.ID, a); err == nil {
+		if _, err := g.ping(g.cfg.ID, exactly(a)); err == nil {
 			return true
 		}
 	}

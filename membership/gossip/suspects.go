@@ -2,6 +2,7 @@ package gossip
 
 import (
 	"context"
+	"net"
 	"net/netip"
 	"sync"
 	"time"
@@ -29,7 +30,7 @@ func (g *Gossip) askSuspects(ctx context.Context) {
 		var wg sync.WaitGroup
 		for id, addr := range g.suspects() {
 			wg.Go(func() {
-				if rtt, err := g.ping(id, addr); err == nil { // ends by memberlist's probe timeout
+				if rtt, err := g.ping(id, net.UDPAddrFromAddrPort(addr)); err == nil { // ends by memberlist's probe timeout
 					g.pinged(id.String(), rtt)
 				} else {
 					g.missed(id)

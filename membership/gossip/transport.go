@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -248,14 +249,26 @@ func unmapPort(a netip.AddrPort) netip.AddrPort {
 // write sends one datagram.
 func (t *transport) write(b []byte, to string) (time.Time, error) { return t.writeTo(b, "", to) }
 
+// exactly is an address to which alone a datagram goes, whatever other addresses its member has.
+type exactly netip.AddrPort
+
+const exactlyMark = "!" // behind the address: memberlist passes on what it gets, and looks no further than the last colon
+
+func (exactly) Network() string  { return "udp" }
+func (a exactly) String() string { return netip.AddrPort(a).String() + exactlyMark }
+
 // writeTo sends one datagram to a member: to the first of its addresses to which the host can send.
 func (t *transport) writeTo(b []byte, name, to string) (time.Time, error) {
 	if via := t.via.Load(); via != nil {
 		return via.writeTo(b, name, to)
 	}
+	to, exact := strings.CutSuffix(to, exactlyMark)
 	dst, err := netip.ParseAddrPort(to)
 	if err != nil {
 		return time.Time{}, err
+	}
+	if exact {
+		return time.Now(), t.send(b, unmapPort(dst))
 	}
 	all := t.doubt != nil && t.doubt(name)
 	for i, a := range t.addrsOf(name, unmapPort(dst)) {

@@ -78,3 +78,36 @@ func TestStreamsAreBounded(t *testing.T) {
 		t.Errorf("%d streams are open, want %d", sum, maxStreams)
 	}
 }
+
+// A member is asked whether it is at an address: nothing goes to its other one, also where datagrams to it are lost.
+func TestExactly(t *testing.T) {
+	one, other := netip.AddrPortFrom(testAddr(), testPort), netip.AddrPortFrom(testAddr(), testPort)
+	var there []*sock
+	for _, a := range []netip.AddrPort{one, other} {
+		s, err := bind(a)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.close()
+		there = append(there, s)
+	}
+	tr, err := listen(netip.AddrPortFrom(testAddr(), testPort), new(traffic), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer tr.shutdown()
+	tr.reach = func(string, netip.AddrPort) []netip.AddrPort { return []netip.AddrPort{one, other} }
+	tr.doubt = func(string) bool { return true }
+	for _, to := range []net.Addr{exactly(one), net.UDPAddrFromAddrPort(one)} {
+		if _, err := tr.writeTo([]byte(to.String()), "a member", to.String()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	buf := make([]byte, 64)
+	for i, want := range []string{exactly(one).String(), one.String()} { // datagrams over loopback stay in order
+		n, err := there[i].udp.Read(buf)
+		if err != nil || string(buf[:n]) != want {
+			t.Errorf("address %d got %q first (%v), want %q", i, buf[:n], err, want)
+		}
+	}
+}

@@ -145,6 +145,45 @@ func TestHostsSwapAddresses(t *testing.T) {
 	}
 }
 
+// A host comes back with another IPv4 address and its IPv6 address of before, at once. A member that has lost a probe of it sends by both
+// families, so the host hears, at its IPv6 address, who asks for it at the old IPv4 one: that is no clone.
+func TestOneFamilyMoves(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw := n.Switch()
+	hs := []*hosts.Host{n.Host("a"), n.Host("b"), n.Host("c")}
+	var agents []*hosts.Agent
+	for i, h := range hs {
+		h.Plug(sw, "eth0", fmt.Sprintf("10.0.1.1%d/24", i+1), fmt.Sprintf("fd00:1::1%d/64", i+1))
+	}
+	start := func(h *hosts.Host, args ...string) *hosts.Agent {
+		return h.Agent(append(args, "--join", "10.0.1.11", "--join", "10.0.1.12", "--underlay", "eth0")...)
+	}
+	for i, h := range hs {
+		agents = append(agents, start(h, []string{"--bootstrap"}[:max(0, 1-i)]...))
+	}
+	for _, a := range agents {
+		a.Ready(60 * time.Second)
+	}
+	agents[2].Kill()
+	hs[2].IP("addr flush dev eth0 scope global", "addr add 10.0.1.23/24 dev eth0", "addr add fd00:1::13/64 dev eth0 nodad")
+	for _, a := range agents[:2] {
+		hosts.Within(t, 30*time.Second, "a member misses it", func() error {
+			if !strings.Contains(a.Log(), "Suspect c ") {
+				return errors.New("it does not")
+			}
+			return nil
+		})
+	}
+	agents[2] = start(hs[2])
+	agents[2].Ready(60 * time.Second)
+	for _, a := range agents {
+		if text := a.Problems(); strings.Contains(text, "node ID") || strings.Contains(text, "clone") {
+			t.Errorf("a moved host is taken for a clone: %s", text)
+		}
+	}
+}
+
 // A host with a copy of another's disk does not run, and both are told, although only a third host reaches both.
 func TestClonedDiskBehindAFirewall(t *testing.T) {
 	t.Parallel()

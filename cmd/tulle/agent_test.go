@@ -93,7 +93,7 @@ func TestSignals(t *testing.T) {
 	}
 	log.await(t, "msg=reload key=log_level old=info new=debug")
 	log.await(t, `level=WARN msg="reload: this key needs a restart to change" key=udp_port old=6080 new=6081`)
-	log.await(t, "msg=reloaded changed=1 needs_restart=1")
+	log.await(t, "msg=reloaded changed=1 needs_restart=2")
 
 	// SIGTERM ends it well.
 	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {

@@ -25,9 +25,17 @@ func reloadCommand() *cobra.Command {
 					t.row(x.Key, orNone(x.Old), orNone(x.New), "now")
 				}
 				for _, x := range r.NeedsRestart {
-					t.row(x.Key, orNone(x.Old), orNone(x.New), "after `systemctl restart tulle`")
+					t.row(x.Key, orNone(x.Old), orNone(x.New), effect(x.Key))
 				}
 				p.table(&t)
 			}, nil),
 	}, quickTimeout)
+}
+
+// effect says when a key that is not live counts. The address space is fixed when its cluster starts.
+func effect(key string) string {
+	if key == "cluster_cidr" || key == "node_prefix_len" {
+		return "in a new cluster only"
+	}
+	return "after `systemctl restart tulle`"
 }

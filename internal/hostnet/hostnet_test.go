@@ -277,6 +277,7 @@ var dualRoutes = []string{
 	"10.244.2.0/24 dev tun0 proto 84 src 10.244.1.0 mtu 1400",
 	"10.244.3.0/24 dev tun0 proto 84 src 10.244.1.0 mtu 1472",
 	"fd00:244:0:2::/64 dev tun0 proto 84 metric 1024 src fd00:244:0:1:: mtu 1400",
+	"fd00:244:0:2::/128 dev tun0 proto 84 metric 1024 src fd00:244:0:1:: mtu 1400", // ICMPv6 errors to the peer's own processes
 	"fd00:244::/32 dev tun0 proto 84 metric 1024 src fd00:244:0:1:: mtu 1472",
 	"unreachable 10.244.1.0/24 proto 84 metric 4294967295",
 	"unreachable fd00:244:0:1::/64 dev lo proto 84 metric 4294967295",

@@ -90,6 +90,13 @@ func (s *State) routes(link int, index func(device string) int) (map[routeKey]ro
 	}
 	for _, p := range s.Peers {
 		tunnel("peer prefix", p.Prefix, p.MTU, p)
+		// The kernel sends no ICMPv6 error to the first address of a prefix that is on the link, as it takes it for its routers'
+		// anycast address (ip6_route.h, ipv6_anycast_destination). The peer's TUN address is such a one, and its own processes' source.
+		if a := p.Prefix.Addr(); a.Is6() && p.Prefix.Bits() < 127 {
+			if spec, ok := out[routeKey{p.Prefix, metric6}]; ok && !spec.via.IsValid() {
+				out[routeKey{netip.PrefixFrom(a, 128), metric6}] = spec
+			}
+		}
 	}
 	if l := index(s.Direct); l != 0 {
 		for _, a := range s.ProbeAddrs {

@@ -17,6 +17,10 @@ import (
 // host's own packets, the tunnel's among them, have other sources and never meet the table.
 const HostsTable = 8484
 
+// replyMark is the bit of the packet mark that keeps a packet of a pod out of HostsTable. The kernel has yet to give answers of a
+// published port this host's address when it routes them: in the tunnel they would be the host's own packets, which do not belong there.
+const replyMark = 1 << 26
+
 // HostRoute is a member's underlay address that pods reach through the tunnel, or directly.
 type HostRoute struct {
 	Addr   netip.Addr
@@ -168,7 +172,7 @@ func (p *pass) hostRules(family int, from []netip.Prefix) error {
 	for i := range list {
 		src := prefixOf(list[i].Src)
 		switch wanted := slices.Contains(from, src); {
-		case wanted && list[i].Priority == rank && !good[src]:
+		case wanted && list[i].Priority == rank && list[i].Mark == 0 && list[i].Mask != nil && *list[i].Mask == replyMark && !good[src]:
 			good[src] = true
 			continue
 		case wanted:
@@ -185,6 +189,7 @@ func (p *pass) hostRules(family int, from []netip.Prefix) error {
 		}
 		rule := netlink.NewRule()
 		rule.Family, rule.Priority, rule.Table, rule.Protocol = family, rank, HostsTable, uint8(Protocol)
+		rule.Mask = new(uint32(replyMark))
 		rule.Src = &net.IPNet{IP: o.Addr().AsSlice(), Mask: net.CIDRMask(o.Bits(), o.Addr().BitLen())}
 		if err := p.r.rt.RuleAdd(rule); err != nil {
 			errs = append(errs, fmt.Errorf("hostnet: %s: %w", is, err))

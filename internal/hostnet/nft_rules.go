@@ -30,6 +30,7 @@ const (
 	chainIn     = "input"
 	chainFwd    = "forward"
 	chainPre    = "prerouting"
+	chainReply  = "published"
 	chainOut    = "output"
 	chainRawOut = "output_raw"
 	chainPost   = "postrouting"
@@ -85,6 +86,8 @@ var ipipProtocols = []byte{unix.IPPROTO_IPIP, unix.IPPROTO_IPV6}
 //     they would fill the connection table with one entry a source port. And no ICMP error
 //     goes out about protocols 4 and 41, which our raw sockets serve beside the kernel, and
 //     no redirect into the tunnel;
+//   - published (after dstnat), where pods reach members by table 8484: answers to members that called a port of this host
+//     that leads to a pod (hostPort, DNAT) get replyMark, so that they leave as what the kernel makes of them, a host's packets;
 //   - postrouting (srcnat), with Masquerade only: from own pods to the outside, but for NoMasquerade, as the host's address: that
 //     of the device, or where routes by a device name another one, in named, that one;
 //   - input, forward, output (priority filter and above), only where packets can go directly (countsDirect): the sets direct_tx and
@@ -101,6 +104,7 @@ func buildTable(s *State, named []namedSource) (*nftTable, error) {
 	late := new(*nftables.ChainPriorityFilter + 10)
 	fwd := nftChain{name: chainFwd, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookForward, priority: late}
 	input := nftChain{name: chainIn, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookInput, priority: late}
+	reply := nftChain{name: chainReply, kind: nftables.ChainTypeFilter, hook: nftables.ChainHookPrerouting, priority: new(*nftables.ChainPriorityNATDest + 10)}
 	post := nftChain{name: chainPost, kind: nftables.ChainTypeNAT, hook: nftables.ChainHookPostrouting, priority: nftables.ChainPriorityNATSource}
 
 	t := &nftTable{}
@@ -154,6 +158,8 @@ func buildTable(s *State, named []namedSource) (*nftTable, error) {
 			}
 		}
 		add(&icmp, "no redirects into the tunnel, "+version, isFamily, isICMP, device(expr.MetaKeyOIFNAME, s.Tun), equal(transport(0, 1), f.redirect), drop)
+		add(&reply, "answers of published ports to members, "+version, published, isFamily,
+			in(f.address(f.dst), setMembers+f.suffix), in(f.address(f.src), setOwn+f.suffix), markReply)
 		if s.countsDirect() {
 			to, from := in(f.address(f.dst), setDirectTx+f.suffix), in(f.address(f.src), setDirectRx+f.suffix)
 			add(&fwd, "count what goes directly, "+version, isFamily, notDevice(expr.MetaKeyIIFNAME, s.Direct), to)
@@ -182,6 +188,9 @@ func buildTable(s *State, named []namedSource) (*nftTable, error) {
 	}
 	rawOut.rules = append(rawOut.rules, icmp.rules...)
 	t.chains = append(t.chains, pre, rawOut)
+	if len(s.Hosts) != 0 {
+		t.chains = append(t.chains, reply)
+	}
 	if s.countsDirect() {
 		t.chains = append(t.chains, fwd, input, out)
 	}
@@ -210,6 +219,19 @@ var (
 	notrack = []expr.Any{&expr.Counter{}, &expr.Notrack{}}
 	drop    = []expr.Any{&expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
 	done    = []expr.Any{&expr.Verdict{Kind: expr.VerdictReturn}} // the rest of the chain does not concern the packet
+)
+
+// published tests for an answer of a connection whose destination was translated (linux/netfilter/nf_conntrack_common.h:
+// IPS_DST_NAT, IP_CT_DIR_REPLY); markReply sets replyMark beside the other bits of the mark.
+var (
+	published = slices.Concat(
+		[]expr.Any{&expr.Ct{Key: expr.CtKeySTATUS, Register: 1},
+			&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(1 << 5), Xor: make([]byte, 4)},
+			&expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: make([]byte, 4)}},
+		equal(&expr.Ct{Key: expr.CtKeyDIRECTION, Register: 1}, 1))
+	markReply = []expr.Any{&expr.Counter{}, &expr.Meta{Key: expr.MetaKeyMARK, Register: 1},
+		&expr.Bitwise{SourceRegister: 1, DestRegister: 1, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(^uint32(replyMark)), Xor: binaryutil.NativeEndian.PutUint32(replyMark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, SourceRegister: true, Register: 1}}
 )
 
 func equal(load expr.Any, data ...byte) []expr.Any {

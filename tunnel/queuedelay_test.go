@@ -67,7 +67,7 @@ func tcpPacket(f, payload int, flags header.TCPFlags, tos byte) []byte {
 
 // Where packets wait too long, TCP's senders lose a packet with data now and then, or have one marked if they know ECN, and nobody else does.
 func TestSlow(t *testing.T) {
-	const long, short = 20 * time.Millisecond, 2 * time.Millisecond
+	const long, short = 4 * codelTarget, codelTarget / 2
 	tcp := func(payload int, flags header.TCPFlags, tos byte) func(int) []byte {
 		return func(f int) []byte { return tcpPacket(f, payload, flags, tos) }
 	}
@@ -92,7 +92,7 @@ func TestSlow(t *testing.T) {
 			t.Run(c.name+"/"+familyName(f == 1), func(t *testing.T) {
 				synctest.Test(t, func(t *testing.T) {
 					r := newMemRig(encap.UDP)
-					q := &longQueue{took: 100 * time.Microsecond, next: func() []byte { return c.packet(f) }, end: time.Now().Add(time.Second)}
+					q := &longQueue{took: 100 * time.Microsecond, next: func() []byte { return c.packet(f) }, end: time.Now().Add(10 * codelInterval)}
 					q.length = int(c.wait / q.took)
 					r.tx.queue, r.tx.delay.mark = q, q.mark
 					dropped := listen(t, r.e, capture.Filter{Drops: true})
@@ -106,13 +106,13 @@ func TestSlow(t *testing.T) {
 
 					s := r.e.Stats()
 					lost := s.Drops[encap.DropQueueDelay.String()]
-					// The times are those of TestCodel: 25 in the first second of a queue that is always too long.
+					// The times are those of TestCodel: 25 in the first ten intervals of a queue that is always too long.
 					for what, n := range map[string]struct {
 						n    uint64
 						want bool
 					}{"dropped": {lost, c.drops}, "marked": {s.QueueMarks, c.marks > 0}} {
 						if n.want && (n.n < 15 || n.n > 30) || !n.want && n.n != 0 {
-							t.Errorf("%d packets %s in a second", n.n, what)
+							t.Errorf("%d packets %s in ten intervals", n.n, what)
 						}
 					}
 					want := c.packet(f)[offload.VnetHdrLen:] // with the checksum that the kernel leaves to others

@@ -5,10 +5,11 @@ import (
 	"time"
 )
 
-// The figures of codel, RFC 8289 §4.2 to 4.4.
+// The figures of codel: how long packets may wait, and for how long they may wait longer. RFC 8289 §4.2 has 5 and 100 ms, for round trips across
+// the internet (docs/decisions/0039-queue-delay.md).
 const (
-	codelTarget   = 5 * time.Millisecond
-	codelInterval = 100 * time.Millisecond
+	codelTarget   = 2 * time.Millisecond
+	codelInterval = 40 * time.Millisecond
 )
 
 // codel decides when a sender has to slow down, so that the packets of a queue wait less: controlled delay, RFC 8289. It is told how

@@ -121,9 +121,6 @@ func takeLatency(kind string, payload int, pinned bool) func(context.Context, *A
 	}
 }
 
-// loadedPayload is the payload of the datagrams beside TCP streams, in bytes.
-const loadedPayload = 64
-
 // takeLoaded measures latency while four TCP streams run. Its own threads have priority, so that it is not they that wait for a CPU.
 func takeLoaded(ctx context.Context, o *AllOptions, s *stand, d *result.Round) error {
 	cpus, err := allCPUs()
@@ -138,7 +135,7 @@ func takeLoaded(ctx context.Context, o *AllOptions, s *stand, d *result.Round) e
 		loaded <- err
 	}()
 	l, err := overUDP(&s.ends, cpus, func(fd int) (*result.Latency, error) {
-		return traffic.Loaded(ctx, fd, loadedPayload, o.warm(), o.Duration, 0)
+		return traffic.Loaded(ctx, fd, o.warm(), o.Duration, 0)
 	})
 	stop()
 	if terr := <-loaded; terr != nil && !errors.Is(terr, context.Canceled) {

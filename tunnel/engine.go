@@ -108,7 +108,8 @@ func New(cfg Config) (*Engine, error) {
 func (e *Engine) open() error {
 	queues := e.cfg.Device.Queues()
 	if err := e.cfg.Device.Marks(); err != nil {
-		e.log.Warn("under load, packets of pods may wait for tens of milliseconds: it cannot be measured, so TCP is not slowed down", "error", err)
+		e.log.Warn("under load, packets of pods may wait for tens of milliseconds: it cannot be measured, so TCP is not slowed down", "error", err,
+			"remedy", "let the agent open packet sockets (RestrictAddressFamilies=AF_PACKET in its unit)")
 	}
 	for _, q := range queues {
 		e.tx = append(e.tx, e.newTxWorker(q))

@@ -209,20 +209,17 @@ func (rn *runner) tcp(streams int) func(context.Context, *result.Round) error {
 
 // loaded measures latency beside TCP streams.
 func (rn *runner) loaded(ctx context.Context, d *result.Round) error {
-	every, err := rn.every(loadedPayload)
+	every, err := rn.every(traffic.LoadedPayload)
 	if err != nil {
 		return err
 	}
 	_, err = rn.beside(jobLoaded, rn.o.Streams, func() error {
 		return rn.echoed(d, func(fd int) (*result.Latency, error) {
-			return traffic.Loaded(ctx, fd, loadedPayload, rn.o.warm(), rn.o.Duration, every)
+			return traffic.Loaded(ctx, fd, rn.o.warm(), rn.o.Duration, every)
 		})
 	})
 	return err
 }
-
-// loadedPayload is the payload of the datagrams beside TCP streams, in bytes.
-const loadedPayload = 64
 
 // beside calls measure while TCP streams of the job run, and returns how many segments they have retransmitted.
 func (rn *runner) beside(job string, streams int, measure func() error) (retransmits uint32, err error) {

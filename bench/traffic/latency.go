@@ -73,17 +73,20 @@ func PingPong(ctx context.Context, fd, payload int, warm, d, every time.Duration
 	}
 }
 
-// LoadedEvery is the least time from one datagram to the next of a [Loaded] measure.
-const LoadedEvery = 5 * time.Millisecond
+// LoadedPayload is the payload of the datagrams of [Loaded], in bytes, and loadedEvery the least time from one to the next.
+const (
+	LoadedPayload = 64
+	loadedEvery   = 5 * time.Millisecond
+)
 
-// Loaded is [PingPong] beside TCP streams, which the caller runs: how long packets wait in the queues that TCP fills. With a datagram only each
-// LoadedEvery, or less often, it is no load itself. An answer may take a second.
-func Loaded(ctx context.Context, fd, payload int, warm, d, every time.Duration) (*result.Latency, error) {
+// Loaded is [PingPong] beside TCP streams, which the caller runs: how long packets wait in the queues that TCP fills. It is no load itself, with one
+// datagram each 5 ms, or each every if that is longer. An answer may take a second.
+func Loaded(ctx context.Context, fd int, warm, d, every time.Duration) (*result.Latency, error) {
 	wait := unix.NsecToTimeval(int64(time.Second))
 	if err := unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &wait); err != nil {
 		return nil, fmt.Errorf("SO_RCVTIMEO: %w", err)
 	}
-	l, err := PingPong(ctx, fd, payload, warm, d, max(every, LoadedEvery))
+	l, err := PingPong(ctx, fd, LoadedPayload, warm, d, max(every, loadedEvery))
 	if err == nil {
 		l.Kind, l.Waking = result.Loaded, nil
 	}

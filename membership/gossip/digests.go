@@ -69,6 +69,7 @@ type missing struct {
 	known digest // of the metadata that this node has
 	news  bool   // the tables differ
 	table digest // of this node's table
+	doubt bool   // memberlist may still suspect the member (see peer.unsure)
 }
 
 // compare compares what the ack of a member says with what this node has. A member that waits for a cluster has no table yet, but
@@ -94,10 +95,14 @@ func (g *Gossip) compare(name string, payload []byte) {
 		}
 	}
 	if m.meta || m.news {
-		select {
-		case g.missing <- m:
-		default: // another one comes first; this one is noticed again
-		}
+		g.miss(m)
+	}
+}
+
+func (g *Gossip) miss(m missing) {
+	select {
+	case g.missing <- m:
+	default: // another one comes first; this one is noticed again
 	}
 }
 
@@ -110,14 +115,25 @@ func (g *Gossip) stillMissing(m missing) (netip.AddrPort, bool) {
 		return netip.AddrPort{}, false
 	}
 	p := g.peers[m.from]
-	return g.near(p), m.meta && p.metaHash == m.known || m.news && g.table == m.table && g.differing >= 2
+	return g.near(p), m.meta && p.metaHash == m.known || m.news && g.table == m.table && g.differing >= 2 || m.doubt && p.unsure && p.State == StateAlive
+}
+
+// sure records that a push/pull with a member has ended memberlist's suspicion.
+func (g *Gossip) sure(id membership.NodeID) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if p := g.peers[id]; p != nil && p.State == StateAlive {
+		p.unsure = false
+	}
 }
 
 // maxRepair is the longest time between repairs that do not help.
 const maxRepair = 5 * time.Minute
 
 // repair does a push/pull with a member that has something that this node has missed, or the other way round. Broadcasts are sent within a
-// second or two; if the network fails for that long, nobody repeats them.
+// second or two; if the network fails for that long, nobody repeats them. That goes for the refutation of a suspicion, too: memberlist suspects
+// a member until it hears a newer incarnation of it, whatever that member answers, does no push/pull with it meanwhile, and then finds it
+// dead.
 //
 // It makes no storm, however large the cluster is and however often something changes:
 //   - What differs must stay so for pace.settle, longer than news take to reach everybody. A node whose table changes all the time
@@ -147,15 +163,19 @@ func (g *Gossip) repair(ctx context.Context) {
 		if !still {
 			continue
 		}
-		if time.Since(last) > 4*interval {
-			interval = factor * p.repair
-		} else {
-			interval = min(2*interval, maxRepair)
+		rest := factor * p.repair
+		if m.meta || m.news {
+			if time.Since(last) <= 4*interval {
+				rest = min(2*interval, maxRepair)
+			}
+			interval, last = rest, time.Now()
 		}
 		err := g.pushPull(addr)
-		g.log.Debug("gossip: push/pull for what was missed", "node", m.from.Short(), "metadata", m.meta, "table", m.news, "err", err)
-		last = time.Now()
-		if !pause(ctx, interval*3/4+rand.N(interval/2)) {
+		if err == nil {
+			g.sure(m.from)
+		}
+		g.log.Debug("gossip: push/pull for what was missed", "node", m.from.Short(), "metadata", m.meta, "table", m.news, "refutation", m.doubt, "err", err)
+		if !pause(ctx, rest*3/4+rand.N(rest/2)) {
 			return
 		}
 		select {

@@ -96,6 +96,7 @@ type peer struct {
 	gen      int       // of the network that last saw it alive
 	metaHash digest    // of its metadata as they came
 	doubted  time.Time // when a probe of it last failed
+	unsure   bool      // this node has suspected it, and memberlist may do so still: its refutation may be lost
 	otherKey time.Time // when a message of one of the two could last not be opened by the other one
 	udpLost  int       // pings over UDP that it has missed since it answered a probe over TCP only, that one included; 0: none such
 }

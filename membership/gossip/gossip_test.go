@@ -1,6 +1,7 @@
 package gossip
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"log/slog"
@@ -141,7 +142,7 @@ func launchAltered(t *testing.T, name string, alter func(*Gossip), opts ...optio
 	n := &node{recorder: newRecorder("state of " + name), name: name, done: make(chan struct{})}
 	c := Config{
 		ID: membership.NewNodeID(), Name: name, Bind: testAddr(), Port: testPort, Handler: n.recorder, pace: quick,
-		Logger: slog.New(slog.NewTextHandler(testWriter{t}, &slog.HandlerOptions{Level: slog.LevelInfo})).With("node", name),
+		Logger: slog.New(slog.NewTextHandler(logOf(t), &slog.HandlerOptions{Level: slog.LevelInfo})).With("node", name),
 	}
 	for _, o := range opts {
 		o(&c)
@@ -180,13 +181,34 @@ func launchAltered(t *testing.T, name string, alter func(*Gossip), opts ...optio
 	return n
 }
 
-type testWriter struct{ t *testing.T }
+// nodeLog is the log of one node.
+type nodeLog struct {
+	t    *testing.T
+	mu   sync.Mutex
+	text bytes.Buffer
+}
 
-func (w testWriter) Write(b []byte) (int, error) {
+// logOf has a log printed when the test ends and has failed, or at once with -v.
+func logOf(t *testing.T) *nodeLog {
+	l := &nodeLog{t: t}
+	t.Cleanup(func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if t.Failed() && !testing.Verbose() {
+			t.Logf("the log of a node:\n%s", &l.text)
+		}
+	})
+	return l
+}
+
+func (l *nodeLog) Write(b []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if testing.Verbose() {
-		fmt.Fprintf(os.Stderr, "%s: %s", w.t.Name(), b)
+		fmt.Fprintf(os.Stderr, "%s: %s", l.t.Name(), b)
+		return len(b), nil
 	}
-	return len(b), nil
+	return l.text.Write(b)
 }
 
 // leakCheck is to be called first, so that it looks after all nodes ended. A probe that memberlist had under way ends by

@@ -159,6 +159,7 @@ func (g *Gossip) memberEvent(n sighting, state MemberState) {
 	}
 	switch {
 	case state == StateAlive:
+		p.unsure = false
 		g.known[at] = now
 		delete(g.guard.foreign, id)
 	case state == StateLeft:
@@ -258,6 +259,9 @@ func (g *Gossip) pinged(name string, rtt time.Duration) {
 		if changed = p.State == StateSuspect; changed {
 			p.State, p.Since = StateAlive, time.Now()
 		}
+		if p.unsure && p.State == StateAlive {
+			g.miss(missing{from: id, doubt: true})
+		}
 	}
 	g.problems.drop(udpProblem + name)
 	g.mu.Unlock()
@@ -276,7 +280,7 @@ func (g *Gossip) suspected(name string) {
 	p := g.peers[id]
 	changed := p != nil && p.State == StateAlive
 	if p != nil {
-		p.doubted, p.udpLost = time.Now(), 0
+		p.doubted, p.unsure, p.udpLost = time.Now(), true, 0
 	}
 	if changed {
 		p.State, p.Since = StateSuspect, time.Now()

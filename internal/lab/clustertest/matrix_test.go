@@ -54,8 +54,8 @@ func TestMatrix(t *testing.T) {
 			}
 			for host, now := range drops(t, l) {
 				for reason, n := range now {
-					// The kernels' own router solicitations and MLD reports.
-					if more := n - before[host][reason]; more != 0 && reason != "local_multicast" {
+					// The kernels' own router solicitations and MLD reports, and TCP that may fill a queue on a slow machine.
+					if more := n - before[host][reason]; more != 0 && reason != "local_multicast" && reason != "queue_delay" {
 						t.Errorf("%s dropped %d packets: %s", host, more, reason)
 					}
 				}

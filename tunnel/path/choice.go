@@ -11,6 +11,7 @@ import (
 // The choice's figures.
 const (
 	failAfter  = 3  // unanswered probes in a row that the candidate in use may not have, while another one answers
+	lossy      = 5  // likewise where it loses some all the time, but not most; more where the other one loses some, too
 	trial      = 5  // answers in a row, one each Busy, before a better candidate is used that never failed in use
 	trialMost  = 60 // to which the trial grows: it doubles with each failure in use
 	clean      = 10 // answers in a row to small probes, until the candidate in use is left as large ones do not pass
@@ -34,7 +35,8 @@ const (
 //
 // A candidate in use fails when failAfter of its probes in a row stay unanswered (one
 // if it is down or has never answered, two if the whole peer was gone) while another candidate answers one that was
-// sent no earlier than these, and has lost none that was. So nothing fails when a host
+// sent no earlier than these, and has lost none that was. It takes more of them where probes are lost by chance: nothing is
+// gained by another one that loses as much. So nothing fails when a host
 // stands still, which holds up all answers, nor when the whole peer is gone, nor when
 // the link of all flaps. Each loss of the candidate in use makes a probe of every other
 // one due, so that what is known of those is fresh.
@@ -211,6 +213,9 @@ func (c *choice) outlives(other, inUse *State) bool {
 		n = 1
 	}
 	if !other.up || other.misses > 0 || inUse.misses < n {
+		return false
+	}
+	if own := inUse.byChance(); inUse.up && (inUse.misses < other.byChance() || inUse.misses < min(own, lossy) && own < mostByChance) {
 		return false
 	}
 	first := inUse.missSent[n-1] // of the probes that count

@@ -489,6 +489,40 @@ func TestTheOtherLosesSome(t *testing.T) {
 	}
 }
 
+// Where the network loses some of what all encapsulations send, nothing is gained by another one. One that fails altogether is left all the same.
+func TestAllLoseSome(t *testing.T) {
+	for _, percent := range []int{2, 5, 10, 20, 30, 40} {
+		switches, direct := 0, 0
+		var longest time.Duration
+		for seed := range uint64(20) {
+			f := newFabric(seed, encap.UDP, encap.VXLAN, encap.IPIP)
+			lose := each(percent, rand.New(rand.NewPCG(seed, 9)))
+			f.run(2 * time.Minute)
+			f.lose = func(encap.Mode) bool { return lose() }
+			f.run(10 * time.Minute)
+			switches += len(f.switches)
+			dead, since := f.inUse(), f.now
+			f.blocks[dead] = true
+			for ; f.inUse() == dead && f.now.Sub(since) < time.Minute; f.run(100 * time.Millisecond) {
+			}
+			longest = max(longest, f.now.Sub(since))
+		}
+		for seed := range uint64(10) { // a host's route, whose probes are many; the others get few
+			f := newFabric(seed, encap.Direct, encap.UDP, encap.VXLAN, encap.IPIP)
+			lose := each(percent, rand.New(rand.NewPCG(seed, 9)))
+			f.run(2 * time.Minute)
+			f.lose = func(encap.Mode) bool { return lose() }
+			f.switches = nil
+			f.run(10 * time.Minute)
+			direct += len(f.switches)
+		}
+		t.Logf("%d %% each way: %d switches in 200 minutes, %d from and to the host's route in 100; one that fails is left after %v at most", percent, switches, direct, longest)
+		if switches > 20 || direct > 10 || longest > 20*time.Second {
+			t.Errorf("%d %% each way: too often, or too late", percent)
+		}
+	}
+}
+
 // Probes go by sixteen ports in turn, and so do their answers. Where a network loses those of one port in each direction, for instance as one of sixteen
 // equal links is dead, nothing moves, and the path MTU stays; where it loses three quarters of them, the other encapsulation is used, and stays so.
 func TestSomePortsAreLost(t *testing.T) {

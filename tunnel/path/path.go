@@ -16,6 +16,7 @@ package path
 
 import (
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -50,7 +51,7 @@ type Config struct {
 	Twice bool
 
 	Likely    []mtu.TUN     // sizes that a search tries before it halves, largest first: none
-	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2)
+	MaxProbes int           // losses of one size that refute it: 3 (RFC 8899 §5.1.2); more where small probes are lost, see byChance
 	Raise     time.Duration // until a larger size is tried again: 600 s (RFC 8899 §5.1.1)
 	Confirm   time.Duration // between proofs of the size in use, on a busy path: 600 ms
 }
@@ -291,7 +292,7 @@ func (s *State) giveUp(now time.Time, p *pending) {
 	if p.forMTU {
 		// Its size is to blame only if something has passed since it was sent.
 		// The next one goes together with a small one.
-		s.pmtu.lost(now, p.nonce, s.lastAnswer.After(p.sent))
+		s.pmtu.lost(now, p.nonce, s.lastAnswer.After(p.sent), max(s.cfg.MaxProbes, s.byChance()))
 		s.soon(s.cfg.Fast)
 		return
 	}
@@ -510,23 +511,45 @@ func (s *State) streak() (n int) {
 	return n
 }
 
-func (s *State) loss() float64 {
+// loss is the part of the last liveness probes that are lost.
+func (s *State) loss() float64 { return s.lossBefore(s.seq, window) }
+
+// lossBefore is that of the last most of them up to seq that are answered or given up.
+func (s *State) lossBefore(seq uint64, most int) float64 {
 	var n, all int
 	oldest := s.lastLive.Sub(s.began) - lossAge
-	for i, o := range s.outcomes {
-		if s.sent[i] < oldest {
+	for ; seq > 0 && s.seq-seq < window && all < most; seq-- {
+		i := seq % window
+		if s.sent[i] < oldest || s.outcomes[i] == unknown {
 			continue
 		}
-		switch o {
-		case lost:
+		all++
+		if s.outcomes[i] == lost {
 			n++
-			all++
-		case answered:
-			all++
 		}
 	}
 	if all == 0 {
 		return 0
 	}
 	return float64(n) / float64(all)
+}
+
+// Losses in a row that come about by chance less often than rare mean something; so do mostByChance in any case.
+const (
+	rare         = 1e-4
+	mostByChance = 20
+	recent       = 16 // probes that show a loss which has just begun
+)
+
+// byChance is how many probes in a row may be lost by chance, as the path lost liveness probes of late, up to its last answer; at least one.
+func (s *State) byChance() int {
+	seq := s.seq
+	for seq > 0 && s.seq-seq < window && s.outcomes[seq%window] != answered {
+		seq--
+	}
+	loss := max(s.lossBefore(seq, window), s.lossBefore(seq, recent))
+	if loss == 0 {
+		return 1
+	}
+	return min(int(math.Ceil(math.Log(rare)/math.Log(loss))), mostByChance)
 }

@@ -49,7 +49,7 @@ func (s search) String() string {
 // A search tries the maximum first, since most paths carry it, then the sizes that are
 // likely (of links that others have), and then halves the interval between what is
 // proven and what is refuted. A size is refuted by
-// MaxProbes losses, while smaller packets pass. proven, the PLPMTU, rises
+// MaxProbes losses, while smaller packets pass (more where these are lost by chance). proven, the PLPMTU, rises
 // only by an answer.
 //
 // What a router says by ICMP is a hint, as anybody may say it. It lowers proven at once,
@@ -262,7 +262,7 @@ func (m *plpmtu) answered(now time.Time, nonce uint64, size mtu.TUN) {
 		m.waiting = false
 		if size < m.size { // cut on its way: as good as lost
 			m.probeAt = now
-			m.refuteOnce(now)
+			m.refuteOnce(now, m.cfg.MaxProbes)
 			return
 		}
 	}
@@ -290,21 +290,21 @@ func (m *plpmtu) answered(now time.Time, nonce uint64, size mtu.TUN) {
 }
 
 // lost: the probe with this nonce was given up. sizeIsToBlame is false where smaller
-// packets may have been lost as well: then it is only sent again.
-func (m *plpmtu) lost(now time.Time, nonce uint64, sizeIsToBlame bool) {
+// packets may have been lost as well: then it is only sent again. A size is refuted by refute losses in a row.
+func (m *plpmtu) lost(now time.Time, nonce uint64, sizeIsToBlame bool, refute int) {
 	if !m.waiting || nonce != m.nonce {
 		return
 	}
 	m.waiting, m.probeAt = false, now
 	if sizeIsToBlame {
-		m.refuteOnce(now)
+		m.refuteOnce(now, refute)
 	} else if m.state == complete {
 		m.confirmed, m.confirmAt = false, now
 	}
 }
 
 // refuteOnce counts a loss of the size under test and draws the conclusion.
-func (m *plpmtu) refuteOnce(now time.Time) {
+func (m *plpmtu) refuteOnce(now time.Time, refute int) {
 	m.losses++
 	if m.state == complete {
 		m.confirmed, m.confirmAt = false, now // do not wait for traffic to try again
@@ -314,7 +314,7 @@ func (m *plpmtu) refuteOnce(now time.Time) {
 		m.test(now, m.named)
 		return
 	}
-	if m.losses < m.cfg.MaxProbes {
+	if m.losses < refute {
 		return
 	}
 	m.known = true

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -313,6 +314,33 @@ func gatherBuffers(_ context.Context, s *snapshot) {
 	}
 	k.bufferErr = err
 	k.rmemMax = readNumber("/proc/sys/net/core/rmem_max")
+	v4, _ := os.ReadFile("/proc/net/snmp")
+	v6, _ := os.ReadFile("/proc/net/snmp6") // not there without IPv6
+	k.badChecksums = badChecksums(string(v4), string(v6))
+}
+
+// badChecksums is how many UDP packets had a wrong checksum. snmp has a line of names and one of values for each protocol, snmp6 a name and
+// a value in each line.
+func badChecksums(snmp, snmp6 string) (n int) {
+	var names []string
+	for line := range strings.Lines(snmp) {
+		switch f := strings.Fields(line); {
+		case len(f) == 0 || f[0] != "Udp:":
+		case names == nil:
+			names = f
+		default:
+			if i := slices.Index(names, "InCsumErrors"); i >= 0 && i < len(f) {
+				n, _ = strconv.Atoi(f[i])
+			}
+		}
+	}
+	for line := range strings.Lines(snmp6) {
+		if f := strings.Fields(line); len(f) == 2 && f[0] == "Udp6InCsumErrors" {
+			v6, _ := strconv.Atoi(f[1])
+			n += v6
+		}
+	}
+	return n
 }
 
 // judgeBuffers goes by what a socket gets, which the kernel counts twice.
@@ -330,7 +358,11 @@ func judgeBuffers(s *snapshot) Result {
 	if s.status != nil {
 		c := s.status.Counters
 		text += fmt.Sprintf("; lost in full sockets %d, in the full TUN %d", c.SocketOverflows, c.TunDrops)
-		if c.SocketOverflows > c.RxPackets/1000 && c.SocketOverflows > 100 {
+		switch many := c.SocketOverflows > c.RxPackets/1000 && c.SocketOverflows > 100; {
+		case many && uint64(k.badChecksums) > c.SocketOverflows/2: // the kernel counts them as lost by the socket, too
+			out = append(out, Finding{State: Warning, What: fmt.Sprintf("%d UDP packets of this host had wrong checksums: a link or a device on the way damages packets", k.badChecksums),
+				Remedy: "look for errors of links (ip -s link, ethtool -S, counters of switches), and replace the cable, transceiver or card; \"lost in full sockets\" counts these packets, too"})
+		case many:
 			out = append(out, Finding{State: Warning, What: fmt.Sprintf("%d of %d packets were lost in full sockets: this host has too little CPU for its bursts", c.SocketOverflows, c.RxPackets+c.SocketOverflows),
 				Remedy: "give the agent more CPU (CPUWeight=), or more `queues` where there are CPUs for them"})
 		}

@@ -58,6 +58,7 @@ func TestJudge(t *testing.T) {
 		{"large buffers", "buffers", snapshot{kernel: kernel{buffer: 2 * underlay.DefaultBuffer}}, OK, ""},
 		{"small buffers", "buffers", snapshot{kernel: kernel{buffer: 425984, rmemMax: 212992}}, Warning, fmt.Sprintf("sysctl -w net.core.rmem_max=%d", underlay.DefaultBuffer)},
 		{"overflows", "buffers", snapshot{kernel: kernel{buffer: 2 * underlay.DefaultBuffer}, status: agent(func(st *api.Status) { st.Counters.SocketOverflows = 5000; st.Counters.RxPackets = 1e5 })}, Warning, "5000 of 105000 packets"},
+		{"damaged packets", "buffers", snapshot{kernel: kernel{buffer: 2 * underlay.DefaultBuffer, badChecksums: 4000}, status: agent(func(st *api.Status) { st.Counters.SocketOverflows = 5000; st.Counters.RxPackets = 1e5 })}, Warning, "4000 UDP packets of this host had wrong checksums"},
 		{"no connection tracking", "conntrack", snapshot{kernel: kernel{conntrack: -1, conntrackMax: -1}}, Skipped, ""},
 		{"few connections", "conntrack", snapshot{kernel: kernel{conntrack: 749, conntrackMax: 1000}}, OK, ""},
 		{"many connections", "conntrack", snapshot{kernel: kernel{conntrack: 750, conntrackMax: 1000}}, Warning, "sysctl -w net.netfilter.nf_conntrack_max=2000"},
@@ -282,5 +283,16 @@ func TestUnknownCheck(t *testing.T) {
 			t.Errorf("check %q", n)
 		}
 		seen[n[0]] = true
+	}
+}
+
+// The counters of wrong checksums are found by name: kernels add columns.
+func TestBadChecksums(t *testing.T) {
+	const snmp = "Tcp: RtoAlgorithm InCsumErrors\nTcp: 1 9\nUdp: InDatagrams NoPorts InCsumErrors IgnoredMulti\nUdp: 5 0 40 1\nUdpLite: InDatagrams InCsumErrors\nUdpLite: 0 8\n"
+	if got := badChecksums(snmp, "Udp6InErrors 3\nUdp6InCsumErrors                \t2\n"); got != 42 {
+		t.Errorf("%d wrong checksums, want 42", got)
+	}
+	if got := badChecksums("", ""); got != 0 {
+		t.Errorf("%d wrong checksums without files, want 0", got)
 	}
 }

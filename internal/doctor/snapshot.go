@@ -110,6 +110,7 @@ type network struct {
 // kernel is the state of the machine.
 type kernel struct {
 	release                 string // uname -r
+	badChecksums            int    // UDP packets of this host with a wrong checksum
 	conntrack, conntrackMax int    // -1: not loaded
 	buffer                  int    // bytes of a receive buffer that this process gets, of the wanted ones
 	rmemMax                 int

@@ -147,16 +147,24 @@ func (e *Engine) openFamily(a netip.Addr) error {
 		raw[i] = s
 		e.prober.out[f].raw[i] = &sender{sock: s, batch: underlay.NewSendBatch(1, 1)}
 	}
-	for _, w := range e.tx {
-		o := &senderSet{}
-		for range max(minSenders, e.cfg.Senders/len(e.tx)) {
-			s, err := openSender(a)
+	if a.Is4() {
+		for range minSenders {
+			s, err := e.openSender(a, true)
 			if err != nil {
 				return err
 			}
-			e.socks, e.out = append(e.socks, s), append(e.out, s)
-			o.udp = append(o.udp, o.newSender(w, s, true))
-			e.prober.out[f].udp = append(e.prober.out[f].udp, &sender{sock: s, batch: underlay.NewSendBatch(1, 1)})
+			e.prober.bare = append(e.prober.bare, s)
+		}
+	}
+	for _, w := range e.tx {
+		o := &senderSet{}
+		for range max(minSenders, e.cfg.Senders/len(e.tx)) {
+			s, err := e.openSender(a, false)
+			if err != nil {
+				return err
+			}
+			o.udp = append(o.udp, o.newSender(w, s.sock, true))
+			e.prober.out[f].udp = append(e.prober.out[f].udp, s)
 		}
 		for i := range raw {
 			o.raw[i] = o.newSender(w, raw[i], false)
@@ -228,16 +236,20 @@ func (e *Engine) Unavailable(m encap.Mode) error {
 	return nil
 }
 
-// openSender opens a socket with a free source port of the range that is a flow hash's.
-func openSender(a netip.Addr) (s *underlay.Socket, err error) {
-	for range 100 {
+// openSender opens a socket with a free source port of the range that is a flow hash's, for single messages. A bare one sends without UDP checksums.
+func (e *Engine) openSender(a netip.Addr, bare bool) (*sender, error) {
+	for tries := 1; ; tries++ {
 		port := encap.SourcePort(rand.Uint32())
-		s, err = underlay.OpenSender(underlay.Options{Bind: netip.AddrPortFrom(a, port)})
-		if !errors.Is(err, unix.EADDRINUSE) {
-			break
+		s, err := underlay.OpenSender(underlay.Options{Bind: netip.AddrPortFrom(a, port), Bare: bare})
+		if errors.Is(err, unix.EADDRINUSE) && tries < 100 {
+			continue
 		}
+		if err != nil {
+			return nil, err
+		}
+		e.socks, e.out = append(e.socks, s), append(e.out, s)
+		return &sender{sock: s, batch: underlay.NewSendBatch(1, 1)}, nil
 	}
-	return s, err
 }
 
 const (

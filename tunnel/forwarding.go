@@ -27,6 +27,7 @@ type Peer struct {
 	Singles     bool           // trains to it are lost though single packets arrive: send none
 	MTU         mtu.TUN        // largest inner packet that the path to it takes
 	Kernel      bool           // its kernel may send in place of an agent: such packets may come without their own checksums
+	Bare        bool           // over IPv4, its udp packets go without UDP checksum, not by the engine: its probes by udp have none either
 	Unreachable bool           // gossip and data path agree that it is gone: answer ICMP host unreachable
 	Detours     []Detour       // addresses inside Prefixes to which another encapsulation is used: a benchmark compares them
 }
@@ -52,6 +53,7 @@ type target struct {
 	local       bool
 	unreachable bool
 	kernel      bool // Peer.Kernel
+	bare        bool // Peer.Bare
 	six         bool // the endpoint is an IPv6 address
 	mode        encap.Mode
 	mtu         int
@@ -134,6 +136,7 @@ func newForwarding(local Local, peers []Peer, states func(id string) *peerState)
 		t := &target{
 			unreachable: p.Unreachable,
 			kernel:      p.Kernel,
+			bare:        p.Bare,
 			six:         p.Endpoint.Is6(),
 			mode:        p.Mode,
 			mtu:         int(p.MTU),

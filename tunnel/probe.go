@@ -25,7 +25,8 @@ var (
 )
 
 // prober sends probes, one at a time, through the sockets that pods' packets to a peer go through. Those of udp and vxlan have a source
-// port each, and a network may treat some of them otherwise than the rest: probes go through all of them in turn.
+// port each, and a network may treat some of them otherwise than the rest: probes go through all of them in turn. Those to a peer whose udp
+// packets have no checksum (Peer.Bare) have none either, and sockets of their own.
 type prober struct {
 	mu     sync.Mutex
 	closed bool
@@ -35,6 +36,7 @@ type prober struct {
 		vxlan bool       // this node has vxlan
 		raw   [2]*sender // by the inner family
 	}
+	bare []*sender // of udp over IPv4, without checksum
 }
 
 // turns is whose turn it is among n sockets, of one peer and encapsulation.
@@ -135,8 +137,12 @@ func (e *Engine) probe(peer string, at netip.Addr, mode encap.Mode, six bool, pa
 	case encap.IPIP:
 		s, dest = out.raw[family(dst)], t.raw
 	}
-	if mode != encap.IPIP && len(out.udp) > 0 && dest != nil {
-		s = out.udp[t.state.probes[mode].of(len(out.udp), train, apart)]
+	udp := out.udp
+	if mode == encap.UDP && t.bare && at.Is4() && !train && !apart { // trains are the agent's own, and have checksums
+		udp = p.bare
+	}
+	if mode != encap.IPIP && len(udp) > 0 && dest != nil {
+		s = udp[t.state.probes[mode].of(len(udp), train, apart)]
 	}
 	if s == nil || dest == nil || p.closed {
 		return fmt.Errorf("probe %s by %s: %w", peer, mode, ErrNoSocket)

@@ -15,6 +15,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/mtu"
+	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
 // probed waits for a probe.
@@ -115,6 +116,37 @@ func TestProbeTrain(t *testing.T) {
 	})
 }
 
+// Probes by udp over IPv4 have no UDP checksum if the peer's packets have none, as those of the fast path: where such packets are dropped, so are they.
+func TestBareProbe(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		if l.mode == encap.IPIP {
+			return // has no UDP header
+		}
+		a, b := startPair(t, l)
+		wire := b.tap(t, "eth0")
+		for _, bare := range []bool{true, false} {
+			p := b.asPeer(l)
+			p.Bare = bare
+			a.update(p)
+			for i := range 2 * minSenders {
+				text := fmt.Sprintf("%v, probe %d.", bare, i)
+				must(t, a.engine.Probe(b.ns, l.mode, false, []byte(text), 0))
+				b.probed(t)
+				wire.next(text, func(pkt []byte) bool {
+					udp, ok := udpOf(pkt)
+					if ok = ok && bytes.Contains(pkt, []byte(text)); ok {
+						if want := bare && l.mode == encap.UDP && !l.underlay6; (udp.Checksum == 0) != want {
+							t.Errorf("bare %v: UDP checksum %#x, want none: %v", bare, udp.Checksum, want)
+						}
+					}
+					return ok
+				})
+			}
+		}
+		noDrops(t, a, b)
+	})
+}
+
 // Probes leave by the source ports of pods' packets, by each in turn, and a train's packets that go one by one by the port of that train: a network
 // that drops some ports does so to probes, too.
 func TestProbesTakePodsPorts(t *testing.T) {
@@ -136,8 +168,10 @@ func TestProbesTakePodsPorts(t *testing.T) {
 			return from
 		}
 		pods := map[uint16]bool{}
-		for _, s := range a.engine.out {
-			pods[s.Local().Port()] = true
+		for _, w := range a.engine.tx {
+			for _, s := range w.out[family(underlayOf(l.underlay6, 0))].udp {
+				pods[s.sock.(*underlay.Socket).Local().Port()] = true
+			}
 		}
 		seen := map[uint16]int{}
 		for i := range 3 * len(pods) {

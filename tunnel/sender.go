@@ -56,7 +56,7 @@ type sender struct {
 }
 
 // newSender makes a sender of the set for a worker.
-func (o *senderSet) newSender(w *txWorker, sock *underlay.Socket, gso bool) *sender {
+func (o *senderSet) newSender(w *txWorker, sock outSocket, gso bool) *sender {
 	s := &sender{set: o, sock: sock, batch: underlay.NewSendBatch(txMessages, txIovecs), gso: gso}
 	s.batch.Refused = func(r underlay.Refused) {
 		if w.e.tap.On() {

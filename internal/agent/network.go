@@ -62,6 +62,7 @@ type peerView struct {
 	direct    [2]directWay // for IPv4 and IPv6 packets
 	bench     bool         // it understands requests for benchmarks
 	fast      bool         // its kernel takes udp packets of the fast path
+	bare      bool         // udp packets to it go by the fast path of this host, without UDP checksum
 	host      bool         // it takes packets for its underlay addresses out of the tunnel
 	gone      bool         // gossip and data path have both lost it: packets to it are answered with host unreachable
 	replaced  bool         // its address is another node's, or no host's: packets for it are not sent there, and packets from there are not its own
@@ -305,6 +306,7 @@ func (s *session) memberView(now time.Time, m remembered, prefixes []netip.Prefi
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.chooseFamily(now, &p)
+	p.bare = p.fast && p.endpoint.Is4() && s.fastCapability() != 0
 	// The last words of a node that left and was stopped at once may have been lost. The table has not lost them, and nobody misses a node without space.
 	if m.State == gossip.StateDead && len(prefixes) == 0 {
 		p.state = api.PeerLeft
@@ -425,7 +427,7 @@ func (v *view) tunnelPeers() []tunnel.Peer {
 		}
 		out[i] = tunnel.Peer{
 			ID: p.id, Endpoint: p.endpoint, Accept: accept, UDPPort: p.udpPort, VXLANPort: p.vxlanPort, VTEPMAC: p.mac, Prefixes: p.prefixes,
-			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal || p.fast, Unreachable: p.gone, Singles: p.trains.Off, Detours: v.detours(&p),
+			TunAddrs: p.tun, Mode: p.mode, MTU: p.mtu, Kernel: p.state == api.PeerExternal || p.fast, Bare: p.bare, Unreachable: p.gone, Singles: p.trains.Off, Detours: v.detours(&p),
 		}
 	}
 	return out

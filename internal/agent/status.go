@@ -234,7 +234,11 @@ func (s *session) ipamSummary(v *view, blocks []api.Block) api.IPAMSummary {
 func outerText(p *peerView, m encap.Mode) string {
 	switch m {
 	case encap.UDP:
-		return fmt.Sprintf("UDP port %d", p.udpPort)
+		text := fmt.Sprintf("UDP port %d", p.udpPort)
+		if p.bare {
+			text += " without UDP checksum (fast_path)"
+		}
+		return text
 	case encap.VXLAN:
 		return fmt.Sprintf("UDP port %d", p.vxlanPort)
 	}

@@ -119,7 +119,7 @@ func judgePaths(s *snapshot) Result {
 		for i, c := range p.Candidates {
 			if c.State == api.PathDown && !c.Active && insteadOf(c, p.Candidates[i+1:]) {
 				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%s is preferred toward %s, and blocked: %s", labelled(c.Path), s.label(p), c.Reason),
-					Remedy: fmt.Sprintf("let %s pass between %s and %s, or leave %s out of `paths`; run `tulle doctor ports` on both hosts", outer(c), join(s.status.Node.Underlay, ", "), join(p.Underlay, ", "), c.Mode)})
+					Remedy: fmt.Sprintf("let %s pass between %s and %s, or leave %s out of `paths`; run `tulle doctor ports` on both hosts", outer(c, s.status.FastPath.On), join(s.status.Node.Underlay, ", "), join(p.Underlay, ", "), c.Mode)})
 			}
 		}
 	}
@@ -152,15 +152,19 @@ func insteadOf(c api.Candidate, less []api.Candidate) bool {
 	})
 }
 
-// outer names what a firewall sees.
-func outer(c api.Candidate) string {
+// outer names what a firewall sees. With the fast path, udp packets have no UDP checksum.
+func outer(c api.Candidate, fast bool) string {
 	if c.Mode == "direct" {
 		return "packets with addresses of pods"
 	}
 	if c.Endpoint.Port() == 0 {
 		return "IP protocols 4 and 41"
 	}
-	return fmt.Sprintf("UDP port %d", c.Endpoint.Port())
+	text := fmt.Sprintf("UDP port %d", c.Endpoint.Port())
+	if fast && c.Mode == "udp" {
+		text += " (with fast_path also without UDP checksum)"
+	}
+	return text
 }
 
 // judgeMTU compares what probes have proven with what this host's links carry.

@@ -28,6 +28,7 @@ type Options struct {
 	Bind      netip.AddrPort // address and port; required, the address may be unspecified, the port 0
 	RecvBuf   int            // bytes; DefaultBuffer
 	SendBuf   int            // bytes; DefaultBuffer
+	Bare      bool           // send datagrams without UDP checksum; for IPv4, and no trains
 	ReusePort bool           // share the port with other sockets (one per queue); the kernel spreads flows over them
 	Mark      uint32         // SO_MARK of sent packets
 	Kept      *Kept          // if such a socket is there, it is taken instead of a new one
@@ -185,6 +186,9 @@ func (s *Socket) configure(o Options, domain int, bound bool) error {
 	}
 	if o.ReusePort {
 		opts = append(opts, option{unix.SOL_SOCKET, unix.SO_REUSEPORT, 1, "SO_REUSEPORT"})
+	}
+	if o.Bare {
+		opts = append(opts, option{unix.SOL_SOCKET, unix.SO_NO_CHECK, 1, "SO_NO_CHECK"})
 	}
 	if o.Mark != 0 {
 		opts = append(opts, option{unix.SOL_SOCKET, unix.SO_MARK, int(o.Mark), "SO_MARK"})

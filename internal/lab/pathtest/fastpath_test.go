@@ -308,6 +308,27 @@ func TestFastPathCaptureKilled(t *testing.T) {
 	x.stop(t)
 }
 
+// A router drops UDP packets over IPv4 that have no checksum, as those of the fast path: probes find it, and packets go another way until they pass again.
+func TestFastPathNoChecksum(t *testing.T) {
+	t.Parallel()
+	s := fastStage(t, "udp,vxlan", false)
+	fast(t, s.first, true, "")
+	fast(t, s.second, true, "")
+	s.announced(t)
+	ping := s.pod.Stream(s.other.IPv4(), 10*time.Millisecond)
+	s.router.Run("nft", "table ip filter { chain forward { type filter hook forward priority 0; udp dport 6080 udp checksum 0 drop; }; }")
+	s.uses(t, 15*time.Second, "vxlan")
+	says(t, "the filtered path", reason(t, s.first, "udp"), "vxlan works: UDP port 6080 without UDP checksum (fast_path) is filtered on the way")
+	hosts.Within(t, 10*time.Second, "pods reach each other by vxlan", func() error { return s.pod.Ping(s.other.IPv4()) })
+	sent, lost := ping.Stop()
+	if most := ping.Most(failover); lost == 0 || lost > most {
+		t.Errorf("%d of %d pings lost, want 1 to %d", lost, sent, most)
+	}
+	s.router.Run("nft", "delete table ip filter")
+	s.uses(t, 60*time.Second, "udp")
+	s.announced(t)
+}
+
 // TestFastPathBridge has a host whose network card is a port of a bridge, which has the address.
 func TestFastPathBridge(t *testing.T) {
 	t.Parallel()

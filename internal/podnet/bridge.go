@@ -55,15 +55,15 @@ func (h *Host) ensureBridge(ctx context.Context, name string, six bool) (netlink
 		b := &netlink.Bridge{LinkAttrs: sys.LinkAttrs(name), MulticastSnooping: new(bool)} // there is no querier
 		b.HardwareAddr = HostMAC
 		if err := h.nl.LinkAdd(b); err != nil && !errors.Is(err, unix.EEXIST) {
-			return nil, fmt.Errorf("podnet: make the bridge %s: %w", name, err)
+			return nil, fmt.Errorf("make the bridge %s: %w", name, err)
 		}
 		link, err = h.nl.LinkByName(name)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("podnet: find the bridge %s: %w", name, err)
+		return nil, fmt.Errorf("find the bridge %s: %w", name, err)
 	}
 	if !ours(link) {
-		return nil, fmt.Errorf("podnet: the bridge %[1]s cannot be made: %[1]s is a device of somebody else (%[2]s): choose a name that no device has", name, link.Type())
+		return nil, fmt.Errorf("the bridge %[1]s cannot be made: %[1]s is a device of somebody else (%[2]s): choose a name that no device has", name, link.Type())
 	}
 	return link, h.setBridge(ctx, link, six)
 }
@@ -72,10 +72,10 @@ func (h *Host) ensureBridge(ctx context.Context, name string, six bool) (netlink
 func (h *Host) setBridge(ctx context.Context, link netlink.Link, six bool) error {
 	name := link.Attrs().Name
 	if err := h.do(func() error { return sys.SetSysctls(settingsOfBridge(name, six)...) }); err != nil {
-		return fmt.Errorf("podnet: the bridge %s: %w", name, err)
+		return fmt.Errorf("the bridge %s: %w", name, err)
 	}
 	if err := h.nl.LinkSetUp(link); err != nil {
-		return fmt.Errorf("podnet: set the bridge %s up: %w", name, err)
+		return fmt.Errorf("set the bridge %s up: %w", name, err)
 	}
 	return h.gatewayAddresses(ctx, link, six)
 }
@@ -88,7 +88,7 @@ func (h *Host) behindBridge(ctx context.Context, a *Attachment) error {
 	}
 	port, err := h.nl.LinkByName(a.HostInterface)
 	if err != nil {
-		return fmt.Errorf("podnet: find %s: %w", a.HostInterface, err)
+		return fmt.Errorf("find %s: %w", a.HostInterface, err)
 	}
 	if err := h.do(func() error { return sys.SetSysctls(settingsOf(a)...) }); err != nil {
 		return err
@@ -122,7 +122,7 @@ func (h *Host) plug(port, bridge netlink.Link, mac net.HardwareAddr) error {
 		h.nl.LinkSetHairpin(port, true), h.nl.NeighSet(fdb),
 	} {
 		if err != nil {
-			return fmt.Errorf("podnet: make %s a port of the bridge %s: %w", port.Attrs().Name, bridge.Attrs().Name, err)
+			return fmt.Errorf("make %s a port of the bridge %s: %w", port.Attrs().Name, bridge.Attrs().Name, err)
 		}
 	}
 	return nil

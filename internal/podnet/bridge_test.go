@@ -283,8 +283,8 @@ func TestBridgeRefusals(t *testing.T) {
 	for _, c := range []struct {
 		what, bridge, netns, text string
 	}{
-		{"somebody else's bridge", "br0", namespace(t), "br0 is a device of somebody else"},
-		{"no bridge", "eth0", namespace(t), "eth0 is a device of somebody else"},
+		{"somebody else's bridge", "br0", namespace(t), "podnet: the host's end: the bridge br0 cannot be made: br0 is a device of somebody else"},
+		{"no bridge", "eth0", namespace(t), "podnet: the host's end: the bridge eth0 cannot be made: eth0 is a device of somebody else"},
 		{"no name", "a/b", namespace(t), "interface name"},
 		{"handed over", "pods", "", "cannot be handed over"},
 	} {

@@ -156,7 +156,10 @@ func (h *Host) mend(ctx context.Context, f *flaw) (repaired []string, err error)
 // lead puts back what leads from the host to a pod.
 func (h *Host) lead(ctx context.Context, a *Attachment) error {
 	if a.Bridge != "" {
-		return h.behindBridge(ctx, a)
+		if err := h.behindBridge(ctx, a); err != nil {
+			return fmt.Errorf("podnet: %w", err)
+		}
+		return nil
 	}
 	link, err := h.nl.LinkByName(a.HostInterface)
 	if err != nil {

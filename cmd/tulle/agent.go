@@ -32,6 +32,9 @@ func agentCommand() *cobra.Command {
 		Args: exactly(),
 	}
 	config.AddFlags(cmd.Flags())
+	_ = cmd.RegisterFlagCompletionFunc("paths", completeList(config.Modes))
+	_ = cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions(api.LogLevels, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
 		cfg, err := config.Load(cmd.Flags(), "")
 		if err != nil {

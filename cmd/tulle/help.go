@@ -3,10 +3,12 @@ package main
 import (
 	"cmp"
 	"fmt"
+	"slices"
 	"strings"
 	"unicode/utf8"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 )
 
 // helpWidth is the width of help texts, in columns: what a plain terminal shows without a break.
@@ -37,6 +39,27 @@ func setHelp(root *cobra.Command) {
 				return about.Help()
 			}
 		}
+	}
+}
+
+// plainUsage takes the backticks out of the flags' texts, which are for help alone: shells show these texts beside the completions.
+func plainUsage(root *cobra.Command) {
+	eachCommand(root, func(c *cobra.Command) {
+		c.Flags().VisitAll(func(f *pflag.Flag) { _, f.Usage = pflag.UnquoteUsage(f) })
+		c.PersistentFlags().VisitAll(func(f *pflag.Flag) { _, f.Usage = pflag.UnquoteUsage(f) })
+	})
+}
+
+// completeList completes the last of several values, which commas separate, to those that are not there yet.
+func completeList(values []string) cobra.CompletionFunc {
+	return func(_ *cobra.Command, _ []string, text string) (out []cobra.Completion, _ cobra.ShellCompDirective) {
+		before := text[:strings.LastIndexByte(text, ',')+1]
+		for _, v := range values {
+			if !slices.Contains(strings.Split(before, ","), v) {
+				out = append(out, before+v)
+			}
+		}
+		return out, cobra.ShellCompDirectiveNoFileComp | cobra.ShellCompDirectiveNoSpace
 	}
 }
 

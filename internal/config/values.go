@@ -15,8 +15,8 @@ import (
 
 // The readers of single values. Their errors begin with the value; the caller puts the place in front.
 
-// modes are the names of the encapsulations, in the default order of preference.
-var modes = []string{"direct", "udp", "ipip", "vxlan"}
+// Modes are the names of the encapsulations.
+var Modes = []string{"direct", "udp", "ipip", "vxlan"}
 
 // reserved space can never be pods': what it is for is part of the error.
 var reserved = []struct {
@@ -250,8 +250,8 @@ func showMAC(mac [6]byte) string {
 func parsePaths(v []string) ([]string, error) {
 	var out []string
 	for _, s := range v {
-		if !slices.Contains(modes, s) {
-			return nil, fmt.Errorf("%q: want some of %s, in order of preference", s, strings.Join(modes, ", "))
+		if !slices.Contains(Modes, s) {
+			return nil, fmt.Errorf("%q: want some of %s, in order of preference", s, strings.Join(Modes, ", "))
 		}
 		if slices.Contains(out, s) {
 			return nil, fmt.Errorf("%q: named twice", s)
@@ -259,7 +259,7 @@ func parsePaths(v []string) ([]string, error) {
 		out = append(out, s)
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("is empty: want some of %s, in order of preference", strings.Join(modes, ", "))
+		return nil, fmt.Errorf("is empty: want some of %s, in order of preference", strings.Join(Modes, ", "))
 	}
 	return out, nil
 }

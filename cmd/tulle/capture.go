@@ -40,8 +40,8 @@ func captureCommand() *cobra.Command {
 		Long: "Show packets as the data path handles them, one line each, until Ctrl-C; then how many were captured and missed. Without\n" +
 			"other flags it shows the packets that are dropped, with the reason; with --all also those that pass, before and after\n" +
 			"encapsulation.\n\n" +
-			"What the source checks of pods drop (pod_source, pod_neighbour, pod_dhcp and pod_protocol in tulle status) is not shown: the kernel\n" +
-			"drops it before the data path. tulle pod list counts it for each pod.\n\n" +
+			"What the source checks of pods count (pod_source, pod_neighbour, pod_dhcp, pod_protocol and pod_multicast in tulle status) is not\n" +
+			"shown: the kernel drops it before the data path. tulle pod list counts it for each pod.\n\n" +
 			"The points where a packet is seen:\n" +
 			"  from-pods  read from tun0, before encapsulation\n" +
 			"  to-peer    encapsulated, handed to the underlay\n" +

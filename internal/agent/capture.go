@@ -123,7 +123,7 @@ func (s *session) captureFilter(req api.CaptureRequest) (capture.Filter, error) 
 		switch r {
 		case encap.DropSocketOverflow.String():
 			return f, api.Errorf(api.CodeUsage, "reason %q: the kernel drops these packets before the agent sees them, so no capture has them", r).WithRemedy("`tulle status` counts them")
-		case podnet.DropSource, podnet.DropNeighbour, podnet.DropDHCP, podnet.DropProtocol:
+		case podnet.DropSource, podnet.DropNeighbour, podnet.DropDHCP, podnet.DropProtocol, podnet.DropMulticast:
 			return f, api.Errorf(api.CodeUsage, "reason %q: the kernel drops these packets at the pod's link, so no capture has them", r).
 				WithRemedy("`tulle pod list` counts them for each pod, and tcpdump in the pod shows them")
 		}

@@ -11,7 +11,7 @@ import (
 func TestCaptureReasons(t *testing.T) {
 	for reason, want := range map[string]string{
 		"send_error": "", "tun_write": "",
-		"pod_source": "the kernel drops these packets at the pod's link", "pod_neighbour": "tulle pod list", "pod_dhcp": "tulle pod list", "pod_protocol": "tulle pod list",
+		"pod_source": "the kernel drops these packets at the pod's link", "pod_neighbour": "tulle pod list", "pod_dhcp": "tulle pod list", "pod_protocol": "tulle pod list", "pod_multicast": "tulle pod list",
 		"socket_overflow": "tulle status",
 		"nonsense":        `reason "nonsense": want some of not_member, `,
 	} {

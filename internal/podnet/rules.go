@@ -16,9 +16,10 @@ const (
 	DropNeighbour = "pod_neighbour" // ARP or neighbour discovery that speaks for another address
 	DropDHCP      = "pod_dhcp"      // an answer to a DHCP client
 	DropProtocol  = "pod_protocol"  // neither IPv4, IPv6 nor ARP
+	DropMulticast = "pod_multicast" // multicast or broadcast of a pod with a link of its own: it reaches no other pod
 )
 
-var reasons = []string{DropSource, DropNeighbour, DropDHCP, DropProtocol}
+var reasons = []string{DropSource, DropNeighbour, DropDHCP, DropProtocol, DropMulticast}
 
 // rule is one rule of a pod's chain. Its text, which is its comment, has all that it depends on: equal texts are equal rules.
 type rule struct {
@@ -31,12 +32,13 @@ func (r *rule) comment() []byte { return userdata.AppendString(nil, userdata.Typ
 // Offsets of the fields that are looked at, in bytes, and their values. IPv4: RFC 791; IPv6: RFC 8200; ARP: RFC 826 with
 // Ethernet and IPv4 addresses; neighbour discovery: RFC 4861 §4.3, §4.4.
 const (
-	etherSource                          = 6
-	ip4Source, ip6Source, ip6Destination = 12, 8, 24
-	arpFormat, arpOperation              = 0, 6 // htype, ptype, hlen, plen; then the operation
-	arpSenderMAC, arpSender, arpTarget   = 8, 14, 24
-	icmp6Type, ndTarget                  = 0, 8
-	udpDestination                       = 2
+	etherSource                        = 6
+	ip4Source, ip4Destination          = 12, 16
+	ip6Source, ip6Destination          = 8, 24
+	arpFormat, arpOperation            = 0, 6 // htype, ptype, hlen, plen; then the operation
+	arpSenderMAC, arpSender, arpTarget = 8, 14, 24
+	icmp6Type, ndTarget                = 0, 8
+	udpDestination                     = 2
 
 	routerAdvertisement    = 134
 	neighbourSolicitation  = 135
@@ -66,7 +68,7 @@ func transport(offset uint32, value ...byte) match {
 	return field(expr.PayloadBaseTransportHeader, offset, expr.CmpOpEq, value...)
 }
 
-// inside matches an IPv6 address in a prefix of 8 or 10 bits.
+// inside matches an address in a prefix of up to 16 bits.
 func inside(base expr.PayloadBase, offset uint32, value, mask [2]byte) match {
 	return match{
 		&expr.Payload{DestRegister: 1, Base: base, Offset: offset, Len: 2},
@@ -109,6 +111,25 @@ func drop(reason string) match {
 	return match{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: reason}, &expr.Counter{}, &expr.Verdict{Kind: expr.VerdictDrop}}
 }
 
+// count counts like drop, and leaves it to the host's kernel, which forwards no such packet unless somebody makes it.
+func count(reason string) match {
+	return match{&expr.Objref{Type: unix.NFT_OBJECT_COUNTER, Name: reason}, &expr.Counter{}}
+}
+
+// notOf matches all protocols but one.
+func notOf(proto byte) match {
+	return match{&expr.Meta{Key: expr.MetaKeyL4PROTO, Register: 1}, &expr.Cmp{Op: expr.CmpOpNeq, Register: 1, Data: []byte{proto}}}
+}
+
+// Multicast and broadcast, but for what kernels say by themselves about groups (IGMP, and MLD of ICMPv6) and in neighbour discovery.
+var (
+	multicast4 = slices.Concat(inside(expr.PayloadBaseNetworkHeader, ip4Destination, [2]byte{0xe0, 0}, [2]byte{0xf0, 0}), notOf(unix.IPPROTO_IGMP))
+	broadcast4 = network(ip4Destination, 255, 255, 255, 255)
+	multicast6 = slices.Concat(anyMulticast6, notOf(unix.IPPROTO_ICMPV6))
+
+	anyMulticast6 = inside(expr.PayloadBaseNetworkHeader, ip6Destination, [2]byte{0xff, 0}, [2]byte{0xff, 0})
+)
+
 var silently = match{&expr.Verdict{Kind: expr.VerdictDrop}}
 
 // podRules are what a pod may send.
@@ -124,7 +145,7 @@ func podRules(a *Attachment) []rule {
 		if addr.Is4() {
 			r.own4(addr, a)
 		} else {
-			r.own6(addr)
+			r.own6(addr, a)
 		}
 	}
 	r.linkLocal6(a)
@@ -132,16 +153,16 @@ func podRules(a *Attachment) []rule {
 		r.add("foreign neighbour discovery", isIP6, icmp6(kind), drop(DropNeighbour))
 	}
 	// What every kernel says when an interface comes up: duplicate address detection, router solicitations, MLD reports.
-	multicast := inside(expr.PayloadBaseNetworkHeader, ip6Destination, [2]byte{0xff, 0}, [2]byte{0xff, 0})
 	if a.Bridge == "" {
-		r.add("link-local multicast", fromLinkLocal, multicast, silently)
+		r.add("multicast of a program", fromLinkLocal, multicast6, drop(DropMulticast))
+		r.add("link-local multicast", fromLinkLocal, anyMulticast6, silently)
 	} else {
 		own := linkLocalOf(a.MAC)
 		from := slices.Concat(isIP6, network(ip6Source, own.AsSlice()...))
 		r.add("from "+own.String()+" to the host", from, field(expr.PayloadBaseLLHeader, 0, expr.CmpOpEq, HostMAC...), drop(DropSource))
 		r.add("from "+own.String(), from, accept)
 	}
-	r.add("multicast without a source", isIP6, network(ip6Source, make([]byte, 16)...), multicast, silently)
+	r.add("multicast without a source", isIP6, network(ip6Source, make([]byte, 16)...), anyMulticast6, silently)
 	r.add("foreign source", isIP4, drop(DropSource))
 	r.add("foreign source", isIP6, drop(DropSource))
 	r.add("foreign arp", isARP, drop(DropNeighbour))
@@ -161,6 +182,10 @@ var (
 // own4 is what a pod may say as one of its IPv4 addresses. Behind a bridge it may ask for its neighbours, too.
 func (r *rules) own4(a netip.Addr, pod *Attachment) {
 	own := a.AsSlice()
+	if pod.Bridge == "" {
+		r.add("multicast from "+a.String(), isIP4, network(ip4Source, own...), multicast4, count(DropMulticast))
+		r.add("broadcast from "+a.String(), isIP4, network(ip4Source, own...), broadcast4, count(DropMulticast))
+	}
 	r.add("from "+a.String(), isIP4, network(ip4Source, own...), accept)
 	from := slices.Concat(isARP, network(arpFormat, arpEthernetIPv4...), network(arpSender, own...))
 	if pod.Bridge != "" {
@@ -176,12 +201,15 @@ func (r *rules) own4(a netip.Addr, pod *Attachment) {
 }
 
 // own6 is what a pod may say as one of its IPv6 addresses.
-func (r *rules) own6(a netip.Addr) {
+func (r *rules) own6(a netip.Addr, pod *Attachment) {
 	own := a.AsSlice()
 	from := slices.Concat(isIP6, network(ip6Source, own...))
 	r.add("advertisement of "+a.String(), from, icmp6(neighbourAdvertisement), transport(ndTarget, own...), accept)
 	for _, kind := range []byte{routerAdvertisement, neighbourAdvertisement, redirect} {
 		r.add("foreign neighbour discovery from "+a.String(), from, icmp6(kind), drop(DropNeighbour))
+	}
+	if pod.Bridge == "" {
+		r.add("multicast from "+a.String(), from, multicast6, count(DropMulticast))
 	}
 	r.add("from "+a.String(), from, accept)
 }

@@ -225,6 +225,32 @@ func TestSpoof(t *testing.T) {
 	}
 }
 
+// Multicast and broadcast of a pod with a link of its own reach nobody, and are counted; what kernels say by themselves about groups is not.
+func TestMulticast(t *testing.T) {
+	w := newWorld(t)
+	s := newSentry(t, w)
+	all4, mdns4, mdns6, site6 := netip.MustParseAddr("255.255.255.255"), netip.MustParseAddr("224.0.0.251"), netip.MustParseAddr("ff02::fb"), netip.MustParseAddr("ff05::1")
+	local := netip.MustParseAddr("fe80::77")
+	igmp := udp4(alice[0], mdns4)
+	igmp[1].(*layers.IPv4).Protocol = layers.IPProtocolIGMP
+	for _, quiet := range [][]gopacket.SerializableLayer{igmp, nd(143, local, mdns6, mdns6, true), udp4(alice[0], bob[0]), udp6(alice[1], bob[1])} {
+		s.inject(quiet...)
+	}
+	loud := [][]gopacket.SerializableLayer{udp4(alice[0], all4), udp4(alice[0], mdns4), udp6(alice[1], site6), udp6(alice[1], mdns6), udp6(local, mdns6)}
+	for _, l := range loud {
+		s.inject(l...)
+	}
+	d := s.drops()
+	for end := time.Now().Add(patience); time.Now().Before(end) && d[DropMulticast] < uint64(len(loud)); d = s.drops() {
+		time.Sleep(time.Millisecond)
+	}
+	for reason, n := range d {
+		if want := map[string]int{DropMulticast: len(loud)}[reason]; int(n) != want {
+			t.Errorf("%s: %d, want %d", reason, n, want)
+		}
+	}
+}
+
 // The checks are there before the pod's link is: its first packet meets them. And a pod with one family has no other.
 func TestSpoofOneFamily(t *testing.T) {
 	w := newWorld(t)

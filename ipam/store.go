@@ -45,6 +45,7 @@ var (
 	ErrNewer   = errors.New("written by a newer version")
 	ErrLocked  = errors.New("in use by another process")
 	errStale   = errors.New("not loaded by this store")
+	errMoved   = errors.New("it is not the directory that the agent has opened, which was moved, removed or mounted over")
 )
 
 // A StoreError names the file, the operation, the reason and the remedy.
@@ -98,7 +99,8 @@ func OpenStore(dir, stamp string) (*Store, error) {
 		return nil, s.fail("open", "", err)
 	}
 	s.root = root
-	if s.lock, err = root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600); err != nil {
+	// Not for writing: a node with a state starts from a file system that is mounted read-only, too.
+	if s.lock, err = root.OpenFile(lockFile, os.O_RDONLY|os.O_CREATE, 0o600); err != nil {
 		root.Close()
 		return nil, s.fail("open", lockFile, err)
 	}
@@ -211,6 +213,22 @@ func (s *Store) Save(st *State) error {
 	return nil
 }
 
+// Check reports why the next save would fail, or would be where the next start does not look: the directory is read-only, or it was
+// moved or removed. It writes nothing.
+func (s *Store) Check() error {
+	opened, err := s.root.Stat(".")
+	if err != nil {
+		return s.fail("write", "", err)
+	}
+	if there, err := os.Stat(s.dir); err != nil || !os.SameFile(opened, there) {
+		return s.fail("write", "", errMoved)
+	}
+	if err := syscall.Access(s.dir, 2); err != nil { // W_OK
+		return s.fail("write", "", err)
+	}
+	return nil
+}
+
 func (s *Store) replace(b []byte) error {
 	f, err := s.root.OpenFile(stateTemp, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
@@ -288,6 +306,8 @@ func (s *Store) fail(op, name string, err error) error {
 		remedy = "another agent uses this directory: stop it, or give this one another --state-dir"
 	case errors.Is(err, errStale):
 		remedy = "the file there could not be read; see the error at start"
+	case errors.Is(err, errMoved):
+		remedy = fmt.Sprintf("put %s back: at the next start a node without its state joins as a new one", s.dir)
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		remedy = fmt.Sprintf("free some space on the file system of %s; the state before is intact", s.dir)
 	case errors.Is(err, syscall.EROFS):

@@ -285,7 +285,6 @@ func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
 		t.Fatalf("the failed attempt has left the disk full: %v", err)
 	}
 	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
-		// The lock file is open for writing: a read-only bind does the same.
 		t.Skipf("remount: %v", err)
 	}
 	if err = s.Save(aState(1)); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
@@ -305,6 +304,79 @@ func TestStoreReadOnlyAtStart(t *testing.T) {
 	if _, err := OpenStore(dir, ""); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
 		t.Fatalf("%v", err)
 	}
+}
+
+// TestStoreReadOnlyWithAState: a node that has a state starts from a disk that is read-only, and says that it cannot save.
+func TestStoreReadOnlyWithAState(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root to mount a tmpfs")
+	}
+	dir := t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+		t.Skipf("mount: %v", err)
+	}
+	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	remount := func(flags uintptr) {
+		t.Helper()
+		if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|flags, ""); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := open(t, dir, "")
+	s.Load()
+	want := aState(3)
+	if err := errors.Join(s.Save(want), s.Check(), s.Close()); err != nil {
+		t.Fatal(err)
+	}
+	remount(syscall.MS_RDONLY)
+	s = open(t, dir, "")
+	defer s.Close()
+	if got, err := s.Load(); err != nil || !reflect.DeepEqual(got, want) {
+		t.Fatalf("read-only: %v", err)
+	}
+	if _, err := OpenStore(dir, ""); !errors.Is(err, ErrLocked) {
+		t.Errorf("a second one: %v", err)
+	}
+	for what, err := range map[string]error{"look": s.Check(), "save": s.Save(aState(4))} {
+		if !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	remount(0)
+	if err := errors.Join(s.Check(), s.Save(aState(4))); err != nil {
+		t.Errorf("writable again: %v", err)
+	}
+}
+
+// TestStoreMoved: the next start does not look where this one saves.
+func TestStoreMoved(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "state")
+	s := open(t, dir, "")
+	defer s.Close()
+	moved := func(when string) {
+		t.Helper()
+		if err := s.Check(); !errors.Is(err, errMoved) || !strings.Contains(err.Error(), "put "+dir+" back") {
+			t.Errorf("%s: %v", when, err)
+		}
+	}
+	if err := os.Rename(dir, dir+".old"); err != nil {
+		t.Fatal(err)
+	}
+	moved("moved")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	moved("another one there")
+	if err := errors.Join(os.Remove(dir), os.Symlink(dir+".old", dir)); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Check(); err != nil {
+		t.Errorf("there again, by a symbolic link: %v", err)
+	}
+	if err := errors.Join(os.Remove(dir), os.RemoveAll(dir+".old")); err != nil {
+		t.Fatal(err)
+	}
+	moved("removed")
 }
 
 // TestStoreStamp: only the last save of this boot is fresh, and only for a while after the agent was last alive.

@@ -13,6 +13,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
@@ -33,6 +34,10 @@ func (s *session) problems(v *view) []api.Problem {
 	var out []api.Problem
 	for _, p := range v.status.Problems {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Check: checkOf[p.Topic]})
+	}
+	if err := s.store.Check(); err != nil && !slices.ContainsFunc(v.status.Problems, func(p ownership.Problem) bool { return p.Topic == "save" }) {
+		out = append(out, api.Problem{What: "the state cannot be saved: " + err.Error(),
+			Remedy: "pods and packets go on; no pod gets an address, and no space is given, until it can be", Check: api.CheckState})
 	}
 	for _, p := range s.gossip.Problems() {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Since: p.Since, Check: checkOf[p.Topic]})

@@ -201,6 +201,8 @@ func answer[Resp any](s *Server, w http.ResponseWriter, r *http.Request, call fu
 		s.log.Debug("request done", "method", r.Method, "path", r.URL.Path)
 	}
 	fillSlices(reflect.ValueOf(&resp).Elem())
+	now := time.Now()
+	onWallClock(reflect.ValueOf(&resp).Elem(), now, now.Round(0))
 	write(w, http.StatusOK, resp)
 }
 
@@ -251,6 +253,34 @@ func fillSlices(v reflect.Value) {
 		for i := range v.NumField() {
 			if v.Type().Field(i).IsExported() {
 				fillSlices(v.Field(i))
+			}
+		}
+	}
+}
+
+// onWallClock replaces times of this process by what the wall clock would have said if it had always gone as it does now. It may have been set since
+// (a host boots with a wrong clock, and NTP corrects it later), and who reads them compares them with the clock of now. Times without a
+// reading of the monotonic clock, such as those from files, stay. wall is what the wall clock says at now.
+func onWallClock(v reflect.Value, now, wall time.Time) {
+	switch v.Kind() {
+	case reflect.Pointer:
+		if !v.IsNil() {
+			onWallClock(v.Elem(), now, wall)
+		}
+	case reflect.Slice:
+		for i := range v.Len() {
+			onWallClock(v.Index(i), now, wall)
+		}
+	case reflect.Struct:
+		if t, ok := v.Interface().(time.Time); ok {
+			if t != t.Round(0) { // it has a reading of the monotonic clock
+				v.Set(reflect.ValueOf(wall.Add(-now.Sub(t))))
+			}
+			return
+		}
+		for i := range v.NumField() {
+			if v.Type().Field(i).IsExported() {
+				onWallClock(v.Field(i), now, wall)
 			}
 		}
 	}

@@ -315,6 +315,27 @@ func TestNoNulls(t *testing.T) {
 	}
 }
 
+// TestWallClockWasSet: since has the clock of now, whatever the clock said at the time.
+func TestWallClockWasSet(t *testing.T) {
+	now := time.Now()
+	minute := now.Add(-time.Minute) // a minute by the monotonic clock
+	saved := time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)
+	for _, set := range []time.Duration{-1000 * time.Hour, 0, 1000 * time.Hour} {
+		is := now.Round(0).Add(set)
+		s := Status{Started: minute, Peers: []Peer{{Since: minute, Candidates: []Candidate{{Path: Path{Since: minute}}}}, {Since: saved}}}
+		onWallClock(reflect.ValueOf(&s).Elem(), now, is)
+		want := is.Add(-time.Minute)
+		for i, got := range []time.Time{s.Started, s.Peers[0].Since, s.Peers[0].Candidates[0].Since} {
+			if !got.Equal(want) {
+				t.Errorf("clock set by %v, time %d: %v, want %v", set, i, got, want)
+			}
+		}
+		if !s.Peers[1].Since.Equal(saved) || !s.Cluster.Since.IsZero() {
+			t.Errorf("clock set by %v: %v and %v have changed", set, s.Peers[1].Since, s.Cluster.Since)
+		}
+	}
+}
+
 func TestErrors(t *testing.T) {
 	e := new(echo)
 	c := start(t, e)

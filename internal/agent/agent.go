@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
@@ -120,7 +122,18 @@ func Run(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 	if err == nil && !errors.Is(context.Cause(ctx), context.Canceled) {
 		err = context.Cause(ctx)
 	}
-	return err
+	return nameFileLimit(err)
+}
+
+// nameFileLimit adds to the kernel's answer that no more files may be open how many may be, and what to do. Go raises the soft limit to the
+// hard one by itself.
+func nameFileLimit(err error) error {
+	var limit unix.Rlimit
+	if !errors.Is(err, unix.EMFILE) || unix.Getrlimit(unix.RLIMIT_NOFILE, &limit) != nil {
+		return err
+	}
+	return &api.Error{Code: api.CodeFailed, Message: fmt.Sprintf("%v: this process may have %d open", err, limit.Cur),
+		Remedy: "set LimitNOFILE=1024 or more in its unit (ulimit -Hn in a shell)"}
 }
 
 // unpublish takes the network of an earlier run away from container engines that have no pods here.

@@ -168,6 +168,12 @@ func TestErrors(t *testing.T) {
 			},
 		},
 		{
+			name: "few files", code: 1, want: []string{"too many open files", "may have 40 open", "LimitNOFILE"},
+			start: func(program string, args []string) *exec.Cmd {
+				return exec.Command("prlimit", append([]string{"--nofile=40:40", program}, args...)...)
+			},
+		},
+		{
 			name: "no root", code: 1, want: []string{"CAP_NET_ADMIN", "CAP_NET_RAW", "uid 65534", "root", "systemctl start tulle"},
 			start: func(program string, args []string) *exec.Cmd {
 				cmd := exec.Command(program, args...)

@@ -274,7 +274,8 @@ func onWallClock(v reflect.Value, now, wall time.Time) {
 	case reflect.Struct:
 		if t, ok := v.Interface().(time.Time); ok {
 			if t != t.Round(0) { // it has a reading of the monotonic clock
-				v.Set(reflect.ValueOf(wall.Add(-now.Sub(t))))
+				set := wall.Sub(t.Round(0)) - now.Sub(t)
+				v.Set(reflect.ValueOf(t.Round(0).Add(set.Round(time.Second)))) // the same one in each answer: the two clocks are not read at once
 			}
 			return
 		}

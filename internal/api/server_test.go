@@ -330,6 +330,11 @@ func TestWallClockWasSet(t *testing.T) {
 				t.Errorf("clock set by %v, time %d: %v, want %v", set, i, got, want)
 			}
 		}
+		later := Status{Started: minute}
+		onWallClock(reflect.ValueOf(&later).Elem(), now.Add(time.Hour), is.Add(time.Hour+time.Millisecond))
+		if !later.Started.Equal(s.Started) {
+			t.Errorf("clock set by %v: an hour later the agent has started at %v, want %v as before", set, later.Started, s.Started)
+		}
 		if !s.Peers[1].Since.Equal(saved) || !s.Cluster.Since.IsZero() {
 			t.Errorf("clock set by %v: %v and %v have changed", set, s.Peers[1].Since, s.Cluster.Since)
 		}

@@ -24,6 +24,7 @@ import (
 	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/seed"
+	"github.com/tulle-net/tulle/tunnel/device"
 	"github.com/tulle-net/tulle/tunnel/fastpath"
 )
 
@@ -151,7 +152,19 @@ func (a *agent) unpublish(ctx context.Context) error {
 
 // sessions runs one session after the other, until ctx is done or one fails.
 func (a *agent) sessions(ctx context.Context) error {
-	for short := 0; ; { // counts sessions in a row that ended soon: of an address that comes and goes
+	short := 0 // counts sessions in a row that ended soon: of an address that comes and goes, a device that is removed again and again
+	pause := func(s *session) {
+		if time.Since(s.started) > underlayRetry {
+			short = 0
+			return
+		}
+		short = min(short+1, 5)
+		select {
+		case <-ctx.Done():
+		case <-time.After(underlayRetry / 8 << short): // 0.5 to 8 s
+		}
+	}
+	for {
 		a.starting.beat()
 		s, err := a.start(ctx)
 		if ctx.Err() != nil && err != nil {
@@ -169,7 +182,7 @@ func (a *agent) sessions(ctx context.Context) error {
 		change, moves := errors.AsType[*underlayChange](err)
 		renamed, renames := errors.AsType[*nameChange](err)
 		switch {
-		case ctx.Err() != nil && (moves || renames || err == nil):
+		case ctx.Err() != nil && (moves || renames || err == nil || errors.Is(err, device.ErrGone)):
 			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
 			return nil
 		case renames:
@@ -191,15 +204,14 @@ func (a *agent) sessions(ctx context.Context) error {
 				a.log.Warn("fast path", "error", err)
 			}
 			a.wait(api.Problem{What: err.Error(), Remedy: "wait a moment: the agent starts again"})
-			if time.Since(s.started) > underlayRetry {
-				short = 0
-				break
-			}
-			short = min(short+1, 5)
-			select {
-			case <-ctx.Done():
-			case <-time.After(underlayRetry / 8 << short): // 0.5 to 8 s
-			}
+			pause(s)
+		case errors.Is(err, device.ErrGone):
+			a.log.Warn("the TUN device was removed, starting again", "tun", a.cfg.Tun)
+			a.carried = s.fast.total
+			a.release(s.tunName())
+			a.release(s.socketsName())
+			a.wait(api.Problem{What: "the TUN device " + a.cfg.Tun + " was removed", Remedy: "wait a moment: the agent starts again, and makes it anew"})
+			pause(s)
 		default:
 			return err
 		}

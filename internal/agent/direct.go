@@ -42,7 +42,11 @@ func (s *session) openDirect() (err error) {
 	probed := func(peer string, m encap.Mode, payload []byte, size int) {
 		s.probes.received(peer, m, m == encap.Direct6, payload, size)
 	}
-	s.direct, s.noDirect = direct.Open(direct.Config{Name: hostnet.DirectDevice, Alias: "direct probes of tulle", Probed: probed})
+	reopened := func() {
+		s.log.Warn("somebody has removed the device for probes of direct paths, it is there again", "device", hostnet.DirectDevice)
+		signal(s.disturbed) // for its routes
+	}
+	s.direct, s.noDirect = direct.Open(direct.Config{Name: hostnet.DirectDevice, Alias: "direct probes of tulle", Probed: probed, Reopened: reopened})
 	if s.noDirect != nil {
 		s.log.Warn("direct paths are off, the encapsulations work", "reason", s.noDirect)
 	}

@@ -24,6 +24,33 @@ func dump[T any](what string, list func() (T, error)) (T, error) {
 	return v, nil
 }
 
+// tunLink finds the TUN device. One that was renamed since the last Reconcile gets its name back.
+func (r *Reconciler) tunLink(name string, rep *Report) (netlink.Link, error) {
+	link, err := r.rt.LinkByName(name)
+	if _, missing := errors.AsType[netlink.LinkNotFoundError](err); !missing {
+		return link, err
+	}
+	r.wantMu.Lock()
+	index := r.want.index
+	r.wantMu.Unlock()
+	renamed, _ := r.rt.LinkByIndex(index)
+	if tun, ok := renamed.(*netlink.Tuntap); !ok || tun.Alias != Alias {
+		return nil, err
+	}
+	old := renamed.Attrs().Name
+	err = r.rt.LinkSetName(renamed, name)
+	if errors.Is(err, unix.EBUSY) { // a kernel before 6.2 renames no device that is up
+		if err = r.rt.LinkSetDown(renamed); err == nil {
+			err = r.rt.LinkSetName(renamed, name)
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("it was renamed to %s, and does not get its name back: %w", old, err)
+	}
+	rep.Repaired = append(rep.Repaired, fmt.Sprintf("device %s (was: %s)", name, old))
+	return r.rt.LinkByName(name)
+}
+
 // reconcileMTU gives the TUN device its MTU.
 func (p *pass) reconcileMTU(link netlink.Link) error {
 	if p.s.MTU == 0 {

@@ -107,7 +107,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 
-	link, err := r.rt.LinkByName(s.Tun)
+	link, err := r.tunLink(s.Tun, &rep)
 	if err != nil {
 		return rep, fmt.Errorf("hostnet: TUN device %s: %w", s.Tun, err)
 	}

@@ -46,16 +46,19 @@ type Config struct {
 	// Probed is called for each probe of a peer, on the goroutine of Run: it must not
 	// block, and payload is valid only during the call. size is the packet's, in bytes.
 	Probed func(peer string, mode encap.Mode, payload []byte, size int)
+	// Reopened, if not nil, is called when somebody has removed the device and Run has made it again: without routes, which
+	// whoever made them has to make again, too.
+	Reopened func()
 }
 
 // Prober sends and receives probes.
 type Prober struct {
 	cfg      Config
-	dev      *device.Device
 	stopping atomic.Bool
 	closing  sync.Once
 
-	mu    sync.Mutex // guards what follows, and writing
+	mu    sync.Mutex     // guards what follows, and writing
+	dev   *device.Device // another one only in Run, which reads it without mu
 	local Peer
 	peers map[string]Peer
 	ids   map[netip.Addr]string // by a peer's tun address
@@ -76,11 +79,15 @@ const deviceMTU = 65535
 
 // Open makes the device, which is gone when the process ends.
 func Open(cfg Config) (*Prober, error) {
-	dev, err := device.Open(device.Options{Name: cfg.Name, Alias: cfg.Alias, MTU: deviceMTU, Remedy: "give that one another name, and restart the agent"})
+	dev, err := openDevice(cfg)
 	if err != nil {
 		return nil, err
 	}
 	return &Prober{cfg: cfg, dev: dev}, nil
+}
+
+func openDevice(cfg Config) (*device.Device, error) {
+	return device.Open(device.Options{Name: cfg.Name, Alias: cfg.Alias, MTU: deviceMTU, Remedy: "give that one another name, and restart the agent"})
 }
 
 // Device is the device's name.
@@ -146,11 +153,35 @@ func (p *Prober) port(now time.Time) uint16 {
 	return p.source
 }
 
-// Run receives probes until ctx is done.
+// Run receives probes until ctx is done. It makes the device again if somebody removes it.
 func (p *Prober) Run(ctx context.Context) error {
 	defer p.stopping.Store(true)
-	if err := p.dev.Queues()[0].Receive(ctx, make([]byte, device.VnetHdrLen+device.MaxPacket), p.packet); err != nil {
-		return fmt.Errorf("direct probes: %w", err)
+	buf := make([]byte, device.VnetHdrLen+device.MaxPacket)
+	for {
+		err := p.dev.Queues()[0].Receive(ctx, buf, p.packet)
+		if errors.Is(err, device.ErrGone) {
+			err = p.reopen()
+		} else if err == nil {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("direct probes: %w", err)
+		}
+	}
+}
+
+// reopen makes the device again.
+func (p *Prober) reopen() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	dev, err := openDevice(p.cfg)
+	if err != nil {
+		return fmt.Errorf("%s was removed: %w", p.cfg.Name, err)
+	}
+	_ = p.dev.Close() // of a device that is not there
+	p.dev = dev
+	if p.cfg.Reopened != nil {
+		p.cfg.Reopened()
 	}
 	return nil
 }

@@ -321,7 +321,10 @@ func (s *session) underlayProblems() []api.Problem {
 		return nil
 	}
 	var out []api.Problem
-	if len(k.Lost) > 0 {
+	if k.VRF != "" {
+		out = append(out, api.Problem{What: fmt.Sprintf("underlay address %s is in the VRF %s, from where the agent's sockets and the pods' routes cannot use it", listed(k.Lost), k.VRF),
+			Remedy: fmt.Sprintf("take %s out of the VRF; after %v another address takes over from which a route leads to the members or seeds, if there is one", k.Iface, lostPatience)})
+	} else if len(k.Lost) > 0 {
 		out = append(out, api.Problem{What: fmt.Sprintf("this host has lost its underlay address %s", listed(k.Lost)),
 			Remedy: fmt.Sprintf("give it back to an interface; after %v another address of %s, or of the bridge or bond of which it has become a part, takes over, or one from which a route leads to the members or seeds, if there is one", lostPatience, k.Iface)})
 	}

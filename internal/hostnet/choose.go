@@ -59,6 +59,10 @@ func DetectUnderlay(s Sought) (Underlay, error) {
 	if err != nil {
 		return Underlay{}, err
 	}
+	return d.detect(s)
+}
+
+func (d *detector) detect(s Sought) (Underlay, error) {
 	d.pods = func(h netlink.Addr) bool {
 		return s.Tun != "" && d.name(h.LinkIndex) == s.Tun || slices.ContainsFunc(s.Pods, func(p netip.Prefix) bool { return p.Contains(addrOf(h.IP)) })
 	}
@@ -185,6 +189,9 @@ func (d *detector) noRoute(seeds [][]netip.Addr) error {
 			}
 		}
 	}
+	if err := d.hidden(); err != nil {
+		errs = append(errs, err)
+	}
 	return line(errs)
 }
 
@@ -227,7 +234,7 @@ func (d *detector) listed(seeds [][]netip.Addr) (candidate, bool) {
 // inUse finds the first address that was in use before, and is there and usable.
 func (d *detector) inUse(s Sought) (candidate, bool) {
 	for _, a := range s.Last {
-		if h := d.holder(a); h != nil && h.Flags&unusable == 0 && refuse(a) == nil {
+		if h := d.holder(a); h != nil && h.Flags&unusable == 0 && refuse(a) == nil && d.vrf(h.LinkIndex) == "" {
 			return candidate{h.LinkIndex, a}, true
 		}
 	}
@@ -282,7 +289,7 @@ func (d *detector) part(device string, of int) bool {
 
 // leadsOut reports whether an IPv4 default route leaves by a device.
 func (d *detector) leadsOut(index int) bool {
-	routes, err := mainUnicast(true)
+	routes, err := wayOut(true)
 	return err == nil && slices.ContainsFunc(routes, func(rt netlink.Route) bool { return isDefault(&rt) && slices.Contains(hops(&rt), index) })
 }
 
@@ -326,6 +333,7 @@ type Kept struct {
 	Beside   []netip.Addr // other usable addresses of the device
 	Host     []netip.Addr // the addresses of all devices
 	Down     string       // why its device carries no packets; "" if it does
+	VRF      string       // the VRF that has a device with an address in Lost; "" if there is none
 }
 
 // KeptUnderlay checks whether the host still has the addresses of an underlay in use, by which the other hosts know it.
@@ -334,10 +342,17 @@ func KeptUnderlay(u Underlay) (Kept, error) {
 	if err != nil {
 		return Kept{}, err
 	}
+	return d.kept(u), nil
+}
+
+func (d *detector) kept(u Underlay) Kept {
 	k := Kept{Underlay: u}
 	for i, a := range u.Addrs {
 		h := d.holder(a)
-		if h == nil || h.Flags&unusable != 0 {
+		if h != nil && d.vrf(h.LinkIndex) != "" {
+			k.VRF = d.vrf(h.LinkIndex)
+			k.Lost = append(k.Lost, a)
+		} else if h == nil || h.Flags&unusable != 0 {
 			k.Lost = append(k.Lost, a)
 		} else if l := d.links[h.LinkIndex]; i == 0 && l != nil {
 			// Without a route the device and its MTU stay as they were.
@@ -360,5 +375,5 @@ func KeptUnderlay(u Underlay) (Kept, error) {
 	if len(u.Addrs) == 1 && len(k.Lost) == 0 && u.By != ByOperator {
 		k.More = d.first(k.Index, !u.Addrs[0].Is4(), netip.Addr{})
 	}
-	return k, nil
+	return k
 }

@@ -210,6 +210,11 @@ func TestSought(t *testing.T) {
 			sought: Sought{Interface: "eth0", Last: ips("10.0.2.11"), LastBy: ByGuess}, addrs: ips("10.0.2.11"), by: ByGuess},
 		{name: "a device by name, the seeds are elsewhere", sought: Sought{Interface: "eth1", Seeds: [][]netip.Addr{ips("10.0.1.12")}},
 			addrs: ips("192.0.2.11", "2001:db8:2::11"), by: ByGuess},
+		{name: "an IPv6 default route in a table to which a rule leads", setup: func(h *host) {
+			h.device("eth0", "2001:db8:1::11/64")
+			h.device("eth1", "2001:db8:2::11/64")
+			h.shell("ip -6 route add default via 2001:db8:2::1 table 200 && ip -6 rule add lookup 200")
+		}, addrs: ips("2001:db8:2::11"), by: ByGuess},
 		{name: "one address of two is not there", sought: Sought{Addresses: ips("10.0.1.11", "2001:db8:1::99")}, err: []string{"2001:db8:1::99"}, wait: true},
 		{name: "addresses, whatever the seeds", sought: Sought{Addresses: ips("192.0.2.11"), Seeds: [][]netip.Addr{ips("10.0.1.12")}, Unknown: "node-c"},
 			addrs: ips("192.0.2.11"), by: ByOperator},

@@ -161,6 +161,15 @@ func TestDetectUnderlayCorners(t *testing.T) {
 			addr add 2001:db8:9::1/128 dev up2 nodad
 			route add 2001:db8:9::2 dev up2
 			route add default via 2001:db8:1::6`},
+		{name: "a default route in a table to which a rule leads", iface: "up1", uplinks: "up1", mtu: 1450, addrs: ips("10.0.1.5", "2001:db8:1::5"), setup: two + `
+			route add default via 10.0.1.6 mtu 1450 table 200
+			rule add lookup 200`},
+		{name: "the same, and the address is on lo", iface: "lo", uplinks: "up1 up2", mtu: 1400, addrs: ips("10.255.0.1", "2001:db8:ff::1"), setup: bgp + `
+			route add default src 10.255.0.1 table 200 nexthop via 10.0.1.6 dev up1 nexthop via 10.0.2.6 dev up2
+			rule add lookup 200`},
+		{name: "a default route in a table for other packets", err: []string{"no default route applies to all packets", "up1 10.0.1.5", "up2 10.0.2.5"}, setup: two + `
+			route add default via 10.0.1.6 table 200
+			rule add fwmark 7 lookup 200`},
 		{name: "no default route, and the other device is down", iface: "up2", uplinks: "up2", mtu: 1400, addrs: ips("10.0.2.5", "2001:db8:2::5"), setup: two + `
 			link set up1 down`},
 	} {
@@ -204,6 +213,52 @@ func TestUplinksOfDummy(t *testing.T) {
 			return err
 		})
 	}
+}
+
+// No socket outside of a VRF gets an address inside. A bridge stands for the VRF, which CI's kernel lacks.
+func TestUnderlayInVRF(t *testing.T) {
+	h := newHost(t)
+	h.device("eth0", "10.0.1.11/24")
+	h.ip(`link add mgmt type bridge
+		link set mgmt up
+		link set eth0 master mgmt`)
+	look := func() (d *detector) {
+		h.do(func() (err error) {
+			d, err = newDetector()
+			return err
+		})
+		d.kinds[h.link("mgmt").Attrs().Index] = "vrf"
+		d.sift()
+		return d
+	}
+	text := []string{"10.0.1.11", "VRF mgmt", "take eth0 out", "ip link set eth0 nomaster"}
+	for _, s := range []Sought{{}, {Interface: "eth0"}, {Addresses: ips("10.0.1.11")}, {Last: ips("10.0.1.11"), LastBy: ByGuess}, {Seeds: [][]netip.Addr{ips("10.9.0.1")}}} {
+		h.do(func() error {
+			_, err := look().detect(s)
+			if s.Interface != "" {
+				wantError(t, err, "underlay device eth0", "VRF mgmt", "take eth0 out")
+			} else {
+				wantError(t, err, text...)
+			}
+			if !errors.Is(err, ErrNotYet) {
+				t.Errorf("%v is not waited for", err)
+			}
+			return nil
+		})
+	}
+	h.do(func() error {
+		if k := look().kept(Underlay{Iface: "eth0", Index: h.link("eth0").Attrs().Index, Addrs: ips("10.0.1.11")}); !slices.Equal(k.Lost, ips("10.0.1.11")) || k.VRF != "mgmt" {
+			t.Errorf("after the device was put into the VRF: %+v", k)
+		}
+		return nil
+	})
+	h.device("eth1", "10.0.2.11/24")
+	h.do(func() error {
+		if u, err := look().detect(Sought{}); err != nil || !slices.Equal(u.Addrs, ips("10.0.2.11")) {
+			t.Errorf("beside a device outside of the VRF: %v, %v", u.Addrs, err)
+		}
+		return nil
+	})
 }
 
 func (h *host) detect(want string, seeds []netip.Addr) (u Underlay, err error) {

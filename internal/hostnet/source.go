@@ -74,7 +74,7 @@ func (d *detector) sourceOf(rt *netlink.Route, v4 bool) (candidate, bool) {
 // the address that is on lo.
 func (d *detector) borrowed(index int) (candidate, bool) {
 	for _, v4 := range []bool{true, false} {
-		routes, err := mainUnicast(v4)
+		routes, err := wayOut(v4)
 		if err != nil {
 			continue
 		}

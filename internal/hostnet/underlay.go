@@ -78,13 +78,46 @@ func newDetector() (*detector, error) {
 	if err != nil {
 		return nil, err
 	}
+	d.sift()
+	return d, nil
+}
+
+// sift fills addrs.
+func (d *detector) sift() {
+	d.addrs = nil
 	for _, a := range d.all {
-		if refuse(addrOf(a.IP)) == nil && a.Flags&unusable == 0 && a.Scope < unix.RT_SCOPE_LINK {
+		if refuse(addrOf(a.IP)) == nil && a.Flags&unusable == 0 && a.Scope < unix.RT_SCOPE_LINK && d.vrf(a.LinkIndex) == "" {
 			d.addrs = append(d.addrs, a)
 		}
 	}
 	slices.SortStableFunc(d.addrs, func(a, b netlink.Addr) int { return d.rank(a) - d.rank(b) })
-	return d, nil
+}
+
+// vrf is the name of the VRF of which a device is a part, or which it is; "" if it is in none. The kernel lets no socket outside of a VRF have an address
+// inside (Documentation/networking/vrf.rst), and pods' routes are in the main table.
+func (d *detector) vrf(index int) string {
+	if l := d.links[index]; l != nil && d.kinds[index] != "vrf" {
+		index = l.MasterIndex
+	}
+	if d.kinds[index] != "vrf" {
+		return ""
+	}
+	return d.name(index)
+}
+
+// hidden is the error for the first address that is in a VRF; nil if there is none.
+func (d *detector) hidden() error {
+	for _, a := range d.all {
+		if v := d.vrf(a.LinkIndex); v != "" && refuse(addrOf(a.IP)) == nil {
+			return inVRF(fmt.Sprintf("the address %v on %s", addrOf(a.IP), d.name(a.LinkIndex)), d.name(a.LinkIndex), v)
+		}
+	}
+	return nil
+}
+
+// inVRF is the error for an address or a device in a VRF.
+func inVRF(what, device, vrf string) error {
+	return notYet{fmt.Errorf("%s is in the VRF %s, from where the agent's sockets and the pods' routes cannot use it: take %s out of the VRF (`ip link set %[3]s nomaster`), or %s", what, vrf, device, pick)}
 }
 
 // unusable are the flags of addresses that cannot be bound to.
@@ -178,6 +211,9 @@ func (d *detector) byAddr(addrs []netip.Addr) (Underlay, error) {
 		if h == nil {
 			return Underlay{}, notYet{fmt.Errorf("underlay address %v is on none of this host's devices (they have %s): %s", a, d.list(d.candidates()), pick)}
 		}
+		if v := d.vrf(h.LinkIndex); v != "" {
+			return Underlay{}, inVRF(fmt.Sprintf("underlay address %v on %s", a, d.name(h.LinkIndex)), d.name(h.LinkIndex), v)
+		}
 		if i > 0 {
 			continue
 		}
@@ -194,6 +230,9 @@ func (d *detector) byName(name string, s Sought) (Underlay, error) {
 	for index, l := range d.links {
 		if l.Name != name && !slices.Contains(l.AltNames, name) {
 			continue
+		}
+		if v := d.vrf(index); v != "" {
+			return Underlay{}, inVRF("underlay device "+name, l.Name, v)
 		}
 		// Of several addresses, the one that the kernel uses towards the seeds, or the one that was used last.
 		for _, c := range d.toward(s.Seeds) {
@@ -254,7 +293,7 @@ func (d *detector) stopgap(h *netlink.Addr, leaves int) bool {
 func (d *detector) byDefault() (Underlay, error) {
 	var found []candidate
 	for _, v4 := range []bool{true, false} {
-		routes, err := mainUnicast(v4)
+		routes, err := wayOut(v4)
 		if err != nil {
 			return Underlay{}, err
 		}
@@ -274,7 +313,7 @@ func (d *detector) byDefault() (Underlay, error) {
 	}
 	why, chosen := "the default route leads to more than one device", "the default route leads there"
 	if len(found) == 0 {
-		why, chosen = "there is no default route, and more than one device has an address", "no other device has an address"
+		why, chosen = "no default route applies to all packets, and more than one device has an address", "no other device has an address"
 		all := d.candidates()
 		found = slices.DeleteFunc(slices.Clone(all), func(c candidate) bool { return d.links[c.index].RawFlags&unix.IFF_RUNNING == 0 })
 		if len(found) == 0 && len(all) > 0 {
@@ -289,6 +328,9 @@ func (d *detector) byDefault() (Underlay, error) {
 		}
 	}
 	if len(found) == 0 {
+		if err := d.hidden(); err != nil {
+			return Underlay{}, err
+		}
 		return Underlay{}, notYet{fmt.Errorf("no device of this host has an address by which others could reach it: give it one, or %s", pick)}
 	}
 	u, err := d.only(found, why)

@@ -14,7 +14,7 @@ import (
 // address with a subnet of its own leaves by the device that has it. One of full length belongs to no link, above all
 // one on lo, as with BGP on the host: there the routes tell.
 func (d *detector) carried(u Underlay, c candidate) (Underlay, error) {
-	routes, err := mainUnicast(c.addr.Is4())
+	routes, err := wayOut(c.addr.Is4())
 	if err != nil {
 		return u, err
 	}
@@ -99,6 +99,30 @@ func fullLength(a netlink.Addr) bool {
 
 // mainUnicast lists the unicast routes of one family's main table that are not ours.
 func mainUnicast(v4 bool) ([]netlink.Route, error) { return unicast(v4, unix.RT_TABLE_MAIN) }
+
+// anywhere are addresses that no host has (RFC 5737, RFC 3849, RFC 9637): what leads there is the default route.
+var anywhere = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1"),
+	netip.MustParseAddr("3fff::1"), netip.MustParseAddr("2001:db8::1")}
+
+// wayOut is mainUnicast and, if the main table has no default route, those of the table to which the host's policy rules lead.
+func wayOut(v4 bool) ([]netlink.Route, error) {
+	routes, err := mainUnicast(v4)
+	if err != nil || slices.ContainsFunc(routes, func(rt netlink.Route) bool { return isDefault(&rt) }) {
+		return routes, err
+	}
+	for _, a := range anywhere {
+		if a.Is4() != v4 {
+			continue
+		}
+		way, err := netlink.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+		if err != nil || len(way) == 0 || way[0].Type != unix.RTN_UNICAST || !isDefault(&way[0]) {
+			continue // none, or a longer one
+		}
+		others, err := unicast(v4, way[0].Table)
+		return append(routes, slices.DeleteFunc(others, func(rt netlink.Route) bool { return !isDefault(&rt) })...), err
+	}
+	return routes, nil
+}
 
 // unicast lists those of one table, or of all (RT_TABLE_UNSPEC).
 func unicast(v4 bool, table int) ([]netlink.Route, error) {

@@ -302,7 +302,7 @@ func (s *session) memberView(now time.Time, m remembered, prefixes []netip.Prefi
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
 		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0, bench: m.Meta.Capabilities&membership.CapBench != 0,
-		fast: m.Meta.Capabilities&membership.CapFastPath != 0, otherKey: m.OtherKey,
+		fast: m.Meta.Capabilities&membership.CapFastPath != 0, otherKey: m.OtherKey || slices.ContainsFunc(m.Meta.Underlay, s.gossip.OtherKey),
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.chooseFamily(now, &p)

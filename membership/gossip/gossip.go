@@ -67,6 +67,7 @@ type Gossip struct {
 	known     map[netip.AddrPort]time.Time // addresses of members, and when they were last alive
 	guard     guardState
 	problems  problemSet
+	otherKeys map[netip.Addr]time.Time    // of hosts that this node called last, and that had another key: when that was
 	tries     map[netip.AddrPort]*attempt // of seeds' addresses, and of others while one is under way
 	lastDeath time.Time
 	pruned    time.Time
@@ -126,6 +127,7 @@ func New(cfg Config) (*Gossip, error) {
 		bind:         netip.AddrPortFrom(cfg.Bind.Unmap(), uint16(cfg.Port)),
 		peers:        map[membership.NodeID]*peer{},
 		known:        map[netip.AddrPort]time.Time{},
+		otherKeys:    map[netip.Addr]time.Time{},
 		tries:        map[netip.AddrPort]*attempt{},
 		slots:        make(chan struct{}, parallelAttempts),
 		missing:      make(chan missing, 1),

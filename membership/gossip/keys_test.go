@@ -58,6 +58,11 @@ func TestWrongAndMissingKeys(t *testing.T) {
 			t.Errorf("%s has members", n.name)
 		}
 	}
+	for n, to := range map[*node]*node{wrong: a, none: a, keyed: plain} {
+		if !n.OtherKey(to.addr) || n.OtherKey(n.addr) {
+			t.Errorf("%s: %s has another key: %v", n.name, to.name, n.OtherKey(to.addr))
+		}
+	}
 	if _, err := none.KeyList(t.Context()); err != ErrNoKeyring {
 		t.Errorf("key operation without a key: %v", err)
 	}

@@ -253,6 +253,28 @@ func (g *Gossip) otherKey(a netip.Addr) {
 	}
 }
 
+// called notes whether a host that was called has another key.
+func (g *Gossip) called(a netip.Addr, err error) {
+	other := err != nil && undecryptable(strings.ToLower(err.Error()))
+	if other {
+		g.otherKey(a)
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if delete(g.otherKeys, a); other {
+		g.otherKeys[a] = time.Now()
+	}
+}
+
+// OtherKey reports whether the host at that address had another key when this node called it last. An agent that starts with
+// another key than the members calls them, and none becomes a member in its sight.
+func (g *Gossip) OtherKey(a netip.Addr) bool {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	at, ok := g.otherKeys[a]
+	return ok && time.Since(at) < problemExpiry
+}
+
 // errorForPing is what memberlist says of a member that has answered a ping with an error (net.go: errMsg is 13).
 const errorForPing = "unexpected msgType (13)"
 

@@ -8,7 +8,6 @@ import (
 	"net"
 	"net/netip"
 	"slices"
-	"strings"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -176,9 +175,7 @@ func (g *Gossip) pushPull(addr netip.AddrPort) error {
 		return err
 	}
 	_, err = n.ml.Join([]string{addr.String()})
-	if err != nil && undecryptable(strings.ToLower(err.Error())) {
-		g.otherKey(addr.Addr())
-	}
+	g.called(addr.Addr(), err)
 	return err
 }
 

@@ -135,8 +135,38 @@ func TestKeyRotation(t *testing.T) {
 		}
 	}
 
-	// A restart reads the new key.
+	// A member that has missed the rotation blames no firewall.
 	agents["h2"].stop()
+	h2Key := filepath.Join(dir, "h2.key")
+	rotated, err := os.ReadFile(h2Key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, h2Key, keyA+"\n", 0o600)
+	agents["h2"].start(t, l, "h2")
+	until(t, "h2 names the keys", func() error {
+		st, err := status(t.Context(), l, "h2")
+		if err != nil {
+			return err
+		}
+		named := 0
+		for _, p := range st.Problems {
+			if strings.Contains(p.What, "is lost for gossip, as the two hosts have different gossip keys") {
+				named++
+			}
+			if strings.Contains(p.Remedy, "7946") {
+				return fmt.Errorf("%s: %s", p.What, p.Remedy)
+			}
+		}
+		if named != 2 {
+			return fmt.Errorf("problems: %+v", st.Problems)
+		}
+		return nil
+	})
+	agents["h2"].stop()
+	write(t, h2Key, string(rotated), 0o600)
+
+	// A restart reads the new key.
 	agents["h2"].start(t, l, "h2")
 	agents["h2"].ready(t)
 

@@ -21,6 +21,7 @@ import (
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/docker"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/internal/podnet"
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/seed"
@@ -183,7 +184,11 @@ func (a *agent) sessions(ctx context.Context) error {
 		renamed, renames := errors.AsType[*nameChange](err)
 		switch {
 		case ctx.Err() != nil && (moves || renames || err == nil || errors.Is(err, device.ErrGone)):
-			a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
+			if ran && s.ownership.Phase() == ownership.Left {
+				a.log.Info("stopped; this node has left the cluster")
+			} else {
+				a.log.Info("stopped; routes and pods stay, this node has not left the cluster")
+			}
 			return nil
 		case renames:
 			a.log.Warn("the host has another name, starting again", "old", s.cfg.NodeName, "new", renamed.to.NodeName)

@@ -134,6 +134,10 @@ func TestLeaveAndForget(t *testing.T) {
 	if err := l.StopAgent(t.Context(), "h4", syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
+	h4, _ := l.Host("h4")
+	if log, err := os.ReadFile(h4.Log); err != nil || !strings.Contains(string(log), "stopped; this node has left the cluster") || strings.Contains(string(log), "has not left") {
+		t.Errorf("the log of h4 (%v):\n%s", err, log[max(0, len(log)-2000):])
+	}
 	owned := func() (out map[string][]netip.Prefix) {
 		out = map[string][]netip.Prefix{}
 		for _, h := range rest {

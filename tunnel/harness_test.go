@@ -38,9 +38,11 @@ type testNode struct {
 	peers  []Peer // those of the last Update by the harness
 	probes chan probe
 	hints  chan hint
-	late   bool   // start gives it no tables
-	slow   bool   // its workers take their time to read the TUN
-	stop   func() // ends the engine and waits for it; may be called again
+	late   bool // start gives it no tables
+	slow   bool // its workers take their time to read the TUN
+
+	slowSockets bool   // its workers take their time to receive
+	stop        func() // ends the engine and waits for it; may be called again
 }
 
 type probe struct {
@@ -325,6 +327,11 @@ func (n *testNode) start(t testing.TB, l testLink, peer *testNode) {
 	if n.slow {
 		for _, w := range n.engine.tx {
 			w.queue = slowed{w.queue}
+		}
+	}
+	if n.slowSockets {
+		for _, w := range n.engine.rx {
+			w.sock = slowedSocket{w.sock}
 		}
 	}
 	withNetlink(t, n.ns, func(nl *sys.Netlink) error { return n.address(t, nl, l) })

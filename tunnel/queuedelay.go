@@ -11,7 +11,6 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 )
 
@@ -30,10 +29,10 @@ const (
 	markLost = time.Second
 )
 
-// queueDelay measures how long packets wait in a worker's queue, and decides when TCP has to slow down. Its worker owns it but for what
+// queueDelay measures how long packets wait in a worker's queue of the TUN. Its worker owns it but for what
 // other workers may use.
 type queueDelay struct {
-	codel
+	waiting
 	mark func(pkt []byte) error // puts a packet behind all that waits in a queue; nil: the device cannot
 
 	pkt    [markLen]byte
@@ -43,7 +42,6 @@ type queueDelay struct {
 
 	id     atomic.Uint64 // of the mark in the queue; for all workers
 	astray atomic.Bool   // another worker has read it: the kernel's hash chose that one's queue
-	long   atomic.Int64  // how long the last mark waited, ns; 0 once the queue was empty. For whoever asks
 }
 
 // newMark writes a mark into q.pkt, of another flow than the last one if that went astray. Nobody but this program sends from 0.0.0.0 to 0.0.0.0.
@@ -71,7 +69,6 @@ func (q *queueDelay) empty() {
 	if q.timing {
 		q.timing, q.sent = false, time.Time{}
 		q.waited(time.Time{}, 0)
-		q.long.Store(0)
 	}
 }
 
@@ -111,24 +108,5 @@ func (w *txWorker) markRead(pkt []byte) {
 	}
 	now := time.Now()
 	q.waited(now, now.Sub(q.sent))
-	q.long.Store(int64(now.Sub(q.sent)))
 	q.sent = time.Time{}
-}
-
-// slow lets the sender of a packet or super-packet slow down if it is TCP's turn to: it marks the packet if its sender knows ECN (RFC 3168), and
-// reports whether to drop it, or its first segment, otherwise. What carries no data is never dropped.
-func (w *txWorker) slow(pkt []byte, in *header.Inner) (drop bool) {
-	if w.delay.calm() || in.Proto != header.ProtoTCP || in.Fragment || in.HeaderLen > len(pkt) {
-		return false
-	}
-	tcp, err := header.ParseTCP(pkt[in.HeaderLen:])
-	if err != nil || len(tcp.Payload()) == 0 || tcp.Flags()&(header.TCPSyn|header.TCPFin|header.TCPRst) != 0 || !w.delay.drop(time.Now()) {
-		return false
-	}
-	if in.TOS&header.ECNMask == header.ECNNotECT {
-		return true
-	}
-	encap.ApplyECN(pkt, in, header.ECNCE)
-	w.e.stats.queueMarks.Add(1)
-	return false
 }

@@ -21,6 +21,7 @@ import (
 	"github.com/tulle-net/tulle/tunnel/encap"
 	"github.com/tulle-net/tulle/tunnel/header"
 	"github.com/tulle-net/tulle/tunnel/offload"
+	"github.com/tulle-net/tulle/tunnel/underlay"
 )
 
 // longQueue is a TUN queue that always holds length packets; each read takes some time.
@@ -170,8 +171,11 @@ type zeros struct{}
 
 func (zeros) Read(b []byte) (int, error) { return len(b), nil }
 
-// slowed is a queue whose reads take some time, as on a slow CPU.
-type slowed struct{ tunQueue }
+// slowed is a queue, and slowedSocket a socket, whose reads take some time, as on a slow CPU.
+type (
+	slowed       struct{ tunQueue }
+	slowedSocket struct{ inSocket }
+)
 
 func (q slowed) Read(b []byte) (int, error) {
 	n, err := q.tunQueue.Read(b)
@@ -181,14 +185,33 @@ func (q slowed) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// Real TCP in a real TUN: its senders are slowed down, by loss or by ECN, and each worker of several queues finds marks of its own.
+func (s slowedSocket) Recv(b *underlay.RecvBatch) (int, error) {
+	n, err := s.inSocket.Recv(b)
+	if err == nil {
+		time.Sleep(time.Duration(n) * 200 * time.Microsecond)
+	}
+	return n, err
+}
+
+// Real TCP in a real TUN: its senders are slowed down, by loss or by ECN, where the sending or the receiving agent is slower than it, and each worker of
+// several queues finds marks of its own.
 func TestSlowTCP(t *testing.T) {
+	t.Run("sends", func(t *testing.T) {
+		slowTCP(t, []testLink{{mode: encap.UDP}, {mode: encap.UDP, queues: 3}}, func(a, _ *testNode) *testNode { a.slow = true; return a })
+	})
+	t.Run("receives", func(t *testing.T) {
+		slowTCP(t, []testLink{{mode: encap.UDP}, {mode: encap.IPIP}, {mode: encap.IPIP, underlay6: true}}, func(_, b *testNode) *testNode { b.slowSockets = true; return b })
+	})
+}
+
+// slowTCP requires that the node that slow has slowed, and nobody else, slows TCP down, which goes from the first one to the second one.
+func slowTCP(t *testing.T, links []testLink, slow func(a, b *testNode) *testNode) {
 	for _, ecn := range []bool{false, true} {
-		for _, l := range []testLink{{mode: encap.UDP}, {mode: encap.UDP, queues: 3}} {
+		for _, l := range links {
 			t.Run(fmt.Sprintf("%s/ECN %v", l, ecn), func(t *testing.T) {
 				a, b := newNode(t, 0, l), newNode(t, 1, l)
 				connect(t, l, a, b)
-				a.slow = true
+				slowest := slow(a, b)
 				a.start(t, l, b)
 				b.start(t, l, a)
 				for _, n := range []*testNode{a, b} {
@@ -208,7 +231,7 @@ func TestSlowTCP(t *testing.T) {
 					flows.Go(func() { io.Copy(c, zeros{}) })
 				}
 				slowed := func() uint64 {
-					s := a.engine.Stats()
+					s := slowest.engine.Stats()
 					if ecn {
 						return s.QueueMarks
 					}
@@ -217,10 +240,10 @@ func TestSlowTCP(t *testing.T) {
 				eventually(t, "TCP is slowed down", func() bool { return slowed() > 3 })
 				cancel()
 				flows.Wait()
-				if other := a.engine.Stats(); ecn == (other.QueueMarks == 0) {
+				if other := slowest.engine.Stats(); ecn == (other.QueueMarks == 0) {
 					t.Errorf("ECN %v: %d packets marked", ecn, other.QueueMarks)
 				}
-				eventually(t, "the empty queue has no delay", func() bool { return a.engine.Stats().QueueDelay == 0 })
+				eventually(t, "the empty queue has no delay", func() bool { return slowest.engine.Stats().QueueDelay == 0 })
 				cleanChecksums(t, a, b)
 				noDrops(t, a, b)
 			})

@@ -45,6 +45,7 @@ type inSocket interface {
 	Wake()
 	errorQueue
 	Overflows() uint64
+	Arrived() (time.Time, error)
 }
 
 var _ inSocket = (*underlay.Socket)(nil)
@@ -73,6 +74,8 @@ type rxWorker struct {
 	lastDst   netip.Addr // an inner destination that is ours
 	lastFrame lastFrame  // VXLAN and Ethernet headers that passed
 	uncut     int        // segment size of the UDP super-packet at hand (isUncut); else 0
+
+	delay socketDelay
 
 	in     header.Inner
 	counts batchStats
@@ -150,6 +153,7 @@ func (w *rxWorker) drain(n int) (got int, err error) {
 		if err != nil {
 			w.span.End()
 			if errors.Is(err, sys.ErrAgain) {
+				w.delay.empty()
 				return got, nil
 			}
 			return got, err
@@ -165,8 +169,10 @@ func (w *rxWorker) drain(n int) (got int, err error) {
 		w.span.End()
 		w.counts.flush(w.e)
 		if n < w.slots {
+			w.delay.empty()
 			return got, nil
 		}
+		w.delay.busy(w.sock)
 	}
 	return got, nil
 }
@@ -274,6 +280,20 @@ func (w *rxWorker) packet(payload []byte, from netip.AddrPort, tos byte) {
 			d = encap.DropSourceNotSenders
 		}
 	}
+	if d == encap.DropNone && !probe && w.delay.slow(&w.e.stats, inner, in) {
+		first, rest := w.cutFirst(inner)
+		if rest == nil {
+			d = encap.DropQueueDelay
+		} else {
+			w.e.drop(encap.DropQueueDelay)
+			if arrived != nil {
+				outer := arrived[:len(arrived)-len(inner)]
+				w.tapReceived(from, outerTOS, slices.Concat(outer, first), first, encap.DropQueueDelay)
+				arrived = slices.Concat(outer, rest)
+			}
+			inner = rest
+		}
+	}
 	if arrived != nil {
 		w.tapReceived(from, outerTOS, arrived, inner, d)
 	}
@@ -347,21 +367,35 @@ func (w *rxWorker) Accepts(dst netip.Addr) bool {
 	return true
 }
 
+// cutFirst cuts the first segment off a packet that the kernel has joined; of another one, there is no rest.
+func (w *rxWorker) cutFirst(inner []byte) (first, rest []byte) {
+	if h, joined := w.joined(inner); joined {
+		return offload.CutFirst(inner, h)
+	}
+	return inner, nil
+}
+
+// joined reports whether a packet has come as a super-packet, or without its checksum.
+func (w *rxWorker) joined(inner []byte) (offload.VnetHdr, bool) {
+	if !w.carrier.raw() && !w.from.kernel {
+		return offload.VnetHdr{}, false
+	}
+	// The kernel's own GRO may have joined packets of protocol 4 or 41 before the socket saw them. And between virtual
+	// machines or containers of one host, what a kernel's tunnel sends arrives uncut, without the inner checksum: a
+	// network card would have cut it and written that.
+	segment := w.uncut
+	if w.carrier.raw() {
+		segment = offload.NotTold
+	}
+	return offload.RawVnetHdr(inner, w.from.mtu, segment)
+}
+
 // deliver joins the packet to the previous ones, or writes those and starts a new run.
 func (w *rxWorker) deliver(inner []byte) {
-	if w.carrier.raw() || w.from.kernel {
-		// The kernel's own GRO may have joined packets of protocol 4 or 41 before the socket saw them. And between virtual
-		// machines or containers of one host, what a kernel's tunnel sends arrives uncut, without the inner checksum: a
-		// network card would have cut it and written that.
-		segment := w.uncut
-		if w.carrier.raw() {
-			segment = offload.NotTold
-		}
-		if h, joined := offload.RawVnetHdr(inner, w.from.mtu, segment); joined {
-			w.flush()
-			w.write(h, inner)
-			return
-		}
+	if h, joined := w.joined(inner); joined {
+		w.flush()
+		w.write(h, inner)
+		return
 	}
 	if w.join.Add(inner) {
 		return

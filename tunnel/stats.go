@@ -36,8 +36,8 @@ type Stats struct {
 	GSOFallbacks, TunFallbacks  uint64 // super-packets that the kernel refused and that went as single packets
 	ICMPSent, ICMPReceived      uint64
 	ProbesSent, ProbesReceived  uint64
-	QueueMarks                  uint64        // TCP packets and super-packets that were marked (ECN) because packets waited too long in the TUN's queue
-	QueueDelay                  time.Duration // how long the last packet that was timed under load waited there; 0 if that queue has been empty since
+	QueueMarks                  uint64        // TCP packets and super-packets that were marked (ECN) because packets waited too long in the TUN's queue or a socket's
+	QueueDelay                  time.Duration // how long the last packet that was timed under load waited there, the longest of all queues; 0 if they have been empty since
 	SocketOverflows             uint64        // datagrams that found a socket's buffer full
 	LastSendError               string
 	Drops                       map[string]uint64 // by the reason's name; all of them
@@ -62,6 +62,7 @@ func (e *Engine) Stats() Stats {
 		s.QueueDelay = max(s.QueueDelay, time.Duration(w.delay.long.Load()))
 	}
 	for _, w := range e.rx {
+		s.QueueDelay = max(s.QueueDelay, time.Duration(w.delay.long.Load()))
 		s.SocketOverflows += w.sock.Overflows()
 	}
 	s.Drops[encap.DropSocketOverflow.String()] += s.SocketOverflows

@@ -206,7 +206,7 @@ func (w *txWorker) packet(buf []byte, h offload.VnetHdr) bool {
 		w.icmp.answer(w.fwd, pkt, header.TooBig, t.mtu)
 		return false
 	}
-	late := w.slow(pkt, in)
+	late := w.delay.slow(&w.e.stats, pkt, in)
 	if late && !segmented {
 		w.drop(pkt, t, encap.DropQueueDelay)
 		return false

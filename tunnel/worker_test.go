@@ -63,6 +63,7 @@ func (s *memSocket) WaitRecv(*underlay.RecvBatch, int) (int, time.Duration, erro
 func (s *memSocket) Pause(time.Duration)                                           {}
 func (s *memSocket) Wake()                                                         {}
 func (s *memSocket) Overflows() uint64                                             { return 0 }
+func (s *memSocket) Arrived() (time.Time, error)                                   { return time.Now(), nil }
 
 // memTun is the TUN's writing side.
 type memTun struct {

@@ -210,8 +210,8 @@ type Counters struct {
 	ICMPReceived    uint64 `json:"icmp_received"` // ICMP errors of the underlay about packets of the tunnel
 	SocketOverflows uint64 `json:"socket_overflows"`
 	TunDrops        uint64 `json:"tun_drops"`      // the kernel's count of packets dropped because the TUN's queue was full
-	QueueMarks      uint64 `json:"queue_marks"`    // TCP packets and super-packets marked by ECN because packets waited too long in the TUN's queue; drops have those of others as queue_delay
-	QueueDelay      int64  `json:"queue_delay_us"` // how long the last packet that was timed under load waited there, µs; 0 if the queue has been empty since
+	QueueMarks      uint64 `json:"queue_marks"`    // TCP packets and super-packets marked by ECN because packets waited too long in the TUN's queue or a socket's; drops have those of others as queue_delay
+	QueueDelay      int64  `json:"queue_delay_us"` // how long the last packet that was timed under load waited there, µs, the longest of all queues; 0 if they have been empty since
 	Probes          uint64 `json:"probes"`         // probe packets sent, answers to those of peers among them
 	ProbeReplies    uint64 `json:"probe_replies"`  // answers that have arrived to this node's probes
 	Repairs         uint64 `json:"repairs"`        // repairs of host state (routes, addresses, nft)

@@ -25,6 +25,17 @@ func SetRecvTimeout(fd int, d time.Duration) error {
 	return nil
 }
 
+// Arrived returns when the message that was received last from a socket came into the host, by the wall clock. The first call has
+// the kernel keep these times, for all packets of the machine and until the socket is closed; to what came before, it gives the present. (Linux 5.1; sock_gettstamp
+// in net/core/sock.c.)
+func Arrived(fd int) (time.Time, error) {
+	var ts [2]int64 // struct __kernel_timespec
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.SIOCGSTAMPNS_NEW, uintptr(unsafe.Pointer(&ts))); errno != 0 {
+		return time.Time{}, fmt.Errorf("ioctl SIOCGSTAMPNS: %w", errno)
+	}
+	return time.Unix(ts[0], ts[1]), nil
+}
+
 // Close closes a descriptor.
 func Close(fd int) error { return unix.Close(fd) }
 

@@ -33,7 +33,7 @@ const (
 	DropTunWrite                           // the TUN refused a packet
 	DropSocketOverflow                     // the kernel dropped from a full socket buffer (SO_RXQ_OVFL)
 	DropNoEncapSocket                      // no socket for the outer family or encapsulation
-	DropQueueDelay                         // TCP with data, so that its sender slows down: packets wait too long in the TUN's queue
+	DropQueueDelay                         // TCP with data, so that its sender slows down: packets wait too long in the TUN's queue, or the socket's
 	dropEnd
 )
 

@@ -436,3 +436,40 @@ func TestRawVnetHdr(t *testing.T) {
 		t.Error("no payload made both sums equal")
 	}
 }
+
+// What CutFirst makes of a super-packet are the segments of that, in two parts.
+func TestCutFirst(t *testing.T) {
+	s := NewSplitter(8 << 10)
+	rapid.Check(t, func(t *rapid.T) {
+		f := drawFlow(t, false)
+		pkt, h := f.super()
+		want := f.segments()
+		first, rest := CutFirst(slices.Clone(pkt), h)
+		if !f.tcp || len(want) == 1 {
+			if rest != nil || !slices.Equal(first, pkt) {
+				t.Fatalf("of one that is none, or has one segment, a rest of %d bytes", len(rest))
+			}
+			return
+		}
+		single := h
+		single.GSOType, single.GSOSize = GSONone, 0
+		if err := CompleteChecksum(first, single); err != nil {
+			t.Fatal(err)
+		}
+		if d := differ([][]byte{first}, want[:1]); d != "" {
+			t.Fatal(d)
+		}
+		if got, ok := RawVnetHdr(rest, len(want[0]), NotTold); !ok || got.CsumStart != h.CsumStart || got.CsumOffset != h.CsumOffset || (got.GSOType == GSONone) != (len(want) == 2) {
+			t.Fatalf("the rest is recognised as %+v, %v", got, ok)
+		}
+		h.GSOType &^= GSOECN
+		s.Reset()
+		segs, err := s.Split(rest, h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if d := differ(flat(segs), want[1:]); d != "" {
+			t.Fatal(d)
+		}
+	})
+}

@@ -1,6 +1,7 @@
 package offload
 
 import (
+	"bytes"
 	"encoding/binary"
 
 	"github.com/tulle-net/tulle/tunnel/header"
@@ -63,4 +64,40 @@ func RawVnetHdr(pkt []byte, maxPacket, segment int) (VnetHdr, bool) {
 		h.GSOType |= GSOECN
 	}
 	return h, true
+}
+
+// CutFirst cuts the first segment off pkt, a TCP super-packet of which RawVnetHdr has returned h. Both parts have partial checksums, as pkt has. first is a
+// copy; rest is in the memory of pkt, which is overwritten.
+func CutFirst(pkt []byte, h VnetHdr) (first, rest []byte) {
+	var l layout
+	if !l.parse(pkt) || h.GSOType == GSONone || l.proto != protoTCP || len(pkt) <= l.hdr+int(h.GSOSize) {
+		return pkt, nil
+	}
+	size := int(h.GSOSize)
+	first = bytes.Clone(pkt[:l.hdr+size])
+	rest = pkt[size:]
+	copy(rest, first[:l.hdr])
+	seq := rest[l.l4+4:]
+	binary.BigEndian.PutUint32(seq, binary.BigEndian.Uint32(seq)+uint32(size))
+	first[l.l4+13] &^= tcpFIN | tcpPSH
+	rest[l.l4+13] &^= tcpCWR
+	if !l.v6 {
+		ip := header.IPv4(rest)
+		ip.SetID(ip.ID() + 1)
+	}
+	l.shorten(first)
+	l.shorten(rest)
+	return first, rest
+}
+
+// shorten has the headers of pkt, whose partial checksum is of a longer packet, say that it ends where it does.
+func (l *layout) shorten(pkt []byte) {
+	if l.v6 {
+		binary.BigEndian.PutUint16(pkt[4:], uint16(len(pkt)-ipv6Len))
+	} else {
+		header.IPv4(pkt).SetTotalLen(len(pkt))
+	}
+	src, dst := l.addrs(pkt)
+	pseudo := header.PseudoSum(l.proto, src, dst, uint32(len(pkt)-l.l4))
+	binary.BigEndian.PutUint16(pkt[l.csumField():], header.Fold(pseudo))
 }

@@ -152,5 +152,8 @@ func (s *Socket) Overflows() uint64 {
 	return s.overflows.Load()
 }
 
+// Arrived returns when the last message of the last Recv came into the host (see sys.Arrived).
+func (s *Socket) Arrived() (time.Time, error) { return sys.Arrived(s.fd) }
+
 // Truncated returns the number of messages that were longer than their slot.
 func (s *Socket) Truncated() uint64 { return s.truncated.Load() }

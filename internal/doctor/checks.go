@@ -123,7 +123,7 @@ func judgeAgent(s *snapshot) Result {
 		if s.alone != nil {
 			out = append(out, Finding{State: Failed, What: s.alone.Error(), Remedy: "stop one of the two"})
 		}
-		return result("no agent", out...)
+		return result("no answer", out...)
 	}
 	st := s.status
 	text := fmt.Sprintf("%s, version %s, ready: %v, up since %s", st.Node.Name, st.Version, st.Ready, st.Started.Format("2006-01-02 15:04:05"))

@@ -254,16 +254,23 @@ func TestOlderVersionsReadTheState(t *testing.T) {
 	}
 }
 
-// TestStoreOnAFullAndAReadOnlyDisk uses a real small file system.
-func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
+// smallDisk is a file system of 64 KiB.
+func smallDisk(t *testing.T, flags uintptr) string {
+	t.Helper()
 	if os.Getuid() != 0 {
 		t.Skip("needs root to mount a tmpfs")
 	}
 	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", flags, "size=64k"); err != nil {
 		t.Skipf("mount: %v", err)
 	}
 	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	return dir
+}
+
+// TestStoreOnAFullAndAReadOnlyDisk uses a real small file system.
+func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
+	dir := smallDisk(t, 0)
 	s, err := OpenStore(dir, "")
 	if err != nil {
 		t.Fatal(err)
@@ -293,14 +300,7 @@ func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
 }
 
 func TestStoreReadOnlyAtStart(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root to mount a tmpfs")
-	}
-	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_RDONLY, "size=64k"); err != nil {
-		t.Skipf("mount: %v", err)
-	}
-	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	dir := smallDisk(t, syscall.MS_RDONLY)
 	if _, err := OpenStore(dir, ""); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
 		t.Fatalf("%v", err)
 	}
@@ -308,14 +308,7 @@ func TestStoreReadOnlyAtStart(t *testing.T) {
 
 // TestStoreReadOnlyWithAState: a node that has a state starts from a disk that is read-only, and says that it cannot save.
 func TestStoreReadOnlyWithAState(t *testing.T) {
-	if os.Getuid() != 0 {
-		t.Skip("needs root to mount a tmpfs")
-	}
-	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=64k"); err != nil {
-		t.Skipf("mount: %v", err)
-	}
-	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	dir := smallDisk(t, 0)
 	remount := func(flags uintptr) {
 		t.Helper()
 		if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|flags, ""); err != nil {

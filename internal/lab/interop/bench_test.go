@@ -1,9 +1,6 @@
 package interop
 
 import (
-	"context"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -34,21 +31,10 @@ poweroff -f
 
 // TestBenchModes measures the tunnels that the kernel of the tests' machine may lack, in one that has them: they carry packets, over both families. How fast they are in software emulation is nobody's concern.
 func TestBenchModes(t *testing.T) {
-	kernel := os.Getenv("TULLE_INTEROP")
-	if kernel == "" {
-		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
-	}
+	kernelTree(t)
 	dir := t.TempDir()
 	check(t, testbuild.Tulle(filepath.Join(dir, "root/bin/tulle"), []string{"CGO_ENABLED=0"}))
-	image := initramfs(t, dir, kernel, benchModules, benchScript)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "768", "-smp", "2", "-nodefaults", "-display", "none", "-no-reboot",
-		"-kernel", one(t, filepath.Join(kernel, "boot/vmlinuz-*")), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio").CombinedOutput()
-	if err != nil {
-		t.Fatalf("QEMU: %v: %s", err, out)
-	}
-	text := strings.ReplaceAll(string(out), "\r", "")
+	text := runAlone(t, dir, benchModules, benchScript, 5*time.Minute)
 	for _, mode := range []string{"kernel-ipip", "kernel-fou", "kernel-wireguard", "six,kernel-fou", "six,kernel-wireguard"} {
 		// In emulation on a busy machine a measure may see no byte in its short time: one of a kind has to.
 		for _, either := range [][2]string{{"tcp1_gbps", "tcp4_gbps"}, {"udp_flood1_gbps", "udp_flood4_gbps"}} {

@@ -1,7 +1,6 @@
 package interop
 
 import (
-	"context"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -32,25 +31,16 @@ poweroff -f
 
 // TestFastPath loads the programs of the fast path into an older kernel than that of the tests' machine, and sends and receives with them.
 func TestFastPath(t *testing.T) {
-	kernel := os.Getenv("TULLE_INTEROP")
-	if kernel == "" {
-		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
-	}
+	kernelTree(t)
 	dir := t.TempDir()
 	build := exec.Command("go", "test", "-c", "-o", filepath.Join(dir, "root/bin/fastpath.test"), "github.com/tulle-net/tulle/tunnel/fastpath")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	image := initramfs(t, dir, kernel, fastModules, fastScript)
-	ctx, cancel := context.WithTimeout(t.Context(), 8*time.Minute)
-	defer cancel()
-	// A busy machine lets the guest's kernel believe that its timer does not work.
-	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "512", "-nodefaults", "-display", "none", "-no-reboot",
-		"-kernel", one(t, filepath.Join(kernel, "boot/vmlinuz-*")), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1 no_timer_check", "-serial", "stdio").CombinedOutput()
-	text := strings.ReplaceAll(string(out), "\r", "")
-	if err != nil || !strings.Contains(text, "\n::code:: 0\n") {
-		t.Fatalf("QEMU: %v: %s", err, text)
+	text := runAlone(t, dir, fastModules, fastScript, 8*time.Minute)
+	if !strings.Contains(text, "\n::code:: 0\n") {
+		t.Fatal(text)
 	}
 	for _, name := range []string{"TestCapability", "TestSend", "TestUplinks/VLAN", "TestUplinks/bond", "TestUplinks/bridge", "TestUplinks/macvlan"} {
 		if !strings.Contains(text, "--- PASS: "+name+" ") {

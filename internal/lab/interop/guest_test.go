@@ -2,6 +2,7 @@ package interop
 
 import (
 	"bufio"
+	"context"
 	"fmt"
 	"io"
 	"io/fs"
@@ -131,6 +132,34 @@ func (g *guest) await(limit time.Duration) (string, error) {
 			return "", fmt.Errorf("no end within %v; so far %q, console: %s", limit, out, console)
 		}
 	}
+}
+
+// kernelTree is the folder with the kernel for guests.
+func kernelTree(t testing.TB) string {
+	t.Helper()
+	kernel := os.Getenv("TULLE_INTEROP")
+	if kernel == "" {
+		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
+	}
+	return kernel
+}
+
+// runAlone runs a guest without network, whose first process is the script, until it powers itself off. It returns what was printed. dir is that of
+// initramfs.
+func runAlone(t testing.TB, dir, modules, script string, limit time.Duration) string {
+	t.Helper()
+	kernel := kernelTree(t)
+	image := initramfs(t, dir, kernel, modules, script)
+	ctx, cancel := context.WithTimeout(t.Context(), limit)
+	defer cancel()
+	// A busy machine lets the guest's kernel believe that its timer does not work.
+	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "768", "-smp", "2", "-nodefaults", "-display", "none", "-no-reboot",
+		"-kernel", one(t, filepath.Join(kernel, "boot/vmlinuz-*")), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1 no_timer_check", "-serial", "stdio").CombinedOutput()
+	text := strings.ReplaceAll(string(out), "\r", "")
+	if err != nil {
+		t.Fatalf("QEMU: %v: %s", err, text)
+	}
+	return text
 }
 
 // initramfs packs what the guest needs into an archive: busybox, ip(8) with its libraries, the modules, the script that runs

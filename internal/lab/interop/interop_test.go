@@ -70,10 +70,7 @@ type trial struct {
 // TestKernel gives prefixes to a Linux that has only the kernel's own tunnels: each kind of tunnel carries packets of all
 // kinds, in both directions.
 func TestKernel(t *testing.T) {
-	kernel := os.Getenv("TULLE_INTEROP")
-	if kernel == "" {
-		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
-	}
+	kernel := kernelTree(t)
 	n := hosts.New(t)
 	sw, a := n.Switch(), n.Host("a")
 	a.Plug(sw, "eth0", "10.0.1.11/24", "fd00:1::11/64") // port1 of the switch

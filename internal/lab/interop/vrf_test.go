@@ -1,9 +1,6 @@
 package interop
 
 import (
-	"context"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -47,21 +44,10 @@ poweroff -f
 
 // TestVRF has an agent on a host whose uplink is in a VRF, which it names, and leaves it.
 func TestVRF(t *testing.T) {
-	kernel := os.Getenv("TULLE_INTEROP")
-	if kernel == "" {
-		t.Skip("TULLE_INTEROP names no folder with a kernel: run make interop")
-	}
+	kernelTree(t)
 	dir := t.TempDir()
 	check(t, testbuild.Tulle(filepath.Join(dir, "root/bin/tulle"), []string{"CGO_ENABLED=0"}))
-	image := initramfs(t, dir, kernel, agentModules, vrfScript)
-	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
-	defer cancel()
-	out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "512", "-smp", "2", "-nodefaults", "-display", "none", "-no-reboot",
-		"-kernel", one(t, filepath.Join(kernel, "boot/vmlinuz-*")), "-initrd", image, "-append", "console=ttyS0 quiet panic=-1", "-serial", "stdio").CombinedOutput()
-	if err != nil {
-		t.Fatalf("QEMU: %v: %s", err, out)
-	}
-	text := strings.ReplaceAll(string(out), "\r", "")
+	text := runAlone(t, dir, agentModules, vrfScript, 5*time.Minute)
 	for when, want := range map[string]string{"inside": "is in the VRF blue", "outside": ", healthy,", "again": "is in the VRF blue"} {
 		if !slices.ContainsFunc(strings.Split(text, "\n"), func(line string) bool { return strings.HasPrefix(line, when+": ") && strings.Contains(line, want) }) {
 			t.Errorf("%s of the VRF, status has no %q", when, want)

@@ -73,6 +73,9 @@ func (a *agent) awaitUnderlay(ctx context.Context, s *session, state *ipam.State
 // waitingFor is what status says while there is no underlay address.
 func waitingFor(err error, seeds []seed.Seed) api.Problem {
 	p := api.Problem{What: "no underlay address yet: " + err.Error(), Remedy: "bring the interface up, or name it with --underlay"}
+	if e, ok := errors.AsType[hostnet.VRFError](err); ok {
+		p.Remedy = fmt.Sprintf("take %s out of the VRF %s, or name another interface with --underlay", e.Device, e.VRF)
+	}
 	for _, s := range seeds {
 		if s.Unresolved() {
 			p.Remedy = "correct --join, or the name server, or write addresses; or name the interface with --underlay. The names are looked up again and again"

@@ -263,10 +263,6 @@ func fillSlices(v reflect.Value) {
 // reading of the monotonic clock, such as those from files, stay. wall is what the wall clock says at now.
 func onWallClock(v reflect.Value, now, wall time.Time) {
 	switch v.Kind() {
-	case reflect.Pointer:
-		if !v.IsNil() {
-			onWallClock(v.Elem(), now, wall)
-		}
 	case reflect.Slice:
 		for i := range v.Len() {
 			onWallClock(v.Index(i), now, wall)

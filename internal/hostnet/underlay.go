@@ -49,6 +49,14 @@ type notYet struct{ error }
 func (e notYet) Is(target error) bool { return target == ErrNotYet }
 func (e notYet) Unwrap() error        { return e.error }
 
+// VRFError says that an address or a device is in a VRF.
+type VRFError struct{ What, Device, VRF string }
+
+// Error names the remedy.
+func (e VRFError) Error() string {
+	return fmt.Sprintf("%s is in the VRF %s, from where the agent's sockets and the pods' routes cannot use it: take %s out of the VRF (`ip link set %[3]s nomaster`), or %s", e.What, e.VRF, e.Device, pick)
+}
+
 // candidate is a possible underlay: a device and a source address on it.
 type candidate struct {
 	index int
@@ -117,7 +125,7 @@ func (d *detector) hidden() error {
 
 // inVRF is the error for an address or a device in a VRF.
 func inVRF(what, device, vrf string) error {
-	return notYet{fmt.Errorf("%s is in the VRF %s, from where the agent's sockets and the pods' routes cannot use it: take %s out of the VRF (`ip link set %[3]s nomaster`), or %s", what, vrf, device, pick)}
+	return notYet{VRFError{what, device, vrf}}
 }
 
 // unusable are the flags of addresses that cannot be bound to.

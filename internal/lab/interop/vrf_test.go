@@ -48,7 +48,7 @@ func TestVRF(t *testing.T) {
 	dir := t.TempDir()
 	check(t, testbuild.Tulle(filepath.Join(dir, "root/bin/tulle"), []string{"CGO_ENABLED=0"}))
 	text := runAlone(t, dir, agentModules, vrfScript, 5*time.Minute)
-	for when, want := range map[string]string{"inside": "is in the VRF blue", "outside": ", healthy,", "again": "is in the VRF blue"} {
+	for when, want := range map[string]string{"inside": "take up0 out of the VRF blue, or name another", "outside": ", healthy,", "again": "is in the VRF blue"} {
 		if !slices.ContainsFunc(strings.Split(text, "\n"), func(line string) bool { return strings.HasPrefix(line, when+": ") && strings.Contains(line, want) }) {
 			t.Errorf("%s of the VRF, status has no %q", when, want)
 		}

@@ -128,6 +128,16 @@ func (r *Reconciler) Reconcile(ctx context.Context, s State) (Report, error) {
 	if p.before, err = r.mainRoutes(); err != nil {
 		return rep, err
 	}
+	for _, family := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		if slices.ContainsFunc(p.before, func(rt netlink.Route) bool { return rt.Family == family && isDefault(&rt) }) {
+			continue
+		}
+		others, err := defaultByRule(r.rt, family == netlink.FAMILY_V4)
+		if err != nil {
+			return rep, err
+		}
+		p.before = append(p.before, others...)
+	}
 	p.outward = outward(maps.Keys(s.Uplinks), p.before, r.linkName)
 	p.outward = slices.DeleteFunc(p.outward, func(n string) bool { return n == s.Tun || n == s.Direct })
 	for family := range p.ranks {
@@ -216,7 +226,7 @@ type pass struct {
 	link, probe int                   // numbers of the TUN device and of State.Direct; 0: there is none
 	device      func(name string) int // any other's
 
-	before  []netlink.Route // the main table as it was found
+	before  []netlink.Route // the main table as it was found, and the default routes to which policy rules lead where it has none
 	last4   bool            // removeStaleAddrs has removed the device's last IPv4 address
 	outward []string
 	ranks   map[int]ranks // by family

@@ -195,6 +195,9 @@ func TestMasqueradeAsTheRoutesSay(t *testing.T) {
 	seen("an equal-cost route to the network", "203.0.113.7", "2001:db8:7::7")
 	w.host.shell("ip route replace 198.51.100.0/24 via 192.0.2.2 src 192.0.2.1; ip -6 route replace default via 2001:db8::2 src 2001:db8::1")
 	seen("the link's own address named", "192.0.2.1", "2001:db8::1")
+	w.host.shell("ip route del 198.51.100.0/24; ip -6 route del default; ip route add default via 192.0.2.2 src 203.0.113.7 table 100; ip rule add lookup 100 priority 33000; " +
+		"ip -6 route add default via 2001:db8::2 src 2001:db8:7::7 table 100; ip -6 rule add lookup 100 priority 33000")
+	seen("routes of another table", "203.0.113.7", "2001:db8:7::7")
 }
 
 // A network outside that knows the pods' routes sees pods' own addresses; its neighbours still see the host's.

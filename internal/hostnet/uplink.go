@@ -74,7 +74,7 @@ func (d *detector) uplinks(c candidate, routes []netlink.Route) []int {
 // leads reports whether a route that names no gateway leaves by the device of an address: a VPN's routes do, as wg-quick makes them, also in a table of
 // their own, as Tailscale does. The kernel's own routes come with addresses, and ours are to pods. A dummy leads nowhere.
 func (d *detector) leads(c candidate) bool {
-	routes, err := unicast(c.addr.Is4(), unix.RT_TABLE_UNSPEC)
+	routes, err := unicast(here, c.addr.Is4(), unix.RT_TABLE_UNSPEC)
 	return err == nil && d.kinds[c.index] != "dummy" && slices.ContainsFunc(routes, func(rt netlink.Route) bool {
 		return rt.Protocol != unix.RTPROT_KERNEL && slices.Contains(hops(&rt), c.index)
 	})
@@ -98,7 +98,10 @@ func fullLength(a netlink.Addr) bool {
 }
 
 // mainUnicast lists the unicast routes of one family's main table that are not ours.
-func mainUnicast(v4 bool) ([]netlink.Route, error) { return unicast(v4, unix.RT_TABLE_MAIN) }
+func mainUnicast(v4 bool) ([]netlink.Route, error) { return unicast(here, v4, unix.RT_TABLE_MAIN) }
+
+// here opens a socket for each request, in the network namespace of the calling thread.
+var here = &netlink.Handle{}
 
 // anywhere are addresses that no host has (RFC 5737, RFC 3849, RFC 9637): what leads there is the default route.
 var anywhere = []netip.Addr{netip.MustParseAddr("192.0.2.1"), netip.MustParseAddr("198.51.100.1"), netip.MustParseAddr("203.0.113.1"),
@@ -110,28 +113,34 @@ func wayOut(v4 bool) ([]netlink.Route, error) {
 	if err != nil || slices.ContainsFunc(routes, func(rt netlink.Route) bool { return isDefault(&rt) }) {
 		return routes, err
 	}
+	others, err := defaultByRule(here, v4)
+	return append(routes, others...), err
+}
+
+// defaultByRule are the default routes of the table to which the host's policy rules lead, for hosts that have none in the main table.
+func defaultByRule(rt *netlink.Handle, v4 bool) ([]netlink.Route, error) {
 	for _, a := range anywhere {
 		if a.Is4() != v4 {
 			continue
 		}
-		way, err := netlink.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
+		way, err := rt.RouteGetWithOptions(a.AsSlice(), &netlink.RouteGetOptions{FIBMatch: true})
 		if err != nil || len(way) == 0 || way[0].Type != unix.RTN_UNICAST || !isDefault(&way[0]) {
 			continue // none, or a longer one
 		}
-		others, err := unicast(v4, way[0].Table)
-		return append(routes, slices.DeleteFunc(others, func(rt netlink.Route) bool { return !isDefault(&rt) })...), err
+		routes, err := unicast(rt, v4, way[0].Table)
+		return slices.DeleteFunc(routes, func(rt netlink.Route) bool { return !isDefault(&rt) }), err
 	}
-	return routes, nil
+	return nil, nil
 }
 
 // unicast lists those of one table, or of all (RT_TABLE_UNSPEC).
-func unicast(v4 bool, table int) ([]netlink.Route, error) {
+func unicast(rt *netlink.Handle, v4 bool, table int) ([]netlink.Route, error) {
 	family := netlink.FAMILY_V6
 	if v4 {
 		family = netlink.FAMILY_V4
 	}
 	routes, err := dump("routes", func() ([]netlink.Route, error) {
-		return netlink.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
+		return rt.RouteListFiltered(family, &netlink.Route{Table: table}, netlink.RT_FILTER_TABLE)
 	})
 	return slices.DeleteFunc(routes, func(rt netlink.Route) bool { return rt.Type != unix.RTN_UNICAST || rt.Protocol == Protocol }), err
 }

@@ -29,6 +29,8 @@ type Meta struct {
 	Version      string       // of the program; empty in older versions, and where the rest leaves no room for it
 	UDPPort      uint16       // of the UDP encapsulation
 	VXLANPort    uint16
+	HasVNI       bool // false in older versions
+	VNI          uint32 // of the VXLAN encapsulation, 24 bits
 	Capabilities uint32 // bits Cap…
 	VTEPMAC      [6]byte
 	Started      int64 // start of this run by its clock, Unix seconds; by it members without CapTellsRun find out which of two clones is the newer one
@@ -51,7 +53,7 @@ const CapTellsRun uint32 = 1 << 3
 // decoder ignores bytes that it does not know.
 //
 //	 0  version (1)
-//	 1  flags: bit 0 leaving
+//	 1  flags: bit 0 leaving, bit 1 has VNI
 //	 2  ID (16)
 //	18  cluster (16)
 //	34  UDP port, VXLAN port (2 each, big endian, as all numbers)
@@ -63,6 +65,7 @@ const CapTellsRun uint32 = 1 << 3
 //	 …  TUN addresses: the same
 //	 …  probe addresses: the same
 //	 …  version of the program: length (1), bytes; empty where it would exceed MaxMeta
+//	 …  VNI (4), if the flag is set
 const (
 	metaVersion   = 1
 	metaFixed     = 56
@@ -72,7 +75,9 @@ const (
 	metaOffCaps   = 38
 	metaOffMAC    = 42
 	metaOffStart  = 48
-	metaFlagLeave = 1
+	metaFlagLeave = 1 << 0
+	metaFlagVNI   = 1 << 1
+	metaVNISize   = 4
 )
 
 // Encode appends the encoding of the metadata to b. It returns an error if a field
@@ -94,6 +99,11 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 	var flags byte
 	if m.Leaving {
 		flags |= metaFlagLeave
+	}
+	rest := 0 // bytes after the version
+	if m.HasVNI {
+		flags |= metaFlagVNI
+		rest = metaVNISize
 	}
 	b = append(b, metaVersion, flags)
 	b = append(b, m.ID[:]...)
@@ -117,10 +127,13 @@ func (m Meta) Encode(b []byte) ([]byte, error) {
 		}
 	}
 	version := m.Version
-	if len(b)-start+1+len(version) > MaxMeta {
+	if len(b)-start+1+len(version)+rest > MaxMeta {
 		version = ""
 	}
 	b = append(append(b, byte(len(version))), version...)
+	if m.HasVNI {
+		b = binary.BigEndian.AppendUint32(b, m.VNI)
+	}
 	if n := len(b) - start; n > MaxMeta {
 		return nil, fmt.Errorf("metadata of %d bytes, the limit is %d", n, MaxMeta)
 	}
@@ -148,7 +161,7 @@ func DecodeMeta(b []byte) (Meta, error) {
 	if m.ID, m.Cluster, err = MetaHead(b); err != nil {
 		return Meta{}, err
 	}
-	m.Leaving = b[1]&metaFlagLeave != 0
+	m.Leaving, m.HasVNI = b[1]&metaFlagLeave != 0, b[1]&metaFlagVNI != 0
 	m.UDPPort = binary.BigEndian.Uint16(b[metaOffPorts:])
 	m.VXLANPort = binary.BigEndian.Uint16(b[metaOffPorts+2:])
 	m.Capabilities = binary.BigEndian.Uint32(b[metaOffCaps:])
@@ -175,14 +188,20 @@ func DecodeMeta(b []byte) (Meta, error) {
 		}
 	}
 	if len(b) > 0 {
-		version, _, ok := CutField(b)
+		version, rest, ok := CutField(b)
 		if !ok {
 			return Meta{}, errMetaShort
 		}
 		if len(version) > MaxProgramVersion {
 			return Meta{}, fmt.Errorf("metadata with a version of %d bytes, the limit is %d", len(version), MaxProgramVersion)
 		}
-		m.Version = string(version)
+		m.Version, b = string(version), rest
+	}
+	if m.HasVNI {
+		if len(b) < metaVNISize {
+			return Meta{}, errMetaShort
+		}
+		m.VNI = binary.BigEndian.Uint32(b)
 	}
 	return m, nil
 }

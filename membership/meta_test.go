@@ -17,7 +17,7 @@ func sampleMeta() Meta {
 		TunAddrs:   []netip.Addr{netip.MustParseAddr("10.244.3.1")},
 		ProbeAddrs: []netip.Addr{netip.MustParseAddr("10.244.3.255")},
 		UDPPort:    6080, VXLANPort: 4789, Capabilities: 0xdeadbeef, VTEPMAC: [6]byte{2, 0, 0, 0, 0, 9},
-		Started: 1_700_000_000, Leaving: true, Version: "v1.2.3",
+		Started: 1_700_000_000, Leaving: true, Version: "v1.2.3", HasVNI: true, VNI: 77,
 	}
 }
 
@@ -34,6 +34,11 @@ func TestMetaRoundTrip(t *testing.T) {
 		m.TunAddrs = rapid.SliceOfN(addr, 1, MaxMetaAddrs).Draw(t, "tun")
 		m.ProbeAddrs = rapid.SliceOfN(addr, 1, MaxProbeAddrs).Draw(t, "probe")
 		m.Leaving = rapid.Bool().Draw(t, "leaving")
+		if m.HasVNI = rapid.Bool().Draw(t, "has VNI"); m.HasVNI {
+			m.VNI = rapid.Uint32Range(0, 1<<24-1).Draw(t, "VNI")
+		} else {
+			m.VNI = 0
+		}
 		m.Capabilities = rapid.Uint32().Draw(t, "capabilities")
 		m.Version = ""
 		bare, err := m.Encode(nil)

@@ -334,14 +334,15 @@ func (s *session) notDirect(p *peerView, m encap.Mode) string {
 	return strings.Join(slices.Compact(out), "")
 }
 
-// noWay says why no packet reaches a peer where only the direct path is configured; "" if some can.
-func (s *session) noWay(v *view, p *peerView) (why string) {
+// noWay says why none of the configured ways can be used toward a peer; "" if one can.
+func (s *session) noWay(v *view, p *peerView) string {
+	var why []string
 	for _, m := range s.modes(v, p) {
-		w := p.directOf(m)
-		if w == nil || w.why == "" {
+		u := s.unfit(p, m)
+		if u == "" {
 			return ""
 		}
-		why = cmp.Or(why, w.why)
+		why = append(why, m.String()+": "+u)
 	}
-	return why
+	return strings.Join(slices.Compact(why), "; ")
 }

@@ -20,7 +20,7 @@ func (s *session) addExternal(now time.Time, v *view, peers map[netip.Addr]*peer
 		p = &peerView{
 			id: "external " + r.External.Endpoint.String(), name: r.External.Endpoint.String(), state: api.PeerExternal,
 			since: s.externals.since(r.External.Endpoint, now), underlay: []netip.Addr{r.External.Endpoint},
-			udpPort: cmp.Or(r.External.Port, s.cfg.UDPPort), vxlanPort: cmp.Or(r.External.Port, s.cfg.VXLANPort), mac: r.External.MAC,
+			udpPort: cmp.Or(r.External.Port, s.cfg.UDPPort), vxlanPort: cmp.Or(r.External.Port, s.cfg.VXLANPort), vni: s.cfg.VNI, mac: r.External.MAC,
 		}
 		var err error
 		p.mode, err = encap.ParseMode(r.External.Encap)

@@ -46,6 +46,7 @@ type peerView struct {
 	underlay  []netip.Addr
 	udpPort   uint16
 	vxlanPort uint16     // 0: it accepts no vxlan
+	vni       uint32     // of its vxlan; this node's if it does not tell
 	mac       header.MAC // of its VTEP; zero: to be learned
 	endpoint  netip.Addr // the underlay address in use; invalid if none fits ours
 	tun       []netip.Addr
@@ -261,7 +262,7 @@ func (s *session) addUnknown(now time.Time, v *view, prefixes map[membership.Nod
 		k := known[id]
 		p := peerView{
 			id: id.String(), node: id, name: cmp.Or(k.Name, id.Short()), state: api.PeerDead, since: s.started,
-			udpPort: s.cfg.UDPPort, vxlanPort: s.cfg.VXLANPort, mac: vtepMAC(id), // as it has them unless it is told otherwise
+			udpPort: s.cfg.UDPPort, vxlanPort: s.cfg.VXLANPort, vni: s.cfg.VNI, mac: vtepMAC(id), // as it has them unless it is told otherwise
 			prefixes: ps, mode: s.prefer.Load().first(),
 			why: whyUnseen,
 		}
@@ -300,9 +301,12 @@ func (s *session) memberView(now time.Time, m remembered, prefixes []netip.Prefi
 	id := m.ID.String()
 	p := peerView{
 		id: id, node: m.ID, name: m.Name, version: m.Meta.Version, state: m.State.String(), since: m.Since, underlay: m.Meta.Underlay,
-		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
+		udpPort: m.Meta.UDPPort, vxlanPort: m.Meta.VXLANPort, vni: s.cfg.VNI, mac: m.Meta.VTEPMAC, tun: m.Meta.TunAddrs, probes: m.Meta.ProbeAddrs, prefixes: prefixes, mode: s.mode(id),
 		host: m.Meta.Capabilities&membership.CapHostByTunnel != 0, bench: m.Meta.Capabilities&membership.CapBench != 0,
 		fast: m.Meta.Capabilities&membership.CapFastPath != 0, otherKey: m.OtherKey || slices.ContainsFunc(m.Meta.Underlay, s.gossip.OtherKey),
+	}
+	if m.Meta.HasVNI {
+		p.vni = m.Meta.VNI
 	}
 	p.endpoint, p.why = s.endpoint(m.Meta.Underlay)
 	s.chooseFamily(now, &p)

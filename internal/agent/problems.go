@@ -128,7 +128,7 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 		}, true
 	case p.lives() && len(p.prefixes) > 0 && !p.replaced && s.noWay(v, p) != "":
 		return api.Problem{
-			What:   fmt.Sprintf("packets to %s have no way: direct: %s, and --paths names nothing else", v.label(p), s.noWay(v, p)),
+			What:   fmt.Sprintf("packets to %s have no way: %s, and --paths names nothing else", v.label(p), s.noWay(v, p)),
 			Remedy: "add udp to --paths", Check: api.CheckPaths,
 		}, true
 	case p.replaced && p.node.IsZero():

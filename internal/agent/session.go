@@ -135,7 +135,7 @@ type hostSide struct {
 func (s *session) meta() membership.Meta {
 	return membership.Meta{
 		ID: s.ownership.Node(), Cluster: s.ownership.Cluster(), Name: s.cfg.NodeName, Underlay: s.link.Addrs, TunAddrs: s.ownership.TunAddrs(),
-		ProbeAddrs: s.probeAddrs(), UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), VTEPMAC: s.vtepMAC(),
+		ProbeAddrs: s.probeAddrs(), UDPPort: s.cfg.UDPPort, VXLANPort: s.vxlanPort(), HasVNI: true, VNI: s.cfg.VNI, VTEPMAC: s.vtepMAC(),
 		Capabilities: membership.CapHostByTunnel | membership.CapBench | s.fastCapability(), Version: announcedVersion(),
 	}
 }

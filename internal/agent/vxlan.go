@@ -40,6 +40,8 @@ func (s *session) unfit(p *peerView, m encap.Mode) string {
 		return s.engine.Unavailable(m).Error()
 	case m == encap.VXLAN && p.vxlanPort == 0:
 		return "the peer does not take it: its port for vxlan is in use there by something else"
+	case m == encap.VXLAN && p.vni != s.cfg.VNI:
+		return fmt.Sprintf("its --vni is %d, and this node's %d: give both the same", p.vni, s.cfg.VNI)
 	}
 	return ""
 }

@@ -106,6 +106,7 @@ var keys = []key{
 		show: func(c *Config) string { return strconv.Itoa(int(c.VXLANPort)) }},
 	{name: "vni", arg: "NUMBER", def: "1",
 		help: "VXLAN network identifier, 0 to 16777215; the same on all nodes",
+		doc:  "Between nodes with different ones vxlan is off, and `tulle peers` says so.",
 		set:  text(func(c *Config, s string) (err error) { c.VNI, err = parseVNI(s); return }),
 		show: func(c *Config) string { return strconv.FormatUint(uint64(c.VNI), 10) }},
 	{name: "vtep_mac", arg: "MAC",

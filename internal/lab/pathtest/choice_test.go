@@ -1,6 +1,7 @@
 package pathtest
 
 import (
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -77,4 +78,28 @@ func TestReloadSwitches(t *testing.T) {
 		t.Errorf("%d of %d pings lost over nine changes of the order", lost, sent)
 	}
 	t.Logf("the transfer stood still for %v at most", x.stop(t).Round(time.Millisecond))
+}
+
+// TestOtherVNI gives a host another VNI: vxlan between the two is off and says why, and where it is the only way, so does status.
+func TestOtherVNI(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "vxlan, udp", 1500, 1500)
+	s.uses(t, 20*time.Second, "vxlan")
+	s.second.Stop()
+	s.second = s.b.Agent("--config", s.b.WriteFile("tulle.yaml", "paths: [vxlan, udp]\nvni: 7\n"))
+	s.second.Ready(30 * time.Second)
+	s.uses(t, 20*time.Second, "udp")
+	const why = "its --vni is 7, and this node's 1"
+	says(t, "vxlan", reason(t, s.first, "vxlan"), why)
+	hosts.NoProblems(t, "there is another way", s.first, s.second)
+	writePaths(s.a, "vxlan")
+	if out, errs, code := s.first.Tulle("reload"); code != 0 {
+		t.Fatalf("reload: %s%s", out, errs)
+	}
+	hosts.Within(t, 10*time.Second, "status says that b has no way", func() error {
+		if p := s.first.Problems(); !strings.Contains(p, "packets to b have no way: vxlan: "+why) {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
 }

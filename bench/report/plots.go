@@ -54,6 +54,7 @@ func Pictures(r *result.Run) ([]Picture, error) {
 		if err != nil || !some {
 			return err
 		}
+		p.Name = fileName(p.Name)
 		p.SVG, p.PNG, err = render(pl, height)
 		if err == nil {
 			out = append(out, p)
@@ -106,6 +107,16 @@ func Pictures(r *result.Run) ([]Picture, error) {
 		}
 	}
 	return out, nil
+}
+
+// fileName is a name without what leads to another folder: a part of it may come from anybody's file.
+func fileName(name string) string {
+	return strings.Map(func(r rune) rune {
+		if r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || r >= '0' && r <= '9' || r == '-' || r == '_' {
+			return r
+		}
+		return '_'
+	}, name)
 }
 
 func better(m result.Metric) string {

@@ -138,10 +138,18 @@ func Write(r *result.Run, dir string) error {
 func replace(path string, b []byte) error {
 	temporary := path + ".new"
 	if err := os.WriteFile(temporary, b, 0o644); err != nil {
-		if rerr := os.Remove(temporary); !errors.Is(rerr, fs.ErrNotExist) {
-			err = errors.Join(err, rerr)
-		}
+		return errors.Join(err, discard(temporary))
+	}
+	if err := os.Rename(temporary, path); err != nil {
+		return errors.Join(err, discard(temporary))
+	}
+	return nil
+}
+
+// discard removes a file that may not be there.
+func discard(path string) error {
+	if err := os.Remove(path); !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	return os.Rename(temporary, path)
+	return nil
 }

@@ -130,6 +130,45 @@ func TestReportOfLittle(t *testing.T) {
 	}
 }
 
+// A stored run may be anybody's: its names lead to no other folder, and run nothing.
+func TestReportOfAnybody(t *testing.T) {
+	const bad = `/../../x"><script>alert(1)</script>`
+	r := sample()
+	r.Limits, r.Modes[0].Name, r.Tulle = []string{"held to 5 Mb/s"}, bad, bad
+	for i := range r.Modes[1].Rounds {
+		r.Modes[1].Rounds[i].Latency[0].Kind = bad
+		r.Modes[1].Rounds[i].Breakdown[0].Traffic = bad
+	}
+	r.Summarise()
+	files, err := Files(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range files {
+		if strings.ContainsAny(name, `/"<`) {
+			t.Errorf("a file is called %q", name)
+		}
+	}
+	html := string(files["index.html"])
+	if strings.Contains(html, "<script") || !strings.Contains(html, "&lt;script") || !strings.Contains(html, `class="limit">held to 5 Mb/s`) {
+		t.Error("the page runs what a name says, or lacks that the run was limited")
+	}
+}
+
+// What cannot take its place leaves nothing behind.
+func TestReportInTheWay(t *testing.T) {
+	dir := t.TempDir()
+	if err := os.MkdirAll(filepath.Join(dir, "index.html", "mine"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := Write(sample(), dir); err == nil || !strings.Contains(err.Error(), "index.html") {
+		t.Errorf("got %v", err)
+	}
+	if left, err := filepath.Glob(filepath.Join(dir, "*.new")); err != nil || len(left) > 0 {
+		t.Errorf("left behind: %v, %v", left, err)
+	}
+}
+
 // A disk that fills up is an error, and no half file stays.
 func TestFullDisk(t *testing.T) {
 	if os.Geteuid() != 0 {

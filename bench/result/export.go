@@ -16,7 +16,7 @@ func (r *Run) WriteCSV(w io.Writer) error {
 		for _, metric := range r.Metrics {
 			for i, round := range m.Rounds {
 				if v, ok := round.Values[metric.Key]; ok {
-					_ = c.Write([]string{m.Name, metric.Key, metric.Unit, strconv.Itoa(i + 1), strconv.FormatFloat(v, 'g', -1, 64)})
+					_ = c.Write([]string{Printable(m.Name), Printable(metric.Key), metric.Unit, strconv.Itoa(i + 1), strconv.FormatFloat(v, 'g', -1, 64)})
 				}
 			}
 		}
@@ -63,6 +63,9 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 		fmt.Fprintf(&b, ". Linux %s, %d × %s, %s", m.Kernel, m.CPUs, m.CPU, r.Started.Format("2006-01-02"))
 	}
 	b.WriteString(".\n")
+	for _, limit := range r.Limits {
+		fmt.Fprintf(&b, "\n%s\n", limit)
+	}
 	if len(r.Warnings) > 0 {
 		b.WriteString("\n**Not to be trusted**, for these reasons:\n\n")
 	}
@@ -83,6 +86,6 @@ func (r *Run) WriteMarkdown(w io.Writer) error {
 			fmt.Fprintf(&b, "\n`%s` failed: %s\n", m.Name, oneLine(e))
 		}
 	}
-	_, err := io.WriteString(w, b.String())
+	_, err := io.WriteString(w, Printable(b.String()))
 	return err
 }

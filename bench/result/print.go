@@ -7,6 +7,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
 )
 
 // column is a metric in a table.
@@ -400,7 +401,7 @@ type tables struct {
 
 func (p *tables) line(format string, args ...any) {
 	if p.err == nil {
-		_, p.err = fmt.Fprintf(p.w, format+"\n", args...)
+		_, p.err = fmt.Fprintln(p.w, Printable(fmt.Sprintf(format, args...)))
 	}
 }
 
@@ -428,9 +429,23 @@ func (p *tables) table(rows [][]string) {
 	}
 	t := tabwriter.NewWriter(p.w, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
-		fmt.Fprintln(t, strings.Join(r, "\t"))
+		cells := make([]string, len(r))
+		for i, cell := range r {
+			cells[i] = Printable(cell)
+		}
+		fmt.Fprintln(t, strings.Join(cells, "\t"))
 	}
 	p.err = t.Flush()
+}
+
+// Printable is text without what commands a terminal: a stored run, or what a server says, may be anybody's.
+func Printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if unicode.IsControl(r) && r != '\n' || unicode.Is(unicode.Cf, r) {
+			return unicode.ReplacementChar
+		}
+		return r
+	}, s)
 }
 
 func (p *tables) modes(r *Run) {

@@ -2,9 +2,12 @@ package result
 
 import (
 	"bytes"
+	"io"
+	"math"
 	"strings"
 	"testing"
 	"time"
+	"unicode"
 )
 
 // latencyOf is a round with one measure of latency.
@@ -138,6 +141,35 @@ func TestHalfTripOfOneCPU(t *testing.T) {
 	for _, want := range []string{"Tulle udp has 1.00 × kernel-vxlan's latency.", "HALF RTT, µs", "Half RTT: 64 bytes, not pinned. The wire is cut."} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("lacks %q:\n%s", want, out.String())
+		}
+	}
+}
+
+// A stored run may be anybody's: no form that is printed commands a terminal. A kind of latency of a newer program is not taken for another one.
+func TestPrintOfAnybody(t *testing.T) {
+	const bad = "\x1b]0;x\x07\u009b2J\u202e\r"
+	times := NewHistogram()
+	times.Record(time.Millisecond)
+	r := &Run{
+		Kind: Pair, Warnings: []string{bad}, Notes: []string{bad}, Limits: []string{"held to 5 Mb/s"}, Machines: []Machine{{CPU: bad}},
+		Modes: []Mode{{Name: bad, Errors: []string{bad}, Rounds: []Round{{Latency: []Latency{
+			{Kind: PingPong, Payload: 64, Answers: 1, Times: times}, {Kind: "new", Payload: 64, Answers: 1, Times: NewHistogram()}, {Kind: bad, Payload: 64, Answers: 1, Times: times},
+		}}}}},
+	}
+	r.Modes[0].Rounds[0].Latency[1].Times.Record(time.Second)
+	r.Summarise()
+	if v := r.Modes[0].Rounds[0].Values; math.Abs(v["rtt64_p50_us"]-500) > 1 || v["new_p50_us"] == 0 {
+		t.Errorf("the values are %v", v)
+	}
+	for name, write := range map[string]func(io.Writer) error{
+		"table": func(w io.Writer) error { return r.Print(w, true) }, "csv": r.WriteCSV, "markdown": r.WriteMarkdown,
+	} {
+		var b strings.Builder
+		if err := write(&b); err != nil || strings.ContainsFunc(b.String(), func(c rune) bool { return c != '\n' && !unicode.IsPrint(c) }) {
+			t.Errorf("%s: %v: %q", name, err, b.String())
+		}
+		if name != "csv" && !strings.Contains(b.String(), "held to 5 Mb/s") {
+			t.Errorf("%s does not say that the run was limited", name)
 		}
 	}
 }

@@ -45,8 +45,10 @@ func (l *Latency) key() (key, title string) {
 		return "loaded", fmt.Sprintf("half RTT %s B beside TCP streams", thousands(l.Payload))
 	case OpenLoop:
 		key, title = fmt.Sprintf("open%d", l.Payload), fmt.Sprintf("half RTT %s B at a fixed rate", thousands(l.Payload))
-	default:
+	case PingPong:
 		key, title = fmt.Sprintf("rtt%d", l.Payload), fmt.Sprintf("half RTT %s B", thousands(l.Payload))
+	default: // of a newer program
+		return l.Kind, l.Kind
 	}
 	if l.Pinned {
 		key, title = key+"_pinned", title+" pinned"

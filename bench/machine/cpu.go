@@ -21,6 +21,7 @@ const clockTick = 10 * time.Millisecond
 // cpuStat is the first line of /proc/stat, in seconds, and the number of online CPUs (proc(5)).
 type cpuStat struct {
 	idle, steal, softirq float64
+	all                  float64 // the sum of all
 	cpus                 int
 }
 
@@ -47,6 +48,13 @@ func parseStat(b []byte) (cpuStat, error) {
 			}
 		}
 		s.idle = float64(ticks[0]+ticks[1]) * clockTick.Seconds()
+		for _, field := range f[1:9] {
+			n, err := strconv.ParseUint(field, 10, 64)
+			if err != nil {
+				return s, fmt.Errorf("/proc/stat: %w", err)
+			}
+			s.all += float64(n) * clockTick.Seconds()
+		}
 		s.steal = float64(ticks[2]) * clockTick.Seconds()
 		s.softirq = float64(ticks[3]) * clockTick.Seconds()
 		found = true
@@ -93,11 +101,19 @@ func (m *Meter) Stop() (result.CPUUse, error) {
 	if err != nil {
 		return result.CPUUse{}, err
 	}
+	if now.standsStill(m.stat, passed) {
+		return result.CPUUse{}, errors.New("/proc/stat stands still")
+	}
 	agents, others, err := m.processes()
 	if err != nil {
 		return result.CPUUse{}, err
 	}
 	return m.use(passed, now, agents, others), nil
+}
+
+// standsStill reports whether there is nobody behind /proc/stat that counts: some sandboxes have one of zeros. By that all CPUs were busy.
+func (s cpuStat) standsStill(since cpuStat, passed float64) bool {
+	return s.all == since.all && passed > 10*clockTick.Seconds()
 }
 
 func (m *Meter) use(passed float64, now cpuStat, agents, others float64) result.CPUUse {

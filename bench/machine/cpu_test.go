@@ -12,7 +12,7 @@ import (
 func TestParseStat(t *testing.T) {
 	const text = "cpu  100 1 50 1000 20 3 4 7 0 0\ncpu0 50 1 25 500 10 3 4 7 0 0\ncpu1 50 0 25 500 10 0 0 0 0 0\nintr 1 2 3\n"
 	s, err := parseStat([]byte(text))
-	if err != nil || math.Abs(s.idle-10.2) > 1e-9 || math.Abs(s.steal-0.07) > 1e-9 || math.Abs(s.softirq-0.04) > 1e-9 || s.cpus != 2 {
+	if err != nil || math.Abs(s.idle-10.2) > 1e-9 || math.Abs(s.steal-0.07) > 1e-9 || math.Abs(s.softirq-0.04) > 1e-9 || math.Abs(s.all-11.85) > 1e-9 || s.cpus != 2 {
 		t.Errorf("got %+v, %v", s, err)
 	}
 	m := Meter{stat: s, agents: 1, others: 4}
@@ -20,6 +20,9 @@ func TestParseStat(t *testing.T) {
 	want := result.CPUUse{Busy: 20 - 6 - 1 - 2, Others: 2, Steal: 1, Agents: 2}
 	if math.Abs(u.Busy-want.Busy) > 1e-9 || math.Abs(u.Steal-want.Steal) > 1e-9 || u.Others != want.Others || u.Agents != want.Agents {
 		t.Errorf("got %+v, want %+v", u, want)
+	}
+	if later := (cpuStat{all: s.all + 0.01}); later.standsStill(s, 1) || !s.standsStill(s, 1) || s.standsStill(s, 0.02) {
+		t.Error("one tick is taken for a /proc/stat that stands still, or none for one that does not")
 	}
 	for _, bad := range []string{"", "cpu 1 2 3\ncpu0 1 2 3\n", "cpu  1 2 3 x 5 6 7 8\ncpu0\n", "cpu0 1 2 3 4 5 6 7 8\n"} {
 		if _, err := parseStat([]byte(bad)); err == nil {

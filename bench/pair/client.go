@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"strings"
 	"sync"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/net/ipv4"
 	"golang.org/x/sys/unix"
 
+	"github.com/tulle-net/tulle/bench/result"
 	"github.com/tulle-net/tulle/bench/traffic"
 )
 
@@ -28,6 +30,7 @@ type client struct {
 	sending   sync.Mutex // an order
 	measuring bool       // the server has a job
 	unread    int        // reports that nobody has read: those to keepAlive
+	lost      error      // why the connection is of no use any more; nil: it is
 }
 
 // isEOF reports whether the other end closed the connection.
@@ -35,12 +38,18 @@ func isEOF(err error) bool {
 	return errors.Is(err, io.EOF) || errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE)
 }
 
+// split splits an address, with the default port where it has none.
+func split(address string) (host, port string) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return strings.Trim(address, "[]"), strconv.Itoa(DefaultPort)
+	}
+	return host, port
+}
+
 // dial opens a control connection, from an address of this host if from is one.
 func dial(ctx context.Context, o *RunOptions, from netip.Addr) (*client, error) {
-	host, port, err := net.SplitHostPort(o.Host)
-	if err != nil {
-		host, port = strings.Trim(o.Host, "[]"), strconv.Itoa(DefaultPort)
-	}
+	host, port := split(o.Host)
 	network := "tcp"
 	if o.Six {
 		network = "tcp6"
@@ -54,6 +63,7 @@ func dial(ctx context.Context, o *RunOptions, from netip.Addr) (*client, error) 
 		return nil, fmt.Errorf("%w: is `tulle bench serve` running there, and is TCP and UDP port %s open?", err, port)
 	}
 	c := &client{control: newControl(conn), to: addrPort(conn.RemoteAddr()), from: netip.AddrPortFrom(addrPort(conn.LocalAddr()).Addr(), 0)}
+	defer context.AfterFunc(ctx, func() { conn.Close() })()
 	if err := c.enter(o.Token); err != nil {
 		conn.Close()
 		return nil, fmt.Errorf("%v: %w", c.to, err)
@@ -96,7 +106,7 @@ func (c *client) enter(token string) error {
 		return err
 	}
 	if c.welcome.Error != "" {
-		return errors.New(c.welcome.Error)
+		return errors.New(result.Printable(c.welcome.Error))
 	}
 	return nil
 }
@@ -104,25 +114,33 @@ func (c *client) enter(token string) error {
 // serverError is what the server says when it ends a run.
 type serverError string
 
-func (e serverError) Error() string { return "the server: " + string(e) }
+func (e serverError) Error() string { return "the server: " + result.Printable(string(e)) }
 
-// order sends an order and awaits its report.
+// order sends an order and awaits its report, as long as the server waits for an order: packets may be lost for some seconds.
 func (c *client) order(do string, flows int) (report, error) {
+	if c.lost != nil {
+		return report{}, c.lost
+	}
 	c.sending.Lock()
 	before := c.unread
 	c.unread, c.measuring = 0, c.measuring && do != "stop"
 	err := c.send(order{Do: do, Flows: flows})
 	c.sending.Unlock()
 	if err != nil {
-		return report{}, fmt.Errorf("the server has gone: %w", err)
+		c.lost = fmt.Errorf("the server has gone: %w", err)
+		return report{}, c.lost
 	}
 	var r report
 	for range before + 1 {
 		r = report{}
-		if err := c.receive(&r, patience); err != nil {
-			if isEOF(err) {
+		if err := c.receive(&r, idleLimit); err != nil {
+			switch {
+			case isEOF(err):
 				err = fmt.Errorf("the server ended the run (it allows %.0f s): %w", c.welcome.MaxTime, err)
+			case errors.Is(err, os.ErrDeadlineExceeded):
+				err = fmt.Errorf("the server has not answered for %v: %w", idleLimit, err)
 			}
+			c.lost = err
 			return report{}, err
 		}
 		if r.Error != "" {
@@ -173,8 +191,11 @@ type deafError string
 func (e deafError) Error() string { return string(e) }
 
 // flow opens a UDP flow of the current job. The caller closes fd.
-func (c *client) flow(number int) (fd, buffer int, err error) {
+func (c *client) flow(ctx context.Context, number int) (fd, buffer int, err error) {
 	for range 6 {
+		if ctx.Err() != nil {
+			return -1, 0, ctx.Err()
+		}
 		fd, buffer, err = traffic.Socket(c.from, unix.SOCK_DGRAM)
 		if err != nil {
 			return -1, 0, fmt.Errorf("UDP socket: %w", err)
@@ -222,7 +243,7 @@ func (c *client) stream(number int) (int, error) {
 }
 
 // sinkFlows starts a job that counts datagrams and opens its flows. close ends them.
-func (c *client) sinkFlows(n int) (flows []*ipv4.PacketConn, closeAll func(), err error) {
+func (c *client) sinkFlows(ctx context.Context, n int) (flows []*ipv4.PacketConn, closeAll func(), err error) {
 	closeAll = func() {
 		for _, f := range flows {
 			f.Close()
@@ -232,7 +253,7 @@ func (c *client) sinkFlows(n int) (flows []*ipv4.PacketConn, closeAll func(), er
 		return nil, nil, err
 	}
 	for i := range n {
-		fd, _, err := c.flow(i)
+		fd, _, err := c.flow(ctx, i)
 		if err != nil {
 			closeAll()
 			return nil, nil, err
@@ -247,10 +268,14 @@ func (c *client) sinkFlows(n int) (flows []*ipv4.PacketConn, closeAll func(), er
 	return flows, closeAll, nil
 }
 
+// copies of each datagram go out when the path MTU is looked for: one that is lost by chance is not too large.
+const copies = 3
+
 // pathMTU finds the largest packet that is answered, in bytes of IP. Datagrams go out with the don't-fragment bit, and
 // without regard to what the kernel knows of the path.
-func (c *client) pathMTU(link int) (int, error) {
-	fd, _, err := c.flow(0)
+func (c *client) pathMTU(ctx context.Context, link int) (int, error) {
+	defer c.keepAlive()()
+	fd, _, err := c.flow(ctx, 0)
 	if err != nil {
 		return 0, err
 	}
@@ -267,11 +292,18 @@ func (c *client) pathMTU(link int) (int, error) {
 	passes := func(size int) bool {
 		out, in := make([]byte, size-headers), make([]byte, 1<<16)
 		for range 4 {
-			if _, err := unix.Write(fd, out); err == unix.EMSGSIZE {
-				return false
+			for range copies {
+				if _, err := unix.Write(fd, out); err == unix.EMSGSIZE {
+					if _, err = unix.Write(fd, out); err == unix.EMSGSIZE { // the first may be a router's answer to a larger one
+						return false
+					}
+				}
 			}
 			for {
 				n, err := unix.Read(fd, in)
+				if ctx.Err() != nil {
+					return false
+				}
 				if err == unix.EINTR {
 					continue
 				}
@@ -289,10 +321,10 @@ func (c *client) pathMTU(link int) (int, error) {
 	if passes(high) {
 		return high, nil
 	}
-	if !passes(least) {
+	if !passes(least) && ctx.Err() == nil {
 		return 0, fmt.Errorf("packets of %d bytes from %v to %v are not answered", least, c.from.Addr(), c.to)
 	}
-	for low := least; ; {
+	for low := least; ctx.Err() == nil; {
 		if high-low <= 1 {
 			return low, nil
 		}
@@ -302,4 +334,5 @@ func (c *client) pathMTU(link int) (int, error) {
 			high = middle
 		}
 	}
+	return 0, ctx.Err()
 }

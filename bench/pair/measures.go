@@ -27,16 +27,16 @@ func onThread(fn func() error) error {
 }
 
 // overUDP measures over a flow that is echoed.
-func (rn *runner) overUDP(d *result.Round, measure func(fd int) (*result.Latency, error)) error {
+func (rn *runner) overUDP(ctx context.Context, d *result.Round, measure func(fd int) (*result.Latency, error)) error {
 	if _, err := rn.c.order(jobEcho, 1); err != nil {
 		return err
 	}
-	return rn.echoed(d, measure)
+	return rn.echoed(ctx, d, measure)
 }
 
 // echoed does so while a job runs that echoes.
-func (rn *runner) echoed(d *result.Round, measure func(fd int) (*result.Latency, error)) error {
-	fd, buffer, err := rn.c.flow(0)
+func (rn *runner) echoed(ctx context.Context, d *result.Round, measure func(fd int) (*result.Latency, error)) error {
+	fd, buffer, err := rn.c.flow(ctx, 0)
 	if err != nil {
 		return err
 	}
@@ -92,7 +92,7 @@ func (rn *runner) pingPong(payload int) func(context.Context, *result.Round) err
 		if err != nil {
 			return err
 		}
-		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
+		return rn.overUDP(ctx, d, func(fd int) (*result.Latency, error) {
 			return traffic.PingPong(ctx, fd, payload, rn.o.warm(), rn.o.Duration, every)
 		})
 	}
@@ -103,7 +103,7 @@ func (rn *runner) openLoop(payload int) func(context.Context, *result.Round) err
 		if _, err := rn.every(payload); err != nil {
 			return err
 		}
-		return rn.overUDP(d, func(fd int) (*result.Latency, error) {
+		return rn.overUDP(ctx, d, func(fd int) (*result.Latency, error) {
 			return traffic.Paced(ctx, fd, payload, rn.openRate(payload), rn.o.warm(), rn.o.Duration, 4*rn.c.rtt)
 		})
 	}
@@ -214,8 +214,17 @@ func (rn *runner) loaded(ctx context.Context, d *result.Round) error {
 		return err
 	}
 	_, err = rn.beside(jobLoaded, rn.o.Streams, func() error {
-		return rn.echoed(d, func(fd int) (*result.Latency, error) {
-			return traffic.Loaded(ctx, fd, rn.o.warm(), rn.o.Duration, every)
+		return rn.echoed(ctx, d, func(fd int) (*result.Latency, error) {
+			l, err := traffic.Loaded(ctx, fd, rn.o.warm(), rn.o.Duration, every)
+			if err != nil {
+				return nil, err
+			}
+			// Echoes count, too, those of the warm-up among them.
+			got, err := rn.c.order("count", 0)
+			if echoes := 2 * traffic.LoadedPayload * (l.Answers + l.Lost + 10); err == nil && got.Bytes < echoes {
+				err = fmt.Errorf("the TCP streams carried nothing%s", rn.hole())
+			}
+			return l, err
 		})
 	})
 	return err
@@ -280,7 +289,7 @@ func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
 		return err
 	}
 	if got.Bytes == 0 {
-		return fmt.Errorf("no byte arrived within %.1f s", got.Seconds)
+		return fmt.Errorf("no byte arrived within %.1f s%s", got.Seconds, rn.hole())
 	}
 	t.Bytes, t.Seconds, t.Gbps = got.Bytes, got.Seconds, float64(got.Bytes)*8/1e9/got.Seconds
 	if got.CPU != nil {
@@ -289,9 +298,17 @@ func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
 	return nil
 }
 
+// hole says why TCP may stand still where the path takes smaller packets than the link.
+func (rn *runner) hole() string {
+	if link := rn.r.Machines[0].LinkMTU; rn.r.MTU > 0 && rn.r.MTU < link {
+		return fmt.Sprintf(": the path takes packets of %d bytes and the link of %d, and TCP does not learn of it. What drops larger ones has to say so (ICMP), or the link's MTU has to be %[1]d", rn.r.MTU, link)
+	}
+	return ""
+}
+
 func (rn *runner) flood(flows int) func(context.Context, *result.Round) error {
 	return func(ctx context.Context, d *result.Round) error {
-		conns, closeAll, err := rn.c.sinkFlows(flows)
+		conns, closeAll, err := rn.c.sinkFlows(ctx, flows)
 		if err != nil {
 			return err
 		}
@@ -306,7 +323,7 @@ func (rn *runner) flood(flows int) func(context.Context, *result.Round) error {
 
 func (rn *runner) search(payload int, full bool) func(context.Context, *result.Round) error {
 	return func(ctx context.Context, d *result.Round) error {
-		conns, closeAll, err := rn.c.sinkFlows(1)
+		conns, closeAll, err := rn.c.sinkFlows(ctx, 1)
 		if err != nil {
 			return err
 		}

@@ -78,7 +78,7 @@ func (ps *pathRun) add(ctx context.Context, p Path) error {
 	if m.Missing == "" {
 		rn := &runner{o: ps.o, label: p.Name + ", ", most: p.MTU}
 		rn.o.Label = p.Name
-		err := rn.connected(ctx, p, rn.prepare)
+		err := rn.connected(ctx, p, func() error { return rn.prepare(ctx) })
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"os"
 	"runtime"
 	"slices"
 	"time"
@@ -133,14 +134,14 @@ func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
 	defer runtime.GOMAXPROCS(was)
 	c, err := dial(ctx, &o, netip.Addr{})
 	if err != nil {
-		return nil, err
+		return nil, errors.Join(ctx.Err(), err)
 	}
 	defer c.conn.Close()
 	stop := context.AfterFunc(ctx, func() { c.conn.Close() })
 	defer stop()
 	rn := &runner{o: o, c: c}
-	if err := rn.prepare(); err != nil {
-		return nil, err
+	if err := rn.prepare(ctx); err != nil {
+		return nil, errors.Join(ctx.Err(), err)
 	}
 	if err := fits(&o, rn); err != nil {
 		return nil, err
@@ -163,7 +164,7 @@ func Run(ctx context.Context, o RunOptions) (*result.Run, error) {
 }
 
 // prepare finds the path MTU and describes the run.
-func (rn *runner) prepare() error {
+func (rn *runner) prepare(ctx context.Context) error {
 	o, c := &rn.o, rn.c
 	from := machine.Facts(c.from.Addr())
 	from.End, from.Tulle = "from", o.Version
@@ -175,7 +176,7 @@ func (rn *runner) prepare() error {
 	if _, err := c.order(jobEcho, 1); err != nil {
 		return err
 	}
-	mtu, err := c.pathMTU(link)
+	mtu, err := c.pathMTU(ctx, link)
 	if _, deaf := errors.AsType[deafError](err); deaf && !o.Gentle {
 		rn.deaf = err
 	} else if err != nil {
@@ -324,7 +325,7 @@ func (rn *runner) take(ctx context.Context, m measure, d *result.Round) error {
 // gone returns why the server has ended the run, if it has when a measure fails with an error.
 func (rn *runner) gone(failed error) error {
 	_, err := rn.c.order("stop", 0)
-	if _, told := errors.AsType[serverError](err); err == nil || told {
+	if _, told := errors.AsType[serverError](err); err == nil || told || errors.Is(err, os.ErrDeadlineExceeded) {
 		return err
 	}
 	return failed

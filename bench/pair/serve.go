@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"strconv"
 	"sync"
 	"time"
@@ -20,7 +21,7 @@ import (
 
 // ServeOptions configure a server.
 type ServeOptions struct {
-	Address string        // to listen on, as host:port; default all addresses and DefaultPort
+	Address string        // to listen on, with or without port; default all addresses and DefaultPort
 	Token   string        // that clients must have; "" for none
 	MaxTime time.Duration // of one run; default 10 minutes
 	MaxRate float64       // of one run, in bits of payload a second; 0 for none
@@ -32,9 +33,7 @@ type ServeOptions struct {
 
 // Serve lets one client at a time measure, until ctx ends.
 func Serve(ctx context.Context, o ServeOptions) error {
-	if o.Address == "" {
-		o.Address = fmt.Sprintf(":%d", DefaultPort)
-	}
+	o.Address = net.JoinHostPort(split(o.Address))
 	if o.MaxTime == 0 {
 		o.MaxTime = 10 * time.Minute
 	}
@@ -47,11 +46,11 @@ func Serve(ctx context.Context, o ServeOptions) error {
 	var lc net.ListenConfig
 	ln, err := lc.Listen(ctx, "tcp", o.Address)
 	if err != nil {
-		return err
+		return taken(err)
 	}
 	if err := udpFree(ctx, o.Address, addrPort(ln.Addr()).Port()); err != nil {
 		ln.Close()
-		return err
+		return taken(err)
 	}
 	s := &server{o: o, slots: make(chan struct{}, maxConns), strangers: strangers{log: o.Log}}
 	stop := context.AfterFunc(ctx, func() { ln.Close() })
@@ -79,6 +78,14 @@ func Serve(ctx context.Context, o ServeOptions) error {
 		s.strangers.add(conn)
 		s.conns.Go(func() { s.handle(ctx, conn) })
 	}
+}
+
+// taken says what to do where another program has the port.
+func taken(err error) error {
+	if errors.Is(err, unix.EADDRINUSE) {
+		return fmt.Errorf("%w: choose another port (--listen ADDRESS:PORT), and name it to `tulle bench run` (HOST:PORT)", err)
+	}
+	return err
 }
 
 // udpFree returns an error if the UDP port beside a TCP port belongs to another program: each measure opens it anew.
@@ -216,6 +223,8 @@ func (s *server) serveRun(ctx context.Context, c *control, run *session) error {
 				return fmt.Errorf("it took longer than %v", s.o.MaxTime)
 			case isEOF(err) || ctx.Err() != nil:
 				return nil
+			case errors.Is(err, os.ErrDeadlineExceeded):
+				return fmt.Errorf("nothing came for %v", idleLimit)
 			}
 			return err
 		}

@@ -119,7 +119,12 @@ func TestServeNeedsUDP(t *testing.T) {
 	ctx, stop := context.WithCancel(t.Context())
 	defer stop()
 	err = Serve(ctx, ServeOptions{Address: other.LocalAddr().String(), Listening: func(netip.AddrPort) { stop() }})
-	wantError(t, "a UDP port that is taken", err, "address already in use")
+	wantError(t, "a UDP port that is taken", err, "address already in use: choose another port")
+	for address, want := range map[string]string{"": ":17979", "10.0.0.7": "10.0.0.7:17979", "fd00::7": "[fd00::7]:17979", "[fd00::7]": "[fd00::7]:17979", "[fe80::7%eth0]:1": "[fe80::7%eth0]:1", ":1": ":1"} {
+		if got := net.JoinHostPort(split(address)); got != want {
+			t.Errorf("%q is %q, not %q", address, got, want)
+		}
+	}
 }
 
 // letters are a connection's end whose writes wait for nobody, like those of TCP.
@@ -190,6 +195,37 @@ func TestLongMeasure(t *testing.T) {
 	})
 }
 
+// An answer may be late, as where packets are lost for some seconds. When none comes for as long as a server waits, the run is over, and nothing else waits for it again.
+func TestLateAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		near, far := net.Pipe()
+		defer near.Close()
+		defer far.Close()
+		c, s := &client{control: newControl(near)}, newControl(far)
+		go func() {
+			var o order
+			for s.receive(&o, time.Hour) == nil && o.Do != "end" {
+				time.Sleep(idleLimit - time.Second)
+				_ = s.send(report{})
+			}
+		}()
+		for range 2 {
+			if _, err := c.order("count", 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for want := idleLimit; want >= 0; want -= idleLimit {
+			began := time.Now()
+			_, err := c.order("end", 0)
+			wantError(t, "a server that is silent", err, "the server has not answered for 30s")
+			if took := time.Since(began); took != want {
+				t.Errorf("it was waited for %v, not %v", took, want)
+			}
+		}
+		wantError(t, "a measure meanwhile", (&runner{c: c}).gone(unix.EAGAIN), "the server has not answered")
+	})
+}
+
 // Who sends more than the server allows is cut off; a client that keeps to it is slowed down.
 func TestServeLimitsRate(t *testing.T) {
 	at := local(t, ServeOptions{MaxRate: 5e6}) // little: on a busy machine most of the time between two floods is waiting, which counts, too
@@ -199,7 +235,7 @@ func TestServeLimitsRate(t *testing.T) {
 	}
 	c.welcome.MaxRate = 0 // a client that does not care
 	rn := &runner{c: c, full: 1400}
-	conns, closeAll, err := c.sinkFlows(1)
+	conns, closeAll, err := c.sinkFlows(t.Context(), 1)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +253,7 @@ func TestServeLimitsRate(t *testing.T) {
 		}
 	}
 	rn = &runner{c: r, full: 1400}
-	if conns, closeAll, err = r.sinkFlows(1); err != nil {
+	if conns, closeAll, err = r.sinkFlows(t.Context(), 1); err != nil {
 		t.Fatal(err)
 	}
 	defer closeAll()
@@ -460,7 +496,7 @@ func TestRunSaysWhy(t *testing.T) {
 		t.Fatal(err)
 	}
 	rn := &runner{c: c, r: &result.Run{Machines: make([]result.Machine, 2)}}
-	err = rn.overUDP(&result.Round{}, func(fd int) (*result.Latency, error) {
+	err = rn.overUDP(t.Context(), &result.Round{}, func(fd int) (*result.Latency, error) {
 		b := make([]byte, 60000)
 		for silent := 0; silent < 20; silent++ { // until the server answers no more
 			_, _ = unix.Write(fd, b)

@@ -34,7 +34,9 @@ import (
 func carry(t *testing.T, w *detour.Detour) (a, b *namespace.Namespace) {
 	t.Helper()
 	a, b = namespace.New(t), namespace.New(t)
-	w.Loses = udp
+	if w.Loses == nil {
+		w.Loses = udp
+	}
 	first, second := end(t, a, "10.99.0.1/24", "fd99::1/64"), end(t, b, "10.99.0.2/24", "fd99::2/64")
 	w.Carry(first, second, true)
 	w.Carry(second, first, false)
@@ -339,6 +341,42 @@ func TestTCPOnly(t *testing.T) {
 	a.Do(c.Start)
 	if err := c.Wait(); err == nil || !strings.Contains(errs.String(), "is UDP port 17979 open") {
 		t.Errorf("UDP alone: %v, %s", err, errs)
+	}
+}
+
+// A path MTU is not taken for smaller because datagrams are lost by chance: here the first four of each size.
+func TestPathMTUWithLoss(t *testing.T) {
+	binary := tulle(t)
+	seen := map[int]int{}
+	w := &detour.Detour{MTU: 1400, Loses: func(p []byte) bool {
+		seen[len(p)]++
+		return udp(p) && len(p) > 500 && seen[len(p)] <= 4
+	}}
+	a, b := carry(t, w)
+	w.Loss(1)
+	serving(t, b, binary)
+	if r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "50ms", "--measures", "latency", "--sizes", "64"); r.MTU != 1400 {
+		t.Errorf("a path MTU of %d was found, not 1400", r.MTU)
+	}
+}
+
+// Ctrl-C ends the search for the path MTU, too, which is long where the path is.
+func TestInterruptedSearch(t *testing.T) {
+	binary := tulle(t)
+	w := &detour.Detour{MTU: 1400}
+	a, b := carry(t, w)
+	w.Delay(100 * time.Millisecond)
+	serving(t, b, binary)
+	c, errs := command(t, binary, "run", "10.99.0.2")
+	a.Do(c.Start)
+	time.Sleep(2 * time.Second) // it takes 20 s
+	began := time.Now()
+	if err := c.Cancel(); err != nil {
+		t.Fatal(err)
+	}
+	err := c.Wait()
+	if took := time.Since(began); took > 4*time.Second || c.ProcessState.ExitCode() != 1 || !strings.Contains(errs.String(), "tulle: interrupted before the first round was complete") {
+		t.Errorf("after %v: %v, %s", took, err, errs)
 	}
 }
 

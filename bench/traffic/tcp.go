@@ -27,6 +27,9 @@ func TCPSource(fd int, stop *atomic.Bool) (retransmits uint32, err error) {
 			if stop.Load() {
 				break
 			}
+			if err == unix.EAGAIN {
+				err = fmt.Errorf("for %v nothing more could be sent: %w", patience, err)
+			}
 			return 0, err
 		}
 	}

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"slices"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -42,8 +44,9 @@ func (o *benchOutput) check() error {
 	return nil
 }
 
-// measure runs a benchmark until it ends or is interrupted, and writes what was measured.
+// measure runs a benchmark until it ends or is interrupted, and writes what was measured. Whoever reads its messages may end; it does not.
 func (o *benchOutput) measure(cmd *cobra.Command, run func(context.Context) (*result.Run, error)) error {
+	defer deafToPipes()()
 	ctx, stop := interruptible(cmd)
 	defer stop()
 	r, err := run(ctx)
@@ -64,9 +67,21 @@ func (o *benchOutput) measure(cmd *cobra.Command, run func(context.Context) (*re
 	return written
 }
 
-// write prints a result. Measures that failed are an exit code.
-func (o *benchOutput) write(cmd *cobra.Command, r *result.Run) (err error) {
+// deafToPipes makes writes to pipes that nobody reads fail, instead of ending the program, until stop is called.
+func deafToPipes() (stop func()) {
+	pipes := make(chan os.Signal, 1)
+	signal.Notify(pipes, syscall.SIGPIPE) // child processes do not inherit it
+	return func() { signal.Stop(pipes) }
+}
+
+// write writes the report, if one is wanted, and then prints the result, because the program may end with whoever reads that. Measures that failed are an exit code.
+func (o *benchOutput) write(cmd *cobra.Command, r *result.Run) error {
+	var reported error
+	if o.report != "" {
+		reported = benchreport.Write(r, o.report)
+	}
 	out := cmd.OutOrStdout()
+	var err error
 	switch o.form {
 	case "json":
 		err = r.WriteJSON(out)
@@ -80,14 +95,10 @@ func (o *benchOutput) write(cmd *cobra.Command, r *result.Run) (err error) {
 	if err != nil {
 		err = fmt.Errorf("write the result: %w", err)
 	}
-	if o.report != "" {
-		if werr := benchreport.Write(r, o.report); werr != nil {
-			err = errors.Join(err, werr)
-		} else {
-			fmt.Fprintf(cmd.ErrOrStderr(), "report: %s\n", filepath.Join(o.report, "index.html"))
-		}
+	if o.report != "" && reported == nil {
+		fmt.Fprintf(cmd.ErrOrStderr(), "report: %s\n", filepath.Join(o.report, "index.html"))
 	}
-	if err != nil {
+	if err = errors.Join(err, reported); err != nil {
 		return err
 	}
 	if r.Failed() || r.Interrupted {

@@ -44,6 +44,7 @@ func benchServe() *cobra.Command {
 			out := cmd.ErrOrStderr()
 			o.Log = func(s string) { fmt.Fprintf(out, "%s %s\n", time.Now().Format(time.TimeOnly), s) }
 			o.Listening = func(at netip.AddrPort) { fmt.Fprintf(out, "listening on %v, TCP and UDP\n", at) }
+			defer deafToPipes()() // whoever reads the log may end
 			ctx, stop := interruptible(cmd)
 			defer stop()
 			return pair.Serve(ctx, o)
@@ -51,7 +52,7 @@ func benchServe() *cobra.Command {
 	}
 	f := cmd.Flags()
 	f.SortFlags = false
-	f.StringVar(&o.Address, "listen", fmt.Sprintf(":%d", pair.DefaultPort), "`ADDRESS`:PORT to listen on")
+	f.StringVar(&o.Address, "listen", fmt.Sprintf(":%d", pair.DefaultPort), "`ADDRESS`:PORT to listen on, or one of them")
 	f.StringVar(&tokenFile, "token-file", "", "`FILE` with a token that clients must have")
 	f.DurationVar(&o.MaxTime, "max-time", 10*time.Minute, "how long one run may take")
 	f.Float64Var(&gbps, "max-gbps", 0, "how many Gb/s of payload a run may send; 0: no limit")

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"os"
 	"strings"
 	"testing"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/tulle-net/tulle/bench/result"
 )
@@ -47,4 +49,16 @@ func TestBenchMeasure(t *testing.T) {
 			t.Errorf("%s: printed\n%s", name, out.String())
 		}
 	}
+}
+
+// A terminal that is closed ends what runs in it as Ctrl-C does, so that nothing stays behind.
+func TestInterruptedByTerminal(t *testing.T) {
+	cmd := &cobra.Command{}
+	cmd.SetContext(t.Context())
+	ctx, stop := interruptible(cmd)
+	defer stop()
+	if err := unix.Kill(os.Getpid(), unix.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	<-ctx.Done()
 }

@@ -162,7 +162,11 @@ func labUp(name *string) *cobra.Command {
 
 // interruptible returns the command's context, cancelled by Ctrl-C, so that the command can clean up.
 func interruptible(cmd *cobra.Command) (context.Context, context.CancelFunc) {
-	return signal.NotifyContext(cmd.Context(), os.Interrupt, syscall.SIGTERM)
+	signals := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup has it
+		signals = append(signals, syscall.SIGHUP)
+	}
+	return signal.NotifyContext(cmd.Context(), signals...)
 }
 
 // details prints an error's text after its first line, such as the end of an agent's log, and returns the first line as the

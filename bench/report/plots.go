@@ -266,6 +266,9 @@ func (logTicks) Ticks(low, high float64) []plot.Tick {
 			break
 		}
 	}
+	if len(out) < 2 { // where all times are nearly the same
+		return plainTicks{}.Ticks(low, high)
+	}
 	return out
 }
 

@@ -169,6 +169,21 @@ func TestReportInTheWay(t *testing.T) {
 	}
 }
 
+// A scale has at least two numbers, however little of it there is.
+func TestTicks(t *testing.T) {
+	for _, ends := range [][2]float64{{15124, 15131}, {1, 1000}, {0.95, 2.1}, {5.1, 5.9}} {
+		labels := 0
+		for _, k := range (logTicks{}).Ticks(ends[0], ends[1]) {
+			if k.Label != "" && k.Value >= ends[0] && k.Value <= ends[1] {
+				labels++
+			}
+		}
+		if labels < 2 {
+			t.Errorf("from %v to %v there are %d numbers", ends[0], ends[1], labels)
+		}
+	}
+}
+
 // A disk that fills up is an error, and no half file stays.
 func TestFullDisk(t *testing.T) {
 	if os.Geteuid() != 0 {

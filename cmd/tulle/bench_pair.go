@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -37,6 +39,11 @@ func benchServe() *cobra.Command {
 			if !(gbps >= 0 && gbps <= mostGbps) { // nor what is no number
 				return usagef("--max-gbps %v: want 0 (no limit) to %d", gbps, mostGbps)
 			}
+			if _, port, err := net.SplitHostPort(o.Address); err != nil {
+				return usagef("--listen %q: want ADDRESS:PORT or :PORT, such as :%d", o.Address, pair.DefaultPort)
+			} else if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+				return usagef("--listen %q: want a port from 0 (any) to 65535", o.Address)
+			}
 			o.MaxRate = gbps * 1e9
 			if o.Token, err = token(tokenFile); err != nil {
 				return err
@@ -66,11 +73,11 @@ func token(file string) (string, error) {
 	}
 	b, err := os.ReadFile(file)
 	if err != nil {
-		return "", err
+		return "", fmt.Errorf("--token-file: %w", err)
 	}
 	t := strings.TrimSpace(string(b))
 	if t == "" {
-		return "", fmt.Errorf("%s has no token in it", file)
+		return "", fmt.Errorf("--token-file %s has no token in it: any line of text does, the same at both ends", file)
 	}
 	return t, nil
 }
@@ -119,8 +126,13 @@ func benchRun() *cobra.Command {
 			if o.Rounds < 1 {
 				return usagef("--rounds %d: want at least 1", o.Rounds)
 			}
-			if o.Duration == 0 || o.Rate == 0 || o.Streams == 0 {
-				return usagef("--duration, --rate and --streams: want more than 0")
+			switch { // in the options, 0 means the default
+			case o.Duration == 0:
+				return usagef("--duration 0s: want more than 0")
+			case o.Rate == 0:
+				return usagef("--rate 0: want more than 0")
+			case o.Streams == 0:
+				return usagef("--streams 0: want more than 0")
 			}
 			if err := o.Validate(); err != nil {
 				return usageError{err}

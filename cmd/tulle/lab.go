@@ -14,7 +14,9 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
+	"github.com/tulle-net/tulle/internal/config"
 	"github.com/tulle-net/tulle/internal/lab"
 )
 
@@ -91,6 +93,9 @@ func (f *labFlags) options(name string) (lab.Options, error) {
 	if f.timeout <= 0 {
 		return lab.Options{}, usagef("--timeout %v: want more than 0", f.timeout)
 	}
+	if err := f.checkAgents(); err != nil {
+		return lab.Options{}, err
+	}
 	under, err := families("--underlay", f.underlay)
 	if err != nil {
 		return lab.Options{}, err
@@ -111,6 +116,25 @@ func (f *labFlags) options(name string) (lab.Options, error) {
 		return o, usageError{err}
 	}
 	return o, nil
+}
+
+// checkAgents refuses what the agents would refuse, before anything is made.
+func (f *labFlags) checkAgents() error {
+	fl := pflag.NewFlagSet("agent", pflag.ContinueOnError)
+	fl.Usage = func() {}
+	config.AddFlags(fl)
+	args := f.agentArgs
+	if f.paths != "" {
+		args = append([]string{"--paths=" + f.paths}, args...)
+	}
+	err := fl.Parse(args)
+	if err == nil {
+		_, err = config.Load(fl, "/dev/null")
+	}
+	if err != nil {
+		return usagef("the agents would refuse this: %w", err)
+	}
+	return nil
 }
 
 func families(flag, s string) (lab.Families, error) {

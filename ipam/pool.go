@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -265,11 +266,25 @@ func (p *Pool) blockOf(a netip.Addr) *block {
 	return nil
 }
 
+// blocksLike names the open blocks of an address's family.
+func (p *Pool) blocksLike(a netip.Addr) string {
+	var names []string
+	for _, b := range p.blocks {
+		if b.prefix.Addr().Is4() == a.Is4() {
+			names = append(names, b.prefix.String())
+		}
+	}
+	if len(names) == 0 {
+		return "the other family, of which alone it has blocks"
+	}
+	return strings.Join(names, " or ")
+}
+
 // available returns an error if a requested address cannot be allocated to key.
 func (p *Pool) available(now time.Time, a netip.Addr, key string) error {
 	b := p.blockOf(a)
 	if b == nil {
-		return fmt.Errorf("%w: %v is in no open block of this node", ErrUnavailable, a)
+		return fmt.Errorf("%w: %v is in no open block of this node; ask for a free address of %s", ErrUnavailable, a, p.blocksLike(a))
 	}
 	if old, ok := p.byAddr[a]; ok {
 		return fmt.Errorf("%w: %s has %v", ErrUnavailable, old.Key, a)

@@ -151,6 +151,12 @@ func TestPoolRequestedAddress(t *testing.T) {
 			t.Errorf("%v: %v, %v", a, got, err)
 		}
 	}
+	// Who asks for an address of another node is told which ones there are.
+	for addr, want := range map[string]string{"10.0.1.1": "ask for a free address of 10.0.0.0/24", "fd00::1": "of the other family"} {
+		if _, err := p.Allocate(t0, Allocation{Key: "b", Addr: netip.MustParseAddr(addr)}, netip.MustParseAddr(addr).Is6()); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want an error with %q", addr, err, want)
+		}
+	}
 }
 
 // TestPoolPass: addresses pass to another key without a rest, except where others are wanted, and come back on Restore.

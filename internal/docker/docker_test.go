@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
@@ -103,12 +104,12 @@ func TestJoin(t *testing.T) {
 	d.endpoints["one"] = &endpoint{link: "tq1"}
 	d.endpoints["two"] = &endpoint{link: "tq2"}
 	join := func(id string) (int, map[string]any) {
-		return call(t, d, "/NetworkDriver.Join", `{"EndpointID": "`+id+`", "SandboxKey": "/run/docker/netns/x"}`)
+		return call(t, d, "/NetworkDriver.Join", `{"NetworkID": "0123456789abcdef", "EndpointID": "`+id+`", "SandboxKey": "/run/docker/netns/x"}`)
 	}
 	if code, answer := join("one"); code != http.StatusOK || answer["DisableGatewayService"] != true {
 		t.Error(code, answer)
 	}
-	if code, answer := join("two"); code != http.StatusInternalServerError {
+	if code, answer := join("two"); code != http.StatusInternalServerError || !strings.Contains(fmt.Sprint(answer["Err"]), "docker network disconnect 0123456789ab CONTAINER") {
 		t.Error(code, answer)
 	}
 	call(t, d, "/NetworkDriver.Leave", `{"EndpointID": "one"}`)

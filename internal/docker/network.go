@@ -109,7 +109,8 @@ func (d *Driver) join(_ context.Context, r joinRequest) (joinResponse, error) {
 	}
 	for _, other := range d.endpoints {
 		if other != e && other.sandbox == r.SandboxKey {
-			return joinResponse{}, errors.New("the container has a network of this driver already; all of them lead to the same containers, so one is enough")
+			// The engine notes the network all the same, and does not start the container again with both.
+			return joinResponse{}, fmt.Errorf("the container has a network of this driver already; all of them lead to the same containers, so one is enough: `docker network disconnect %.12s CONTAINER`, or the container does not start again", r.NetworkID)
 		}
 	}
 	e.sandbox = r.SandboxKey

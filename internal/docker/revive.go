@@ -108,7 +108,8 @@ func (r *reviver) look(ctx context.Context) error {
 			r.driver.log.Debug("Docker does not describe a container", "container", l.ID, "error", err) // removed meanwhile
 			continue
 		}
-		if !waits(c, r.name) || r.tries[c.ID] >= maxStarts {
+		// A start that fails leaves its own reason in place of the one for which it was tried.
+		if !waits(c, r.name) && !(failed(c) && r.tries[c.ID] > 0) || r.tries[c.ID] >= maxStarts {
 			continue
 		}
 		r.tries[c.ID]++
@@ -130,7 +131,7 @@ func (r *reviver) look(ctx context.Context) error {
 //
 // The engine clears the error when a start works, and when it begins to wait for another one. So a container that a user has stopped has none.
 func waits(c container, driver string) bool {
-	if c.State.Status != "exited" || !slices.Contains([]string{"always", "unless-stopped", "on-failure"}, c.HostConfig.RestartPolicy.Name) {
+	if !failed(c) {
 		return false
 	}
 	for _, reason := range []string{
@@ -144,6 +145,11 @@ func waits(c container, driver string) bool {
 		}
 	}
 	return false
+}
+
+// failed says whether a container with a restart policy could not start.
+func failed(c container) bool {
+	return c.State.Status == "exited" && c.State.Error != "" && slices.Contains([]string{"always", "unless-stopped", "on-failure"}, c.HostConfig.RestartPolicy.Name)
 }
 
 // call sends a request to the engine, and decodes its answer unless out is nil.

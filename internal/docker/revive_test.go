@@ -1,6 +1,7 @@
 package docker
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -64,7 +65,8 @@ func TestWaits(t *testing.T) {
 type stubborn struct {
 	mu    sync.Mutex
 	calls []string
-	early int // starts to come that fail because the driver is not ready
+	early int    // starts to come that fail because the driver is not ready
+	last  string // why the container did not start, as the engine keeps it
 }
 
 func (e *stubborn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -76,14 +78,15 @@ func (e *stubborn) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusInternalServerError)
 		if e.early > 0 {
 			e.early--
-			fmt.Fprint(w, `{"message": "IpamDriver.RequestAddress: tulle is not ready: its state is not confirmed"}`)
-			return
+			e.last = "IpamDriver.RequestAddress: tulle is not ready: its state is not confirmed"
+		} else {
+			e.last = "failed to create task for container: already exists"
 		}
-		fmt.Fprint(w, `{"message": "no"}`)
+		fmt.Fprintf(w, `{"message": %q}`, e.last)
 	case r.URL.Path == "/containers/json":
 		fmt.Fprint(w, `[{"Id": "one"}]`)
 	default:
-		c := stopped("exited", "always", goneError)
+		c := stopped("exited", "always", cmp.Or(e.last, goneError))
 		c.ID = "one"
 		_ = json.NewEncoder(w).Encode(c)
 	}

@@ -89,7 +89,7 @@ func reloadOnHangup(ctx context.Context, hups <-chan os.Signal, socket string, l
 			log.Info("reload", "key", c.Key, "old", c.Old, "new", c.New)
 		}
 		for _, c := range r.NeedsRestart {
-			log.Warn("reload: this key needs a restart to change", "key", c.Key, "old", c.Old, "new", c.New)
+			log.Warn("reload: this key does not change while the agent runs", "key", c.Key, "old", c.Old, "new", c.New, "remedy", "it counts "+effect(c))
 		}
 		log.Info("reloaded", "changed", len(r.Changed), "needs_restart", len(r.NeedsRestart))
 	}

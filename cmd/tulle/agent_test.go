@@ -92,7 +92,7 @@ func TestSignals(t *testing.T) {
 		t.Fatal(err)
 	}
 	log.await(t, "msg=reload key=log_level old=info new=debug")
-	log.await(t, `level=WARN msg="reload: this key needs a restart to change" key=udp_port old=6080 new=6081`)
+	log.await(t, `level=WARN msg="reload: this key does not change while the agent runs" key=udp_port old=6080 new=6081 remedy="it counts after `+"`systemctl restart tulle`"+`"`)
 	log.await(t, "msg=reloaded changed=1 needs_restart=2")
 
 	// SIGTERM ends it well.

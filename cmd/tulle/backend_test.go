@@ -262,7 +262,7 @@ func (f *fixture) Reload(context.Context) (api.ReloadResult, error) {
 		return api.ReloadResult{}, nil
 	}
 	return api.ReloadResult{Changed: []api.ConfigChange{{Key: "log_level", Old: "info", New: "debug"}},
-		NeedsRestart: []api.ConfigChange{{Key: "udp_port", Old: "6080", New: "6081"}, {Key: "node_prefix_len", Old: "24", New: "26"}}}, nil
+		NeedsRestart: []api.ConfigChange{{Key: "udp_port", Old: "6080", New: "6081"}, {Key: "tun", Old: "tun0", New: "tulle0"}, {Key: "state_dir", Old: "/a", New: "/b"}, {Key: "node_prefix_len", Old: "24", New: "26"}}}, nil
 }
 
 func (f *fixture) LogLevel(_ context.Context, r api.LogLevelRequest) (api.LogLevel, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -25,17 +26,23 @@ func reloadCommand() *cobra.Command {
 					t.row(x.Key, orNone(x.Old), orNone(x.New), "now")
 				}
 				for _, x := range r.NeedsRestart {
-					t.row(x.Key, orNone(x.Old), orNone(x.New), effect(x.Key))
+					t.row(x.Key, orNone(x.Old), orNone(x.New), effect(x))
 				}
 				p.table(&t)
 			}, nil),
 	}, quickTimeout)
 }
 
-// effect says when a key that is not live counts. The address space is fixed when its cluster starts.
-func effect(key string) string {
-	if key == "cluster_cidr" || key == "node_prefix_len" {
+// effect says when a key that is not live counts. The address space is fixed when its cluster starts, the TUN device of an agent stays when it ends,
+// and without its state a node is another one.
+func effect(c api.ConfigChange) string {
+	switch c.Key {
+	case "cluster_cidr", "node_prefix_len":
 		return "in a new cluster only"
+	case "tun":
+		return fmt.Sprintf("after `systemctl stop tulle`, `tulle cleanup --tun %s` and `systemctl start tulle`", c.Old)
+	case "state_dir":
+		return fmt.Sprintf("after `systemctl stop tulle`, `mv -T %s %s` and `systemctl start tulle`; without its state the node would join as a new one", c.Old, c.New)
 	}
 	return "after `systemctl restart tulle`"
 }

@@ -16,6 +16,7 @@ import (
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/membership"
 	"github.com/tulle-net/tulle/membership/gossip"
+	"github.com/tulle-net/tulle/membership/keyring"
 	"github.com/tulle-net/tulle/tunnel/encap"
 )
 
@@ -456,9 +457,39 @@ func (a *agent) Reload(context.Context) (api.ReloadResult, error) {
 	if level := old.LevelVar().Level(); level != old.LogLevel && next.LogLevel == old.LogLevel { // `tulle log-level` has set another one
 		out.Changed = append(out.Changed, api.ConfigChange{Key: "log_level", Old: strings.ToLower(level.String()), New: strings.ToLower(next.LogLevel.String())})
 	}
+	keys, err := a.newKeys(next)
+	if err != nil {
+		return api.ReloadResult{}, api.Errorf(api.CodeUsage, "nothing was changed: %v", err)
+	}
+	out.NeedsRestart = append(out.NeedsRestart, keys...)
 	a.apply(next, prefer)
 	a.log.Info("configuration read again", "changed", len(out.Changed), "need_restart", len(out.NeedsRestart))
 	return out, nil
+}
+
+// newKeys is the change of gossip keys for which the next start would find the key file changed: somebody has written it by hand, or copied another node's.
+// An error is one that would keep the agent from starting.
+func (a *agent) newKeys(next config.Config) ([]api.ConfigChange, error) {
+	if next.GossipKeyFile == "" {
+		return nil, nil
+	}
+	there, err := keyring.Load(next.GossipKeyFile)
+	if err != nil {
+		return nil, err
+	}
+	s := a.session.Load()
+	if s == nil || s.keys == nil || next.GossipKeyFile != s.cfg.GossipKeyFile || slices.Equal(there.Keys(), s.keys.Keys()) {
+		return nil, nil
+	}
+	return []api.ConfigChange{{Key: "gossip_key_file", Old: keyIDs(s.keys), New: keyIDs(there)}}, nil
+}
+
+func keyIDs(r *keyring.Ring) string {
+	var ids []string
+	for _, k := range r.Keys() {
+		ids = append(ids, k.Fingerprint.String())
+	}
+	return strings.Join(ids, ",")
 }
 
 // reloadable: log level, masquerading, the order of paths, the fast path and what a benchmark may send change in a running agent; the rest is bound when it starts.

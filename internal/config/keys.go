@@ -92,7 +92,7 @@ var keys = []key{
 	{name: "gossip_key_file", arg: "FILE",
 		help: "file with the AES-256 keys of gossip (default: not encrypted)",
 		doc: "Its mode must be 0600. One key per line, 32 bytes in base64; the first key encrypts. `tulle keys generate` makes a key. Rotate keys with " +
-			"`tulle keys install|use|remove`, which also updates this file.",
+			"`tulle keys install|use|remove`, which also updates this file. A file that was changed by hand counts at the next start; a reload says so, and fails if the next start would.",
 		set:  text(func(c *Config, s string) (err error) { c.GossipKeyFile, err = parsePath(s); return }),
 		show: func(c *Config) string { return c.GossipKeyFile }},
 	{name: "udp_port", arg: "PORT", def: "6080",
@@ -127,7 +127,8 @@ var keys = []key{
 		show: func(c *Config) string { return strconv.FormatBool(c.FastPath) }},
 	{name: "tun", arg: "NAME", def: "tun0",
 		help: "name of the TUN device",
-		doc:  "The agent makes it. It refuses a device of that name that another program has made, also while that program does not run: choose another name, such as `tulle0`, where a VPN has `tun0`.",
+		doc: "The agent makes it. It refuses a device of that name that another program has made, also while that program does not run: choose another name, such as `tulle0`, where a VPN has `tun0`. " +
+			"The device stays when the agent ends: to change its name, `systemctl stop tulle`, `tulle cleanup --tun OLD`, then start it again.",
 		set:  text(func(c *Config, s string) (err error) { c.Tun, err = parseIfname(s); return }),
 		show: func(c *Config) string { return c.Tun }},
 	{name: "mtu", arg: "BYTES|auto", def: "auto",
@@ -179,6 +180,7 @@ var keys = []key{
 		show: func(c *Config) string { return c.DockerAPI }},
 	{name: "state_dir", arg: "DIR", def: "/var/lib/tulle",
 		help: "directory of the state file: identity, address table and allocations",
+		doc:  "To move it, stop the agent, move the directory, and start the agent again: where it finds no state, the node joins as a new one, and its pods have to be restarted.",
 		set:  text(func(c *Config, s string) (err error) { c.StateDir, err = parsePath(s); return }),
 		show: func(c *Config) string { return c.StateDir }},
 	{name: "socket", arg: "FILE", def: "/run/tulle/tulle.sock",

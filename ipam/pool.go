@@ -284,7 +284,7 @@ func (p *Pool) blocksLike(a netip.Addr) string {
 func (p *Pool) available(now time.Time, a netip.Addr, key string) error {
 	b := p.blockOf(a)
 	if b == nil {
-		return fmt.Errorf("%w: %v is in no open block of this node; ask for a free address of %s", ErrUnavailable, a, p.blocksLike(a))
+		return fmt.Errorf("%w: %v is in no open block of this node; ask for a free address of %s, or open a certain block by --pod-cidr", ErrUnavailable, a, p.blocksLike(a))
 	}
 	if old, ok := p.byAddr[a]; ok {
 		return fmt.Errorf("%w: %s has %v", ErrUnavailable, old.Key, a)

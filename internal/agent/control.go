@@ -45,7 +45,7 @@ func coded(err error) error {
 	case errors.Is(err, ownership.ErrRefused), errors.Is(err, ownership.ErrAlive), errors.Is(err, ownership.ErrNoMajority),
 		errors.Is(err, ownership.ErrPodsAlive), errors.Is(err, ipam.ErrUnavailable), errors.Is(err, ownership.ErrBusy):
 		code = api.CodeRefused
-	case errors.Is(err, ownership.ErrNotReady), errors.Is(err, ownership.ErrGrowing), errors.Is(err, ownership.ErrExhausted),
+	case errors.Is(err, ownership.ErrNotReady), errors.Is(err, ownership.ErrUnconfirmed), errors.Is(err, ownership.ErrGrowing), errors.Is(err, ownership.ErrExhausted),
 		errors.Is(err, ownership.ErrTimeout), errors.Is(err, gossip.ErrNotRunning):
 		code = api.CodeUnhealthy
 	}

@@ -88,7 +88,7 @@ func (s *Machine) mayChange() error {
 	case s.cluster.IsZero():
 		return errOf(ErrNotReady, "%s", s.why)
 	case !s.confirm.done:
-		return errOf(ErrNotReady, "the table is not confirmed: %s", s.why)
+		return errOf(ErrUnconfirmed, "%s", s.why)
 	case s.leave != nil:
 		return ErrBusy
 	}

@@ -54,15 +54,17 @@ func (s *Machine) Forget(now time.Time, id NodeID, force bool) (*Op, error) {
 	known = known || len(s.table.Owned(id)) > 0
 	switch {
 	case s.cluster.IsZero():
-		return nil, errOf(ErrNotReady, "this node is in no cluster")
+		return nil, errOf(ErrRefused, "this node is in no cluster")
 	case id == s.cfg.ID:
 		return nil, errOf(ErrRefused, "a node does not forget itself; tulle leave gives its space back")
 	case !known:
 		return nil, errOf(ErrRefused, "no node %s is known here", id)
 	case s.leave != nil || s.forget != nil:
 		return nil, ErrBusy
-	case !s.confirm.done && (!force || s.vouched()):
-		return nil, errOf(ErrNotReady, "the table is not confirmed: %s", s.why)
+	case !s.confirm.done && s.vouched():
+		return nil, errOf(ErrUnconfirmed, "%s", s.why)
+	case !s.confirm.done && !force:
+		return nil, errOf(ErrUnconfirmed, "%s. Start the other nodes; if all of them are gone for good, --force does without", s.why)
 	}
 	if err := s.mayForget(now, id, s.cfg.ID); err != nil {
 		return nil, err
@@ -98,7 +100,7 @@ func (s *Machine) mayForget(now time.Time, id, by NodeID) error {
 		return nil
 	}
 	if s.isAlive(id) {
-		return errOf(ErrAlive, "%s sees %s; stop its agent, or let it leave", s.name(s.cfg.ID), s.name(id))
+		return errOf(ErrAlive, "%s sees %s; stop its agent and wait some seconds, or let it leave", s.name(s.cfg.ID), s.name(id))
 	}
 	if s.env.TunnelAnswers(id) {
 		return errOf(ErrAlive, "the tunnel from %s to %s answers, although gossip does not: look at the gossip port", s.name(s.cfg.ID), s.name(id))

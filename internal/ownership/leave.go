@@ -45,7 +45,7 @@ func (s *Machine) Leave(now time.Time) (*Op, error) {
 	case s.cluster.IsZero():
 		return nil, errOf(ErrRefused, "this node is in no cluster: just stop it")
 	case !s.confirm.done:
-		return nil, errOf(ErrNotReady, "the table is not confirmed: %s", s.why)
+		return nil, errOf(ErrUnconfirmed, "%s", s.why)
 	case pods > 0:
 		return nil, errOf(ErrPodsAlive, "%d on this node; stop them first (tulle ipam show lists them)", pods)
 	case len(s.alive()) == 0:

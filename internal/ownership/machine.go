@@ -19,6 +19,7 @@ import (
 // Errors for errors.Is. Returned errors wrap them with details.
 var (
 	ErrNotReady     = errors.New("this node has no pod addresses to give yet")
+	ErrUnconfirmed  = errors.New("the table of this node is not confirmed")
 	ErrGrowing      = errors.New("the open blocks are full, more space is requested: try again in a moment")
 	ErrExhausted    = errors.New("the cluster's address space is exhausted")
 	ErrOtherCluster = errors.New("the other side belongs to another cluster")

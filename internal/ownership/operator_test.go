@@ -153,6 +153,28 @@ func TestForgetAsksTheTunnel(t *testing.T) {
 	}
 }
 
+// A node whose table is not confirmed says so, and what to do, when it is to forget or to leave: that it has no addresses for pods is not the question.
+func TestOperationsBeforeTheTableIsConfirmed(t *testing.T) {
+	s, env := lone(t, "10.244.0.0/16")
+	two := NodeID{2}
+	s.HandleMessage(simStart, two, s.from(two, message{kind: kindRequest, seq: 1}))
+	again, err := New(simStart, Config{ID: s.Node(), Name: "one"}, env.disk, &loneEnv{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	again.Tick(simStart)
+	_, err = again.Forget(simStart, two, false)
+	if !errors.Is(err, ErrUnconfirmed) || errors.Is(err, ErrNotReady) || !strings.Contains(err.Error(), "--force") {
+		t.Errorf("forget: %v", err)
+	}
+	if _, err = again.Leave(simStart); !errors.Is(err, ErrUnconfirmed) || errors.Is(err, ErrNotReady) {
+		t.Errorf("leave: %v", err)
+	}
+	if _, err = again.Forget(simStart, two, true); err != nil {
+		t.Errorf("forget --force: %v", err)
+	}
+}
+
 func TestExternal(t *testing.T) {
 	w := quiet(t, 2, "10.244.0.0/16").up()
 	s := w.hosts[0].sp

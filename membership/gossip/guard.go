@@ -120,7 +120,7 @@ func (g *Gossip) admit(id membership.NodeID, cluster membership.ClusterID, n sig
 	return err
 }
 
-const foreignRemedy = "two clusters never merge; correct --join, or give the nodes of one of them a fresh --state-dir and join them to the other"
+const foreignRemedy = "two clusters never merge; correct --join, or stop all nodes of one of them, give each a fresh --state-dir, and start them again to join the other"
 
 type foreignError struct{ own, other membership.ClusterID }
 

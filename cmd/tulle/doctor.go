@@ -120,7 +120,8 @@ func printDoctor(p *printer, r doctor.Report) {
 	}
 	p.table(&t)
 	for _, x := range r.Results {
-		for _, f := range x.Findings {
+		n := shown(len(x.Findings))
+		for _, f := range x.Findings[:n] {
 			p.line("\n%s %s: %s", stateWord(f.State), x.Check, f.What)
 			if f.Remedy != f.Command {
 				p.line("  → %s", f.Remedy)
@@ -128,6 +129,9 @@ func printDoctor(p *printer, r doctor.Report) {
 			if f.Command != "" {
 				p.WriteString("  $ " + f.Command + "\n")
 			}
+		}
+		if more := len(x.Findings) - n; more > 0 {
+			p.line("\n%s: and %d more like these: `tulle doctor %[1]s -o json` has all", x.Check, more)
 		}
 		for _, f := range x.Fixed {
 			p.line("\nfixed %s: %s", x.Check, f)

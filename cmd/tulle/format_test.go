@@ -10,6 +10,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/doctor"
 )
 
 func TestFormats(t *testing.T) {
@@ -43,15 +44,41 @@ func TestStatusOfALargeCluster(t *testing.T) {
 			p.Prefixes = append(p.Prefixes, prefix("10.244.9.0/24"))
 		}
 		s.Peers = append(s.Peers, p)
+		s.Problems = append(s.Problems, api.Problem{What: p.Name + " is gone", Remedy: "start its agent", Check: api.CheckOwners})
 	}
+	s.Problems = append(s.Problems, api.Problem{What: "chain FORWARD drops pods' packets", Check: api.CheckFirewall})
 	p := &printer{width: 80, now: now}
 	printStatus(p, s)
 	out := p.String()
 	if n := strings.Count(out, "\n"); n > 40 {
 		t.Errorf("%d lines", n)
 	}
+	for _, line := range []string{"501 problems:", "and 495 more like these (owners): `tulle status -o json` has all", "501.  chain FORWARD drops pods' packets"} {
+		if !strings.Contains(out, line) {
+			t.Errorf("no %q", line)
+		}
+	}
 	if !strings.Contains(out, "node-444") || !strings.Contains(out, "and 488 more, none of them in trouble: see `tulle peers`") {
 		t.Errorf("got\n%s", out)
+	}
+}
+
+// A check that finds the same of each of many peers leaves room for the others.
+func TestDoctorOfALargeCluster(t *testing.T) {
+	r := doctor.Report{Results: []doctor.Result{{Check: "versions", State: doctor.Warning}, {Check: "tun", State: doctor.Failed, Findings: []doctor.Finding{{State: doctor.Failed, What: "no TUN"}}}}}
+	for range 500 {
+		r.Results[0].Findings = append(r.Results[0].Findings, doctor.Finding{State: doctor.Warning, What: "another version", Remedy: "upgrade"})
+	}
+	p := &printer{width: 80}
+	printDoctor(p, r)
+	out := p.String()
+	if n := strings.Count(out, "another version"); n != maxAlike {
+		t.Errorf("%d findings are shown", n)
+	}
+	for _, line := range []string{"versions: and 495 more like these: `tulle doctor versions -o json` has all", "FAILED tun: no TUN"} {
+		if !strings.Contains(out, line) {
+			t.Errorf("no %q in\n%s", line, out)
+		}
 	}
 }
 

@@ -17,6 +17,7 @@ const (
 	quickTimeout    = 10 * time.Second
 	maxStatusPeers  = 12 // more do not fit one screen; `tulle peers` lists all
 	maxStatusBlocks = 6
+	maxAlike        = 5 // problems of one check, and findings of one: half a cluster may be gone, and its thousand lines hide all else
 )
 
 func statusCommand() *cobra.Command {
@@ -70,21 +71,49 @@ func printStatus(p *printer, s api.Status) {
 		[2]string{"drops", drops(&s)},
 	)
 	printStatusPeers(p, s.Peers)
-	if len(s.Problems) > 0 {
-		p.line("\n%s:", plural(len(s.Problems), "problem"))
-		t := table{}
-		for i, pr := range s.Problems {
-			text := pr.What
-			if !pr.Since.IsZero() {
-				text += " (for " + p.since(pr.Since) + ")"
-			}
-			if pr.Remedy != "" {
-				text += "\n→ " + pr.Remedy
-			}
-			t.row(fmt.Sprintf("%d.", i+1), text)
-		}
-		p.table(&t)
+	printProblems(p, s.Problems)
+}
+
+// printProblems shows each problem with its remedy, of one check not more than fit beside others.
+func printProblems(p *printer, problems []api.Problem) {
+	if len(problems) == 0 {
+		return
 	}
+	p.line("\n%s:", plural(len(problems), "problem"))
+	all, seen := map[string]int{}, map[string]int{} // by check
+	for _, pr := range problems {
+		all[pr.Check]++
+	}
+	t := table{}
+	for i, pr := range problems {
+		n := all[pr.Check]
+		seen[pr.Check]++
+		switch k := seen[pr.Check]; {
+		case pr.Check == "" || k <= shown(n):
+		case k == shown(n)+1:
+			t.row("", fmt.Sprintf("and %d more like these (%s): `tulle status -o json` has all", n-shown(n), pr.Check))
+			continue
+		default:
+			continue
+		}
+		text := pr.What
+		if !pr.Since.IsZero() {
+			text += " (for " + p.since(pr.Since) + ")"
+		}
+		if pr.Remedy != "" {
+			text += "\n→ " + pr.Remedy
+		}
+		t.row(fmt.Sprintf("%d.", i+1), text)
+	}
+	p.table(&t)
+}
+
+// shown is how many of n alike are shown. In place of the last one alone, a number would be no gain.
+func shown(n int) int {
+	if n <= maxAlike+1 {
+		return n
+	}
+	return maxAlike
 }
 
 func verdict(s *api.Status) string {

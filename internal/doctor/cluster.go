@@ -104,13 +104,18 @@ func judgePaths(s *snapshot) Result {
 		return skip(noAgent)
 	}
 	out := s.told(api.CheckPaths, Failed)
-	var text []string
+	var down, text []string
 	for _, p := range s.status.Peers {
 		if p.State == api.PeerExternal || p.State == api.PeerLeft {
 			continue
 		}
 		for _, way := range p.InUse() {
-			text = append(text, fmt.Sprintf("%s by %s %s", s.label(p), labelled(way), way.State))
+			seen := fmt.Sprintf("%s by %s %s", s.label(p), labelled(way), way.State)
+			if way.State == api.PathUp {
+				text = append(text, seen)
+			} else {
+				down = append(down, seen)
+			}
 			if way.State == api.PathUp && way.Loss > lossy {
 				out = append(out, Finding{State: Warning, What: fmt.Sprintf("%.0f %% of the probes to %s by %s were lost in the last two minutes", 100*way.Loss, s.label(p), labelled(way)),
 					Remedy: fmt.Sprintf("the network between the two hosts loses packets, or one of them is overloaded: `tulle ping %s` compares the ways", s.label(p))})
@@ -123,7 +128,7 @@ func judgePaths(s *snapshot) Result {
 			}
 		}
 	}
-	if text == nil {
+	if text = append(down, text...); text == nil {
 		return skip("no peers")
 	}
 	for i, f := range out {
@@ -131,7 +136,16 @@ func judgePaths(s *snapshot) Result {
 			out[i].Remedy += "; run `tulle doctor ports` on both hosts"
 		}
 	}
-	return result(strings.Join(text, ", "), out...)
+	return result(some(text), out...)
+}
+
+// some joins the first of many texts: a line for people has no room for a thousand peers.
+func some(texts []string) string {
+	const most = 12
+	if len(texts) <= most {
+		return strings.Join(texts, ", ")
+	}
+	return fmt.Sprintf("%s, and %d more", strings.Join(texts[:most], ", "), len(texts)-most)
 }
 
 // labelled names a way, with its family if it carries one only.
@@ -192,7 +206,7 @@ func judgeMTU(s *snapshot) Result {
 	if text == nil && out == nil {
 		return skip("no path is up")
 	}
-	return result("inner packets: "+strings.Join(text, ", "), out...)
+	return result("inner packets: "+some(text), out...)
 }
 
 func judgeTrains(s *snapshot) Result {
@@ -311,5 +325,5 @@ func judgeVersions(s *snapshot) Result {
 				Remedy: "upgrade the older one"})
 		}
 	}
-	return result(strings.Join(text, ", "), append(s.told(api.CheckVersions, Failed), out...)...)
+	return result(some(text), append(s.told(api.CheckVersions, Failed), out...)...)
 }

@@ -26,7 +26,7 @@ type cluster struct {
 	ownership *ownership.Machine
 	gossip    *gossip.Gossip
 	bench     *benches
-	refusals  refusals
+	refusals  sparseLog
 }
 
 // outgoing is one message; to is zero for a broadcast.
@@ -183,47 +183,9 @@ func (c *cluster) received(kind string, from membership.NodeID, err error) {
 	}
 }
 
-// refused logs what another node sent and this one does not take.
+// refused logs what another node sent and this one does not take: who sends one bad message may send thousands.
 func (c *cluster) refused(what string, args ...any) {
-	if ok, more := c.refusals.pass(time.Now(), what); ok && more > 0 {
-		c.log.Warn(what, append(args, "more", more)...)
-	} else if ok {
-		c.log.Warn(what, args...)
-	}
-}
-
-// refusals limits the log of what other nodes send: who sends one bad message may send thousands. Of each kind one line is logged
-// in refusalEvery, with the number of those that were not since then.
-type refusals struct {
-	mu     sync.Mutex
-	byKind map[string]*heldBack
-}
-
-// heldBack is when a kind was last logged, and how many were not since then.
-type heldBack struct {
-	told time.Time
-	more int
-}
-
-const refusalEvery = time.Minute
-
-// pass reports whether a line of that kind may be logged, and how many were not since the last one.
-func (r *refusals) pass(now time.Time, kind string) (ok bool, more int) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.byKind == nil {
-		r.byKind = map[string]*heldBack{}
-	}
-	k := r.byKind[kind]
-	if k != nil && now.Sub(k.told) < refusalEvery {
-		k.more++
-		return false, 0
-	}
-	if k != nil {
-		more = k.more
-	}
-	r.byKind[kind] = &heldBack{told: now}
-	return true, more
+	c.refusals.log(c.log, slog.LevelWarn, what, what, args...)
 }
 
 // Message implements gossip.Handler.

@@ -33,7 +33,7 @@ func TestRefusedMessagesInTheLog(t *testing.T) {
 				handler{c}.Broadcast([]byte{1, 2, 3})
 				c.MergeState([]byte{1, 2, 3}, true)
 			}
-			time.Sleep(refusalEvery)
+			time.Sleep(sparseEvery)
 		}
 		for kind, want := range map[string]int{"message about address space refused": 3, "another member's table was not taken": 3, "more=1999": 2, "more=999": 2} {
 			if n := strings.Count(out.String(), kind); n != want {

@@ -121,6 +121,7 @@ type hostSide struct {
 	disturbed     chan struct{}                // another program changed the host's network
 	masquerade    atomic.Pointer[masquerading] // a reload may change it
 	retry         retry                        // of a reconcile that has failed; loop's own
+	repeated      sparseLog                    // of what others take away, and what fails, again and again
 
 	mu         sync.Mutex        // guards the fields below, which loop writes and status reads
 	conflicts  []hostnet.Problem // of the last reconcile
@@ -393,7 +394,8 @@ func (s *session) apply(ctx context.Context, was *applied, force bool) error {
 // saveMemory saves what is remembered of members for the next run.
 func (s *session) saveMemory(now time.Time, due bool) {
 	if err := s.memory.save(now, due); err != nil {
-		s.log.Warn("the members that own space are not noted for the next start", "error", err)
+		const what = "the members that own space are not noted for the next start"
+		s.repeated.log(s.log, slog.LevelWarn, what, what, "error", err)
 	}
 }
 
@@ -425,10 +427,10 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 		rep.Repaired = nil
 	}
 	for _, r := range rep.Repaired {
-		s.log.Warn("host state repaired: somebody else had changed it", "object", r)
+		s.repeated.log(s.log, slog.LevelWarn, r, "host state repaired: somebody else had changed it", "object", r)
 	}
 	if err != nil {
-		s.log.Error("host state is not as it should be", "error", err)
+		s.repeated.log(s.log, slog.LevelError, err.Error(), "host state is not as it should be", "error", err)
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -167,6 +167,27 @@ func TestJudge(t *testing.T) {
 	}
 }
 
+// A line for people names a few of many peers, those in trouble first.
+func TestManyPeers(t *testing.T) {
+	st := &api.Status{Version: "v2"}
+	for i := range 1000 {
+		p := api.Peer{Name: fmt.Sprintf("node-%d", i), Version: "v1", State: api.PeerAlive, Prefixes: pfx("10.244.1.0/24"), Path: api.Path{Mode: "udp", State: api.PathUp, MTU: 1472, MTULimit: 1472}}
+		if i == 777 {
+			p.Path.State = api.PathDown
+		}
+		st.Peers = append(st.Peers, p)
+	}
+	s := &snapshot{status: st}
+	for _, r := range []Result{judgePaths(s), judgeMTU(s), judgeVersions(s)} {
+		if len(r.Seen) > 400 {
+			t.Errorf("%d bytes: %s", len(r.Seen), r.Seen)
+		}
+	}
+	if r := judgePaths(s); !strings.HasPrefix(r.Seen, "node-777 by udp down, ") || !strings.HasSuffix(r.Seen, ", and 988 more") {
+		t.Errorf("got %q", r.Seen)
+	}
+}
+
 // What the doctor's commands write is what the package has.
 func TestCommandsWriteTheDropIns(t *testing.T) {
 	lines := func(name string) string {

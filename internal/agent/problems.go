@@ -51,13 +51,14 @@ func (s *session) problems(v *view) []api.Problem {
 	out = append(out, of(api.CheckFastPath, s.fastProblem()...)...)
 	out = append(out, of(api.CheckTrains, s.trainProblems(v)...)...)
 	s.mu.Lock()
-	conflicts, hostErr, cniErr := s.conflicts, s.hostErr, s.cniErr
+	conflicts, hostErr, cniErr, again := s.conflicts, s.hostErr, s.cniErr, s.taken.problem(time.Now())
 	s.mu.Unlock()
 	out = append(out, found(api.CheckRoutes, conflicts)...)
 	if hostErr != nil {
 		out = append(out, api.Problem{What: hostWrong + hostErr.Error(),
 			Remedy: "fix what it names; the agent tries again by itself", Check: api.CheckForwarding})
 	}
+	out = append(out, again...)
 	out = append(out, of(api.CheckUnderlay, s.underlayProblems()...)...)
 	out = append(out, of(api.CheckMTU, s.sizeProblems(v.status.Params.Families)...)...)
 	out = append(out, of(api.CheckMTU, s.pathsTooSmallFor6(v)...)...)

@@ -130,6 +130,7 @@ type hostSide struct {
 	reconciled bool              // once: what differs after that, somebody else has changed
 	hostDone   bool              // a reconcile has given this host its addresses and routes
 	repairs    uint64
+	taken      taken
 }
 
 // meta returns this node's metadata for other members.
@@ -435,6 +436,7 @@ func (s *session) reconcile(ctx context.Context, h hostnet.State) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.repairs += uint64(len(rep.Repaired))
+	s.taken.note(time.Now(), rep.Repaired)
 	s.conflicts, s.hostErr = rep.Conflicts, err
 	s.retry.note(time.Now(), err != nil)
 	s.hostDone = s.hostDone || err == nil && len(h.TunAddrs) > 0

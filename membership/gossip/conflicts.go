@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math/rand/v2"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -82,7 +83,7 @@ const lostRounds = 2
 func (g *Gossip) investigate(ctx context.Context, id membership.NodeID, c conflict) {
 	var known, other bool
 	var wg sync.WaitGroup
-	wg.Go(func() { known = g.pings(ctx, id, c.known.addr) })
+	wg.Go(func() { known = !c.oneHost() && g.pings(ctx, id, c.known.addr) })
 	wg.Go(func() { other = g.pings(ctx, id, c.other.addr) })
 	wg.Wait()
 	if ctx.Err() != nil {
@@ -116,6 +117,15 @@ func (g *Gossip) investigate(ctx context.Context, id membership.NodeID, c confli
 		g.problems.drop(key)
 		g.mu.Unlock()
 	}
+}
+
+// oneHost reports whether a host at one of the addresses has both: with two families it is announced by one of them, and has lost or got that meanwhile.
+func (c *conflict) oneHost() bool {
+	has := func(s sighting, a netip.AddrPort) bool {
+		m, err := membership.DecodeMeta(s.meta)
+		return err == nil && slices.Contains(m.Underlay, a.Addr())
+	}
+	return has(c.known, c.other.addr) || has(c.other, c.known.addr)
 }
 
 // tellOfOldAddress lets a member that has moved hear that this node still has its old address, and refuses the new one: word that it has left there did

@@ -47,3 +47,32 @@ func TestMovesAreNoConflict(t *testing.T) {
 	clone.stop()
 	eventually(t, "it is over when one has ended", func() bool { return len(a.Problems()) == 0 })
 }
+
+// A host with two families had lost the one by which it is announced, and has it again. It answers at both addresses.
+func TestTwoAddressesOfOneHost(t *testing.T) {
+	leakCheck(t)
+	a := launch(t, "a", cluster(membership.NewClusterID()))
+	c := launch(t, "c", seeds(a.addr))
+	converge(t, a, c)
+	other := testAddr()
+	if err := c.Listen([]netip.Addr{other}); err != nil {
+		t.Fatal(err)
+	}
+	here := c.sighting()
+	m, err := membership.DecodeMeta(here.meta)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m.Underlay = append(m.Underlay, other)
+	if here.meta, err = m.Encode(nil); err != nil {
+		t.Fatal(err)
+	}
+	there := here
+	there.addr = netip.AddrPortFrom(other, testPort)
+	there.meta = c.sighting().meta
+	a.sawConflict(there, here)
+	eventually(t, "the addresses were asked", func() bool { return len(a.conflicts.list()) == 0 })
+	if a.hasProblem("two live hosts") {
+		t.Errorf("a host with two addresses is taken for two: %v", a.Problems())
+	}
+}

@@ -31,7 +31,7 @@ const hostWrong = "the host's network is not as it should be: "
 
 // problems collects the problems of all parts.
 func (s *session) problems(v *view) []api.Problem {
-	var out []api.Problem
+	out := of(api.CheckUnderlay, s.underlayProblems()...) // first: others follow from it
 	for _, p := range v.status.Problems {
 		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Check: checkOf[p.Topic]})
 	}
@@ -59,7 +59,6 @@ func (s *session) problems(v *view) []api.Problem {
 			Remedy: "fix what it names; the agent tries again by itself", Check: api.CheckForwarding})
 	}
 	out = append(out, again...)
-	out = append(out, of(api.CheckUnderlay, s.underlayProblems()...)...)
 	out = append(out, of(api.CheckMTU, s.sizeProblems(v.status.Params.Families)...)...)
 	out = append(out, of(api.CheckMTU, s.pathsTooSmallFor6(v)...)...)
 	if cniErr != nil {
@@ -137,6 +136,9 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 	case p.replaced:
 		return api.Problem{What: v.label(p) + " is gone, and its space with it: " + p.why,
 			Remedy: "if its disk is lost: tulle forget " + v.argument(p) + "; if it has moved: start its agent", Since: p.since, Check: api.CheckOwners}, true
+	case p.state == api.PeerDead && p.gone && s.adrift():
+		return api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
+			Remedy: "mend this host's underlay first: nothing can be said about others", Since: p.since, Check: api.CheckOwners}, true
 	case p.state == api.PeerDead && p.gone:
 		return api.Problem{What: v.label(p) + " is gone: gossip and data path both lost it",
 			Remedy: "start its agent; if it is gone for good: tulle forget " + v.argument(p), Since: p.since, Check: api.CheckOwners}, true

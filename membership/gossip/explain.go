@@ -59,6 +59,8 @@ func explainJoin(err error, keyed bool) (reason, remedy string) {
 		return reasonSilence, "is the host up, and does a firewall let TCP and UDP of the gossip port through?"
 	case has(syscall.EHOSTUNREACH.Error()), has(syscall.ENETUNREACH.Error()):
 		return reasonNoRoute + text, "check the route to it, and its link"
+	case has(syscall.EADDRNOTAVAIL.Error()):
+		return reasonNoRoute + "this host does not have its own underlay address: " + text, "give the address back to this host"
 	case keyed && has("eof"), has("connection reset"):
 		return "it closed the connection", "read its log: it may use another gossip key, or be no Tulle agent"
 	}

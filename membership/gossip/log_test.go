@@ -229,12 +229,13 @@ func TestExplainJoin(t *testing.T) {
 		return errors.New("1 error occurred:\n\t* failed to join [2001:db8::1]:7946: " + s + "\n\n")
 	}
 	for text, want := range map[string]string{
-		"dial tcp 127.0.0.1:0->[2001:db8::1]:7946: connect: connection refused":    "nothing listens there",
-		"dial tcp [2001:db8::1]:7946: i/o timeout":                                 "no answer",
-		"dial tcp [2001:db8::1]:7946: connect: no route to host":                   "no route",
-		"no installed keys could decrypt the message":                              "another gossip key",
-		"remote error: remote state is encrypted and encryption is not configured": "without a gossip key",
-		"remote state is encrypted and encryption is not configured":               "this node has none",
+		"dial tcp 127.0.0.1:0->[2001:db8::1]:7946: connect: connection refused":       "nothing listens there",
+		"dial tcp [2001:db8::1]:7946: i/o timeout":                                    "no answer",
+		"dial tcp [2001:db8::1]:7946: connect: no route to host":                      "no route",
+		"dial tcp 192.0.2.1:0->192.0.2.2:7946: bind: cannot assign requested address": "this host does not have its own underlay address",
+		"no installed keys could decrypt the message":                                 "another gossip key",
+		"remote error: remote state is encrypted and encryption is not configured":    "without a gossip key",
+		"remote state is encrypted and encryption is not configured":                  "this node has none",
 		"EOF": "closed the connection",
 		"Node 'x' delegate protocol version (0) is incompatible: [1, 1]": "incompatible",
 		"a at 192.0.2.1:1: it belongs to cluster 01, this node to 02":    "belongs to cluster 01",

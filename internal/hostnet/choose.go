@@ -222,8 +222,10 @@ func (d *detector) listed(seeds [][]netip.Addr) (candidate, bool) {
 			if addrOf(h.IP) != a.Unmap() {
 				continue
 			}
-			if d.rank(h) > 0 {
-				return candidate{h.LinkIndex, d.first(h.LinkIndex, a.Unmap().Is4(), netip.Addr{})}, true
+			for _, o := range d.addrs { // the best of them first
+				if addrOf(o.IP).Is4() == a.Unmap().Is4() && d.rank(o) < d.rank(h) && d.on(h.LinkIndex, o.LinkIndex) {
+					return candidate{o.LinkIndex, addrOf(o.IP)}, true
+				}
 			}
 			return candidate{h.LinkIndex, a.Unmap()}, true
 		}
@@ -330,7 +332,7 @@ type Kept struct {
 	Underlay              // with the device that has its first address now
 	Lost     []netip.Addr // those of its addresses that the host has lost or cannot use
 	More     netip.Addr   // a new address of the other family; invalid if there is none
-	Beside   []netip.Addr // other usable addresses of the device
+	Beside   []netip.Addr // other usable addresses of the device, of macvlans on it, and of lo
 	Host     []netip.Addr // the addresses of all devices
 	Down     string       // why its device carries no packets; "" if it does
 	VRF      string       // the VRF that has a device with an address in Lost; "" if there is none
@@ -368,7 +370,7 @@ func (d *detector) kept(u Underlay) Kept {
 	}
 	k.Host = d.allAddrs()
 	for _, h := range d.addrs {
-		if a := addrOf(h.IP); h.LinkIndex == k.Index && !slices.Contains(u.Addrs, a) {
+		if a := addrOf(h.IP); (d.on(h.LinkIndex, k.Index) || d.loopback(h.LinkIndex)) && !slices.Contains(u.Addrs, a) {
 			k.Beside = append(k.Beside, a)
 		}
 	}

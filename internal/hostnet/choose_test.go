@@ -66,6 +66,15 @@ func clat(h *host) {
 	h.shell("ip route add default dev clat mtu 1260")
 }
 
+// virtualMAC gives a virtual address with a MAC address of its own to a host with eth0, as keepalived does (use_vmac), and one to lo.
+func virtualMAC(h *host) {
+	h.shell("ip link add vrrp.51 link eth0 address 00:00:5e:00:01:33 type macvlan mode private && ip link set vrrp.51 up && ip addr add 10.0.1.7/32 dev vrrp.51 && ip addr add 10.255.0.1/32 dev lo")
+}
+
+func sorted(list []netip.Addr) []netip.Addr {
+	return slices.SortedFunc(slices.Values(list), netip.Addr.Compare)
+}
+
 func TestSought(t *testing.T) {
 	for _, c := range []struct {
 		name   string
@@ -76,6 +85,8 @@ func TestSought(t *testing.T) {
 		err    []string
 		wait   bool
 	}{
+		{name: "a seed at this host's virtual address with a MAC address of its own", setup: func(h *host) { h.device("eth0", "10.0.1.11/24"); virtualMAC(h) },
+			sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.7")}}, addrs: ips("10.0.1.11"), by: BySeeds},
 		{name: "a seed's name that lists this host and others", sought: Sought{Seeds: [][]netip.Addr{ips("10.0.1.11", "10.0.1.12", "10.0.1.13")}},
 			addrs: ips("10.0.1.11", "2001:db8:1::11"), by: BySeeds},
 		{name: "this host's own name is loopback, the others' are not", sought: Sought{Seeds: [][]netip.Addr{ips("127.0.1.1"), ips("10.0.1.12")}},
@@ -269,6 +280,10 @@ func TestKeptUnderlay(t *testing.T) {
 	h.addrs("eth0", "10.0.1.5/32", "10.0.1.6/24")
 	if k := kept(); len(k.Lost) > 0 || k.More.IsValid() {
 		t.Errorf("with a VPN and virtual addresses: %+v", k)
+	}
+	virtualMAC(h)
+	if k := kept(); len(k.Lost) > 0 || !slices.Equal(sorted(k.Beside), ips("10.0.1.5", "10.0.1.6", "10.0.1.7", "10.255.0.1")) {
+		t.Errorf("with virtual addresses on a macvlan and on lo: %+v", k)
 	}
 	h.addrs("eth0", "2001:db8:1::11/64")
 	if k := kept(); len(k.Lost) > 0 || k.More != netip.MustParseAddr("2001:db8:1::11") {

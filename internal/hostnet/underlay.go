@@ -141,11 +141,18 @@ func (d *detector) rank(a netlink.Addr) int {
 	case a.Flags&unix.IFA_F_SECONDARY != 0:
 		return 2
 	case addrOf(a.IP).Is4() && fullLength(a) && slices.ContainsFunc(d.all, func(h netlink.Addr) bool {
-		return h.LinkIndex == a.LinkIndex && addrOf(h.IP).Is4() && !fullLength(h) && refuse(addrOf(h.IP)) == nil
+		return d.on(a.LinkIndex, h.LinkIndex) && addrOf(h.IP).Is4() && !fullLength(h) && refuse(addrOf(h.IP)) == nil
 	}):
 		return 1
 	}
 	return 0
+}
+
+// on reports whether a device is another one, or a macvlan on it: a virtual address of VRRP with a MAC address of its own is on one (use_vmac of
+// keepalived).
+func (d *detector) on(index, other int) bool {
+	l := d.links[index]
+	return index == other || l != nil && d.kinds[index] == "macvlan" && l.ParentIndex == other
 }
 
 const pick = "choose another with --underlay INTERFACE or --underlay ADDRESS"

@@ -201,7 +201,7 @@ func (a *agent) sessions(ctx context.Context) error {
 			a.log.Warn("the underlay address changes, starting again", "old", s.link.Addrs, "reason", change.why)
 			if ran {
 				a.carried = s.fast.total
-				a.moved = underlayMove{time.Now(), s.link.Addrs, change.why, s.members()}
+				a.moved = underlayMove{time.Now(), s.link.Addrs, change.why, s.members(), s.moved.both || len(s.link.Addrs) > 1}
 			}
 			a.release(s.tunName())
 			a.release(s.socketsName())

@@ -157,6 +157,7 @@ type underlayMove struct {
 	addrs   []netip.Addr // before it
 	why     string
 	members []netip.Addr // the addresses of members before it
+	both    bool         // this run has had addresses of both families at some time
 }
 
 func (e *underlayChange) Error() string { return "the underlay address changes: " + e.why }
@@ -206,7 +207,7 @@ func (s *session) checkUnderlay(now time.Time) error {
 		return nil // there is nothing to change over to
 	}
 	lost := !s.lostSince.IsZero() && now.Sub(s.lostSince) >= lostPatience
-	if why := letGo(s.link, kept, next, lost, s.gossip.Alive() == 0, kept.More.IsValid() && s.wants(kept.More)); why != "" {
+	if why := letGo(s.link, kept, next, lost, s.gossip.Alive() == 0, kept.More.IsValid() && s.wants(kept.More), s.moved.both); why != "" {
 		return &underlayChange{why}
 	}
 	return nil
@@ -270,8 +271,8 @@ func (s *session) listenBeside(k hostnet.Kept) {
 
 // letGo decides whether an underlay in use gives way to the next one: it returns the reason, or "" to keep what works. lost says
 // that addresses have been gone for long enough, alone that no other member is in sight, wanted that somebody can only be reached
-// by the family that this host has got meanwhile.
-func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost, alone, wanted bool) string {
+// by the family that this host has got meanwhile, again that it had that family before.
+func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost, alone, wanted, again bool) string {
 	switch {
 	case len(kept.Lost) > 0:
 		if !lost || slices.Equal(use.Addrs, next.Addrs) {
@@ -284,6 +285,8 @@ func letGo(use hostnet.Underlay, kept hostnet.Kept, next hostnet.Underlay, lost,
 		return fmt.Sprintf("no member is known, and %s is on %s, a bridge of containers; %s on %s is better: %s", listed(use.Addrs), use.Iface, listed(next.Addrs), next.Iface, next.Why)
 	case kept.More.IsValid() && wanted:
 		return fmt.Sprintf("this host has got %v, and some member or seed can only be reached by that family", kept.More)
+	case kept.More.IsValid() && again:
+		return fmt.Sprintf("this host has got %v, and had an address of that family before", kept.More)
 	case kept.More.IsValid() && alone:
 		return fmt.Sprintf("this host has got %v, an address of the other family", kept.More)
 	}

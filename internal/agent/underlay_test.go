@@ -35,6 +35,7 @@ func TestLetGo(t *testing.T) {
 		kept                hostnet.Kept // Underlay is filled in
 		next                hostnet.Underlay
 		lost, alone, wanted bool
+		again               bool
 		want                string // part of the reason; "" to keep it
 	}{
 		{name: "at rest", use: under(guess, "10.0.1.11"), next: under(guess, "10.0.1.11")},
@@ -60,6 +61,8 @@ func TestLetGo(t *testing.T) {
 		{name: "the same, but members are in sight", use: under(guess, "172.17.0.1"), next: under(hostnet.ByRoute, "10.0.1.11")},
 		{name: "the better guess is in use", use: under(hostnet.ByRoute, "10.0.1.11"), next: under(hostnet.ByRoute, "10.0.1.11"), alone: true},
 		{name: "another family comes, and nobody needs it", use: under(guess, "10.0.1.11"), kept: hostnet.Kept{More: addrs("2001:db8::11")[0]}, next: under(guess, "10.0.1.11", "2001:db8::11")},
+		{name: "and this host had it before", use: under(guess, "10.0.1.11"), kept: hostnet.Kept{More: addrs("2001:db8::11")[0]}, next: under(guess, "10.0.1.11", "2001:db8::11"), again: true,
+			want: "had an address of that family before"},
 		{name: "and somebody does", use: under(guess, "10.0.1.11"), kept: hostnet.Kept{More: addrs("2001:db8::11")[0]}, next: under(guess, "10.0.1.11", "2001:db8::11"), wanted: true,
 			want: "2001:db8::11"},
 		{name: "and a change disturbs nobody", use: under(guess, "10.0.1.11"), kept: hostnet.Kept{More: addrs("2001:db8::11")[0]}, next: under(guess, "10.0.1.11", "2001:db8::11"), alone: true,
@@ -67,7 +70,7 @@ func TestLetGo(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			c.kept.Underlay = c.use
-			got := letGo(c.use, c.kept, c.next, c.lost, c.alone, c.wanted)
+			got := letGo(c.use, c.kept, c.next, c.lost, c.alone, c.wanted, c.again)
 			if (got == "") != (c.want == "") || !strings.Contains(got, c.want) {
 				t.Errorf("%q, want %q", got, c.want)
 			}

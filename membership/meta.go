@@ -29,7 +29,7 @@ type Meta struct {
 	Version      string       // of the program; empty in older versions, and where the rest leaves no room for it
 	UDPPort      uint16       // of the UDP encapsulation
 	VXLANPort    uint16
-	HasVNI       bool // false in older versions
+	HasVNI       bool   // false in older versions
 	VNI          uint32 // of the VXLAN encapsulation, 24 bits
 	Capabilities uint32 // bits Cap…
 	VTEPMAC      [6]byte

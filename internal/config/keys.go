@@ -61,7 +61,7 @@ var keys = []key{
 		show: func(c *Config) string { return strconv.FormatBool(c.Bootstrap) }},
 	{name: "cluster_cidr", arg: "PREFIX", list: true,
 		help: "address space of all pods, one prefix per family; repeatable (default of a new cluster: " + defaultClusterCIDR.String() + ")",
-		doc: "Only the node that starts the cluster needs it. On other nodes it is optional; if it is set, it must equal the cluster's. It must not overlap " +
+		doc: "Only the node that starts the cluster needs it. On other nodes it is optional; if it is set, it must equal the cluster's. It is fixed when the cluster starts: it cannot grow or get a second family later. It must not overlap " +
 			"addresses of hosts, nor loopback, link-local, multicast or reserved space.",
 		set:  func(c *Config, v []string) (err error) { c.ClusterCIDRs, err = parsePrefixes(v); return },
 		show: func(c *Config) string { return join(c.ClusterCIDRs) }},

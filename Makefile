@@ -13,8 +13,9 @@ PACKAGES = \
 
 .PHONY: build demo test deps lint generate arm64 unit race repeat fuzz deb release simulate soak cnikill cnitime interop critest bench agree report clean
 
+# Without cgo the programs are static: they run on any Linux, whatever its C library.
 build:
-	$(GO) build -trimpath -o bin/ ./cmd/...
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/ ./cmd/...
 
 # Builds, then shows a cluster at work in a lab on this machine.
 demo: build

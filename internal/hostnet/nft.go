@@ -43,7 +43,7 @@ func (c *nftConn) open() error {
 		return err
 	}))
 	if err != nil {
-		return fmt.Errorf("hostnet: open an nftables netlink socket: %w", err)
+		return fmt.Errorf("hostnet: open an nftables netlink socket: %w (is the kernel module nf_tables there?)", err)
 	}
 	c.conn = conn
 	return nil

@@ -27,7 +27,7 @@ func (h *Host) nft() (*nftables.Conn, error) {
 	}
 	c, err := nftables.New(opts...)
 	if err != nil {
-		return nil, fmt.Errorf("podnet: open an nftables netlink socket: %w", err)
+		return nil, fmt.Errorf("podnet: open an nftables netlink socket: %w (is the kernel module nf_tables there?)", err)
 	}
 	return c, nil
 }

@@ -296,7 +296,9 @@ func (s *State) giveUp(now time.Time, p *pending) {
 		s.soon(s.cfg.Fast)
 		return
 	}
-	s.setOutcome(p.seq, lost)
+	if !s.up || !p.sent.Before(s.upSent) { // else it went out before the path came up (see Answered)
+		s.setOutcome(p.seq, lost)
+	}
 	if p.sent.After(s.lostSent) {
 		s.lostSent = p.sent
 	}

@@ -314,6 +314,19 @@ func TestNoLossBeforeTheFirstAnswer(t *testing.T) {
 	}
 }
 
+// Nor is one that was under way when the peer began: its time ends only afterwards.
+func TestNoLossOfProbesUnderWay(t *testing.T) {
+	n := newNetwork(newState(Config{}))
+	n.alive = false
+	n.run(t, n.now.Add(100*time.Millisecond))
+	n.alive = true
+	n.s.Poke(n.now) // the peer's own probe has come
+	n.run(t, n.now.Add(20*time.Second))
+	if got := n.s.Snapshot(); !got.Up || got.Loss != 0 || n.now.Sub(got.Since) < 19*time.Second {
+		t.Fatalf("%+v, want up since the peer began, and no loss", got)
+	}
+}
+
 // An outage that is over is no loss of the present: the figure begins anew when the path comes up again.
 func TestLossEndsWithTheOutage(t *testing.T) {
 	n := newNetwork(newState(Config{}))

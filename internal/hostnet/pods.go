@@ -51,7 +51,8 @@ type PodRoute struct {
 }
 
 // PodRoutes lists the addresses inside own that are in use, in the calling thread's network namespace: those with a host
-// route (/32, /128) in the main table over a device other than the agent's own, and those that such a device has itself.
+// route (/32, /128) in the main table over a device other than the agent's own, and those that such a device has itself. A route by
+// a router outside own leads to another host: a routing daemon has learned it from there.
 func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	links, err := dump("devices", netlink.LinkList)
 	if err != nil {
@@ -73,9 +74,11 @@ func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	}
 	var out []PodRoute
 	seen := map[netip.Addr]bool{}
+	inside := func(a netip.Addr) bool {
+		return slices.ContainsFunc(own, func(o netip.Prefix) bool { return o.Contains(a) })
+	}
 	add := func(a netip.Addr, device string) {
-		inside := func(o netip.Prefix) bool { return o.Contains(a) }
-		if device != tun && device != DirectDevice && !seen[a] && slices.ContainsFunc(own, inside) {
+		if device != tun && device != DirectDevice && !seen[a] && inside(a) {
 			seen[a] = true
 			out = append(out, PodRoute{a, device})
 		}
@@ -85,7 +88,8 @@ func PodRoutes(tun string, own []netip.Prefix) ([]PodRoute, error) {
 	}
 	for i := range routes {
 		rt := &routes[i]
-		if p := prefixOf(rt.Dst); rt.Type == unix.RTN_UNICAST && p.IsValid() && p.IsSingleIP() {
+		away := rt.Gw != nil && !inside(addrOf(rt.Gw)) || rt.Via != nil || len(rt.MultiPath) > 0
+		if p := prefixOf(rt.Dst); rt.Type == unix.RTN_UNICAST && p.IsValid() && p.IsSingleIP() && !away {
 			add(p.Addr(), names[rt.LinkIndex])
 		}
 	}

@@ -299,6 +299,9 @@ func TestForeignRoutesStay(t *testing.T) {
 		var text []string
 		for _, c := range rep.Conflicts {
 			text = append(text, c.String())
+			if daemon := strings.Contains(c.What, "proto bird"); daemon != strings.Contains(c.Remedy, "routing daemon") || daemon != (c.Command == "") {
+				t.Errorf("a daemon makes its routes again, others are deleted: %+v", c)
+			}
 		}
 		all := strings.Join(text, "\n")
 		for _, want := range []string{

@@ -380,10 +380,17 @@ func (r *Reconciler) deviceIndex(name string) int {
 	return 0
 }
 
+// daemons are the protocols of routes that routing daemons make (include/uapi/linux/rtnetlink.h).
+var daemons = []int{unix.RTPROT_GATED, unix.RTPROT_ZEBRA, unix.RTPROT_BIRD, unix.RTPROT_XORP, unix.RTPROT_BABEL, unix.RTPROT_OPENR,
+	unix.RTPROT_BGP, unix.RTPROT_ISIS, unix.RTPROT_OSPF, unix.RTPROT_RIP, unix.RTPROT_EIGRP}
+
 // conflict reports somebody else's route; rt is nil if it is not known in full.
 func (p *pass) conflict(what string, rt *netlink.Route) {
 	c := Problem{What: what + "; it is not Tulle's and was left alone", Remedy: "delete it, or choose another --cluster-cidr"}
-	if rt != nil {
+	switch {
+	case rt != nil && slices.Contains(daemons, int(rt.Protocol)):
+		c.Remedy = "a routing daemon has made it, and would make it again: keep the pods' space out of what it takes and gives (the filters of its import and export), or choose another --cluster-cidr"
+	case rt != nil:
 		c.Command = routeDel(rt, p.r.linkName)
 	}
 	p.rep.Conflicts = append(p.rep.Conflicts, c)

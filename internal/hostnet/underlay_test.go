@@ -196,9 +196,12 @@ func TestPodRoutes(t *testing.T) {
 	h.route("10.244.1.5/32", "", "pods", 0, unix.RTPROT_STATIC)
 	h.route("10.244.1.1/32", "", "pods", 0, unix.RTPROT_STATIC)
 	h.route("10.244.2.5/32", "", "pods", 0, unix.RTPROT_STATIC)
+	h.device("eth0", "198.51.100.1/24", "2001:db8::1/64")
+	h.shell("ip route add 10.244.1.6 via 198.51.100.2 proto bird; ip route add 10.244.1.7 proto bird nexthop via 198.51.100.2 nexthop via 198.51.100.3; ip -6 route add fd00:244:0:1::6 via fe80::2 dev eth0 proto bird; " +
+		"ip route add 10.244.1.8 via inet6 fe80::2 dev eth0 proto bird; ip route add 10.244.1.9 via 10.244.1.5") // the last one by a pod
 	var got []PodRoute
 	h.do(func() (err error) { got, err = PodRoutes("tun0", dual().Own); return err })
-	want := []PodRoute{{netip.MustParseAddr("10.244.1.1"), "pods"}, {netip.MustParseAddr("10.244.1.5"), "pods"}, {netip.MustParseAddr("fd00:244:0:1::1"), "pods"}}
+	want := []PodRoute{{netip.MustParseAddr("10.244.1.1"), "pods"}, {netip.MustParseAddr("10.244.1.5"), "pods"}, {netip.MustParseAddr("10.244.1.9"), "pods"}, {netip.MustParseAddr("fd00:244:0:1::1"), "pods"}}
 	slices.SortFunc(got, func(a, b PodRoute) int { return a.Addr.Compare(b.Addr) })
 	if !slices.Equal(got, want) {
 		t.Errorf("%v, want %v", got, want)

@@ -93,7 +93,7 @@ func TestSignals(t *testing.T) {
 	}
 	log.await(t, "msg=reload key=log_level old=info new=debug")
 	log.await(t, `level=WARN msg="reload: this key does not change while the agent runs" key=udp_port old=6080 new=6081 remedy="it counts after `+"`systemctl restart tulle`"+`"`)
-	log.await(t, "msg=reloaded changed=1 needs_restart=2")
+	log.await(t, "msg=reloaded changed=1 needs_restart=4")
 
 	// SIGTERM ends it well.
 	if err := syscall.Kill(os.Getpid(), syscall.SIGTERM); err != nil {

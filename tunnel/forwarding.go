@@ -79,6 +79,8 @@ type peerState struct {
 	asked     atomic.Int64               // when it was last asked for its MAC, in nanoseconds of Unix time
 	questions atomic.Int64               // how often it was asked
 
+	translated atomic.Pointer[Translated]
+
 	dests  [encap.NumModes]*underlay.Dest // the last ones; only for Engine.Update
 	probes [encap.NumModes]turns          // guarded by the prober's lock
 }

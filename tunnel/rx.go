@@ -198,6 +198,7 @@ func (w *rxWorker) datagram(r underlay.Received) {
 				w.from, w.lastOuter = nil, netip.Addr{}
 				w.tapReceived(r.From, r.TOS, r.Data, nil, encap.DropNotMember)
 			}
+			w.stranger(r)
 			return
 		}
 		w.lastOuter, w.from = src, t

@@ -379,6 +379,28 @@ func TestTrainWithOneBadPacket(t *testing.T) {
 	}
 }
 
+// A packet with a member's inner source from an address that is no member's is dropped, and the engine can tell from where it came: NAT does that.
+func TestTranslated(t *testing.T) {
+	eachLink(t, func(t *testing.T, l testLink) {
+		i := newIntruder(t, l)
+		from := i.nobody
+		for f := range 2 {
+			if tr := i.victim.engine.Translated(i.member.ns); tr.From == from {
+				t.Fatalf("before anything has come: %+v", tr)
+			}
+			inner := datagram{src: i.member.pod(f), dst: i.victim.pod(f), sport: 1, dport: 9, payload: []byte("no")}.bytes(t)
+			before := i.victim.counts()
+			i.wire.emit(outerPacket(t, l.mode, from, i.victim.under, 0, protoOf(f), inner))
+			i.victim.moved(t, before, encap.DropNotMember, 1)
+			eventually(t, "the engine tells from where", func() bool { return i.victim.engine.Translated(i.member.ns).From == from })
+			if tr := i.victim.engine.Translated("third"); !tr.At.IsZero() {
+				t.Errorf("of another peer: %+v", tr)
+			}
+			from = from.Next()
+		}
+	})
+}
+
 // A stranger's train counts as the packets that it is.
 func TestTrainOfStranger(t *testing.T) {
 	for _, six := range []bool{false, true} {

@@ -104,6 +104,12 @@ func (s *session) peerProblem(v *view, p *peerView) (api.Problem, bool) {
 			Remedy: fmt.Sprintf("add a route; or name an address of %s with --underlay there that this host reaches", v.label(p)),
 			Since:  p.since, Check: api.CheckUnderlay,
 		}, true
+	case p.state == api.PeerAlive && silent && !m.IsDirect() && s.translated(p).IsValid():
+		return api.Problem{
+			What:   fmt.Sprintf("packets of %s arrive from %v, which is none of its addresses, and are dropped: something on the way translates addresses (NAT)", v.label(p), s.translated(p)),
+			Remedy: fmt.Sprintf("let packets between %v and %v pass as they are: Tulle does not work through NAT between hosts", s.facing(p.endpoint), p.endpoint),
+			Since:  since, Check: api.CheckPaths,
+		}, true
 	case p.state == api.PeerAlive && silent:
 		out := api.Problem{
 			What:   fmt.Sprintf("%s is alive for gossip, but %s packets to it are not answered (%s)", v.label(p), m, s.path(p, m).Reason),
@@ -159,6 +165,15 @@ func (s *session) unanswered(v *view, p *peerView) (m encap.Mode, since time.Tim
 		}
 	}
 	return 0, time.Time{}, false
+}
+
+// translated is the address from which the peer's packets have come of late that is no member's; invalid if there is none.
+func (s *session) translated(p *peerView) netip.Addr {
+	const lately = 2 * time.Minute // a path that is down is probed more often
+	if t := s.engine.Translated(p.id); time.Since(t.At) < lately {
+		return t.From
+	}
+	return netip.Addr{}
 }
 
 // removal says where and how the entries of an external peer are removed.

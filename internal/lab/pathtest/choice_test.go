@@ -103,3 +103,20 @@ func TestOtherVNI(t *testing.T) {
 		return nil
 	})
 }
+
+// TestNATBetweenHosts lets the router translate a host's address, of packets of the tunnel alone: the other host says what it sees.
+func TestNATBetweenHosts(t *testing.T) {
+	t.Parallel()
+	s := newStage(t, "udp", 1500, 1500)
+	s.uses(t, 20*time.Second, "udp")
+	s.router.Run("nft", "table ip nat { chain postrouting { type nat hook postrouting priority srcnat; ip saddr "+addrA+" udp dport 6080 snat to 10.0.2.99; }; }")
+	hosts.Within(t, 20*time.Second, "status of b names the address", func() error {
+		if p := s.second.Problems(); !strings.Contains(p, "packets of a arrive from 10.0.2.99") || !strings.Contains(p, "NAT") {
+			return fmt.Errorf("problems: %s", p)
+		}
+		return nil
+	})
+	s.router.Run("nft", "delete table ip nat")
+	s.uses(t, 60*time.Second, "udp")
+	hosts.NoProblems(t, "without NAT", s.first, s.second)
+}

@@ -221,6 +221,7 @@ func (s *session) hostProblems(v *view) (out []api.Problem) {
 	add(api.CheckFirewall, "firewall", list, err)
 	list, err = hostnet.TranslationProblems(s.cfg.Tun, cidrs)
 	add(api.CheckFirewall, "rules of NAT", list, err)
+	add(api.CheckConntrack, "connection tracking", hostnet.ConntrackProblems(), nil)
 	var members, pods []netip.Addr
 	for i := range v.peers {
 		members, pods = append(members, v.peers[i].outerAddrs()...), append(pods, v.peers[i].tun...)

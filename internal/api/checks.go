@@ -20,5 +20,6 @@ const (
 	CheckOwners     = "owners"     // owners of space that are gone
 	CheckState      = "state"      // the state on disk
 	CheckVersions   = "versions"   // versions of the program
+	CheckConntrack  = "conntrack"  // a full connection tracking table
 	CheckCNI        = "cni"        // what container engines see
 )

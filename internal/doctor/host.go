@@ -382,19 +382,14 @@ func readNumber(file string) int {
 	return n
 }
 
-const conntrackDir = "/proc/sys/net/netfilter/nf_conntrack_"
-
 func gatherConntrack(_ context.Context, s *snapshot) {
-	s.kernel.conntrack, s.kernel.conntrackMax = readNumber(conntrackDir+"count"), readNumber(conntrackDir+"max")
+	s.kernel.conntrack, s.kernel.conntrackMax = hostnet.Conntrack()
 }
 
-// The fractions of the connection tracking table above which it is a warning and a failure, in percent. In a full one the kernel
-// drops the first packet of every new connection.
-const (
-	conntrackWarn = 75
-	conntrackFail = 95
-)
+// conntrackWarn is the part of the connection tracking table, in percent, from which it is a warning.
+const conntrackWarn = 75
 
+// judgeConntrack judges by itself, and not by what status says of a full table.
 func judgeConntrack(s *snapshot) Result {
 	k := s.kernel
 	if k.conntrack < 0 || k.conntrackMax <= 0 {
@@ -402,13 +397,13 @@ func judgeConntrack(s *snapshot) Result {
 	}
 	percent := 100 * k.conntrack / k.conntrackMax
 	text := fmt.Sprintf("%d of %d connections (%d %%)", k.conntrack, k.conntrackMax, percent)
-	f := Finding{State: Warning, What: "the connection tracking table is nearly full: " + text, Remedy: "raise its size, and write the same line into a file in /etc/sysctl.d",
-		Command: fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%d", 2*k.conntrackMax)}
-	switch {
-	case percent >= conntrackFail:
-		f.State = Failed
-	case percent < conntrackWarn:
+	if percent < conntrackWarn {
 		return result(text)
+	}
+	p := hostnet.ConntrackProblem(k.conntrack, k.conntrackMax)
+	f := Finding{State: Warning, What: p.What, Remedy: p.Remedy, Command: p.Command}
+	if percent >= hostnet.ConntrackFull {
+		f.State = Failed
 	}
 	return result(text, f)
 }

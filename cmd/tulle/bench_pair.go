@@ -39,10 +39,8 @@ func benchServe() *cobra.Command {
 			if !(gbps >= 0 && gbps <= mostGbps) { // nor what is no number
 				return usagef("--max-gbps %v: want 0 (no limit) to %d", gbps, mostGbps)
 			}
-			if _, port, err := net.SplitHostPort(o.Address); err != nil {
-				return usagef("--listen %q: want ADDRESS:PORT or :PORT, such as :%d", o.Address, pair.DefaultPort)
-			} else if _, err := strconv.ParseUint(port, 10, 16); err != nil {
-				return usagef("--listen %q: want a port from 0 (any) to 65535", o.Address)
+			if err := checkListen(o.Address); err != nil {
+				return err
 			}
 			o.MaxRate = gbps * 1e9
 			if o.Token, err = token(tokenFile); err != nil {
@@ -64,6 +62,21 @@ func benchServe() *cobra.Command {
 	f.DurationVar(&o.MaxTime, "max-time", 10*time.Minute, "how long one run may take")
 	f.Float64Var(&gbps, "max-gbps", 0, "how many Gb/s of payload a run may send; 0: no limit")
 	return cmd
+}
+
+// checkListen refuses what is no address to listen on: an address, a port, or both.
+func checkListen(listen string) error {
+	if _, err := netip.ParseAddr(strings.Trim(listen, "[]")); err == nil {
+		return nil
+	}
+	_, port, err := net.SplitHostPort(listen)
+	if err != nil {
+		return usagef("--listen %q: want ADDRESS, ADDRESS:PORT or :PORT, such as :%d", listen, pair.DefaultPort)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return usagef("--listen %q: want a port from 0 (any) to 65535", listen)
+	}
+	return nil
 }
 
 // token reads a token from a file; "" is for no file.

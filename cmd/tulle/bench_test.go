@@ -62,3 +62,14 @@ func TestInterruptedByTerminal(t *testing.T) {
 	}
 	<-ctx.Done()
 }
+
+func TestCheckListen(t *testing.T) {
+	for listen, ok := range map[string]bool{
+		":17979": true, "10.0.0.7": true, "10.0.0.7:1": true, "fd00::7": true, "[fd00::7]": true, "[fe80::7%eth0]:1": true, "node-a:1": true, ":0": true,
+		"node-a": false, "": false, "10.0.0.7:": false, "10.0.0.7:65536": false, ":http": false,
+	} {
+		if err := checkListen(listen); (err == nil) != ok {
+			t.Errorf("%q: %v", listen, err)
+		}
+	}
+}

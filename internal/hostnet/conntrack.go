@@ -30,7 +30,7 @@ func conntrackValue(name string) int {
 func ConntrackProblem(count, limit int) Problem {
 	return Problem{
 		What:    fmt.Sprintf("the connection tracking table is nearly full, and new connections are dropped when it is: %d of %d connections (%d %%)", count, limit, 100*count/limit),
-		Remedy:  "raise its size, and write the same line into a file in /etc/sysctl.d",
+		Remedy:  "raise net.netfilter.nf_conntrack_max, in a file in /etc/sysctl.d, too (`tulle doctor conntrack` has the command)",
 		Command: fmt.Sprintf("sysctl -w net.netfilter.nf_conntrack_max=%d", 2*limit),
 	}
 }

@@ -35,7 +35,8 @@ const (
 //
 // A candidate in use fails when failAfter of its probes in a row stay unanswered (one
 // if it is down or has never answered, two if the whole peer was gone) while another candidate answers one that was
-// sent no earlier than these, and has lost none that was. It takes more of them where probes are lost by chance: nothing is
+// sent no earlier than these, and has lost none that was, and the last of these was sent after that answer had come: where something
+// held up all answers, those of one come first. It takes more of them where probes are lost by chance: nothing is
 // gained by another one that loses as much. So nothing fails when a host
 // stands still, which holds up all answers, nor when the whole peer is gone, nor when
 // the link of all flaps. Each loss of the candidate in use makes a probe of every other
@@ -219,7 +220,12 @@ func (c *choice) outlives(other, inUse *State) bool {
 		return false
 	}
 	first := inUse.missSent[n-1] // of the probes that count
-	return !first.Before(other.upSent) && !other.answeredSent.Before(first) && first.After(other.lostSent)
+	if first.Before(other.upSent) || !first.After(other.lostSent) {
+		return false
+	}
+	return slices.ContainsFunc(other.answers[:], func(a reply) bool {
+		return !a.sent.Before(first) && (n == 1 || !inUse.missSent[0].Before(a.came))
+	})
 }
 
 func (c *choice) use(now time.Time, m encap.Mode, why string) {

@@ -19,12 +19,13 @@ type fabric struct {
 	s      *Schedule
 	now    time.Time
 	blocks [encap.NumModes]bool
-	no     [2]bool               // of ipip, packets of IPv4 or IPv6 do not pass
-	lose   func(encap.Mode) bool // nil: nothing
-	least  map[encap.Mode]int    // the largest packet that passes, where not all do
-	held   time.Time             // answers arrive no earlier: one of the hosts stands still
-	both   bool                  // pods have both families
-	busy   bool                  // packets are exchanged all the time
+	no     [2]bool                       // of ipip, packets of IPv4 or IPv6 do not pass
+	lose   func(encap.Mode) bool         // nil: nothing
+	least  map[encap.Mode]int            // the largest packet that passes, where not all do
+	held   time.Time                     // answers arrive no earlier: one of the hosts stands still
+	behind [encap.NumModes]time.Duration // how much later than held the answers by this encapsulation arrive
+	both   bool                          // pods have both families
+	busy   bool                          // packets are exchanged all the time
 	rtt    time.Duration
 
 	train   func(Train) int // how many of a train's packets arrive; nil: all
@@ -83,7 +84,7 @@ func (f *fabric) run(d time.Duration) {
 		}
 		next, arrives := earlier(r.Next, f.traffic), -1
 		for i, a := range f.flying {
-			if at := later(a.at, f.held); !next.Before(at) {
+			if at := later(a.at, f.held.Add(f.behind[a.m])); !next.Before(at) {
 				next, arrives = at, i
 			}
 		}
@@ -474,6 +475,22 @@ func TestLateAnswersAreNoLosses(t *testing.T) {
 			t.Fatal("udp is left while nothing answers")
 		}
 		f.within(t, 500*time.Millisecond, encap.IPIP)
+	}
+}
+
+// When answers to all candidates were held up, those of one come first. That says nothing against the one in use, whose
+// answers are on the way. (After Silence it does: the one in use is down, and the other answers.)
+func TestOthersLateAnswersComeFirst(t *testing.T) {
+	for held := time.Duration(0); held < 2500*time.Millisecond; held += 10 * time.Millisecond {
+		f := newFabric(1, encap.UDP, encap.IPIP)
+		f.rtt = 2 * time.Millisecond
+		f.behind[encap.UDP] = 20 * time.Millisecond
+		f.run(time.Minute)
+		f.held = f.now.Add(held)
+		f.run(20 * time.Second)
+		if len(f.switches) > 0 {
+			t.Errorf("answers held up for %v: switches %v", held, f.switches)
+		}
 	}
 }
 

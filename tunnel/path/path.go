@@ -136,6 +136,9 @@ type pending struct {
 	lost     bool
 }
 
+// reply is when a probe was sent and when its answer came.
+type reply struct{ sent, came time.Time }
+
 type outcome uint8
 
 const (
@@ -168,6 +171,7 @@ type State struct {
 	lastAnswer   time.Time    // when the last answer came
 	formAnswered [2]time.Time // when each form of a probe was answered last
 	answeredSent time.Time    // when the latest probe was sent that is answered
+	answers      [4]reply     // latest first, to probes that were sent at least half of Fast apart
 	upSent       time.Time    // when the probe was sent whose answer brought the path up
 	misses       int          // liveness probes sent and given up since lastAnswer
 	missedSince  time.Time    // when the first of these was sent
@@ -369,6 +373,10 @@ func (s *State) Answered(now time.Time, nonce uint64, size int) bool {
 	}
 	if p.sent.After(s.answeredSent) {
 		s.answeredSent = p.sent
+	}
+	if p.sent.Sub(s.answers[0].sent) >= s.cfg.Fast/2 {
+		copy(s.answers[1:], s.answers[:])
+		s.answers[0] = reply{p.sent, now}
 	}
 	if !p.forMTU {
 		s.setOutcome(p.seq, answered)

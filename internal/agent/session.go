@@ -74,6 +74,7 @@ type underlay struct {
 	own         atomic.Pointer[[]netip.Addr] // the addresses of all this host's devices, as of the last check
 	kept        atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
 	lostSince   time.Time                    // since when an address of link is missing; loop's own
+	sightings   sightings                    // loop's own
 	besideKnown bool                         // gossip listens at the other addresses of the interface; loop's own
 }
 

@@ -27,6 +27,9 @@ const (
 	namesPatience = 2 * time.Second
 	// lostPatience is how long an address may be gone, as while an interface is restarted, before another one is used.
 	lostPatience = 5 * time.Second
+	// replacedPatience is how long it may be gone when another one has come in its place: a manager of the network that makes an interface
+	// again gives it one address after the other.
+	replacedPatience = 300 * time.Millisecond
 )
 
 // awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
@@ -180,6 +183,7 @@ func (s *session) checkUnderlay(now time.Time) error {
 	}
 	s.resize(kept.Underlay)
 	s.own.Store(&kept.Host)
+	s.sightings.look(kept.Host, now)
 	s.listenBeside(kept)
 	if was := s.kept.Swap(&kept); len(kept.Lost) == 0 {
 		s.lostSince = time.Time{}
@@ -207,10 +211,48 @@ func (s *session) checkUnderlay(now time.Time) error {
 		return nil // there is nothing to change over to
 	}
 	lost := !s.lostSince.IsZero() && now.Sub(s.lostSince) >= lostPatience
+	if at := s.sightings.replaced(s.lostSince, kept, next); !at.IsZero() && !lost {
+		if lost = now.Sub(at) >= replacedPatience; !lost {
+			time.AfterFunc(replacedPatience-now.Sub(at), func() { signal(s.disturbed) })
+		}
+	}
 	if why := letGo(s.link, kept, next, lost, s.gossip.Alive() == 0, kept.More.IsValid() && s.wants(kept.More), s.moved.both); why != "" {
 		return &underlayChange{why}
 	}
 	return nil
+}
+
+// sightings are the times at which this host's addresses were first seen in a session; zero for those that were there when it began.
+type sightings map[netip.Addr]time.Time
+
+func (m *sightings) look(host []netip.Addr, now time.Time) {
+	if *m == nil {
+		*m, now = sightings{}, time.Time{}
+	}
+	for _, a := range host {
+		if _, known := (*m)[a]; !known {
+			(*m)[a] = now
+		}
+	}
+}
+
+// replaced returns when each lost address had another one in its place: a new one of the same subnet on the same interface, which came when the
+// lost one went, or shortly before. One that was there all the time may be virtual, and takes over only after lostPatience. The result is zero if
+// there is a lost address without a new one.
+func (m sightings) replaced(since time.Time, k hostnet.Kept, next hostnet.Underlay) (at time.Time) {
+	at = since
+	for _, lost := range k.Lost {
+		i := slices.IndexFunc(next.Addrs, func(a netip.Addr) bool {
+			return a.Is4() == lost.Is4() && slices.Contains(k.Near, a) && since.Sub(m[a]) < lostPatience
+		})
+		if i < 0 {
+			return time.Time{}
+		}
+		if seen := m[next.Addrs[i]]; seen.After(at) {
+			at = seen
+		}
+	}
+	return at
 }
 
 // podsNow is the cluster's address space as known now: a node that joins for the first time learns it from the others.

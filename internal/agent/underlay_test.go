@@ -78,6 +78,43 @@ func TestLetGo(t *testing.T) {
 	}
 }
 
+// An address that comes when another one goes, in the same subnet, replaces it at once; one that was there before may be virtual.
+func TestReplaced(t *testing.T) {
+	began := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	since := began.Add(time.Minute)
+	for _, c := range []struct {
+		name             string
+		lost, near, next string                   // fields
+		seen             map[string]time.Duration // after the loss
+		want             time.Duration            // after the loss; -1: not replaced
+	}{
+		{name: "it comes a second later", lost: "10.0.1.11", near: "10.0.1.33", next: "10.0.1.33", seen: map[string]time.Duration{"10.0.1.33": time.Second}, want: time.Second},
+		{name: "it comes a second before", lost: "10.0.1.11", near: "10.0.1.33", next: "10.0.1.33", seen: map[string]time.Duration{"10.0.1.33": -time.Second}, want: 0},
+		{name: "it came long before", lost: "10.0.1.11", near: "10.0.1.33", next: "10.0.1.33", seen: map[string]time.Duration{"10.0.1.33": -time.Minute / 2}, want: -1},
+		{name: "it was always there", lost: "10.0.1.11", near: "10.0.1.33", next: "10.0.1.33", want: -1},
+		{name: "another subnet", lost: "10.0.1.11", next: "10.0.2.33", seen: map[string]time.Duration{"10.0.2.33": time.Second}, want: -1},
+		{name: "another one is next", lost: "10.0.1.11", near: "10.0.1.33", next: "192.0.2.1", seen: map[string]time.Duration{"10.0.1.33": time.Second}, want: -1},
+		{name: "one of two families", lost: "10.0.1.11", near: "10.0.1.33", next: "10.0.1.33 2001:db8::11", seen: map[string]time.Duration{"10.0.1.33": time.Second}, want: time.Second},
+		{name: "IPv6 is not there yet", lost: "10.0.1.11 2001:db8::11", near: "10.0.1.33", next: "10.0.1.33", seen: map[string]time.Duration{"10.0.1.33": time.Second}, want: -1},
+		{name: "both families", lost: "10.0.1.11 2001:db8::11", near: "10.0.1.33 2001:db8::33", next: "10.0.1.33 2001:db8::33",
+			seen: map[string]time.Duration{"10.0.1.33": time.Second, "2001:db8::33": 2 * time.Second}, want: 2 * time.Second},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			var m sightings
+			next := addrs(strings.Fields(c.next)...)
+			all := append(addrs(strings.Fields(c.lost)...), next...)
+			m.look(slices.DeleteFunc(slices.Clone(all), func(a netip.Addr) bool { _, later := c.seen[a.String()]; return later }), began)
+			for _, a := range all {
+				m.look([]netip.Addr{a}, since.Add(c.seen[a.String()]))
+			}
+			at := m.replaced(since, hostnet.Kept{Lost: addrs(strings.Fields(c.lost)...), Near: addrs(strings.Fields(c.near)...)}, hostnet.Underlay{Addrs: next})
+			if want := since.Add(c.want); c.want < 0 && !at.IsZero() || c.want >= 0 && !at.Equal(want) {
+				t.Errorf("replaced at %v, want %v after the loss at %v", at, c.want, since)
+			}
+		})
+	}
+}
+
 func TestSeedAddrs(t *testing.T) {
 	since := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 	list := []seed.Seed{

@@ -279,6 +279,16 @@ func (d *detector) beside(device string) (candidate, bool) {
 	return candidate{}, false
 }
 
+// near finds the addresses that may have replaced a lost one, as where DHCP gives another one of the same subnet.
+func (d *detector) near(k Kept) (out []netip.Addr) {
+	for _, h := range d.addrs {
+		if d.rank(h) == 0 && (d.name(h.LinkIndex) == k.Iface || d.part(k.Iface, h.LinkIndex)) && slices.ContainsFunc(k.Lost, func(a netip.Addr) bool { return h.IPNet.Contains(a.AsSlice()) }) {
+			out = append(out, addrOf(h.IP))
+		}
+	}
+	return out
+}
+
 // part reports whether a device is a port of a bridge, or of a bond.
 func (d *detector) part(device string, of int) bool {
 	for _, l := range d.links {
@@ -333,6 +343,7 @@ type Kept struct {
 	Lost     []netip.Addr // those of its addresses that the host has lost or cannot use
 	More     netip.Addr   // a new address of the other family; invalid if there is none
 	Beside   []netip.Addr // other usable addresses of the device, of macvlans on it, and of lo
+	Near     []netip.Addr // addresses of its device, or of what that is a part of, in whose subnets those in Lost were
 	Host     []netip.Addr // the addresses of all devices
 	Down     string       // why its device carries no packets; "" if it does
 	VRF      string       // the VRF that has a device with an address in Lost; "" if there is none
@@ -368,7 +379,7 @@ func (d *detector) kept(u Underlay) Kept {
 			}
 		}
 	}
-	k.Host = d.allAddrs()
+	k.Host, k.Near = d.allAddrs(), d.near(k)
 	for _, h := range d.addrs {
 		if a := addrOf(h.IP); (d.on(h.LinkIndex, k.Index) || d.loopback(h.LinkIndex)) && !slices.Contains(u.Addrs, a) {
 			k.Beside = append(k.Beside, a)

@@ -295,6 +295,11 @@ func TestKeptUnderlay(t *testing.T) {
 	if k := kept(); len(k.Lost) > 0 || k.More.IsValid() {
 		t.Errorf("with a new prefix beside a deprecated one: %+v", k)
 	}
+	u.Addrs = ips("10.0.1.99")
+	if k := kept(); !slices.Equal(k.Lost, u.Addrs) || !slices.Equal(k.Near, ips("10.0.1.11")) {
+		t.Errorf("lost, beside an address of its subnet, virtual ones and other subnets: %+v", k)
+	}
+	u.Addrs = ips("10.0.1.11", "2001:db8:1::11")
 	h.check(h.nl.LinkSetDown(h.link("eth0-far")))
 	var k Kept
 	for deadline := time.Now().Add(30 * time.Second); k.Down == "" && time.Now().Before(deadline); { // the kernel takes its time

@@ -102,6 +102,49 @@ func TestUnderlayGoes(t *testing.T) {
 	}
 }
 
+// DHCP gives another address of the same subnet: it is used long before the agent would give up the old one. A virtual address that was there before is not.
+func TestUnderlayReplaced(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b := n.Switch(), n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "10.0.1.11/24")
+	b.Plug(sw, "eth0", "10.0.1.12/24")
+	b.Sysctl("net.ipv4.conf.eth0.promote_secondaries", "1")
+	first := a.Agent("--bootstrap")
+	first.Ready(20 * time.Second)
+	b.IP("addr add 10.0.1.5/24 dev eth0")
+	second := b.Agent("--join", "10.0.1.11")
+	second.Ready(20 * time.Second)
+	if err := underlayIs(second, "10.0.1.12"); err != nil {
+		t.Fatal(err)
+	}
+	web, db := first.Pod("web"), second.Pod("db")
+	ping := func() error { return web.Ping(db.IPv4()) }
+	hosts.Within(t, 10*time.Second, "pods reach each other", ping)
+	b.IP("addr del 10.0.1.12/24 dev eth0")
+	const lost, moves = "this host has lost an underlay address", "the underlay address changes"
+	hosts.Within(t, 5*time.Second, "the agent sees the loss", func() error {
+		if !strings.Contains(second.Log(), lost) {
+			return fmt.Errorf("not in the log: %s", lost)
+		}
+		return nil
+	})
+	b.IP("addr add 10.0.1.112/24 dev eth0", "addr del 10.0.1.5/24 dev eth0")
+	hosts.Within(t, 15*time.Second, "the new address is used", func() error { return underlayIs(second, "10.0.1.112") })
+	hosts.Within(t, time.Minute, "pods reach each other at the new address", ping)
+	at := map[string]time.Time{}
+	for line := range strings.Lines(second.Log()) {
+		for _, what := range []string{lost, moves} {
+			if text, _, ok := strings.Cut(strings.TrimPrefix(line, "time="), " "); ok && strings.Contains(line, what) {
+				at[what], _ = time.Parse(time.RFC3339, text)
+			}
+		}
+	}
+	if took := at[moves].Sub(at[lost]); took <= 0 || took > 4*time.Second { // five without an address in its place
+		t.Errorf("the agent kept the lost address for %v after the loss", took)
+	}
+}
+
 // A seed's name that resolves late is waited for: the address of the route to it is used, not that of the default route.
 func TestSeedNameResolvesLate(t *testing.T) {
 	t.Parallel()

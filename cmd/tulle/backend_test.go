@@ -187,6 +187,8 @@ func (f *fixture) Pods(context.Context) ([]api.Pod, error) {
 	}, nil
 }
 
+func (f *fixture) PodsOf(context.Context, string) ([]api.Pod, error) { return nil, nil }
+
 func (f *fixture) Leave(context.Context) (api.LeaveResult, error) {
 	if f.sick {
 		return api.LeaveResult{}, api.Errorf(api.CodeUnhealthy, "no live peer can take 10.244.0.0/17").WithRemedy("see `tulle peers`")

@@ -13,6 +13,7 @@ import (
 
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/podnet"
+	"github.com/tulle-net/tulle/ipam"
 )
 
 // Pods implements api.Backend: the allocations, each with its link where there is one, and the links without an allocation.
@@ -21,16 +22,47 @@ func (a *agent) Pods(context.Context) ([]api.Pod, error) {
 	if err != nil {
 		return nil, err
 	}
-	links, err := s.pods.List()
+	links, err := s.pods.ListDropped()
 	if err != nil {
 		return nil, err
 	}
+	return podsOf(s.ownership.Allocations(), links), nil
+}
+
+// PodsOf implements api.Backend. It looks at no link of another container: each pod that is made asks for it.
+func (a *agent) PodsOf(_ context.Context, container string) ([]api.Pod, error) {
+	s, err := a.current()
+	if err != nil {
+		return nil, err
+	}
+	allocations := slices.DeleteFunc(s.ownership.Allocations(), func(l ipam.Allocation) bool {
+		id, ok := api.ParsePodID(l.Key)
+		return !ok || id.Container != container
+	})
+	var links []podnet.Attachment
+	for _, l := range allocations {
+		if slices.ContainsFunc(links, func(a podnet.Attachment) bool { return a.ID == l.Key }) {
+			continue // its other family's address
+		}
+		link, ok, err := s.pods.Get(l.Key)
+		if err != nil {
+			return nil, err
+		}
+		if ok {
+			links = append(links, link)
+		}
+	}
+	return podsOf(allocations, links), nil
+}
+
+// podsOf puts allocations and links together.
+func podsOf(allocations []ipam.Allocation, links []podnet.Attachment) []api.Pod {
 	byID := map[string]podnet.Attachment{}
 	for _, l := range links {
 		byID[l.ID] = l
 	}
 	byKey := map[string]*api.Pod{}
-	for _, l := range s.ownership.Allocations() {
+	for _, l := range allocations {
 		if strings.HasPrefix(l.Key, benchKeyPrefix) {
 			continue // no pod
 		}
@@ -59,7 +91,7 @@ func (a *agent) Pods(context.Context) ([]api.Pod, error) {
 		out = append(out, p)
 	}
 	slices.SortFunc(out, func(a, b api.Pod) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
-	return out, nil
+	return out
 }
 
 // sameAddrs compares two lists in any order.

@@ -92,6 +92,11 @@ func (c *Client) Pods(ctx context.Context) ([]Pod, error) {
 	return call[[]Pod](ctx, c, "GET", "/v1/pods", nil)
 }
 
+// PodsOf lists the pods of one container that have an allocation. An agent of an older version lists those of all containers.
+func (c *Client) PodsOf(ctx context.Context, container string) ([]Pod, error) {
+	return call[[]Pod](ctx, c, "GET", "/v1/pods?container="+url.QueryEscape(container), nil)
+}
+
 // Leave gives all of this node's space to another member.
 func (c *Client) Leave(ctx context.Context) (LeaveResult, error) {
 	return call[LeaveResult](ctx, c, "POST", "/v1/leave", nil)

@@ -53,7 +53,14 @@ func NewServer(b Backend, log *slog.Logger) *Server {
 	post(s, "POST /v1/ipam/release", ReleaseRequest.validate, b.IPAMRelease)
 	post(s, "POST /v1/ipam/allocate", AllocateRequest.validate, b.Allocate)
 	post(s, "POST /v1/ipam/free", FreeRequest.validate, b.Free)
-	get(s, "GET /v1/pods", b.Pods)
+	s.mux.HandleFunc("GET /v1/pods", func(w http.ResponseWriter, r *http.Request) {
+		answer(s, w, r, func(ctx context.Context) ([]Pod, error) {
+			if container := r.URL.Query().Get("container"); container != "" {
+				return b.PodsOf(ctx, container)
+			}
+			return b.Pods(ctx)
+		})
+	})
 
 	get(s, "POST /v1/leave", b.Leave)
 	post(s, "POST /v1/forget", ForgetRequest.validate, b.Forget)

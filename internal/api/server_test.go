@@ -79,6 +79,10 @@ func (e *echo) Pods(ctx context.Context) ([]Pod, error) {
 	id := PodID{EngineCNI, "tulle", "c0ffee", "eth0"}
 	return []Pod{{ID: id.String(), PodID: id, Addresses: []netip.Addr{addr}, State: PodUp}}, e.do(ctx, nil)
 }
+func (e *echo) PodsOf(ctx context.Context, container string) ([]Pod, error) {
+	id := PodID{EngineCNI, "tulle", container, "eth0"}
+	return []Pod{{ID: id.String(), PodID: id, Addresses: []netip.Addr{addr}, State: PodUp}}, e.do(ctx, container)
+}
 func (e *echo) Leave(ctx context.Context) (LeaveResult, error) {
 	return LeaveResult{Transfers: []Transfer{{Prefix: prefix, To: node}}}, e.do(ctx, nil)
 }
@@ -177,7 +181,7 @@ func TestEveryVerb(t *testing.T) {
 	ctx := t.Context()
 	verbs := reflect.TypeFor[Backend]()
 	args := map[string]any{
-		"Route": addr6, "Ping": PingRequest{Node: "node-b", Count: 7}, "IPAMRelease": ReleaseRequest{Addresses: []netip.Addr{addr, addr6}},
+		"Route": addr6, "PodsOf": "a b&c=d/e", "Ping": PingRequest{Node: "node-b", Count: 7}, "IPAMRelease": ReleaseRequest{Addresses: []netip.Addr{addr, addr6}},
 		"Allocate": AllocateRequest{ID: "pod/eth0", Name: "web", Netns: "/run/netns/x", Requested: []netip.Addr{addr, addr6}},
 		"Free":     FreeRequest{ID: "pod/eth0"}, "Forget": ForgetRequest{Node: "node-b", Force: true},
 		"ExternalAdd": ExternalRequest{Prefix: prefix, Endpoint: netip.MustParseAddr("192.0.2.9"), Encapsulation: "ipip"}, "ExternalRemove": netip.MustParsePrefix("fd00::/64"),

@@ -86,7 +86,7 @@ func Add(ctx context.Context, r Request) (res Result, err error) {
 // OnlyOne refuses a second interface of the same container: one of two default routes would lead packets out of the wrong interface, where
 // the source checks drop them, and would be gone with its interface. Such an error has the code api.CodeRefused.
 func OnlyOne(ctx context.Context, socket string, id api.PodID) error {
-	pods, err := api.NewClient(socket).Pods(ctx)
+	pods, err := api.NewClient(socket).PodsOf(ctx, id.Container)
 	for _, p := range pods {
 		if p.Engine == id.Engine && p.Container == id.Container && p.State == api.PodUp && p.PodID != id {
 			return api.Errorf(api.CodeRefused, "the container is in the network %s of this driver already (%s); all of them lead to the same containers, so one is enough", p.Network, p.Interface)

@@ -136,7 +136,7 @@ func check(args *skel.CmdArgs) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	pods, err := api.NewClient(conf.Socket).Pods(ctx)
+	pods, err := api.NewClient(conf.Socket).PodsOf(ctx, args.ContainerID)
 	if err != nil {
 		return coded(err)
 	}

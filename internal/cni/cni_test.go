@@ -19,7 +19,7 @@ type full struct {
 	pods []api.Pod
 }
 
-func (f *full) Pods(context.Context) ([]api.Pod, error) { return f.pods, nil }
+func (f *full) PodsOf(context.Context, string) ([]api.Pod, error) { return f.pods, nil }
 
 func (f *full) Allocate(context.Context, api.AllocateRequest) (api.Allocation, error) {
 	return api.Allocation{}, api.Errorf(api.CodeRefused, "there is no address")

@@ -12,6 +12,8 @@ import (
 
 	nl "github.com/mdlayher/netlink"
 	"golang.org/x/sys/unix"
+
+	"github.com/tulle-net/tulle/internal/sys"
 )
 
 // Watch calls changed when something on the host changed that concerns us: one of our
@@ -179,9 +181,9 @@ func (r *Reconciler) carrierEvent(w *wanted, b []byte) bool {
 	}
 	lost := native.Uint32(b[8:])&unix.IFF_RUNNING == 0
 	name := ""
-	eachAttr(b[unix.SizeofIfInfomsg:], func(t uint16, v []byte) {
+	sys.EachAttr(b[unix.SizeofIfInfomsg:], func(t uint16, v []byte) {
 		if t == unix.IFLA_IFNAME {
-			name = cString(v)
+			name = sys.CString(v)
 		}
 	})
 	r.wantMu.Lock()
@@ -201,10 +203,10 @@ func (w *wanted) linkEvent(isNew bool, b []byte) bool {
 	flags := native.Uint32(b[8:])
 	var name string
 	var mtu int
-	eachAttr(b[unix.SizeofIfInfomsg:], func(t uint16, v []byte) {
+	sys.EachAttr(b[unix.SizeofIfInfomsg:], func(t uint16, v []byte) {
 		switch {
 		case t == unix.IFLA_IFNAME:
-			name = cString(v)
+			name = sys.CString(v)
 		case t == unix.IFLA_MTU && len(v) == 4:
 			mtu = int(native.Uint32(v))
 		}
@@ -223,7 +225,7 @@ func (w *wanted) addrEvent(isNew bool, b []byte) bool {
 	}
 	bits, scope, index := int(b[1]), b[3], int(native.Uint32(b[4:]))
 	var local, address netip.Addr
-	eachAttr(b[unix.SizeofIfAddrmsg:], func(t uint16, v []byte) {
+	sys.EachAttr(b[unix.SizeofIfAddrmsg:], func(t uint16, v []byte) {
 		switch t {
 		case unix.IFA_LOCAL:
 			local, _ = netip.AddrFromSlice(v)
@@ -263,7 +265,7 @@ func parseRoute(b []byte) (m routeMsg, ok bool) {
 	bits := int(b[1])
 	m.v4, m.table, m.proto, m.kind = b[0] == unix.AF_INET, uint32(b[4]), b[5], b[7]
 	var dst netip.Addr
-	eachAttr(b[unix.SizeofRtMsg:], func(t uint16, v []byte) {
+	sys.EachAttr(b[unix.SizeofRtMsg:], func(t uint16, v []byte) {
 		switch {
 		case t == unix.RTA_DST:
 			dst, _ = netip.AddrFromSlice(v)
@@ -272,7 +274,7 @@ func parseRoute(b []byte) (m routeMsg, ok bool) {
 		case t == unix.RTA_GATEWAY:
 			m.spec.via, _ = netip.AddrFromSlice(v)
 		case t == unix.RTA_METRICS:
-			eachAttr(v, func(t uint16, v []byte) {
+			sys.EachAttr(v, func(t uint16, v []byte) {
 				if t == unix.RTAX_MTU && len(v) == 4 {
 					m.spec.mtu = int(native.Uint32(v))
 				}
@@ -354,12 +356,12 @@ func (w *wanted) ruleEvent(isNew bool, b []byte) bool {
 	}
 	var src netip.Addr
 	key := ruleKey{v4: b[0] == unix.AF_INET, table: uint32(b[4])}
-	eachAttr(b[header:], func(t uint16, v []byte) {
+	sys.EachAttr(b[header:], func(t uint16, v []byte) {
 		switch {
 		case t == unix.FRA_SRC:
 			src, _ = netip.AddrFromSlice(v)
 		case t == unix.FRA_IIFNAME:
-			key.iif = cString(v)
+			key.iif = sys.CString(v)
 		case len(v) != 4:
 		case t == unix.FRA_TABLE:
 			key.table = native.Uint32(v)
@@ -394,7 +396,7 @@ func (w *wanted) netconfEvent(b []byte) bool {
 		return false
 	}
 	index, forwarding, filter := 0, int32(1), int32(2)
-	eachAttr(b[netconfHeader:], func(t uint16, v []byte) {
+	sys.EachAttr(b[netconfHeader:], func(t uint16, v []byte) {
 		if len(v) != 4 {
 			return
 		}
@@ -409,24 +411,4 @@ func (w *wanted) netconfEvent(b []byte) bool {
 		}
 	})
 	return (index == w.index || index == netconfAll || v4 && w.outward[index]) && forwarding == 0 || index == w.index && filter != 2
-}
-
-func cString(b []byte) string {
-	if i := slices.Index(b, 0); i >= 0 {
-		b = b[:i]
-	}
-	return string(b)
-}
-
-// eachAttr calls f for each netlink attribute; it ends at the first malformed one.
-func eachAttr(b []byte, f func(kind uint16, value []byte)) {
-	const header, nested = 4, 0x3fff // struct nlattr; NLA_TYPE_MASK
-	for len(b) >= header {
-		n := int(native.Uint16(b))
-		if n < header || n > len(b) {
-			return
-		}
-		f(native.Uint16(b[2:])&nested, b[header:n])
-		b = b[min((n+3)&^3, len(b)):]
-	}
 }

@@ -17,7 +17,7 @@ type starting struct {
 	pods  []api.Pod
 }
 
-func (s *starting) Pods(context.Context) ([]api.Pod, error) { return s.pods, nil }
+func (s *starting) PodsOf(context.Context, string) ([]api.Pod, error) { return s.pods, nil }
 
 func (s *starting) Allocate(context.Context, api.AllocateRequest) (api.Allocation, error) {
 	if s.asked.Add(1) < 3 {

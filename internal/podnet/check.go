@@ -52,8 +52,9 @@ func (h *Host) Check(c Config) error {
 	}
 	ok := false
 	if chain := have[c.HostInterface]; chain != nil {
-		ok, _, err = checked(conn, chain, &a)
+		rules, err := h.readRules(c.HostInterface)
 		errs = append(errs, err)
+		ok, _ = checked(chain, rules[c.HostInterface], &a)
 	}
 	if !ok {
 		miss("the source checks of %s are not as they should be", c.HostInterface)

@@ -5,9 +5,11 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 
 	"github.com/google/nftables"
 	"github.com/google/nftables/expr"
+	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 )
 
@@ -100,48 +102,56 @@ func chains(c *nftables.Conn) (map[string]*nftables.Chain, error) {
 	return out, nil
 }
 
-// checked reads a pod's chain: whether it is as it should be, and what it has dropped.
-func checked(c *nftables.Conn, chain *nftables.Chain, a *Attachment) (ok bool, dropped uint64, err error) {
-	rules, err := c.GetRules(table, chain)
-	if err != nil {
-		return false, 0, fmt.Errorf("podnet: read the source checks of %s: %w", chain.Name, err)
-	}
+// checked judges a pod's chain by its rules: whether it is as it should be, and what it has dropped.
+func checked(chain *nftables.Chain, rules []chainRule, a *Attachment) (ok bool, dropped uint64) {
 	for _, r := range rules {
-		for _, e := range r.Exprs {
-			if n, is := e.(*expr.Counter); is {
-				dropped += n.Packets
-			}
-		}
+		dropped += r.packets
 	}
-	same := func(have *nftables.Rule, want rule) bool { return string(have.UserData) == string(want.comment()) }
-	return chain.Hooknum != nil && slices.EqualFunc(rules, podRules(a), same), dropped, nil
+	same := func(have chainRule, want rule) bool { return have.comment == string(want.comment()) }
+	return chain.Hooknum != nil && slices.EqualFunc(rules, podRules(a), same), dropped
 }
 
-// List gives the pods of this host that are wired, by the name of the host's end.
+// List gives the pods of this host that are wired, by the name of the host's end, and without what the source checks have dropped.
 func (h *Host) List() ([]Attachment, error) {
-	c, err := h.nft()
-	if err != nil {
-		return nil, err
-	}
-	have, err := chains(c)
-	if err != nil {
-		return nil, err
-	}
 	pods, err := h.attachments()
 	if err != nil {
 		return nil, err
 	}
-	var out []Attachment
-	for _, name := range slices.Sorted(maps.Keys(pods)) {
-		a := pods[name]
-		if chain := have[name]; chain != nil {
-			if _, a.Dropped, err = checked(c, chain, &a); err != nil && h.Exists(name) {
-				return nil, err
-			}
-		}
-		out = append(out, a)
+	return slices.SortedFunc(maps.Values(pods), func(a, b Attachment) int { return strings.Compare(a.HostInterface, b.HostInterface) }), nil
+}
+
+// ListDropped is List with what the source checks have dropped.
+func (h *Host) ListDropped() ([]Attachment, error) {
+	rules, err := h.readRules("")
+	if err != nil {
+		return nil, err
 	}
-	return out, nil
+	out, err := h.List()
+	for i := range out {
+		for _, r := range rules[out[i].HostInterface] {
+			out[i].Dropped += r.packets
+		}
+	}
+	return out, err
+}
+
+// Get gives the pod with this ID, with what the source checks have dropped; ok is false if it is not wired.
+func (h *Host) Get(id string) (a Attachment, ok bool, err error) {
+	name := InterfaceName(id)
+	link, err := h.nl.LinkByName(name)
+	if errors.As(err, &netlink.LinkNotFoundError{}) {
+		return a, false, nil
+	} else if err != nil {
+		return a, false, fmt.Errorf("podnet: find %s: %w", name, err)
+	}
+	if a, ok = attachmentOf(link); !ok || a.ID != id {
+		return Attachment{}, false, nil
+	}
+	rules, err := h.readRules(name)
+	for _, r := range rules[name] {
+		a.Dropped += r.packets
+	}
+	return a, err == nil, err
 }
 
 // Drops counts the packets that the source checks of all pods have dropped, those that are gone too, by reason. They begin at

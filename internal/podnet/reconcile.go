@@ -71,6 +71,10 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 	if err != nil {
 		return nil, err
 	}
+	rules, err := h.readRules("")
+	if err != nil {
+		return nil, err
+	}
 	routes, err := h.routes() // once: on a host of a large cluster they are many
 	if err != nil {
 		return nil, err
@@ -78,8 +82,8 @@ func (h *Host) survey(c *nftables.Conn) (found []flaw, err error) {
 	for _, name := range slices.Sorted(maps.Keys(pods)) {
 		f := flaw{name: name, pod: pods[name], checks: true}
 		if chain := have[name]; chain != nil {
-			ok, _, err := checked(c, chain, &f.pod)
-			f.checks = !ok || err != nil
+			ok, _ := checked(chain, rules[name], &f.pod)
+			f.checks = !ok
 		}
 		link, err := h.nl.LinkByName(name)
 		if err != nil || link.Attrs().RawFlags&unix.IFF_UP == 0 {

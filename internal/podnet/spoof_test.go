@@ -3,6 +3,7 @@ package podnet
 import (
 	"net"
 	"net/netip"
+	"reflect"
 	"testing"
 	"time"
 
@@ -216,9 +217,12 @@ func TestSpoof(t *testing.T) {
 		}
 	}
 	// And nothing is counted against the other pod.
-	list, err := w.host.List()
+	list, err := w.host.ListDropped()
 	check(t, err)
 	for _, a := range list {
+		if got, ok, err := w.host.Get(a.ID); a.HostInterface == InterfaceName(a.ID) && (err != nil || !ok || !reflect.DeepEqual(got, a)) {
+			t.Errorf("one pod is %+v, %v, %v, in the list it is %+v", got, ok, err, a)
+		}
 		if (a.Dropped == 0) != (a.HostInterface == w.b.HostInterface) {
 			t.Errorf("%s: %d dropped", a.ID, a.Dropped)
 		}

@@ -165,6 +165,42 @@ func TestStockOnFullDisk(t *testing.T) {
 	}
 }
 
+// A pod that this program has wired is gone with its link, also where the path of its namespace is there: after a reboot /proc/PID is another
+// process. A pod that others wire may have no link that this program knows.
+func TestNamespaceOfAnother(t *testing.T) {
+	s, _ := newLone(t, "10.244.0.0/16")
+	host := onHost(t, s, "10.244.0.8")
+	allocate := func(key string, age time.Duration, want ...netip.Addr) {
+		t.Helper()
+		r := ownership.PodRequest{Key: key, Netns: "/proc/self/ns/net", Want: want}
+		if _, err := s.ownership.Allocate(time.Now().Add(-age), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const old = 2 * leakGrace
+	allocate("web", old, netip.MustParseAddr("10.244.0.8"))
+	for _, engine := range []string{api.EngineCNI, api.EnginePodman, api.EngineTulle} {
+		allocate(engine+"/tulle/gone/eth0", old)
+		allocate(engine+"/tulle/young/eth0", 0)
+	}
+	allocate("others", old)
+	allocate("cni/tulle/routed/eth0", old, netip.MustParseAddr("10.244.0.9"))
+	host.Do(func() error {
+		live, err := s.live()
+		if leaked := s.ownership.Check(time.Now(), live, leakGrace); len(leaked) != 3 {
+			t.Errorf("leaked: %v", leaked)
+		}
+		s.releaseGone()
+		return err
+	})
+	want := map[string]int{
+		"web": 1, "others": 1, "cni/tulle/routed/eth0": 1, "cni/tulle/young/eth0": 1, "podman/tulle/young/eth0": 1, "tulle/tulle/young/eth0": 1,
+	}
+	if !maps.Equal(allocated(s), want) {
+		t.Errorf("left are %v, want %v", allocated(s), want)
+	}
+}
+
 // Pods that an older state does not know, or knows with another address, keep their addresses out of use, under the ID that
 // their engine frees them by.
 func TestStockKeepsIDs(t *testing.T) {

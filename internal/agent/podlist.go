@@ -133,13 +133,23 @@ func (s *session) releaseGone() {
 	}
 }
 
+// mayBePod reports whether an allocation may be that of a pod although the host has neither a link of it nor a route to it. Pods that this
+// program wires have a link for as long as they have an interface; of others, the namespace tells. A path like /proc/PID/ns/net is that of another process after
+// a reboot.
+func mayBePod(l ipam.Allocation) bool {
+	if id, ok := api.ParsePodID(l.Key); ok && slices.Contains([]string{api.EngineCNI, api.EnginePodman, api.EngineTulle}, id.Engine) {
+		return false
+	}
+	return l.Netns != "" && namespaceLives(l.Netns)
+}
+
 // releaseDead gives back the addresses of pods whose namespace is gone: after a reboot, or because their setup was killed.
-// Allocations that name no namespace stay: only an operator can tell (tulle ipam check).
+// Allocations that name no namespace stay: only an operator can tell (tulle ipam check). Pods that have a link or a route here stay, too.
 func (s *session) releaseDead() error {
 	now := time.Now()
 	var dead []string
 	for _, l := range s.ownership.Allocations() {
-		if l.Netns != "" && now.Sub(l.Since) >= leakGrace && !namespaceLives(l.Netns) {
+		if l.Netns != "" && now.Sub(l.Since) >= leakGrace && !mayBePod(l) {
 			dead = append(dead, l.Key)
 		}
 	}

@@ -39,7 +39,7 @@ func (a *agent) IPAM(context.Context) (api.IPAM, error) {
 // leakGrace is how long an allocation may exist without a pod, because the pod may still be starting.
 const leakGrace = time.Minute
 
-// live returns the pods on the host: routes to single addresses of our space, and the network namespaces of allocations. The
+// live returns the pods on the host: routes to single addresses of our space, and the network namespaces of allocations that others wire. The
 // agent may not enter namespaces, so an existing namespace counts as a live pod.
 func (s *session) live() ([]ipam.Allocation, error) {
 	routes, err := hostnet.PodRoutes(s.cfg.Tun, s.ownership.Prefixes())
@@ -57,7 +57,7 @@ func (s *session) live() ([]ipam.Allocation, error) {
 			out = append(out, ipam.Allocation{Addr: l.Addr, Netns: s.cfg.Tun})
 			continue
 		}
-		if !seen[l.Addr] && l.Netns != "" && namespaceLives(l.Netns) {
+		if !seen[l.Addr] && mayBePod(l) {
 			out = append(out, l)
 		}
 	}
@@ -82,7 +82,7 @@ func (a *agent) IPAMCheck(context.Context) (api.IPAMCheck, error) {
 		case ownership.Leaked:
 			out.Leaked = append(out.Leaked, api.LeakedAddr{
 				Address: f.Allocation.Addr, ID: f.Allocation.Key, Since: f.Allocation.Since,
-				Reason: "no route leads to it, and its network namespace is gone",
+				Reason: "no route leads to it, and its link or its network namespace is gone",
 			})
 		case ownership.Stranded:
 			out.Stranded = append(out.Stranded, api.LeakedAddr{

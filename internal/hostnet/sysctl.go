@@ -149,7 +149,11 @@ func (p *pass) reconcileSysctls(context.Context) error {
 		}
 		var errs []error
 		for _, c := range append(list, sysctlsFor(p.s.Tun, p.s.Direct, p.outward, v4, v6)...) {
-			if err := p.putSysctl(c); err != nil {
+			err := p.putSysctl(c)
+			if errors.Is(err, errNotKept) && slices.ContainsFunc(errs, func(e error) bool { return e.Error() == err.Error() }) {
+				continue // one full file system, not one problem for each setting
+			}
+			if err != nil {
 				errs = append(errs, err)
 			}
 		}
@@ -213,6 +217,9 @@ type sysctlFile struct {
 	Changed []sysctlChanged `json:"changed"`
 	Left    []string        `json:"left,omitempty"` // interfaces that did not listen to router advertisements before us
 }
+
+// errNotKept is that the earlier values cannot be saved. Nothing is changed then.
+var errNotKept = errors.New("hostnet: keep the earlier sysctl values")
 
 type sysctlChanged struct {
 	Name string `json:"name"`
@@ -280,18 +287,24 @@ func (s *sysctlStore) knows(name string) bool {
 	return slices.ContainsFunc(s.data.Changed, func(c sysctlChanged) bool { return c.Name == name })
 }
 
+// remember keeps the earlier value of a setting. One that cannot be saved is not kept in memory either: the next try would take it for saved.
 func (s *sysctlStore) remember(name, was, set string) error {
-	for i := range s.data.Changed {
-		if c := &s.data.Changed[i]; c.Name == name {
-			if c.Set == set {
-				return nil // drift repaired: the first value is the host's own
-			}
-			c.Set = set
-			return s.save()
-		}
+	before := s.data.Changed
+	after := slices.Clone(before)
+	switch i := slices.IndexFunc(after, func(c sysctlChanged) bool { return c.Name == name }); {
+	case i < 0:
+		after = append(after, sysctlChanged{Name: name, Was: was, Set: set})
+	case after[i].Set == set:
+		return nil // drift repaired: the first value is the host's own
+	default:
+		after[i].Set = set
 	}
-	s.data.Changed = append(s.data.Changed, sysctlChanged{Name: name, Was: was, Set: set})
-	return s.save()
+	s.data.Changed = after
+	err := s.save()
+	if err != nil {
+		s.data.Changed = before
+	}
+	return err
 }
 
 func (s *sysctlStore) save() error {
@@ -309,15 +322,15 @@ func (s *sysctlStore) save() error {
 		return fmt.Errorf("hostnet: encode the earlier sysctl values: %w", err)
 	}
 	if err := os.MkdirAll(filepath.Dir(s.file), 0o755); err != nil {
-		return fmt.Errorf("hostnet: keep the earlier sysctl values: %w", err)
+		return fmt.Errorf("%w: %w", errNotKept, err)
 	}
 	// Renamed into place; no fsync, since neither file nor settings outlive a crash of the host.
 	tmp := s.file + ".tmp"
 	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
-		return fmt.Errorf("hostnet: keep the earlier sysctl values: %w", err)
+		return fmt.Errorf("%w: %w", errNotKept, err)
 	}
 	if err := os.Rename(tmp, s.file); err != nil {
-		return fmt.Errorf("hostnet: keep the earlier sysctl values: %w", err)
+		return fmt.Errorf("%w: %w", errNotKept, err)
 	}
 	return nil
 }

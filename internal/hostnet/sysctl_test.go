@@ -1,6 +1,8 @@
 package hostnet
 
 import (
+	"errors"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -20,6 +22,37 @@ func TestRemoveKeepsOthersSysctls(t *testing.T) {
 	h.check(r.Remove(t.Context()))
 	if a, b := h.sysctl("net/ipv4/ip_forward"), h.sysctl("net/ipv4/conf/tun0/rp_filter"); a != "1" || b != "1" {
 		t.Errorf("ip_forward %s, rp_filter %s, want 1 and 1", a, b)
+	}
+}
+
+// A file system that is full (/run, often) keeps no earlier value: then nothing is set, at the second try as at the first, and the reason is
+// told once, not for each setting. When there is room it goes on, and Remove puts back what was there before.
+func TestSysctlsAreKeptFirst(t *testing.T) {
+	h := newHost(t)
+	h.tun("tun0")
+	h.setSysctl("net/ipv4/ip_forward", "0")
+	o := Options{Tun: "tun0", SysctlFile: filepath.Join(t.TempDir(), "s.json")}
+	inTheWay := o.SysctlFile + ".tmp"
+	h.check(os.Mkdir(inTheWay, 0o700)) // so that also root cannot write the file
+	r := h.reconciler(o)
+	for range 3 {
+		var err error
+		h.do(func() error { _, err = r.Reconcile(t.Context(), dual()); return nil })
+		if !errors.Is(err, errNotKept) || strings.Count(err.Error(), errNotKept.Error()) != 1 {
+			t.Fatalf("%v; want one line that says %q", err, errNotKept)
+		}
+		if got := h.sysctl("net/ipv4/ip_forward"); got != "0" {
+			t.Fatalf("ip_forward is %s though its earlier value is not kept", got)
+		}
+	}
+	h.check(os.Remove(inTheWay))
+	h.reconcile(r, dual())
+	if got := h.sysctl("net/ipv4/ip_forward"); got != "1" {
+		t.Errorf("with room: ip_forward is %s", got)
+	}
+	h.check(h.reconciler(o).Remove(t.Context())) // another run
+	if got := h.sysctl("net/ipv4/ip_forward"); got != "0" {
+		t.Errorf("after Remove: ip_forward is %s, was 0", got)
 	}
 }
 

@@ -2,7 +2,6 @@ package agent
 
 import (
 	"bufio"
-	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 )
@@ -40,44 +40,43 @@ func uid() string { return strconv.Itoa(os.Geteuid()) }
 
 // notifier implements sd_notify(3). Without systemd it does nothing.
 type notifier struct {
-	log     *slog.Logger
-	isReady bool
-	once    bool // ready before
-	text    string
+	log   *slog.Logger
+	lines changeLog
+	once  bool // ready before
+	text  string
 }
 
 func newNotifier(log *slog.Logger) *notifier { return &notifier{log: log} }
 
-// ready reports readiness: to systemd once, in the journal each time that it comes. It updates the unit's status text.
+// ready reports readiness: to systemd once, in the journal when it comes. It updates the unit's status text.
 func (n *notifier) ready(text string) {
-	switch {
-	case !n.once:
+	const readyAgain = "ready again"
+	if !n.once {
 		n.log.Info("ready", "state", text)
+		n.lines.is, n.lines.due = readyAgain, time.Time{}
 		n.send(daemon.SdNotifyReady)
-	case !n.isReady:
-		n.log.Info("ready again", "state", text)
 	}
-	n.once, n.isReady = true, true
+	n.once = true
+	n.lines.log(n.log, slog.LevelInfo, readyAgain, readyAgain, "state", text)
 	if text != n.text {
 		n.text = text
 		n.send("STATUS=" + text)
 	}
 }
 
-// waiting reports why the node is not ready, in the journal and in the unit's status text, once per reason. It is a warning if the node
-// was ready before.
+// waiting reports why the node is not ready, in the journal and in the unit's status text, when the reason comes. It is a warning if the
+// node was ready before.
 func (n *notifier) waiting(why string) {
 	why = strings.ReplaceAll(why, "\n", "; ") // errors that were joined; a line is a variable of its own
-	if why == n.text {
-		return
-	}
-	n.text, n.isReady = why, false
 	level := slog.LevelInfo
 	if n.once {
 		level = slog.LevelWarn
 	}
-	n.log.Log(context.Background(), level, "not ready", "reason", why)
-	n.send("STATUS=not ready: " + why)
+	n.lines.log(n.log, level, why, "not ready", "reason", why)
+	if why != n.text {
+		n.text = why
+		n.send("STATUS=not ready: " + why)
+	}
 }
 
 func (n *notifier) send(state string) {

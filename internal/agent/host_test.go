@@ -6,7 +6,9 @@ import (
 	"log/slog"
 	"net"
 	"path/filepath"
+	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/tulle-net/tulle/internal/ownership"
@@ -55,6 +57,47 @@ level=WARN msg="not ready" reason="one line; and another"
 `
 	if log.String() != want {
 		t.Errorf("the journal has\n%swant\n%s", log.String(), want)
+	}
+}
+
+// A node that is ready and not ready by turns, or waits for two things by turns, for hours: few lines in the journal, and what holds in the end
+// is its last line.
+func TestNotifierAlternates(t *testing.T) {
+	turns := map[string]func(n *notifier, i int){
+		"reasons": func(n *notifier, i int) {
+			n.waiting([]string{"none of 2 seeds answers", "waiting for the table of h1"}[i%2])
+		},
+		"ready": func(n *notifier, i int) {
+			if i%2 == 0 {
+				n.waiting("none of 2 seeds answers")
+			} else {
+				n.ready("3 of 3")
+			}
+		},
+	}
+	for name, turn := range turns {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var log bytes.Buffer
+				n := newNotifier(slog.New(slog.NewTextHandler(&log, nil)))
+				const minutes, each = 60, 60
+				for i := range minutes * each {
+					turn(n, i)
+					time.Sleep(time.Minute / each)
+				}
+				if k := strings.Count(log.String(), "\n"); k > 2*minutes+3 || k < minutes {
+					t.Errorf("%d lines in %d minutes, with two things by turns", k, minutes)
+				}
+				for range 2 * each { // and now it stays so
+					turn(n, 0)
+					time.Sleep(time.Minute / each)
+				}
+				lines := strings.Split(strings.TrimSpace(log.String()), "\n")
+				if last := lines[len(lines)-1]; !strings.Contains(last, "none of 2 seeds answers") {
+					t.Errorf("the last line is %s", last)
+				}
+			})
+		})
 	}
 }
 

@@ -61,3 +61,29 @@ func (l *sparseLog) pass(now time.Time, kind string) (ok bool, more int) {
 	l.byKind[kind] = &heldBack{told: now}
 	return true, more
 }
+
+// A changeLog logs what holds each time that it changes, and each value at most once in sparseEvery, as it may change to and fro for ever. A value
+// that was held back is logged if it still holds when its time has come: the last line that lasts is true.
+type changeLog struct {
+	sparse sparseLog
+	is     string
+	due    time.Time // when a value that was held back is logged; zero if it was logged
+}
+
+// log logs a value, unless it was logged when it came.
+func (l *changeLog) log(to *slog.Logger, level slog.Level, is, what string, args ...any) {
+	now := time.Now()
+	if is == l.is && (l.due.IsZero() || now.Before(l.due)) {
+		return
+	}
+	ok, more := l.sparse.pass(now, is)
+	l.is, l.due = is, time.Time{}
+	if !ok {
+		l.due = now.Add(sparseEvery)
+		return
+	}
+	if more > 0 {
+		args = append(args, "more", more)
+	}
+	to.Log(context.Background(), level, what, args...)
+}

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/netip"
 	"os"
 	"slices"
@@ -44,6 +45,7 @@ func (a *agent) awaitUnderlay(ctx context.Context, s *session, state *ipam.State
 		}
 	}
 	last := readLastUnderlay(runFile(a.cfg, "underlay"))
+	var lines changeLog
 	told := ""
 	for began := time.Now(); ; {
 		a.starting.beat()
@@ -59,10 +61,12 @@ func (a *agent) awaitUnderlay(ctx context.Context, s *session, state *ipam.State
 		if err != nil && !errors.Is(err, hostnet.ErrNotYet) {
 			return err
 		}
-		if err != nil && err.Error() != told && time.Since(began) > namesPatience/4 {
-			told = err.Error()
-			a.log.Warn("no underlay address yet, waiting for one", "reason", err)
-			a.wait(waitingFor(err, seeds))
+		if err != nil && time.Since(began) > namesPatience/4 {
+			lines.log(a.log, slog.LevelWarn, err.Error(), "no underlay address yet, waiting for one", "reason", err)
+			if err.Error() != told {
+				told = err.Error()
+				a.wait(waitingFor(err, seeds))
+			}
 		}
 		select {
 		case <-ctx.Done():

@@ -177,11 +177,11 @@ func TestNamespaceOfAnother(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	const old = 2 * leakGrace
+	const old, late = wiring + time.Second, leakGrace + time.Second // an ADD that takes long
 	allocate("web", old, netip.MustParseAddr("10.244.0.8"))
 	for _, engine := range []string{api.EngineCNI, api.EnginePodman, api.EngineTulle} {
 		allocate(engine+"/tulle/gone/eth0", old)
-		allocate(engine+"/tulle/young/eth0", 0)
+		allocate(engine+"/tulle/young/eth0", late)
 	}
 	allocate("others", old)
 	allocate("cni/tulle/routed/eth0", old, netip.MustParseAddr("10.244.0.9"))

@@ -133,11 +133,15 @@ func (s *session) releaseGone() {
 	}
 }
 
+// wiring is how long a pod that this program wires may have an address and no link yet. An ADD gives up after a minute; on a machine that stands
+// still it may notice that late.
+const wiring = 3 * time.Minute
+
 // mayBePod reports whether an allocation may be that of a pod although the host has neither a link of it nor a route to it. Pods that this
 // program wires have a link for as long as they have an interface; of others, the namespace tells. A path like /proc/PID/ns/net is that of another process after
 // a reboot.
-func mayBePod(l ipam.Allocation) bool {
-	if id, ok := api.ParsePodID(l.Key); ok && slices.Contains([]string{api.EngineCNI, api.EnginePodman, api.EngineTulle}, id.Engine) {
+func mayBePod(now time.Time, l ipam.Allocation) bool {
+	if id, ok := api.ParsePodID(l.Key); ok && slices.Contains([]string{api.EngineCNI, api.EnginePodman, api.EngineTulle}, id.Engine) && now.Sub(l.Since) >= wiring {
 		return false
 	}
 	return l.Netns != "" && namespaceLives(l.Netns)
@@ -149,7 +153,7 @@ func (s *session) releaseDead() error {
 	now := time.Now()
 	var dead []string
 	for _, l := range s.ownership.Allocations() {
-		if l.Netns != "" && now.Sub(l.Since) >= leakGrace && !mayBePod(l) {
+		if l.Netns != "" && now.Sub(l.Since) >= leakGrace && !mayBePod(now, l) {
 			dead = append(dead, l.Key)
 		}
 	}

@@ -57,7 +57,7 @@ func (s *session) live() ([]ipam.Allocation, error) {
 			out = append(out, ipam.Allocation{Addr: l.Addr, Netns: s.cfg.Tun})
 			continue
 		}
-		if !seen[l.Addr] && mayBePod(l) {
+		if !seen[l.Addr] && mayBePod(time.Now(), l) {
 			out = append(out, l)
 		}
 	}

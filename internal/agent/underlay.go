@@ -31,6 +31,9 @@ const (
 	// replacedPatience is how long it may be gone when another one has come in its place: a manager of the network that makes an interface
 	// again gives it one address after the other.
 	replacedPatience = 300 * time.Millisecond
+	// cutOffPatience is how long no path to any member may have been up, after the three seconds of silence in which a path fails, before the
+	// node counts as alone. Gossip takes longer to find that out: about five seconds for each member.
+	cutOffPatience = 2 * time.Second
 )
 
 // awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
@@ -220,10 +223,52 @@ func (s *session) checkUnderlay(now time.Time) error {
 			time.AfterFunc(replacedPatience-now.Sub(at), func() { signal(s.disturbed) })
 		}
 	}
-	if why := letGo(s.link, kept, next, lost, s.gossip.Alive() == 0, kept.More.IsValid() && s.wants(kept.More), s.moved.both); why != "" {
+	alone := s.alone(now)
+	if a := next.Addrs[0]; a != s.found {
+		s.found = a
+		if a != s.link.Addrs[0] && letGo(s.link, kept, next, false, true, false, false) != "" {
+			s.askAll(now)
+		}
+	}
+	if why := letGo(s.link, kept, next, lost, alone, kept.More.IsValid() && s.wants(kept.More), s.moved.both); why != "" {
 		return &underlayChange{why}
 	}
 	return nil
+}
+
+// alone reports whether this node reaches no other member: gossip says so, or no path is up that was.
+func (s *session) alone(now time.Time) bool {
+	since := s.cutOffSince()
+	return s.gossip.Alive() == 0 || !since.IsZero() && now.Sub(since) >= cutOffPatience
+}
+
+// cutOffSince is since when no path to any peer is up; zero if one is, or none was in this session.
+func (s *session) cutOffSince() (since time.Time) {
+	v := s.view.Load()
+	if v == nil {
+		return since
+	}
+	for i := range v.peers {
+		switch p := &v.peers[i]; {
+		case !p.probed:
+		case p.path.Up || s.probes.answering(p.id):
+			return time.Time{}
+		case p.path.RTT > 0 && p.path.Since.After(since):
+			since = p.path.Since
+		}
+	}
+	return since
+}
+
+// askAll probes all peers now, also those to which nothing flows: the route to them leads elsewhere than before, as when a link has failed.
+func (s *session) askAll(now time.Time) {
+	if v := s.view.Load(); v != nil {
+		for i := range v.peers {
+			if v.peers[i].probed {
+				s.probes.poke(now, v.peers[i].id)
+			}
+		}
+	}
 }
 
 // sightings are the times at which this host's addresses were first seen in a session; zero for those that were there when it began.

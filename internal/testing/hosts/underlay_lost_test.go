@@ -69,6 +69,42 @@ func TestUnderlayLostBesideBridge(t *testing.T) {
 	}
 }
 
+// A host with two uplinks loses one of them, but not its address, and the route to the others leads by the other one: that takes over as soon as no
+// member answers any more, before gossip has found each of them dead.
+func TestUplinkFails(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	a, r := n.Host("a"), n.Host("r")
+	r.Sysctl("net.ipv4.ip_forward", "1")
+	a.Link("eth0", "10.0.1.11/24", r, "up0", "10.0.1.1/24")
+	a.Link("eth1", "10.0.2.11/24", r, "up1", "10.0.2.1/24")
+	a.IP("route add default via 10.0.1.1 metric 100", "route add default via 10.0.2.1 metric 200")
+	first := a.Agent("--bootstrap")
+	first.Ready(20 * time.Second)
+	var others []*hosts.Agent
+	for i, name := range []string{"b", "c", "d", "e"} {
+		h := n.Host(name)
+		h.Link("eth0", fmt.Sprintf("10.1.%d.2/24", i), r, name+"0", fmt.Sprintf("10.1.%d.1/24", i))
+		h.IP(fmt.Sprintf("route add default via 10.1.%d.1", i))
+		others = append(others, h.Agent("--join", "10.0.1.11"))
+	}
+	for _, o := range others {
+		o.Ready(30 * time.Second)
+	}
+	hosts.Within(t, 20*time.Second, "one cluster", func() error { return oneCluster(append(others, first)...) })
+	web, db := first.Pod("web"), others[0].Pod("db")
+	ping := func() error { return db.Ping(web.IPv4()) }
+	hosts.Within(t, 10*time.Second, "pods reach each other", ping)
+	r.IP("link set up0 down")
+	a.IP("route del default via 10.0.1.1")
+	hosts.Within(t, time.Minute, "the other uplink is in use", func() error { return underlayIs(first, "10.0.2.11") })
+	before, _, _ := strings.Cut(first.Log(), "the underlay address changes")
+	if found := strings.Count(before, " as failed"); found >= len(others) {
+		t.Errorf("the agent waited until gossip had found all %d others dead", found)
+	}
+	hosts.Within(t, 20*time.Second, "pods reach each other again", ping)
+}
+
 // The interface of the members loses its address for a while, and a default route leads elsewhere. The agent tries that way, and goes
 // back when there is a route to the members again.
 func TestUnderlayGoesBack(t *testing.T) {

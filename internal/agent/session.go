@@ -75,6 +75,7 @@ type underlay struct {
 	kept        atomic.Pointer[hostnet.Kept] // what has become of link; nil before the first check
 	lostSince   time.Time                    // since when an address of link is missing; loop's own
 	sightings   sightings                    // loop's own
+	renumberAt  time.Time                    // when this host's turn is to leave deprecated addresses; zero if they are not; loop's own
 	found       netip.Addr                   // the address that would be chosen now, as of the last check; loop's own
 	besideKnown bool                         // gossip listens at the other addresses of the interface; loop's own
 }
@@ -308,7 +309,7 @@ func (s *session) loop(ctx context.Context) error {
 				s.store.Alive(uptime())
 			default:
 			}
-			if !s.lostSince.IsZero() || !s.besideKnown || s.gossip.Alive() == 0 || !s.cutOffSince().IsZero() {
+			if !s.lostSince.IsZero() || !s.besideKnown || s.gossip.Alive() == 0 || !s.cutOffSince().IsZero() || !s.renumberAt.IsZero() && time.Now().After(s.renumberAt) {
 				if err := s.checkUnderlay(time.Now()); err != nil {
 					return err
 				}

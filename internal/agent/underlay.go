@@ -34,6 +34,10 @@ const (
 	// cutOffPatience is how long no path to any member may have been up, after the three seconds of silence in which a path fails, before the
 	// node counts as alone. Gossip takes longer to find that out: about five seconds for each member.
 	cutOffPatience = 2 * time.Second
+	// renumberPatience is how long all addresses in use may be deprecated before the first host changes; a renewal may be late.
+	renumberPatience = 20 * time.Second
+	// renumberSlot is the time that each host has for its change, which takes two or three seconds.
+	renumberSlot = 10 * time.Second
 )
 
 // awaitUnderlay finds the address that carries the tunnel, waiting for it as long as it takes.
@@ -233,7 +237,57 @@ func (s *session) checkUnderlay(now time.Time) error {
 	if why := letGo(s.link, kept, next, lost, alone, kept.More.IsValid() && s.wants(kept.More), s.moved.both); why != "" {
 		return &underlayChange{why}
 	}
+	if why := s.renumbered(now, kept, sought); why != "" {
+		return &underlayChange{why}
+	}
 	return nil
+}
+
+// renumbered decides whether the underlay in use, all of which is deprecated, gives way to an address that is meant to last: it returns the
+// reason, or "". All hosts of a network are renumbered at once, and lose the old addresses at once. If they kept them until then, none
+// would know where another one is. So they change before, one after the other.
+func (s *session) renumbered(now time.Time, kept hostnet.Kept, sought hostnet.Sought) string {
+	if len(kept.Stale) < len(s.link.Addrs) {
+		s.renumberAt = time.Time{}
+		return ""
+	}
+	if s.renumberAt.IsZero() {
+		s.renumberAt = now.Add(s.turn())
+	}
+	if now.Before(s.renumberAt) {
+		return ""
+	}
+	s.renumberAt = now.Add(reconcileEvery)
+	sought.Last, sought.Device = nil, kept.Iface
+	next, err := hostnet.DetectUnderlay(sought)
+	if err != nil || !replaces(kept, next.Addrs[0]) {
+		return ""
+	}
+	if err := writeLastUnderlay(runFile(s.cfg, "underlay"), next); err != nil {
+		s.log.Debug("the next underlay is not remembered", "error", err)
+		return "" // the next session would choose the present one again
+	}
+	return fmt.Sprintf("%s will not last (deprecated); %s on %s takes over", listed(kept.Stale), listed(next.Addrs), next.Iface)
+}
+
+// replaces reports whether an address can take the place of those that are deprecated: it reaches as far.
+func replaces(kept hostnet.Kept, a netip.Addr) bool {
+	was := kept.Stale[0]
+	return slices.Contains(kept.Fresh, a) && a.Is4() == was.Is4() && a.IsPrivate() == was.IsPrivate()
+}
+
+// turn is how long this node waits with a change that all hosts have to make: the order of the IDs is that of the hosts.
+func (s *session) turn() time.Duration {
+	const slots = 30 // of more hosts, enough stay where they are at any time
+	before := 0
+	if v := s.view.Load(); v != nil {
+		for i := range v.peers {
+			if !v.peers[i].node.IsZero() && v.peers[i].node.Compare(v.status.Node) < 0 {
+				before++
+			}
+		}
+	}
+	return renumberPatience + time.Duration(before%slots)*renumberSlot
 }
 
 // alone reports whether this node reaches no other member: gossip says so, or no path is up that was.

@@ -343,6 +343,8 @@ type Kept struct {
 	Lost     []netip.Addr // those of its addresses that the host has lost or cannot use
 	More     netip.Addr   // a new address of the other family; invalid if there is none
 	Beside   []netip.Addr // other usable addresses of the device, of macvlans on it, and of lo
+	Stale    []netip.Addr // those of its addresses that are deprecated (RFC 4862 §5.5.4), as before a prefix is withdrawn
+	Fresh    []netip.Addr // addresses of its device that are meant to last
 	Near     []netip.Addr // addresses of its device, or of what that is a part of, in whose subnets those in Lost were
 	Host     []netip.Addr // the addresses of all devices
 	Down     string       // why its device carries no packets; "" if it does
@@ -367,7 +369,13 @@ func (d *detector) kept(u Underlay) Kept {
 			k.Lost = append(k.Lost, a)
 		} else if h == nil || h.Flags&unusable != 0 {
 			k.Lost = append(k.Lost, a)
-		} else if l := d.links[h.LinkIndex]; i == 0 && l != nil {
+		} else if h.Flags&unix.IFA_F_DEPRECATED != 0 {
+			k.Stale = append(k.Stale, a)
+		}
+		if h == nil || slices.Contains(k.Lost, a) {
+			continue
+		}
+		if l := d.links[h.LinkIndex]; i == 0 && l != nil {
 			// Without a route the device and its MTU stay as they were.
 			if now, err := d.carried(Underlay{Iface: l.Name, Index: l.Index, Addrs: u.Addrs, By: u.By, Why: u.Why}, candidate{l.Index, a}); err == nil {
 				k.Underlay = now
@@ -383,6 +391,9 @@ func (d *detector) kept(u Underlay) Kept {
 	for _, h := range d.addrs {
 		if a := addrOf(h.IP); (d.on(h.LinkIndex, k.Index) || d.loopback(h.LinkIndex)) && !slices.Contains(u.Addrs, a) {
 			k.Beside = append(k.Beside, a)
+		}
+		if h.LinkIndex == k.Index && d.rank(h) == 0 {
+			k.Fresh = append(k.Fresh, addrOf(h.IP))
 		}
 	}
 	if len(u.Addrs) == 1 && len(k.Lost) == 0 && u.By != ByOperator {

@@ -295,6 +295,9 @@ func TestKeptUnderlay(t *testing.T) {
 	if k := kept(); len(k.Lost) > 0 || k.More.IsValid() {
 		t.Errorf("with a new prefix beside a deprecated one: %+v", k)
 	}
+	if k := kept(); !slices.Equal(k.Stale, ips("2001:db8:1::11")) || !slices.Equal(sorted(k.Fresh), ips("10.0.1.11", "2001:db8:5::11")) {
+		t.Errorf("deprecated, beside addresses that are meant to last: %+v", k)
+	}
 	u.Addrs = ips("10.0.1.99")
 	if k := kept(); !slices.Equal(k.Lost, u.Addrs) || !slices.Equal(k.Near, ips("10.0.1.11")) {
 		t.Errorf("lost, beside an address of its subnet, virtual ones and other subnets: %+v", k)

@@ -246,6 +246,39 @@ func TestUnderlayIPv6PrefixChanges(t *testing.T) {
 	hosts.Within(t, 20*time.Second, "pods reach each other again", ping)
 }
 
+// A network with IPv6 only is renumbered: all hosts get addresses of a new prefix, the old ones are deprecated at the same time, and go at the same
+// time. Until then each host has changed over, one after the other, so that they still find each other.
+func TestUnderlayRenumbered(t *testing.T) {
+	t.Parallel()
+	n := hosts.New(t)
+	sw, a, b := n.Switch(), n.Host("a"), n.Host("b")
+	a.Plug(sw, "eth0", "2001:db8:1::11/64")
+	b.Plug(sw, "eth0", "2001:db8:1::12/64")
+	for _, h := range []*hosts.Host{a, b} {
+		h.IP("route add 2001:db8::/32 dev eth0") // the kernel takes away the prefix's own with the first change of the address
+	}
+	first := a.Agent("--bootstrap")
+	first.Ready(20 * time.Second)
+	second := b.Agent("--join", "[2001:db8:1::11]")
+	second.Ready(20 * time.Second)
+	web, db := first.Pod("web"), second.Pod("db")
+	ping := func() error { return db.Ping(web.IPv4()) }
+	hosts.Within(t, 10*time.Second, "pods reach each other", ping)
+	a.Addr("eth0", "fd00:1::11/64") // of a prefix that reaches less far
+	for h, last := range map[*hosts.Host]string{a: "11", b: "12"} {
+		h.Addr("eth0", "2001:db8:2::"+last+"/64")
+		h.IP("addr change 2001:db8:1::" + last + "/64 dev eth0 preferred_lft 0 valid_lft 3600")
+	}
+	for g, want := range map[*hosts.Agent]string{first: "2001:db8:2::11", second: "2001:db8:2::12"} {
+		hosts.Within(t, 90*time.Second, "the new address is used", func() error { return underlayIs(g, want) })
+	}
+	hosts.Within(t, 20*time.Second, "one cluster", func() error { return oneCluster(first, second) })
+	a.IP("addr del 2001:db8:1::11/64 dev eth0")
+	b.IP("addr del 2001:db8:1::12/64 dev eth0")
+	hosts.Within(t, 20*time.Second, "pods reach each other", ping)
+	hosts.NoProblems(t, "after the old addresses have gone", first, second)
+}
+
 // DHCP is late on the first node, which has no seeds, and the bridge of a container engine has the only address. That of the default route
 // takes over when it comes, also where the agent was restarted before.
 func TestUnderlayGuessedAtBridge(t *testing.T) {

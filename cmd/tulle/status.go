@@ -98,7 +98,11 @@ func printProblems(p *printer, problems []api.Problem) {
 		}
 		text := pr.What
 		if !pr.Since.IsZero() {
-			text += " (for " + p.since(pr.Since) + ")"
+			text += " (for " + p.since(pr.Since)
+			if !pr.Last.IsZero() {
+				text += ", last seen " + p.since(pr.Last) + " ago"
+			}
+			text += ")"
 		}
 		if pr.Remedy != "" {
 			text += "\n→ " + pr.Remedy

@@ -40,7 +40,7 @@ func (s *session) problems(v *view) []api.Problem {
 			Remedy: "pods and packets go on; no pod gets an address, and no space is given, until it can be", Check: api.CheckState})
 	}
 	for _, p := range s.gossip.Problems() {
-		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Since: p.Since, Check: checkOf[p.Topic]})
+		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Since: p.Since, Last: p.Last, Check: checkOf[p.Topic]})
 	}
 	for i := range v.peers {
 		if p, found := s.peerProblem(v, &v.peers[i]); found {

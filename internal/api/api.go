@@ -183,6 +183,9 @@ type Problem struct {
 	Command string    `json:"command,omitempty"`
 	Check   string    `json:"check,omitempty"`
 	Since   time.Time `json:"since,omitzero"`
+	// Last is when it was seen last, of a problem that events tell of (packets of another cluster, say) and that stays listed for some minutes
+	// after the last of them.
+	Last time.Time `json:"last,omitzero"`
 }
 
 // Counters are totals since the agent started, or has begun again with another underlay address. Tx is from pods to the underlay, Rx the other direction. Both count inner packets

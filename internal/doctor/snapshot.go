@@ -185,7 +185,11 @@ func (s *snapshot) told(check string, st State) (out []Finding) {
 	}
 	for _, p := range s.status.Problems {
 		if p.Check == check {
-			out = append(out, Finding{State: st, What: p.What, Remedy: p.Remedy, Command: p.Command})
+			what := p.What
+			if !p.Last.IsZero() {
+				what += " (last seen at " + p.Last.Local().Format(time.TimeOnly) + ")"
+			}
+			out = append(out, Finding{State: st, What: what, Remedy: p.Remedy, Command: p.Command})
 		}
 	}
 	return out

@@ -11,7 +11,9 @@ type Problem struct {
 	What   string    `json:"what"`
 	Remedy string    `json:"remedy"`
 	Since  time.Time `json:"since"`
-	Topic  string    `json:"topic"` // a word for what it is about: clone, conflict, foreign, undecryptable, udp, seed or alone
+	// Last is when the event that reported it was seen last; zero for a state that lasts.
+	Last  time.Time `json:"last"`
+	Topic string    `json:"topic"` // a word for what it is about: clone, conflict, foreign, undecryptable, udp, seed or alone
 }
 
 // String returns problem and remedy in one line.
@@ -54,7 +56,7 @@ func (s *problemSet) note(key, what, remedy string) bool {
 		p = &timedProblem{Problem: Problem{Since: now, Topic: topic}}
 		s.byKey[key] = p
 	}
-	p.What, p.Remedy, p.until = what, remedy, now.Add(problemExpiry)
+	p.What, p.Remedy, p.Last, p.until = what, remedy, now, now.Add(problemExpiry)
 	return fresh
 }
 

@@ -151,7 +151,7 @@ func TestStockOnFullDisk(t *testing.T) {
 		t.Fatal(recorded, err)
 	}
 	env.full = true
-	host.Do(s.takeStock)
+	host.Do(func() error { return s.takeStock(false) })
 	if want := map[string]int{"gone": 1, "young": 1, "recorded": 1, "web": 1, "found 10.244.0.9": 1}; !maps.Equal(allocated(s), want) {
 		t.Errorf("with a full disk: %v, want %v", allocated(s), want)
 	}
@@ -220,7 +220,7 @@ func TestStockKeepsIDs(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		host.Do(s.takeStock)
+		host.Do(func() error { return s.takeStock(false) })
 		if !maps.Equal(allocated(s), c.want) {
 			t.Errorf("%s: %v, want %v", c.what, allocated(s), c.want)
 		}

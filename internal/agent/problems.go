@@ -33,7 +33,7 @@ const hostWrong = "the host's network is not as it should be: "
 func (s *session) problems(v *view) []api.Problem {
 	out := of(api.CheckUnderlay, s.underlayProblems()...) // first: others follow from it
 	for _, p := range v.status.Problems {
-		out = append(out, api.Problem{What: p.What, Remedy: p.Remedy, Check: checkOf[p.Topic]})
+		out = append(out, api.Problem{What: p.What, Remedy: stateLostRemedy(p, s.stateLost, s.cfg.StateDir), Check: checkOf[p.Topic]})
 	}
 	if err := s.store.Check(); err != nil && !slices.ContainsFunc(v.status.Problems, func(p ownership.Problem) bool { return p.Topic == "save" }) {
 		out = append(out, api.Problem{What: "the state cannot be saved: " + err.Error(),
@@ -65,6 +65,15 @@ func (s *session) problems(v *view) []api.Problem {
 		out = append(out, cniProblem(cniErr, s.cfg.CNIDir))
 	}
 	return append(out, s.hostProblems(v)...)
+}
+
+// stateLostRemedy is the remedy of a problem. Where this run began without a state, though pods were there, their addresses may come back with the
+// state directory: pods need no restart then.
+func stateLostRemedy(p ownership.Problem, lost bool, dir string) string {
+	if p.Topic != "stranded" || !lost {
+		return p.Remedy
+	}
+	return "this agent found no state in " + dir + " when it started, though these pods were there: if that directory was not mounted, or was moved, stop the agent, put it back and start the agent; if it is lost, " + p.Remedy
 }
 
 // cniProblem is why container engines do not see this network.

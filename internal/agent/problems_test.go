@@ -18,6 +18,7 @@ import (
 	"github.com/tulle-net/tulle/internal/api"
 	"github.com/tulle-net/tulle/internal/cni/conflist"
 	"github.com/tulle-net/tulle/internal/hostnet"
+	"github.com/tulle-net/tulle/internal/ownership"
 	"github.com/tulle-net/tulle/ipam"
 	"github.com/tulle-net/tulle/tunnel"
 	"github.com/tulle-net/tulle/tunnel/encap"
@@ -147,4 +148,19 @@ func TestProblemOfOneDirectFamily(t *testing.T) {
 		cancel()
 		answers.Wait()
 	})
+}
+
+// Whoever forgot to mount the state directory has to hear of that before pods are restarted for nothing.
+func TestStateLostRemedy(t *testing.T) {
+	stranded := ownership.Problem{What: "2 pods of this node have addresses that belong to others now", Remedy: "restart them", Topic: "stranded"}
+	for _, tc := range []struct {
+		p    ownership.Problem
+		lost bool
+		want bool
+	}{{stranded, true, true}, {stranded, false, false}, {ownership.Problem{Remedy: "wait", Topic: "full"}, true, false}} {
+		got := stateLostRemedy(tc.p, tc.lost, "/var/lib/tulle")
+		if strings.Contains(got, "no state in /var/lib/tulle") != tc.want || !strings.HasSuffix(got, tc.p.Remedy) {
+			t.Errorf("%s, state lost %v: %s", tc.p.Topic, tc.lost, got)
+		}
+	}
 }

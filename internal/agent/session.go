@@ -124,6 +124,7 @@ type hostSide struct {
 	disturbed     chan struct{}                // another program changed the host's network
 	masquerade    atomic.Pointer[masquerading] // a reload may change it
 	retry         retry                        // of a reconcile that has failed; loop's own
+	stateLost     bool                         // pods were here, and no state of theirs, when this session began
 	repeated      sparseLog                    // of what others take away, and what fails, again and again
 
 	mu         sync.Mutex        // guards the fields below, which loop writes and status reads

@@ -282,7 +282,7 @@ func (s *session) openCluster(state *ipam.State, id membership.NodeID) (err erro
 		s.log.Warn("what an earlier run noted of members is not usable", "error", err)
 	}
 	s.releaseBench("") // of a run that was killed
-	if err := s.takeStock(); err != nil {
+	if err := s.takeStock(state == nil); err != nil {
 		return err
 	}
 	var known []netip.AddrPort
@@ -309,7 +309,7 @@ const foundKey = "found "
 
 // takeStock compares allocations with the host before anything is served: pods that the state does not know (it was lost,
 // or is older than they are) keep their addresses out of use, and what is left of pods that are gone is released.
-func (s *session) takeStock() error {
+func (s *session) takeStock(fresh bool) error {
 	pods, err := s.podsHere()
 	if err != nil {
 		return err
@@ -330,6 +330,7 @@ func (s *session) takeStock() error {
 		}
 	}
 	if len(unknown) > 0 {
+		s.stateLost = fresh
 		refused, err := s.ownership.Adopt(time.Now(), unknown)
 		s.log.Warn("found pods that the state does not know; their addresses stay out of use", "found", len(unknown), "refused", len(refused))
 		if err != nil {

@@ -369,7 +369,7 @@ func (d *detector) kept(u Underlay) Kept {
 			k.Lost = append(k.Lost, a)
 		} else if h == nil || h.Flags&unusable != 0 {
 			k.Lost = append(k.Lost, a)
-		} else if h.Flags&unix.IFA_F_DEPRECATED != 0 {
+		} else if h.Flags&unix.IFA_F_DEPRECATED != 0 || h.PreferedLft == 0 && h.ValidLft > 0 { // each advertisement clears the flag for some seconds
 			k.Stale = append(k.Stale, a)
 		}
 		if h == nil || slices.Contains(k.Lost, a) {

@@ -140,6 +140,7 @@ func TestKnownTruth(t *testing.T) {
 	}
 	o := labOptions(t, "true")
 	o.Binary, o.Duration = filepath.Join(t.TempDir(), "tulle"), 400*time.Millisecond
+	o.Timeout = 5 * time.Minute // forty agents start together
 	if err := testbuild.Tulle(o.Binary, nil); err != nil {
 		t.Fatal(err)
 	}

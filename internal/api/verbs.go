@@ -20,7 +20,7 @@ type Backend interface {
 	Allocate(ctx context.Context, req AllocateRequest) (Allocation, error)
 	Free(ctx context.Context, req FreeRequest) (FreeResult, error)
 	Pods(ctx context.Context) ([]Pod, error)
-	// PodsOf lists the pods of one container that have an allocation. It costs the same however many others there are.
+	// PodsOf lists the pods of one container that have an allocation. It looks at no link of another container.
 	PodsOf(ctx context.Context, container string) ([]Pod, error)
 
 	Leave(ctx context.Context) (LeaveResult, error)

@@ -35,7 +35,7 @@ const (
 //
 // A candidate in use fails when failAfter of its probes in a row stay unanswered (one
 // if it is down or has never answered, two if the whole peer was gone) while another candidate answers one that was
-// sent no earlier than these, and has lost none that was, and the last of these was sent after that answer had come: where something
+// sent no earlier than these, and has lost none that was, and the last of these was sent after that answer had come (unless one is enough): where something
 // held up all answers, those of one come first. It takes more of them where probes are lost by chance: nothing is
 // gained by another one that loses as much. So nothing fails when a host
 // stands still, which holds up all answers, nor when the whole peer is gone, nor when

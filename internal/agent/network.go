@@ -471,6 +471,8 @@ func (v *view) unprobed(p *peerView) string {
 	switch {
 	case len(p.prefixes) == 0:
 		return "it has no address space yet, so nothing to probe"
+	case len(p.tun) == 0 && (p.state == api.PeerAlive || p.state == api.PeerSuspect):
+		return "it has not announced its pod addresses yet, so nothing to probe"
 	case len(p.tun) == 0:
 		return "not probed: not heard of by gossip"
 	case len(v.tun) == 0:

@@ -182,18 +182,20 @@ func TestUnprobed(t *testing.T) {
 	four, six := netip.MustParseAddr("10.244.0.0"), netip.MustParseAddr("fd00:244::")
 	for _, tc := range []struct {
 		name     string
+		state    string // of the peer
 		own, tun []netip.Addr
 		prefixes []string
 		want     string
 	}{
-		{"both have IPv4", []netip.Addr{four, six}, []netip.Addr{four}, []string{"10.244.1.0/24"}, ""},
-		{"both have IPv6", []netip.Addr{six}, []netip.Addr{four, six}, []string{"10.244.1.0/24"}, ""},
-		{"this node has none", nil, []netip.Addr{four}, []string{"10.244.1.0/24"}, "this node has no pod addresses yet, so nothing is probed"},
-		{"no family in common", []netip.Addr{six}, []netip.Addr{four}, []string{"10.244.1.0/24"}, "its pod addresses [10.244.0.0] and this node's [fd00:244::] have no family in common, so nothing is probed"},
-		{"the peer has no space", []netip.Addr{four}, nil, nil, "it has no address space yet, so nothing to probe"},
-		{"the peer's addresses are not known", []netip.Addr{four}, nil, []string{"10.244.1.0/24"}, "not probed: not heard of by gossip"},
+		{"both have IPv4", api.PeerAlive, []netip.Addr{four, six}, []netip.Addr{four}, []string{"10.244.1.0/24"}, ""},
+		{"both have IPv6", api.PeerAlive, []netip.Addr{six}, []netip.Addr{four, six}, []string{"10.244.1.0/24"}, ""},
+		{"this node has none", api.PeerAlive, nil, []netip.Addr{four}, []string{"10.244.1.0/24"}, "this node has no pod addresses yet, so nothing is probed"},
+		{"no family in common", api.PeerAlive, []netip.Addr{six}, []netip.Addr{four}, []string{"10.244.1.0/24"}, "its pod addresses [10.244.0.0] and this node's [fd00:244::] have no family in common, so nothing is probed"},
+		{"the peer has no space", api.PeerAlive, []netip.Addr{four}, nil, nil, "it has no address space yet, so nothing to probe"},
+		{"the peer has just joined", api.PeerAlive, []netip.Addr{four}, nil, []string{"10.244.1.0/24"}, "it has not announced its pod addresses yet, so nothing to probe"},
+		{"the peer is not heard of", api.PeerDead, []netip.Addr{four}, nil, []string{"10.244.1.0/24"}, "not probed: not heard of by gossip"},
 	} {
-		p := testPeer(1, "a", api.PeerAlive, "192.0.2.1", tc.prefixes...)
+		p := testPeer(1, "a", tc.state, "192.0.2.1", tc.prefixes...)
 		p.tun = tc.tun
 		v := &view{tun: tc.own, peers: []peerView{p}}
 		if got := v.unprobed(&v.peers[0]); got != tc.want {

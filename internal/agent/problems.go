@@ -51,7 +51,7 @@ func (s *session) problems(v *view) []api.Problem {
 	out = append(out, of(api.CheckFastPath, s.fastProblem()...)...)
 	out = append(out, of(api.CheckTrains, s.trainProblems(v)...)...)
 	s.mu.Lock()
-	conflicts, hostErr, cniErr, again := s.conflicts, s.hostErr, s.cniErr, s.taken.problem(time.Now())
+	conflicts, hostErr, cniErr, again, full := s.conflicts, s.hostErr, s.cniErr, s.taken.problem(time.Now()), s.neighbourTables.problems(time.Now())
 	s.mu.Unlock()
 	out = append(out, found(api.CheckRoutes, conflicts)...)
 	if hostErr != nil {
@@ -59,6 +59,7 @@ func (s *session) problems(v *view) []api.Problem {
 			Remedy: "fix what it names; the agent tries again by itself", Check: api.CheckForwarding})
 	}
 	out = append(out, again...)
+	out = append(out, full...)
 	out = append(out, of(api.CheckMTU, s.sizeProblems(v.status.Params.Families)...)...)
 	out = append(out, of(api.CheckMTU, s.pathsTooSmallFor6(v)...)...)
 	if cniErr != nil {

@@ -127,14 +127,15 @@ type hostSide struct {
 	stateLost     bool                         // pods were here, and no state of theirs, when this session began
 	repeated      sparseLog                    // of what others take away, and what fails, again and again
 
-	mu         sync.Mutex        // guards the fields below, which loop writes and status reads
-	conflicts  []hostnet.Problem // of the last reconcile
-	hostErr    error             // of the last reconcile
-	cniErr     error             // of the last time that the network was published to container engines
-	reconciled bool              // once: what differs after that, somebody else has changed
-	hostDone   bool              // a reconcile has given this host its addresses and routes
-	repairs    uint64
-	taken      taken
+	mu              sync.Mutex        // guards the fields below, which loop writes and status reads
+	conflicts       []hostnet.Problem // of the last reconcile
+	hostErr         error             // of the last reconcile
+	cniErr          error             // of the last time that the network was published to container engines
+	reconciled      bool              // once: what differs after that, somebody else has changed
+	hostDone        bool              // a reconcile has given this host its addresses and routes
+	repairs         uint64
+	taken           taken
+	neighbourTables fullNeighbours
 }
 
 // meta returns this node's metadata for other members.
@@ -319,6 +320,7 @@ func (s *session) loop(ctx context.Context) error {
 				return &nameChange{to}
 			}
 			force = s.retry.due(time.Now())
+			s.lookAtNeighbours(time.Now())
 		case <-full.C:
 			force, again = true, true
 			if err := s.checkUnderlay(time.Now()); err != nil {

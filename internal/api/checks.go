@@ -21,5 +21,6 @@ const (
 	CheckState      = "state"      // the state on disk
 	CheckVersions   = "versions"   // versions of the program
 	CheckConntrack  = "conntrack"  // a full connection tracking table
+	CheckNeighbours = "neighbours" // a full neighbour table
 	CheckCNI        = "cni"        // what container engines see
 )

@@ -36,6 +36,7 @@ func checks() []check {
 		{name: "clock", about: "the clock follows NTP, and those of the peers agree", gather: gatherClock, judge: judgeClock},
 		{name: "buffers", about: "socket buffers", gather: gatherBuffers, judge: judgeBuffers},
 		{name: "conntrack", about: "the size of the connection tracking table", gather: gatherConntrack, judge: judgeConntrack},
+		{name: "neighbours", about: "the size of the kernel's neighbour tables", judge: judgeTold(api.CheckNeighbours, Failed, seenNeighbours)},
 		{name: "gossip", about: "gossip, its seeds and its keys", judge: judgeTold(api.CheckGossip, Failed, seenGossip)},
 		{name: "identity", about: "node IDs and names that several hosts have", judge: judgeTold(api.CheckIdentity, Failed, seenIdentity)},
 		{name: "cluster", about: "hosts of other clusters", judge: judgeTold(api.CheckCluster, Failed, seenCluster)},

@@ -1,6 +1,7 @@
 package doctor
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -11,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/tulle-net/tulle/internal/api"
+	"github.com/tulle-net/tulle/internal/hostnet"
 )
 
 const noAgent = "no agent answers, and only it knows"
@@ -54,6 +56,15 @@ func seenCluster(st *api.Status) string {
 		return "in no cluster yet"
 	}
 	return fmt.Sprintf("%s, %d hosts were refused", st.Cluster.ID, st.Gossip.Rejected)
+}
+
+// seenNeighbours reads the tables itself, as the agent tells only of full ones.
+func seenNeighbours(*api.Status) string {
+	var out []string
+	for _, t := range hostnet.NeighbourTables() {
+		out = append(out, fmt.Sprintf("%s %d entries of at most %d, beside permanent ones", t.Family, t.Entries, t.Limit))
+	}
+	return cmp.Or(strings.Join(out, ", "), "this network namespace does not see the kernel's tables")
 }
 
 func seenOwners(st *api.Status) string {

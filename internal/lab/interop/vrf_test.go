@@ -44,6 +44,7 @@ poweroff -f
 
 // TestVRF has an agent on a host whose uplink is in a VRF, which it names, and leaves it.
 func TestVRF(t *testing.T) {
+	t.Parallel()
 	kernelTree(t)
 	dir := t.TempDir()
 	check(t, testbuild.Tulle(filepath.Join(dir, "root/bin/tulle"), []string{"CGO_ENABLED=0"}))

@@ -13,6 +13,7 @@ type beside struct {
 	mu     sync.Mutex // held until the sockets are as the fields say
 	wanted []netip.Addr
 	left   map[netip.Addr]time.Time // those at which others have known this node, and when it has heard of that last
+	again  bool                     // it could not listen at one that it had left, and tries again
 }
 
 // leftFor is how long a node is silent at an address that it has left, since it has last heard of itself there: word of it goes round for minutes.
@@ -61,7 +62,7 @@ func (g *Gossip) listenAgain() {
 	defer g.beside.mu.Unlock()
 	before := len(g.beside.left)
 	maps.DeleteFunc(g.beside.left, func(_ netip.Addr, heard time.Time) bool { return time.Since(heard) > leftFor })
-	if len(g.beside.left) < before {
-		_ = g.listenLocked() // what cannot be bound was told when Listen was called
+	if len(g.beside.left) < before || g.beside.again {
+		g.beside.again = g.listenLocked() != nil // what can never be bound was told when Listen was called
 	}
 }

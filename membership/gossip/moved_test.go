@@ -89,15 +89,27 @@ func TestMovesAndKeepsTheAddress(t *testing.T) {
 	eventually(t, "nothing is wrong", func() bool {
 		return !c2.isReturning() && len(c2.Problems())+len(a.Problems())+len(b.Problems()) == 0
 	})
-	// Later it answers there again, where a seed may lead.
+	// Later it answers there again, where a seed may lead, as soon as it can.
+	other, err := bind(netip.AddrPortFrom(c.addr, testPort))
+	if err != nil {
+		t.Fatal(err)
+	}
 	c2.beside.mu.Lock()
 	c2.beside.left[c.addr] = time.Now().Add(-2 * leftFor)
 	c2.beside.mu.Unlock()
+	c2.wake()
+	eventually(t, "it tries to listen at the old address", func() bool {
+		c2.beside.mu.Lock()
+		defer c2.beside.mu.Unlock()
+		return c2.beside.again
+	})
+	other.close()
 	c2.wake()
 	eventually(t, "it listens at the old address", func() bool {
 		again, err := bind(netip.AddrPortFrom(c.addr, testPort))
 		if err == nil {
 			again.close()
+			c2.wake()
 		}
 		return err != nil
 	})

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/tulle-net/tulle/internal/testing/hosts"
+	"github.com/tulle-net/tulle/internal/testing/stall"
 )
 
 // underlayIs is nil if the agent's underlay addresses are these.
@@ -121,6 +122,7 @@ func TestUnderlayReplaced(t *testing.T) {
 	web, db := first.Pod("web"), second.Pod("db")
 	ping := func() error { return web.Ping(db.IPv4()) }
 	hosts.Within(t, 10*time.Second, "pods reach each other", ping)
+	meter := stall.Begin()
 	b.IP("addr del 10.0.1.12/24 dev eth0")
 	const lost, moves = "this host has lost an underlay address", "the underlay address changes"
 	hosts.Within(t, 5*time.Second, "the agent sees the loss", func() error {
@@ -140,8 +142,9 @@ func TestUnderlayReplaced(t *testing.T) {
 			}
 		}
 	}
-	if took := at[moves].Sub(at[lost]); took <= 0 || took > 4*time.Second { // five without an address in its place
-		t.Errorf("the agent kept the lost address for %v after the loss", took)
+	short := meter.Short()
+	if took := at[moves].Sub(at[lost]); took <= 0 || took > 4*time.Second+short { // five without an address in its place
+		t.Errorf("the agent kept the lost address for %v after the loss, and for %v the machine was short of CPUs", took, short)
 	}
 }
 

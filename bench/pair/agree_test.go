@@ -203,7 +203,7 @@ func TestAgreesWithOtherTools(t *testing.T) {
 	slow := fast
 	if limit {
 		w := &detour.Detour{}
-		w.Delay(10 * time.Millisecond) // long beside what a busy machine adds; TestKnownDelay has short ones
+		w.Delay(50 * time.Millisecond) // long beside what a busy machine adds, which is two milliseconds to the one and half of one to the other; TestKnownDelay has short ones
 		a, b := carry(t, w)
 		slow = newTools(t, a, b, "10.99.0.2")
 		slow.duration = time.Second

@@ -38,7 +38,9 @@ type ping struct {
 }
 
 const (
-	pingEvery = 10 * time.Millisecond
+	// pingEvery leaves room in ping's own socket, which takes some 170 answers at once, for those that come together after five seconds: an agent
+	// that has to wait for a CPU may take that long to start, and what its kernel has kept until then is not lost by Tulle.
+	pingEvery = 30 * time.Millisecond
 	// underWay is more than an answer takes.
 	underWay = 100 * time.Millisecond
 )

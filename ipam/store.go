@@ -311,7 +311,7 @@ func (s *Store) fail(op, name string, err error) error {
 	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT):
 		remedy = fmt.Sprintf("free some space on the file system of %s; the state before is intact", s.dir)
 	case errors.Is(err, syscall.EROFS):
-		remedy = fmt.Sprintf("mount the file system of %s writable, or give another --state-dir", s.dir)
+		remedy = fmt.Sprintf("mount the file system of %[1]s writable, or give another --state-dir; if it is writable, the unit forbids it: make the directory, and let the service write there with ReadWritePaths=%[1]s (systemctl edit tulle)", s.dir)
 	case errors.Is(err, fs.ErrPermission):
 		remedy = fmt.Sprintf("run the agent as root, or make %s writable to its user", s.dir)
 	case errors.Is(err, syscall.EIO):

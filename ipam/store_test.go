@@ -294,14 +294,14 @@ func TestStoreOnAFullAndAReadOnlyDisk(t *testing.T) {
 	if err := syscall.Mount("", dir, "", syscall.MS_REMOUNT|syscall.MS_RDONLY, ""); err != nil {
 		t.Skipf("remount: %v", err)
 	}
-	if err = s.Save(aState(1)); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
+	if err = s.Save(aState(1)); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") || !strings.Contains(err.Error(), "ReadWritePaths="+dir) {
 		t.Fatalf("read-only: %v", err)
 	}
 }
 
 func TestStoreReadOnlyAtStart(t *testing.T) {
 	dir := smallDisk(t, syscall.MS_RDONLY)
-	if _, err := OpenStore(dir, ""); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") {
+	if _, err := OpenStore(dir, ""); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "writable") || !strings.Contains(err.Error(), "ReadWritePaths="+dir) {
 		t.Fatalf("%v", err)
 	}
 }

@@ -42,7 +42,7 @@ func effect(c api.ConfigChange) string {
 	case "tun":
 		return fmt.Sprintf("after `systemctl stop tulle`, `tulle cleanup --tun %s` and `systemctl start tulle`", c.Old)
 	case "state_dir":
-		return fmt.Sprintf("after `systemctl stop tulle`, `mv -T %s %s` and `systemctl start tulle`; without its state the node would join as a new one", c.Old, c.New)
+		return fmt.Sprintf("after `systemctl stop tulle`, `mv -T %[1]s %[2]s`, ReadWritePaths=%[2]s below [Service] in `systemctl edit tulle`, and `systemctl start tulle`; without its state the node would join as a new one", c.Old, c.New)
 	}
 	return "after `systemctl restart tulle`"
 }

@@ -27,7 +27,7 @@ func Listen(path string) (net.Listener, error) {
 	}
 	dir := filepath.Dir(path)
 	if err := os.MkdirAll(dir, 0o755); err != nil {
-		return nil, fmt.Errorf("control socket: %w; run as root, or name another place with --socket", err)
+		return nil, fmt.Errorf("control socket: %w; %s", err, placeRemedy(dir, err))
 	}
 	// One agent at a time: no other may come between the check of the old socket and the creation of the new one.
 	lock, err := os.Open(dir)
@@ -43,9 +43,17 @@ func Listen(path string) (net.Listener, error) {
 	}
 	l, err := listenAt(path)
 	if err != nil {
-		return nil, fmt.Errorf("control socket %s: %w; run as root, or name another place with --socket", path, err)
+		return nil, fmt.Errorf("control socket %s: %w; %s", path, err, placeRemedy(dir, err))
 	}
 	return l, nil
+}
+
+// placeRemedy is what to do about a directory in which no socket can be made.
+func placeRemedy(dir string, err error) string {
+	if errors.Is(err, unix.EROFS) {
+		return fmt.Sprintf("name another place with --socket, such as one in /run; if the file system is writable, the unit forbids it: make %[1]s, and let the service write there with ReadWritePaths=%[1]s (systemctl edit tulle)", dir)
+	}
+	return "run as root, or name another place with --socket"
 }
 
 // removeStale removes the socket at path if nobody listens on it.

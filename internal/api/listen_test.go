@@ -107,6 +107,14 @@ func TestListenOverOthers(t *testing.T) {
 	}
 }
 
+// In the sandbox of the unit a directory outside /run is read-only, though its file system is not.
+func TestListenReadOnly(t *testing.T) {
+	err := &os.PathError{Op: "remove", Path: "/srv/s", Err: unix.EROFS}
+	if got := placeRemedy("/srv", err); !strings.Contains(got, "--socket") || !strings.Contains(got, "ReadWritePaths=/srv ") {
+		t.Error(got)
+	}
+}
+
 // Of many that start at once over a dead agent's socket, one wins and keeps it.
 func TestListenRace(t *testing.T) {
 	path := filepath.Join(shortDir(t), "s")

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -301,7 +302,7 @@ func (k *Ring) save(keys [][]byte) error {
 	// Keep a symbolic link: replace its target.
 	path, err := filepath.EvalSymlinks(k.path)
 	if err != nil {
-		return fmt.Errorf("gossip key file %s cannot be rewritten, keys are unchanged: %w", k.path, err)
+		return k.unwritten(err)
 	}
 	var text bytes.Buffer
 	text.WriteString("# Tulle gossip keys, AES-256, one per line. The first one encrypts, all decrypt.\n")
@@ -311,7 +312,7 @@ func (k *Ring) save(keys [][]byte) error {
 	dir := filepath.Dir(path)
 	tmp, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // mode 0600
 	if err != nil {
-		return fmt.Errorf("gossip key file %s cannot be rewritten, keys are unchanged: %w", k.path, err)
+		return k.unwritten(err)
 	}
 	defer os.Remove(tmp.Name()) // fails, and should, once renamed
 	_, err = tmp.Write(text.Bytes())
@@ -323,9 +324,18 @@ func (k *Ring) save(keys [][]byte) error {
 		err = syncDir(dir)
 	}
 	if err != nil {
-		return fmt.Errorf("gossip key file %s cannot be rewritten, keys are unchanged: %w", k.path, err)
+		return k.unwritten(err)
 	}
 	return nil
+}
+
+// unwritten says that the file could not be changed, and what to do where the reason does not say that.
+func (k *Ring) unwritten(err error) error {
+	remedy := ""
+	if errors.Is(err, syscall.EROFS) {
+		remedy = fmt.Sprintf("; if its file system is writable, the unit forbids it: let the service write there with ReadWritePaths=%s (systemctl edit tulle)", filepath.Dir(k.path))
+	}
+	return fmt.Errorf("gossip key file %s cannot be rewritten, keys are unchanged: %w%s", k.path, err, remedy)
 }
 
 func syncDir(dir string) error {

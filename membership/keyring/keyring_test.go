@@ -2,10 +2,12 @@ package keyring
 
 import (
 	"encoding/base64"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -251,4 +253,15 @@ func TestLiveRingFollows(t *testing.T) {
 			}
 		}
 	})
+}
+
+// In the sandbox of the unit a directory outside /etc/tulle is read-only, though its file system is not.
+func TestUnwrittenReadOnly(t *testing.T) {
+	k := &Ring{path: "/srv/keys/gossip.key"}
+	if err := k.unwritten(syscall.EROFS); !errors.Is(err, syscall.EROFS) || !strings.Contains(err.Error(), "ReadWritePaths=/srv/keys ") {
+		t.Error(err)
+	}
+	if err := k.unwritten(syscall.EACCES); strings.Contains(err.Error(), "ReadWritePaths") {
+		t.Error(err)
+	}
 }

@@ -51,7 +51,7 @@ const (
 //     a better guess now;
 //  5. another address of the device whose address is lost, or of the bridge or bond that it has become a part of;
 //  6. if there are no seeds to wait for, and no device's address is lost: the address of the default route, or of the only device
-//     that has an address.
+//     that has an address, unless lo has one, too.
 //
 // If two devices are possible, the error names them. Errors that may go away with time wrap ErrNotYet.
 func DetectUnderlay(s Sought) (Underlay, error) {

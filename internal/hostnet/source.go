@@ -93,14 +93,20 @@ func (d *detector) borrowed(index int) (candidate, bool) {
 
 // onLoopback is the address on lo that others can reach, if there is exactly one of the family.
 func (d *detector) onLoopback(v4 bool) (candidate, bool) {
-	var found []candidate
-	for i := range d.addrs {
-		if a := addrOf(d.addrs[i].IP); a.Is4() == v4 && d.loopback(d.addrs[i].LinkIndex) {
-			found = append(found, candidate{d.addrs[i].LinkIndex, a})
-		}
-	}
+	found := slices.DeleteFunc(d.onLoopbacks(), func(c candidate) bool { return c.addr.Is4() != v4 })
 	if len(found) != 1 {
 		return candidate{}, false
 	}
 	return found[0], true
+}
+
+// onLoopbacks are the addresses on lo that others can reach.
+func (d *detector) onLoopbacks() []candidate {
+	var out []candidate
+	for i := range d.addrs {
+		if h := &d.addrs[i]; d.loopback(h.LinkIndex) {
+			out = append(out, candidate{h.LinkIndex, addrOf(h.IP)})
+		}
+	}
+	return out
 }

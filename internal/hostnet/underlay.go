@@ -330,6 +330,9 @@ func (d *detector) byDefault() (Underlay, error) {
 	if len(found) == 0 {
 		why, chosen = "no default route applies to all packets, and more than one device has an address", "no other device has an address"
 		all := d.candidates()
+		if lo := d.onLoopbacks(); len(lo) > 0 { // with BGP on the host, the session that is missing decides
+			return Underlay{}, notYet{fmt.Errorf("no default route says whether others reach this host at an address of the loopback device (%s) or of a link (%s): add such a route, as a routing daemon does, or choose an address with --underlay", d.list(lo), d.list(all))}
+		}
 		found = slices.DeleteFunc(slices.Clone(all), func(c candidate) bool { return d.links[c.index].RawFlags&unix.IFF_RUNNING == 0 })
 		if len(found) == 0 && len(all) > 0 {
 			return Underlay{}, notYet{fmt.Errorf("no device with an address carries packets (they have %s, and no carrier): plug it in, or %s", d.list(all), pick)}

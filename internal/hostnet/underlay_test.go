@@ -13,9 +13,12 @@ import (
 )
 
 func TestDetectUnderlay(t *testing.T) {
-	two := func(h *host) {
+	links := func(h *host) {
 		h.device("eth0", "192.0.2.1/24", "192.0.2.3/24", "2001:db8::1/64")
 		h.device("eth1", "198.51.100.1/24", "2001:db8:1::1/64")
+	}
+	two := func(h *host) {
+		links(h)
 		h.addrs("lo", "203.0.113.9/32")
 	}
 	for _, c := range []struct {
@@ -42,7 +45,7 @@ func TestDetectUnderlay(t *testing.T) {
 		{name: "seeds on two devices", setup: two, seeds: ips("192.0.2.8", "198.51.100.8"), err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
 		{name: "seeds without a route and a loopback one", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("127.0.0.1", "203.0.113.1"), err: []string{"203.0.113.1"}, wait: true},
 		{name: "no route to the seed", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, seeds: ips("203.0.113.1"), err: []string{"203.0.113.1"}, wait: true},
-		{name: "loopback seed, as no seed", setup: two, seeds: ips("127.0.0.1"), err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
+		{name: "loopback seed, as no seed", setup: links, seeds: ips("127.0.0.1"), err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
 		{name: "by name", setup: two, want: "eth1", iface: "eth1", addrs: ips("198.51.100.1", "2001:db8:1::1")},
 		{name: "by address", setup: two, want: "192.0.2.3", iface: "eth0", addrs: ips("192.0.2.3")},
 		{name: "by IPv6 address", setup: two, want: "2001:db8:1::1", iface: "eth1", addrs: ips("2001:db8:1::1")},
@@ -69,7 +72,12 @@ func TestDetectUnderlay(t *testing.T) {
 			h.route("::/0", "2001:db8::254", "eth0", 1024, unix.RTPROT_STATIC)
 		}, err: []string{"ambiguous", "eth0", "eth1", "--underlay"}},
 		{name: "no default route, one device", setup: func(h *host) { h.device("eth0", "192.0.2.1/24") }, iface: "eth0", addrs: ips("192.0.2.1")},
-		{name: "no default route, two devices", setup: two, err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
+		{name: "no default route, one device, and an address on lo", setup: func(h *host) {
+			h.device("eth0", "192.0.2.1/31")
+			h.addrs("lo", "203.0.113.9/32")
+		}, err: []string{"lo 203.0.113.9", "eth0 192.0.2.1", "no default route", "--underlay"}, wait: true},
+		{name: "no default route, two devices, and an address on lo", setup: two, err: []string{"lo 203.0.113.9", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}, wait: true},
+		{name: "no default route, two devices", setup: links, err: []string{"ambiguous", "eth0 192.0.2.1", "eth1 198.51.100.1", "--underlay"}},
 		{name: "nothing at all", setup: func(*host) {}, err: []string{"--underlay"}, wait: true},
 	} {
 		t.Run(c.name, func(t *testing.T) {

@@ -53,7 +53,8 @@ const (
 func (w *txWorker) resolve(t *target, in *header.Inner, s *sender, pkt []byte) {
 	sender := w.fwd.tun[outer(in.Version == 6)]
 	last, now := t.state.asked.Load(), time.Now().UnixNano()
-	if sender.IsValid() && now-last >= int64(askEvery) && t.state.asked.CompareAndSwap(last, now) {
+	due := now-last >= int64(askEvery) || now < last // the host's clock was set back
+	if sender.IsValid() && due && t.state.asked.CompareAndSwap(last, now) {
 		t.state.questions.Add(1)
 		q := header.Solicitation{Sender: sender, Target: in.Dst, SenderMAC: w.fwd.mac}
 		s.packet(w, t.vxlan, appendQuestion(nil, w.e.cfg.VNI, q), 0)

@@ -105,11 +105,33 @@ func (a *agent) outlive(s *session) error {
 	return nil
 }
 
+// wiredAddrs are the addresses of the pods that are wired to this host, as prefixes of one address.
+func wiredAddrs() (out []netip.Prefix, err error) {
+	h, err := podnet.Open("")
+	if err != nil {
+		return nil, err
+	}
+	defer h.Close()
+	pods, err := h.List()
+	for _, p := range pods {
+		for _, a := range p.Addresses {
+			out = append(out, netip.PrefixFrom(a, a.BitLen()))
+		}
+	}
+	return out, err
+}
+
 // checkOverlap refuses a cluster CIDR that the host uses for something else. The blocks that the configuration or an
 // earlier run gives to this node are none of that: its pods' routes and bridges are there, perhaps since before the agent. A node that has blocks
-// already is not refused: what overlaps has come while its pods ran, and status names it.
+// already is not refused: what overlaps has come while its pods ran, and status names it. Nor are the pods that Tulle has wired, whose addresses may be
+// those of a node that this host was before it lost its state.
 func checkOverlap(cfg config.Config, state *ipam.State) error {
 	cidrs, own := cfg.ClusterCIDRs, slices.Clone(cfg.PodCIDRs)
+	pods, err := wiredAddrs()
+	if err != nil {
+		return err
+	}
+	own = append(own, pods...)
 	switch {
 	case state != nil:
 		own = append(own, state.Blocks...)

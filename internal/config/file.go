@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"regexp"
 	"strings"
 
 	yaml "github.com/goccy/go-yaml"
@@ -23,7 +24,7 @@ type entry struct {
 func parseFile(path string, data []byte) (map[string]entry, error) {
 	f, err := parser.ParseBytes(bytes.TrimPrefix(data, []byte("\ufeff")), 0) // some editors begin a file with a byte order mark
 	if err != nil {
-		return nil, syntaxError(path, err)
+		return nil, syntaxError(path, data, err)
 	}
 	out := map[string]entry{}
 	docs := 0
@@ -115,18 +116,30 @@ func line(n ast.Node) int {
 	return 1
 }
 
-// syntaxError puts the parser's message, which has several lines with an excerpt, into one.
-func syntaxError(path string, err error) error {
+// twice is the parser's message about a key that comes again.
+var twice = regexp.MustCompile(`^mapping key "(.*)" already defined at \[(\d+):\d+\]$`)
+
+// syntaxError puts the parser's message, which has several lines with an excerpt, into one, and mistakes that are made often into plain words.
+func syntaxError(path string, data []byte, err error) error {
 	var tk *token.Token
 	msg := err.Error()
 	if y, ok := errors.AsType[yaml.Error](err); ok {
 		tk, msg = y.GetToken(), y.GetMessage()
 	}
 	msg, _, _ = strings.Cut(msg, "\n")
-	if tk != nil && tk.Position != nil {
-		return fmt.Errorf("%s:%d: %s; want lines of the form \"key: value\"", path, tk.Position.Line, msg)
+	if tk == nil || tk.Position == nil {
+		return fmt.Errorf("%s: %s; want lines of the form \"key: value\"", path, msg)
 	}
-	return fmt.Errorf("%s: %s; want lines of the form \"key: value\"", path, msg)
+	at := tk.Position.Line
+	if m := twice.FindStringSubmatch(msg); m != nil {
+		return fmt.Errorf("%s:%d: %s is set in line %s already; delete one of the two", path, at, m[1], m[2])
+	}
+	if lines := bytes.Split(data, []byte("\n")); at >= 1 && at <= len(lines) {
+		if text := lines[at-1]; bytes.ContainsRune(text[:len(text)-len(bytes.TrimLeft(text, " \t"))], '\t') {
+			return fmt.Errorf("%s:%d: the line begins with a tab; YAML wants spaces there, or nothing", path, at)
+		}
+	}
+	return fmt.Errorf("%s:%d: %s; want lines of the form \"key: value\"", path, at, msg)
 }
 
 // suggest names the key that was probably meant.

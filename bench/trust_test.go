@@ -44,7 +44,7 @@ func TestWarnings(t *testing.T) {
 		"others are busy":       {func(r *result.Run) { r.Others.Max = 0.4 }, "40 % of the machine"},
 		"others come meanwhile": {func(r *result.Run) { r.Modes[2].Rounds[0].TCP[0].CPU.Others = 1 }, "Others used up to 25 % of the machine while TCP was measured"},
 		"a quota":               {func(r *result.Run) { r.Machines[0].Quota = 1.5 }, "The CPU quota is 1.50 of 4 CPUs"},
-		"a mode loses":          {func(r *result.Run) { r.Modes[2].Rounds[0].Latency = []result.Latency{slow(20, 2)} }, "udp: half RTT 64 B loss: 2.00 % although the flow was slow"},
+		"a mode loses":          {func(r *result.Run) { r.Modes[2].Rounds[0].Latency = []result.Latency{slow(20, 2)} }, "udp: half RTT 64 B loss: 2.00 % of a flow of "},
 		"latency disagrees": {func(r *result.Run) {
 			more := oneRound(6, 1000, 1001, 1000*1500)
 			r.Modes[2].Rounds[0].Latency, more.Latency = []result.Latency{slow(20, 0)}, []result.Latency{slow(50, 0)}

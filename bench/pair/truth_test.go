@@ -423,7 +423,7 @@ func lossSeen(t *testing.T, r *result.Run, mtu int) (wrong []string) {
 	if s := r.Modes[0].Summary["udp_full_kpps"]; s.Median != 0 {
 		t.Errorf("%v without loss over a wire that loses", s)
 	}
-	if !strings.Contains(strings.Join(r.Warnings, " "), "although the flow was slow") {
+	if !strings.Contains(strings.Join(r.Warnings, " "), " % of a flow of ") {
 		not("the loss is no reason to distrust: %q", r.Warnings)
 	}
 	return wrong

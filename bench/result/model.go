@@ -211,8 +211,14 @@ func (t *Trial) Loss() float64 {
 // after the sender has stopped, so that long queues do not make a tunnel look faster.
 func (t *Trial) SentRate() float64 { return float64(t.Sent) / t.Seconds }
 
-// Rate: see SentRate.
-func (t *Trial) Rate() float64 { return float64(t.Received) / max(t.Seconds, t.Arriving) }
+// Rate: see SentRate. Between n arrivals there are n-1 gaps: where few arrive, as over a slow path, one more would make it look faster than it is.
+func (t *Trial) Rate() float64 {
+	rate := float64(t.Received) / t.Seconds
+	if t.Arriving > 0 {
+		rate = min(rate, (float64(t.Received)-1)/t.Arriving)
+	}
+	return rate
+}
 
 // RateSearch is the outcome of a search for the highest rate without loss. Best.Received is 0 if no rate held.
 type RateSearch struct {

@@ -58,13 +58,19 @@ func TestDigits(t *testing.T) {
 
 // What a long queue still held when the sender stopped arrives later, and is no faster for it.
 func TestTrialRate(t *testing.T) {
-	tr := Trial{Sent: 1000, Received: 900, Seconds: 1, Arriving: 1.5}
+	tr := Trial{Sent: 1000, Received: 900, Seconds: 1, Arriving: 899. / 600}
 	if tr.Rate() != 600 || tr.SentRate() != 1000 || math.Abs(tr.Loss()-0.1) > 1e-9 {
 		t.Errorf("got %v, %v, %v", tr.Rate(), tr.SentRate(), tr.Loss())
 	}
-	tr.Arriving = 0.001 // everything came at once, at the end
-	if tr.Rate() != 900 {
-		t.Errorf("got %v", tr.Rate())
+	for _, arriving := range []float64{0.001, 0} { // everything came at once, at the end
+		if tr.Arriving = arriving; tr.Rate() != 900 {
+			t.Errorf("got %v", tr.Rate())
+		}
+	}
+	// A path of 80 a second, whose queue has room for all that a short trial sends.
+	slow := Trial{Sent: 11, Received: 11, Seconds: 0.125, Arriving: 10. / 80}
+	if slow.Rate() != 80 {
+		t.Errorf("a path that carries 80 a second was found to carry %v", slow.Rate())
 	}
 }
 

@@ -138,6 +138,9 @@ func (t *TCP) derive(f *found) {
 	f.add(Metric{"tunnel_cpu_s_per_gb", "of it the tunnel's processes", "s/GB", false, "CPU"}, t.CPU.Agents/gb)
 }
 
+// lossSuffix ends the key of the loss of a latency measure.
+const lossSuffix = "_loss"
+
 func (l *Latency) derive(f *found) {
 	if l.Times == nil || l.Times.TotalCount() == 0 {
 		return
@@ -156,7 +159,7 @@ func (l *Latency) derive(f *found) {
 		}
 		f.add(Metric{key + "_per_s", title, "1/s", true, title}, float64(l.Answers)/l.Seconds)
 	default:
-		f.add(Metric{key + "_loss", title + " loss", "%", false, title}, 100*float64(l.Lost)/float64(max(l.Lost+l.Answers, 1)))
+		f.add(Metric{key + lossSuffix, title + " loss", "%", false, title}, 100*float64(l.Lost)/float64(max(l.Lost+l.Answers, 1)))
 	}
 }
 

@@ -63,12 +63,24 @@ func (m *Mode) doubts(r *Run, doubt func(format string, args ...any)) {
 		case k.Unit == "µs" && k.Key == r.mains[k.Key] && s.Max > most*s.Min:
 			worst, most = k, s.Max/s.Min
 		case k.Unit == "%" && k.Group != "UDP throughput" && s.Median > lossAllowed:
-			doubt("%s%s: %s %% although the flow was slow. TCP and latency suffer from what loses it.", name, k.Title, Digits(s.Median))
+			doubt("%s%s: %s %% of a flow of %s Mb/s. TCP and latency suffer from what loses it.", name, k.Title, Digits(s.Median), Digits(m.sent(k)/1e6))
 		}
 	}
 	if s, ok := m.Summary[worst.Key]; ok {
 		doubt("%s%s was %s µs in one round and %s in another.", name, worst.Title, Digits(s.Min), Digits(s.Max))
 	}
+}
+
+// sent is the most payload that a round sent in the latency measure whose loss is k, in bits a second.
+func (m *Mode) sent(k Metric) (most float64) {
+	for _, d := range m.Rounds {
+		for _, l := range d.Latency {
+			if key, _ := l.key(); key+lossSuffix == k.Key {
+				most = max(most, float64(l.Answers+l.Lost)*float64(l.Payload)*8/l.Seconds)
+			}
+		}
+	}
+	return most
 }
 
 // othersMeanwhile is the largest share of the machines' CPU time that other processes used during a measure of TCP, as far as they can be seen.

@@ -22,7 +22,7 @@ func model(capacity, limit float64, noise func(n int) float64) func(rate float64
 		if noise != nil {
 			got *= 1 - noise(n)
 		}
-		return result.Trial{Offered: rate, Sent: uint64(sent), Received: uint64(got), Seconds: 1, Arriving: 1}, nil
+		return result.Trial{Offered: rate, Sent: uint64(sent), Received: uint64(got), Seconds: 1, Arriving: 1 - 1/sent}, nil
 	}
 }
 

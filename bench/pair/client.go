@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -25,7 +26,9 @@ type client struct {
 	*control
 	from, to netip.AddrPort // from without port
 	welcome  welcome
-	rtt      time.Duration // of the control connection
+	rtt      time.Duration // of the control connection, with what the server took to answer
+	trip     time.Duration // the least round trip of the control connection, by the kernel's clock
+	began    time.Time
 
 	sending   sync.Mutex // an order
 	measuring bool       // the server has a job
@@ -47,6 +50,34 @@ func split(address string) (host, port string) {
 	return host, port
 }
 
+// checkHost refuses what is no address of a server: its port, or a link-local address without the interface that leads to it.
+func checkHost(address string) error {
+	host, port := split(address)
+	if n, err := net.LookupPort("tcp", port); err != nil || n == 0 {
+		return fmt.Errorf("host %q: %q is no port: want HOST or HOST:PORT, with a port from 1 to 65535, such as 10.0.0.7:%d", address, port, DefaultPort)
+	}
+	if a, err := netip.ParseAddr(host); err == nil && a.Is6() && a.IsLinkLocalUnicast() && a.Zone() == "" {
+		return fmt.Errorf("host %q is a link-local address: name this host's interface that leads to it, too, such as %s%%eth0", address, a)
+	}
+	return nil
+}
+
+// unreached says what to look at where no connection came about.
+func unreached(err error, six bool, host, port string) error {
+	if _, nowhere := errors.AsType[*net.DNSError](err); nowhere {
+		return fmt.Errorf("find the address of %q: %w", host, err)
+	}
+	if _, other := errors.AsType[*net.AddrError](err); other && six {
+		return fmt.Errorf("%w: %s has no IPv6 address: leave --six out, or name one", err, host)
+	}
+	if a, bad := netip.ParseAddr(host); bad == nil && a.Zone() != "" {
+		if _, bad := net.InterfaceByName(a.Zone()); bad != nil {
+			return fmt.Errorf("%w: has this host an interface %q?", err, a.Zone())
+		}
+	}
+	return fmt.Errorf("%w: is `tulle bench serve` running there, and is TCP and UDP port %s open?", err, port)
+}
+
 // dial opens a control connection, from an address of this host if from is one.
 func dial(ctx context.Context, o *RunOptions, from netip.Addr) (*client, error) {
 	host, port := split(o.Host)
@@ -60,7 +91,7 @@ func dial(ctx context.Context, o *RunOptions, from netip.Addr) (*client, error) 
 	}
 	conn, err := d.DialContext(ctx, network, net.JoinHostPort(host, port))
 	if err != nil {
-		return nil, fmt.Errorf("%w: is `tulle bench serve` running there, and is TCP and UDP port %s open?", err, port)
+		return nil, unreached(err, o.Six, host, port)
 	}
 	c := &client{control: newControl(conn), to: addrPort(conn.RemoteAddr()), from: netip.AddrPortFrom(addrPort(conn.LocalAddr()).Addr(), 0)}
 	defer context.AfterFunc(ctx, func() { conn.Close() })()
@@ -108,7 +139,26 @@ func (c *client) enter(token string) error {
 	if c.welcome.Error != "" {
 		return errors.New(result.Printable(c.welcome.Error))
 	}
+	c.trip, c.began = leastTrip(c.conn), time.Now()
 	return nil
+}
+
+// leastTrip is the least round trip that the kernel has seen on a connection; 0 if it does not say.
+func leastTrip(conn net.Conn) (least time.Duration) {
+	t, ok := conn.(*net.TCPConn)
+	if !ok {
+		return 0
+	}
+	raw, err := t.SyscallConn()
+	if err != nil {
+		return 0
+	}
+	_ = raw.Control(func(fd uintptr) {
+		if info, err := unix.GetsockoptTCPInfo(int(fd), unix.SOL_TCP, unix.TCP_INFO); err == nil && info.Min_rtt < math.MaxUint32 { // none yet
+			least = time.Duration(info.Min_rtt) * time.Microsecond
+		}
+	})
+	return least
 }
 
 // serverError is what the server says when it ends a run.
@@ -135,6 +185,8 @@ func (c *client) order(do string, flows int) (report, error) {
 		r = report{}
 		if err := c.receive(&r, idleLimit); err != nil {
 			switch {
+			case isEOF(err) && time.Since(c.began).Seconds() < c.welcome.MaxTime-patience.Seconds():
+				err = fmt.Errorf("the server has closed the connection, as one does that is stopped: %w", err)
 			case isEOF(err):
 				err = fmt.Errorf("the server ended the run (it allows %.0f s): %w", c.welcome.MaxTime, err)
 			case errors.Is(err, os.ErrDeadlineExceeded):

@@ -48,7 +48,7 @@ func (rn *runner) echoed(ctx context.Context, d *result.Round, measure func(fd i
 			if _, err := rn.c.order("count", 0); err != nil { // the server says why
 				return err
 			}
-			err = fmt.Errorf("no datagram of %d bytes was answered", l.Payload)
+			err = fmt.Errorf("no datagram of %d bytes was answered%s", l.Payload, rn.tooLarge(l.Payload))
 		}
 		if err == nil {
 			d.Latency = append(d.Latency, *l)
@@ -215,7 +215,7 @@ func (rn *runner) loaded(ctx context.Context, d *result.Round) error {
 	}
 	_, err = rn.beside(jobLoaded, rn.o.Streams, func() error {
 		return rn.echoed(ctx, d, func(fd int) (*result.Latency, error) {
-			l, err := traffic.Loaded(ctx, fd, rn.o.warm(), rn.o.Duration, every)
+			l, err := traffic.Loaded(ctx, fd, rn.warmTCP(), rn.o.Duration, every)
 			if err != nil {
 				return nil, err
 			}
@@ -271,7 +271,7 @@ func (rn *runner) beside(job string, streams int, measure func() error) (retrans
 
 // countTCP counts what arrives while streams run.
 func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
-	if err := traffic.Sleep(ctx, rn.o.warm()); err != nil {
+	if err := traffic.Sleep(ctx, rn.warmTCP()); err != nil {
 		return err
 	}
 	c, err := rn.begin()
@@ -296,6 +296,15 @@ func (rn *runner) countTCP(ctx context.Context, t *result.TCP) error {
 		t.CPU = *got.CPU
 	}
 	return nil
+}
+
+// tooLarge says why datagrams may get lost that the path MTU has no room for.
+func (rn *runner) tooLarge(payload int) string {
+	if payload <= rn.full {
+		return ""
+	}
+	return fmt.Sprintf(": with its headers that is a packet of %d bytes, and the path takes %d. What drops larger ones does not say so (ICMP), or fragments get lost: use --sizes of at most %d",
+		payload+rn.r.MTU-rn.full, rn.r.MTU, rn.full)
 }
 
 // hole says why TCP may stand still where the path takes smaller packets than the link.

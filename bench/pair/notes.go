@@ -23,11 +23,20 @@ func (rn *runner) limits() []string {
 		result.Digits(rn.c.welcome.MaxRate/1e6), result.Digits(rn.o.Rate))}
 }
 
+// longer says how long TCP streams warm up where that is longer than the others.
+func (rn *runner) longer() string {
+	if warm := rn.warmTCP(); warm > rn.o.warm() {
+		return fmt.Sprintf(", with TCP streams of %v, because a round trip takes %v", warm.Round(time.Millisecond), rn.c.trip.Round(100*time.Microsecond))
+	}
+	return ""
+}
+
 // gentleNotes describe the method of a run between members.
 func (rn *runner) gentleNotes() []string {
 	o := &rn.o
 	return append(rn.limits(),
-		fmt.Sprintf("%d rounds of %v for each measure, after %v of warm-up; in each round the paths come one after the other, and another is the first.", o.Rounds, o.Duration, o.warm().Round(time.Millisecond)),
+		fmt.Sprintf("%d rounds of %v for each measure, after %v of warm-up%s; in each round the paths come one after the other, and another is the first.",
+			o.Rounds, o.Duration, o.warm().Round(time.Millisecond), rn.longer()),
 		"Traffic goes between addresses of the two hosts themselves, through the agents as pods' packets do; a pod's own link is not part of it. Pods' packets keep the way that they had.",
 		"Half RTT: one UDP datagram at a time; half of the round trip. CPUs may halt between exchanges and nothing is pinned: this includes what it costs to wake a process.",
 		"Fixed rate: datagrams go whether or not answers come; each time counts from when the datagram was due.",
@@ -44,8 +53,8 @@ func (rn *runner) notes() []string {
 		return rn.gentleNotes()
 	}
 	n := []string{
-		fmt.Sprintf("Traffic goes from this end to the server; only answers come back. %d rounds of %v for each measure, after %v of warm-up. Each round begins with another measure.",
-			o.Rounds, o.Duration, o.warm().Round(time.Millisecond)),
+		fmt.Sprintf("Traffic goes from this end to the server; only answers come back. %d rounds of %v for each measure, after %v of warm-up%s. Each round begins with another measure.",
+			o.Rounds, o.Duration, o.warm().Round(time.Millisecond), rn.longer()),
 		"Half RTT: one UDP datagram at a time between blocking sockets; half of the round trip. CPUs may halt and nothing is pinned, as for an ordinary program: " +
 			"this includes what it costs to wake a process.",
 		fmt.Sprintf("Fixed rate: %s datagrams a second whether or not answers come; each time counts from when the datagram was due, so nothing is omitted.", result.Digits(rn.openRate(o.Sizes[0]))),

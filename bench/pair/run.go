@@ -96,6 +96,11 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 			return o, fmt.Errorf("no measures %q; there are %v", group, all)
 		}
 	}
+	if !o.Gentle { // then it is the name of a member
+		if err := checkHost(o.Host); err != nil {
+			return o, err
+		}
+	}
 	for i, n := range o.Sizes {
 		if slices.Contains(o.Sizes[:i], n) {
 			return o, fmt.Errorf("a payload of %d bytes is named twice", n)
@@ -108,6 +113,18 @@ func (o RunOptions) withDefaults() (RunOptions, error) {
 }
 
 func (o *RunOptions) warm() time.Duration { return o.Duration / 3 }
+
+// TCP takes some ten round trips until it sends what a path carries, and then as long to drain what it sent too much: streams warm up for
+// warmTrips of them, but for no longer than mostWarm.
+const (
+	warmTrips = 20
+	mostWarm  = 10 * time.Second
+)
+
+// warmTCP is the warm-up of measures with TCP streams.
+func (rn *runner) warmTCP() time.Duration {
+	return max(rn.o.warm(), min(warmTrips*rn.c.trip, mostWarm))
+}
 
 // runner is a running Run.
 type runner struct {
@@ -227,7 +244,7 @@ type measure struct {
 
 func (rn *runner) measures() []measure {
 	var out []measure
-	counted, warmed := rn.o.Duration, rn.o.Duration+rn.o.warm()
+	counted, warmed, streamed := rn.o.Duration, rn.o.Duration+rn.o.warm(), rn.o.Duration+rn.warmTCP()
 	for _, n := range rn.o.Sizes {
 		out = append(out, measure{Latency, fmt.Sprintf("latency at %d bytes", n), fmt.Sprintf("rtt%d_p50_us", n), warmed, true, rn.pingPong(n)})
 	}
@@ -236,15 +253,15 @@ func (rn *runner) measures() []measure {
 		measure{Latency, fmt.Sprintf("latency at %d bytes, fixed rate", rn.o.Sizes[0]), fmt.Sprintf("open%d_p50_us", rn.o.Sizes[0]), warmed, true, rn.openLoop(rn.o.Sizes[0])},
 		measure{Latency, "TCP requests on one connection", "rr_p50_us", warmed, false, rn.requests},
 		measure{Latency, "TCP connections with a request", "crr_p50_us", warmed, false, rn.connections},
-		measure{Throughput, "TCP, one stream", "tcp1_gbps", warmed, false, rn.tcp(1)},
+		measure{Throughput, "TCP, one stream", "tcp1_gbps", streamed, false, rn.tcp(1)},
 		measure{Throughput, "UDP, one flow", "udp_flood1_gbps", counted, true, rn.flood(1)},
 	)
 	if !rn.o.Gentle {
 		if rn.c.welcome.Loaded {
-			out = append(out, measure{Latency, fmt.Sprintf("latency beside %d TCP streams", several), "loaded_p50_us", warmed, true, rn.loaded})
+			out = append(out, measure{Latency, fmt.Sprintf("latency beside %d TCP streams", several), "loaded_p50_us", streamed, true, rn.loaded})
 		}
 		out = append(out,
-			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), fmt.Sprintf("tcp%d_gbps", several), warmed, false, rn.tcp(several)},
+			measure{Throughput, fmt.Sprintf("TCP, %d streams", several), fmt.Sprintf("tcp%d_gbps", several), streamed, false, rn.tcp(several)},
 			measure{Throughput, fmt.Sprintf("UDP, %d flows", several), fmt.Sprintf("udp_flood%d_gbps", several), counted, true, rn.flood(several)},
 			measure{Limits, "UDP rate at 64 bytes", "udp64_kpps", counted, true, rn.search(64, false)},
 			measure{Limits, "UDP rate of full packets", "udp_full_kpps", counted, true, rn.search(rn.full, true)},

@@ -344,11 +344,20 @@ func TestRunRefuses(t *testing.T) {
 		"rate":     {RunOptions{Host: "x", Rate: 1e9}, "want 1 to 100000"},
 		"twice":    {RunOptions{Host: "x", Sizes: []int{64, 64}}, "a payload of 64 bytes is named twice"},
 		"size":     {RunOptions{Host: "x", Sizes: []int{70000}}, "70000 bytes"},
+		"port":     {RunOptions{Host: "x:99999"}, `"99999" is no port: want HOST or HOST:PORT`},
+		"port 0":   {RunOptions{Host: "[fd00::1]:0"}, `"0" is no port`},
+		"URL":      {RunOptions{Host: "http://x"}, `"//x" is no port`},
+		"zone":     {RunOptions{Host: "fe80::1"}, "such as fe80::1%eth0"},
 	} {
 		wantError(t, name, tc.o.Validate(), tc.want)
 	}
 	_, err := Run(t.Context(), RunOptions{Host: "127.0.0.1:1"})
 	wantError(t, "no server", err, "is `tulle bench serve` running there")
+	for host, want := range map[string]string{"127.0.0.1": "no IPv6 address: leave --six out", "fe80::1%nosuch0": `an interface "nosuch0"?`, "no such host": `find the address of "no such host"`} {
+		if _, err := Run(t.Context(), RunOptions{Host: host, Six: true}); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "running there") {
+			t.Errorf("%s: got %v, want %q", host, err, want)
+		}
+	}
 }
 
 // Ctrl-C keeps complete rounds, and a server that dies keeps them too.

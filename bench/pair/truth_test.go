@@ -368,8 +368,25 @@ func TestPathMTUWithLoss(t *testing.T) {
 	a, b := carry(t, w)
 	w.Loss(1)
 	serving(t, b, binary)
-	if r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "50ms", "--measures", "latency", "--sizes", "64"); r.MTU != 1400 {
+	r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "50ms", "--measures", "latency", "--sizes", "64,1400")
+	if r.MTU != 1400 {
 		t.Errorf("a path MTU of %d was found, not 1400", r.MTU)
+	}
+	if got, want := strings.Join(r.Modes[0].Errors, " "), "a packet of 1428 bytes, and the path takes 1400"; !strings.Contains(got, want) || !strings.Contains(got, "--sizes of at most 1372") {
+		t.Errorf("of a datagram that is too large it is said %q, not %q", got, want)
+	}
+}
+
+// Over a long path TCP is not measured before it sends what the path carries.
+func TestLongWarmUp(t *testing.T) {
+	binary := tulle(t)
+	w := &detour.Detour{}
+	a, b := carry(t, w)
+	serving(t, b, binary)
+	w.Delay(25 * time.Millisecond)
+	r := measured(t, a, binary, "10.99.0.2", "--rounds", "1", "--duration", "100ms", "--measures", "throughput")
+	if notes := strings.Join(r.Notes, " "); !strings.Contains(notes, "with TCP streams of ") || r.Seconds < 2*warmTrips*0.05 {
+		t.Errorf("one stream and four, each after %d round trips of 50 ms, took %.1f s: %q", warmTrips, r.Seconds, r.Notes)
 	}
 }
 

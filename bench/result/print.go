@@ -182,7 +182,10 @@ func (r *Run) path() string {
 		{"tcp1_gbps", "%s Gb/s in one TCP stream"}, {"rtt64_p50_us", "half a round trip of %s µs"}, {"rr_per_s", "%s TCP requests a second"},
 		{"udp64_kpps", "%s thousand small datagrams a second without loss"},
 	} {
-		if s, ok := m.Summary[p.key]; ok {
+		switch s, ok := m.Summary[p.key]; {
+		case ok && s.Median == 0 && p.key == "udp64_kpps":
+			parts = append(parts, "no rate of small datagrams without loss")
+		case ok:
 			parts = append(parts, fmt.Sprintf(p.text, Digits(s.Median)))
 		}
 	}

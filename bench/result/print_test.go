@@ -75,6 +75,15 @@ func TestMediansOfMeasuredRounds(t *testing.T) {
 	}
 }
 
+// A path of which no rate held does not carry a rate of 0.
+func TestVerdictWithoutRate(t *testing.T) {
+	r := &Run{Kind: Pair, MTU: 1500, Modes: []Mode{{Name: "net", Rounds: []Round{{UDP: []RateSearch{{Payload: 64}}}}}}}
+	r.Summarise()
+	if got := r.Verdict(); got != "net: no rate of small datagrams without loss; path MTU 1500." {
+		t.Errorf("got %q", got)
+	}
+}
+
 // The last percentile of few answers is their longest, which is said, with the smallest number of them.
 func TestSparse(t *testing.T) {
 	round := func(kind string, answers int64) Round {

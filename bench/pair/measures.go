@@ -73,9 +73,14 @@ func (rn *runner) every(bytes int) (time.Duration, error) {
 		return 0, nil
 	}
 	if rate*rn.o.Duration.Seconds() < 1 {
-		return 0, fmt.Errorf("the limit of %.0f bit/s allows less than one exchange of %d bytes within %v: measure for longer (--duration)", rn.c.welcome.MaxRate, bytes, rn.o.Duration)
+		return 0, rn.tooSlow("exchange", bytes, rn.o.Duration)
 	}
 	return time.Duration(float64(time.Second) / rate), nil
+}
+
+// tooSlow says that the limit has no room for anything within the time d.
+func (rn *runner) tooSlow(what string, bytes int, d time.Duration) error {
+	return fmt.Errorf("the limit of %.0f bit/s allows less than one %s of %d bytes within %v: measure for longer (--duration)", rn.c.welcome.MaxRate, what, bytes, d)
 }
 
 // openRate is the rate of the open loop, in datagrams a second.
@@ -352,6 +357,9 @@ func (rn *runner) search(payload int, full bool) func(context.Context, *result.R
 func (rn *runner) trial(ctx context.Context, flows []*ipv4.PacketConn, payload int, rate float64, d time.Duration) (result.Trial, error) {
 	if most := rn.c.welcome.MaxRate / 8 / float64(payload); most > 0 && (rate == 0 || rate > most) {
 		rate = most
+		if most*d.Seconds() < 1 {
+			return result.Trial{}, rn.tooSlow("datagram", payload, d)
+		}
 	}
 	t := result.Trial{Offered: rate}
 	c, err := rn.begin()

@@ -496,6 +496,10 @@ func TestRunKeepsToLimit(t *testing.T) {
 	}
 	rn.o.Duration = time.Millisecond
 	wantError(t, "a limit below one datagram", rn.pingPong(1000)(t.Context(), &d), "the limit of 1000000 bit/s allows less than one exchange of 1000 bytes within 1ms")
+	for name, take := range map[string]func(context.Context, *result.Round) error{"a flood": rn.flood(1), "a search": rn.search(1000, false)} {
+		rn.full = 1000
+		wantError(t, name+" of less than one datagram", take(t.Context(), &d), "allows less than one datagram of 1000 bytes within")
+	}
 }
 
 // When the server has cut a measure off, its reason is the error, and not what follows from it.

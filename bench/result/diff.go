@@ -179,6 +179,9 @@ func differences(a, b *Run) []string {
 		}
 	}
 	say("kind", a.Kind, b.Kind)
+	if len(a.Modes) == 1 && len(b.Modes) == 1 && twin(a, b, a.Modes[0].Name) != nil {
+		say("label", a.Modes[0].Name, b.Modes[0].Name)
+	}
 	say("MTU", a.MTU, b.MTU)
 	say("wire", a.Wire, b.Wire)
 	say("family", a.Family, b.Family)

@@ -371,6 +371,13 @@ func TestCompareNotes(t *testing.T) {
 			t.Errorf("%s: got %q, want %q", name, got, tc.want)
 		}
 	}
+	label := func(name string) *Run {
+		return run(func(r *Run, _ *Machine, _ *Latency) { r.Kind, r.Modes, r.Modes[0].Name = Pair, r.Modes[:1], name })
+	}
+	d, err := Compare(label("flannel"), label("cilium"), 0.03)
+	if err != nil || len(d.Notes) != 1 || d.Notes[0] != "label: flannel and cilium" {
+		t.Errorf("two networks: %v, %+v", err, d)
+	}
 }
 
 // Of runs that differ by nothing but noise, few are told apart.

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -98,8 +99,11 @@ func (o *benchOutput) write(cmd *cobra.Command, r *result.Run) error {
 	if o.report != "" && reported == nil {
 		fmt.Fprintf(cmd.ErrOrStderr(), "report: %s\n", filepath.Join(o.report, "index.html"))
 	}
-	if err = errors.Join(err, reported); err != nil {
-		return err
+	switch {
+	case err != nil && reported != nil:
+		return fmt.Errorf("%w; %w", err, reported)
+	case err != nil || reported != nil:
+		return cmp.Or(err, reported)
 	}
 	if r.Failed() || r.Interrupted {
 		return errUnhealthy

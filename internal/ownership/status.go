@@ -166,7 +166,11 @@ func (s *Machine) problems(now time.Time) (out []Problem) {
 	if s.saveErr != nil {
 		out = append(out, Problem{fmt.Sprintf("the state cannot be saved: %v", s.saveErr), "no pod gets an address, and no space is given, until it can be", "save"})
 	}
-	if n := len(s.stranded()); n > 0 {
+	pods := map[string]bool{} // one may have an address of each family
+	for _, a := range s.stranded() {
+		pods[a.Key] = true
+	}
+	if n := len(pods); n > 0 {
 		out = append(out, Problem{fmt.Sprintf("%d pods of this node have addresses that belong to others now", n),
 			"restart them: they get addresses of this node's present space (tulle ipam check lists them)", "stranded"})
 	}

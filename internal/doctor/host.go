@@ -250,7 +250,14 @@ func gatherClock(_ context.Context, s *snapshot) {
 	_, err := unix.Adjtimex(&t) // with no mode set it only reads
 	s.kernel.clockErr = err
 	s.kernel.synced, s.kernel.maxError = t.Status&unix.STA_UNSYNC == 0, time.Duration(t.Maxerror)*time.Microsecond
+	for _, dir := range ntpUnits {
+		list, _ := filepath.Glob(filepath.Join(dir, "*.list")) // fails only for a bad pattern
+		s.kernel.ntpClient = s.kernel.ntpClient || len(list) > 0
+	}
 }
+
+// ntpUnits are where packages tell systemd-timedated of their NTP clients (systemd-timedated.service(8)).
+var ntpUnits = []string{"/etc/systemd/ntp-units.d", "/run/systemd/ntp-units.d", "/usr/local/lib/systemd/ntp-units.d", "/usr/lib/systemd/ntp-units.d"}
 
 func judgeClock(s *snapshot) Result {
 	k := s.kernel
@@ -262,8 +269,11 @@ func judgeClock(s *snapshot) Result {
 	if k.synced {
 		return result(text, out...)
 	}
-	return result(text, append(out, Finding{State: Warning, What: "nothing keeps the clock right: logs of several hosts cannot be compared",
-		Remedy: "run an NTP client", Command: "timedatectl set-ntp true"})...)
+	f := Finding{State: Warning, What: "nothing keeps the clock right: logs of several hosts cannot be compared", Remedy: "install an NTP client: chrony or systemd-timesyncd"}
+	if k.ntpClient {
+		f.Remedy, f.Command = "run the NTP client that is installed", "timedatectl set-ntp true"
+	}
+	return result(text, append(out, f)...)
 }
 
 // mostSkew is how far the clocks of two hosts may be apart. Nothing in Tulle needs better ones.

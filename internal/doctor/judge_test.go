@@ -50,7 +50,8 @@ func TestJudge(t *testing.T) {
 		words       string // in what it found, with remedy and command
 	}{
 		{"the clock follows NTP", "clock", snapshot{kernel: kernel{synced: true}}, OK, ""},
-		{"the clock runs free", "clock", snapshot{}, Warning, "timedatectl set-ntp true"},
+		{"the clock runs free", "clock", snapshot{}, Warning, "install an NTP client: chrony or systemd-timesyncd"},
+		{"the clock runs free, and need not", "clock", snapshot{kernel: kernel{ntpClient: true}}, Warning, "timedatectl set-ntp true"},
 		{"a peer's clock is nearly right", "clock", snapshot{kernel: kernel{synced: true}, status: peer(func(p *api.Peer) { p.ClockSkewMS = -2000 })}, OK, ""},
 		{"a peer's clock is ahead", "clock", snapshot{kernel: kernel{synced: true}, status: peer(func(p *api.Peer) { p.ClockSkewMS = 3_600_500 })}, Warning, "the clock of b is 1h0m0.5s ahead of this host's"},
 		{"a peer's clock is behind", "clock", snapshot{kernel: kernel{synced: true}, status: peer(func(p *api.Peer) { p.ClockSkewMS = -90_000 })}, Warning, "1m30s behind"},

@@ -116,6 +116,7 @@ type kernel struct {
 	rmemMax                 int
 	bufferErr               error
 	synced                  bool // the clock follows NTP
+	ntpClient               bool // systemd knows one that it can start
 	clockErr                error
 	maxError                time.Duration
 }

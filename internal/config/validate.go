@@ -94,14 +94,26 @@ func (c *Config) blockLen(p netip.Prefix) int {
 	return c.NodePrefixLen6
 }
 
+// longest is the length of the longest block of a prefix's family.
+func longest(p netip.Prefix) int {
+	if p.Addr().Is4() {
+		return maxLen4
+	}
+	return maxLen6
+}
+
 func (c *Config) checkBlocks() (string, error) {
 	space := c.ClusterCIDRs // of a cluster that exists, nothing is known here
 	if c.Bootstrap {
 		space = c.BootstrapCIDRs()
 	}
 	for _, p := range space {
+		limit := longest(p)
+		if p.Bits() >= limit {
+			return "cluster_cidr", fmt.Errorf("%s: leaves no room for blocks; the longest prefix is /%d", p, limit-1)
+		}
 		if n := c.blockLen(p); n <= p.Bits() {
-			return "node_prefix_len", fmt.Errorf("%d: blocks must be smaller than cluster_cidr %s; choose a length above %d", n, p, p.Bits())
+			return "node_prefix_len", fmt.Errorf("%d: blocks must be smaller than cluster_cidr %s; choose a length from %d to %d", n, p, p.Bits()+1, limit)
 		}
 	}
 	return "", nil
@@ -109,11 +121,7 @@ func (c *Config) checkBlocks() (string, error) {
 
 func (c *Config) checkPodCIDRs() (string, error) {
 	for _, p := range c.PodCIDRs {
-		limit := maxLen6
-		if p.Addr().Is4() {
-			limit = maxLen4
-		}
-		if p.Bits() > limit {
+		if limit := longest(p); p.Bits() > limit {
 			return "pod_cidr", fmt.Errorf("%s: leaves no room for pods; the longest prefix is /%d", p, limit)
 		}
 		if len(c.ClusterCIDRs) > 0 && !slices.ContainsFunc(c.ClusterCIDRs, func(cl netip.Prefix) bool {

@@ -15,15 +15,7 @@ const benchModules = `veth tunnel4 ip_tunnel tunnel6 ipip ip6_tunnel udp_tunnel 
 	nfnetlink libcrc32c nf_tables nft_objref`
 
 // benchScript is the first process of a guest that runs the benchmark and ends.
-const benchScript = `#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-mount -t proc proc /proc
-mount -t devtmpfs dev /dev
-mount -t sysfs sys /sys
-mount -t tmpfs run /run
-for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
-ifconfig lo up
+const benchScript = guestStart + `ifconfig lo up
 tulle bench throughput --modes kernel-ipip,kernel-fou,kernel-wireguard --rounds 1 --duration 200ms --timeout 3m -o csv
 tulle bench throughput --six --modes kernel-fou,kernel-wireguard --rounds 1 --duration 200ms --timeout 3m -o csv | sed 's/^/six,/'
 poweroff -f

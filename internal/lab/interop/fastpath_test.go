@@ -14,16 +14,9 @@ const fastModules = `tun veth sch_ingress cls_bpf llc stp bridge garp mrp 8021q 
 
 // fastScript is the first process of a guest that runs those tests which hold for kernels before 6.3, and ends. TestCapability loads the programs with no
 // capability that the documentation does not ask for: without CAP_PERFMON, verifiers of that time refuse much that later ones take.
-const fastScript = `#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin:/sbin
-mount -t proc proc /proc
-mount -t devtmpfs dev /dev
-mount -t sysfs sys /sys
-mount -t tmpfs run /run
+const fastScript = guestStart + `export PATH=/bin:/sbin
 mkdir -p /var /run/netns
 ln -s /run /var/run
-for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
 fastpath.test -test.v -test.timeout 6m -test.run 'TestCapability|TestSend|TestUplinks|TestFilters|TestNotEthernet'
 echo "::code:: $?"
 poweroff -f

@@ -144,6 +144,18 @@ func kernelTree(t testing.TB) string {
 	return kernel
 }
 
+// guestStart is how the first process of a guest begins.
+const guestStart = `#!/bin/busybox sh
+/bin/busybox --install -s /bin
+export PATH=/bin
+ip() { /sbin/ip "$@"; } # not busybox's
+mount -t proc proc /proc
+mount -t devtmpfs dev /dev
+mount -t sysfs sys /sys
+mount -t tmpfs run /run
+for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
+`
+
 // runAlone runs a guest without network, whose first process is the script, until it powers itself off. It returns what was printed. dir is that of
 // initramfs.
 func runAlone(t testing.TB, dir, modules, script string, limit time.Duration) string {

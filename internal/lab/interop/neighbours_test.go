@@ -10,16 +10,7 @@ import (
 )
 
 // neighboursScript is the first process of a host whose neighbour table has room for 16, and that sends to 100 that do not answer.
-const neighboursScript = `#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-ip() { /sbin/ip "$@"; } # not busybox's
-mount -t proc proc /proc
-mount -t devtmpfs dev /dev
-mount -t sysfs sys /sys
-mount -t tmpfs run /run
-for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
-for i in 1 2 3; do echo 16 > /proc/sys/net/ipv4/neigh/default/gc_thresh$i; done
+const neighboursScript = guestStart + `for i in 1 2 3; do echo 16 > /proc/sys/net/ipv4/neigh/default/gc_thresh$i; done
 ip link set lo up
 ip link add up0 type veth peer name up1
 ip addr add 10.9.0.1/24 dev up0

@@ -14,16 +14,7 @@ import (
 const agentModules = `tun veth vrf nfnetlink libcrc32c nf_defrag_ipv4 nf_defrag_ipv6 nf_conntrack nf_nat nf_tables nft_ct nft_masq nft_chain_nat nft_fib nft_fib_ipv4 nft_fib_ipv6 nft_fib_inet nft_objref`
 
 // vrfScript is the first process of a host whose only address is in a VRF, leaves it and comes back.
-const vrfScript = `#!/bin/busybox sh
-/bin/busybox --install -s /bin
-export PATH=/bin
-ip() { /sbin/ip "$@"; } # not busybox's
-mount -t proc proc /proc
-mount -t devtmpfs dev /dev
-mount -t sysfs sys /sys
-mount -t tmpfs run /run
-for m in $(cat /modules/order); do insmod /modules/$m.ko || echo "no module $m"; done
-ip link set lo up
+const vrfScript = guestStart + `ip link set lo up
 ip link add up0 type veth peer name up1
 ip link add blue type vrf table 10
 ip link set up0 master blue

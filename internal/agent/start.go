@@ -127,18 +127,21 @@ func wiredAddrs() (out []netip.Prefix, err error) {
 // those of a node that this host was before it lost its state.
 func checkOverlap(cfg config.Config, state *ipam.State) error {
 	cidrs, own := cfg.ClusterCIDRs, slices.Clone(cfg.PodCIDRs)
-	pods, err := wiredAddrs()
-	if err != nil {
-		return err
+	member := state != nil && len(state.Blocks) > 0
+	if !member {
+		pods, err := wiredAddrs()
+		if err != nil {
+			return err
+		}
+		own = append(own, pods...)
 	}
-	own = append(own, pods...)
 	switch {
 	case state != nil:
 		own = append(own, state.Blocks...)
 	case cfg.Bootstrap:
 		cidrs = cfg.BootstrapCIDRs()
 	}
-	return hostnet.CheckOverlap(cfg.Tun, cidrs, own, state != nil && len(state.Blocks) > 0)
+	return hostnet.CheckOverlap(cfg.Tun, cidrs, own, member)
 }
 
 // preference is the configured order of the ways to send.
